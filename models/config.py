@@ -1,0 +1,134 @@
+"""What every configured module builds on: the config base class, its loader, and a command's error exit.
+
+A module owns the config of what it configures; one YAML file a run holds them all. `models` is the
+lowest layer, so the base lives here, where every other package may import it without importing torch.
+"""
+
+import difflib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, TypeVar, get_args
+
+import typer
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from yaml import YAMLError
+
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one message that names path, got, expected and remedy; exit status 2."""
+
+
+class Config(BaseModel):
+    """Base of every config section: frozen, and a key that nobody reads is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def package_folder(name: str) -> str:
+    """Folder of an importable package: `${package:NAME}` in a YAML file."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"Python package {name!r}: not installed. Remedy: pip install it, or give a path.")
+    return next(iter(spec.submodule_search_locations))
+
+
+OmegaConf.register_resolver("package", package_folder, replace=True)
+
+
+def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"{path}: no such config file.{hint}")
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise InputError(f"override {bad[0]!r}: expected section.key=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        data = OmegaConf.to_container(tree, resolve=True)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
+    return data  # pyright: ignore[reportReturnType]
+
+
+def _valid_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Field names valid beside the last part of `location`, walking from the root config class."""
+    for part in location[:-1]:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field else None
+            continue
+        options = [a for a in get_args(model) if a is not type(None)]
+        tagged = [
+            o
+            for o in options
+            if isinstance(o, type) and issubclass(o, BaseModel) and part in _tags(o)
+        ]
+        # A union's tag and a dict's key both stand in the location; step through either.
+        model = tagged[0] if tagged else (options[-1] if options else None)
+    options = [model, *get_args(model)]
+    models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+    return [name for m in models for name in m.model_fields]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    return tuple(a for f in model.model_fields.values() for a in get_args(f.annotation))
+
+
+def explain(error: ValidationError, config_class: type[Config], where: str) -> str:
+    """A pydantic error as one line a problem: path, got, expected, nearest valid name."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            names = _valid_names(config_class, item["loc"])
+            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
+            lines.append(f"{where}: {path}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: {path}: missing; add it to the file or pass {path}=VALUE")
+        else:
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {path or 'config'}: {item['msg'].removeprefix('Value error, ')}{got}")
+    return "\n".join(lines)
+
+
+def parse_config(config_class: type[ConfigType], data: dict[str, Any], where: str) -> ConfigType:
+    """Validate plain data; raises InputError with every problem, `where` naming the file."""
+    try:
+        return config_class.model_validate(data)
+    except ValidationError as error:
+        raise InputError(explain(error, config_class, where)) from error
+
+
+def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]) -> ConfigType:
+    """Read one YAML file and its overrides into `config_class`; raises InputError."""
+    return parse_config(config_class, read_yaml(path, overrides), str(path))
+
+
+def run_command(function: Callable[..., None]) -> None:
+    """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    try:
+        app(prog_name=os.environ.get("FLOWMILL_PROG"))
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error[/] {_plain(error)}")
+        sys.exit(2)
+
+
+def _plain(error: Exception) -> str:
+    """The message with rich markup switched off, so that a path like [x] survives."""
+    return str(error).replace("[", "\\[")

@@ -1,0 +1,151 @@
+"""Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from models.config import InputError
+from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+
+# model_type in config.json -> the class that holds its text encoder alone.
+ENCODERS = {
+    "bert": "BertModel",
+    "distilbert": "DistilBertModel",
+    "mpnet": "MPNetModel",
+    "clip": "CLIPTextModelWithProjection",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+
+
+class TextEncoder:
+    """A transformers text encoder in a local folder, frozen. L <= max_length, D = `dim`, P = `pooled_dim`."""
+
+    def __init__(self, network: Any, tokenizer: Any, path: Path, max_length: int, dtype: Dtype):
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.path, self.max_length, self.dtype = path, max_length, dtype
+        self.dim: int = network.config.hidden_size
+        projected = type(network).__name__ == "CLIPTextModelWithProjection"
+        self.pooled_dim: int = network.config.projection_dim if projected else self.dim
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        max_length: int,
+        dtype: Dtype = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing.
+
+        The tokenizer may lie in the folder itself or, as in a diffusers pipeline, in the sibling folder
+        `tokenizer` (of `text_encoder`), `tokenizer_2` (of `text_encoder_2`) and so on.
+        """
+        path = Path(path)
+        config = read_model_config(path, "a transformers text encoder")
+        kind = config.get("model_type")
+        if kind not in ENCODERS:
+            raise InputError(
+                f"{path}: model_type got {kind!r}, expected one of {', '.join(ENCODERS)}"
+            )
+        name = ENCODERS[kind]
+        if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
+            name = "CLIPTextModelWithProjection"
+        tokenizer = _load_tokenizer(path)
+        network = _load_network(path, name, dtype).to(device)
+        positions = getattr(network.config, "max_position_embeddings", None)
+        if positions is not None and max_length > positions:
+            raise InputError(f"{path}: max_length got {max_length}, expected at most {positions}")
+        return cls(network, tokenizer, path, max_length, dtype)
+
+    @torch.inference_mode()
+    def encode(
+        self, captions: list[str]
+    ) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"]]:
+        """fp32 tokens, mask (True keeps), fp32 pooled, L being the length of the longest caption given.
+
+        Longer captions are cut at max_length, their end token kept. Pooled is CLIP's own pooled output,
+        of any other encoder the mean over its real tokens. Masked positions hold zeros.
+        """
+        batch = self.tokenizer(
+            captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        ).to(self.network.device)
+        mask = batch["attention_mask"]
+        output = self.network(input_ids=batch["input_ids"], attention_mask=mask)
+        mask = mask.bool()
+        tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)  # (B, L, D)
+        if "text_embeds" in output:
+            pooled = output.text_embeds.float()
+        elif isinstance(self.network, transformers.CLIPTextModel):
+            pooled = output.pooler_output.float()
+        else:
+            pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return tokens, mask, pooled
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset made with this encoder must say of it: the fields of its TextEncoderRecord."""
+        return {
+            "path": str(self.path),
+            "weights_sha256": weights_sha256(self.path),
+            "dtype": self.dtype,
+            "max_length": self.max_length,
+            "dim": self.dim,
+            "pooled_dim": self.pooled_dim,
+        }
+
+
+def _load_network(path: Path, name: str, dtype: Dtype) -> Any:
+    try:
+        network, info = getattr(transformers, name).from_pretrained(
+            path,
+            dtype=getattr(torch, TORCH_DTYPES[dtype]),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
+    # BERT's and MPNet's pooler is not used here, and many checkpoints lack it.
+    lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    if lacks := lacks or list(info["mismatched_keys"]):
+        raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+    return network
+
+
+def _load_tokenizer(path: Path) -> Any:
+    sibling = path.parent / path.name.replace("text_encoder", "tokenizer")
+    folders = [f for f in (path, sibling) if any((f / name).is_file() for name in TOKENIZER_FILES)]
+    if not folders:
+        raise InputError(
+            f"{path}: got no tokenizer (one of {', '.join(TOKENIZER_FILES)}), neither there nor in "
+            f"{sibling}. Remedy: copy the model's tokenizer files into one of them."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folders[0], local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{folders[0]}: cannot load tokenizer: {brief(error)}") from error
+    if tokenizer.pad_token is None:
+        raise InputError(f"{folders[0]}: got a tokenizer without a pad token, expected one")
+    return tokenizer

@@ -1,0 +1,128 @@
+"""The frozen latent codec: pictures to latent moments and back. The only home of scale and shift."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.config import InputError
+from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+
+# Class in config.json -> whether its encoder is deterministic (moments are then the mean alone).
+CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
+
+
+class LatentCodec:
+    """A diffusers autoencoder in a local folder, frozen.
+
+    `moments` are raw: (B, 2C, h, w), mean then std, or (B, C, h, w) where `deterministic`. `latents` are
+    normalised: (raw - shift_factor) * scaling_factor. h = H / downscale.
+    """
+
+    def __init__(self, network: Any, path: Path, dtype: Dtype, deterministic: bool):
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.path, self.dtype, self.deterministic = path, dtype, deterministic
+        self.channels: int = network.config.latent_channels
+        self.scaling_factor = float(network.config.get("scaling_factor") or 1.0)
+        self.shift_factor = float(network.config.get("shift_factor") or 0.0)
+        config = network.config
+        levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
+        self.downscale: int = 2 ** (len(levels) - 1)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: Dtype = "fp32", device: str | torch.device = "cpu"
+    ) -> Self:
+        """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
+        path = Path(path)
+        config = read_model_config(path, "a diffusers autoencoder")
+        name = config.get("_class_name")
+        if name not in CODECS:
+            raise InputError(
+                f"{path}: _class_name got {name!r}, expected one of {', '.join(CODECS)}"
+            )
+        if config.get("latents_mean") or config.get("latents_std"):
+            raise InputError(
+                f"{path}: got per-channel latents_mean or latents_std, expected one scale"
+            )
+        if dtype == "fp16" and config.get("force_upcast"):
+            raise InputError(
+                f"{path}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
+            )
+        try:
+            network, info = getattr(diffusers, name).from_pretrained(
+                path,
+                torch_dtype=getattr(torch, TORCH_DTYPES[dtype]),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
+        if lacks := info["missing_keys"] or info["mismatched_keys"]:
+            raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+        return cls(network.to(device), path, dtype, CODECS[name])
+
+    @torch.inference_mode()
+    def encode_moments(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B M h w"]:
+        """Pictures to raw fp32 moments; M = 2C, or C where deterministic; H and W multiples of `downscale`."""
+        if any(side % self.downscale for side in images.shape[2:]):
+            raise ValueError(f"images {tuple(images.shape)}: sides must divide by {self.downscale}")
+        pixels = images.to(self.network.device).float() / 127.5 - 1
+        pixels = pixels.to(self.network.dtype, memory_format=torch.channels_last)
+        output = self.network.encode(pixels)
+        if self.deterministic:
+            latent = output.latent if hasattr(output, "latent") else output.latents
+            return latent.float().contiguous()
+        posterior = output.latent_dist
+        std = torch.exp(0.5 * posterior.logvar.float())
+        return torch.cat([posterior.mean.float(), std], dim=1).contiguous()  # (B, 2C, h, w)
+
+    @torch.inference_mode()
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B 3 H W"]:
+        """Normalised latents to pictures."""
+        raw = latents.to(self.network.device).float() / self.scaling_factor + self.shift_factor
+        raw = raw.to(self.network.dtype, memory_format=torch.channels_last)
+        return to_uint8(self.network.decode(raw).sample)
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset made with this codec must say of it: the fields of its CodecRecord."""
+        return {
+            "path": str(self.path),
+            "weights_sha256": weights_sha256(self.path),
+            "dtype": self.dtype,
+            "latent_channels": self.channels,
+            "downscale": self.downscale,
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "deterministic": self.deterministic,
+        }
+
+
+def sample_latents(
+    moments: Float[Tensor, "B M h w"],
+    noise: Float[Tensor, "B C h w"],
+    scaling_factor: float,
+    shift_factor: float,
+) -> Float[Tensor, "B C h w"]:
+    """Normalised fp32 latents ((mean + std * noise) - shift) * scale; M = 2C.
+
+    Of a deterministic codec M = C, and the noise gives only the shape.
+    """
+    channels = noise.shape[1]
+    if moments.shape[1] not in (channels, 2 * channels):
+        raise ValueError(f"moments {tuple(moments.shape)} do not fit noise {tuple(noise.shape)}")
+    raw = moments[:, :channels].float()
+    if moments.shape[1] == 2 * channels:
+        raw = raw + moments[:, channels:].float() * noise.float()
+    return (raw - shift_factor) * scaling_factor
+
+
+def to_uint8(pixels: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
+    """Pixels in [-1, 1] of any float type to uint8, rounded to nearest, clipped."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous()

@@ -1,0 +1,64 @@
+"""Weights in a local folder: the checks shared by every frozen model, and the hash that names them.
+
+Torch-free, so that a dataset's record can be compared with a folder before anything is loaded.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from models.config import InputError
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the folder's *.safetensors files in name order; raises InputError if it has none."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's *.safetensors files in name order; raises InputError if it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
+        got = f"got pickled weights ({pickles[0]})" if pickles else "got none"
+        raise InputError(
+            f"{folder}: {got}, expected *.safetensors weights. Remedy: save_pretrained(..., "
+            "safe_serialization=True) where the model came from, or download its safetensors files."
+        )
+    return files
+
+
+def read_model_config(folder: Path, what: str) -> dict[str, Any]:
+    """config.json of a model folder that also has weights; raises InputError naming what is missing."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder, expected {what} saved by save_pretrained(). "
+            "Remedy: download it and give its folder; nothing is fetched by name."
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        found = [p.parent.name for p in sorted(folder.glob("*/config.json"))]
+        hint = f" Did you mean its sub-folder {' or '.join(found)}?" if found else ""
+        raise InputError(f"{path}: no such file, expected the config of {what}.{hint}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: got {type(config).__name__}, expected a JSON object")
+    weight_files(folder)
+    return config
+
+
+def brief(error: Exception) -> str:
+    """The beginning of a library's message, on one line."""
+    return " ".join(str(error).split())[:240]

@@ -8,8 +8,9 @@ import difflib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import typer
 from omegaconf import OmegaConf
@@ -35,7 +36,9 @@ def package_folder(name: str) -> str:
     """Folder of an importable package: `${package:NAME}` in a YAML file."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"Python package {name!r}: not installed. Remedy: pip install it, or give a path.")
+        raise InputError(
+            f"Python package {name!r}: not installed. Remedy: pip install it, or give a path."
+        )
     return next(iter(spec.submodule_search_locations))
 
 
@@ -45,7 +48,9 @@ OmegaConf.register_resolver("package", package_folder, replace=True)
 def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
+        )
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise InputError(f"{path}: no such config file.{hint}")
     bad = [item for item in overrides if "=" not in item or item.startswith("=")]
@@ -101,7 +106,9 @@ def explain(error: ValidationError, config_class: type[Config], where: str) -> s
             lines.append(f"{where}: {path}: missing; add it to the file or pass {path}=VALUE")
         else:
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(f"{where}: {path or 'config'}: {item['msg'].removeprefix('Value error, ')}{got}")
+            lines.append(
+                f"{where}: {path or 'config'}: {item['msg'].removeprefix('Value error, ')}{got}"
+            )
     return "\n".join(lines)
 
 
@@ -123,9 +130,11 @@ def run_command(function: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
     try:
-        app(prog_name=os.environ.get("FLOWMILL_PROG"))
+        app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
     except InputError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error[/] {_plain(error)}")
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[bold red]error[/] {_plain(error)}"
+        )
         sys.exit(2)
 
 

@@ -1,0 +1,41 @@
+"""The `flowmill` command: each stage is the module of the same arguments, imported only when called."""
+
+import difflib
+import os
+import runpy
+import sys
+
+# Stage -> module and what it does. Strings, so that the import arrows hold and help is instant.
+STAGES = {
+    "demo": (
+        "pipeline.demo",
+        "a real picture set prepared, trained, sampled: CPU, minutes, no hub",
+    ),
+    "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
+    "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
+    "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
+    "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
+}
+
+
+def main() -> None:
+    """`flowmill STAGE ...` is `python -m MODULE ...`."""
+    stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if stage in ("-h", "--help", "help"):
+        print("usage: flowmill STAGE [arguments]; flowmill STAGE --help says which\n")
+        for name, (_, what) in STAGES.items():
+            print(f"  {name:<10} {what}")
+        return
+    if stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(STAGES)}"
+        print(f"error flowmill: no stage {stage!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+    os.environ["FLOWMILL_PROG"] = f"flowmill {stage}"
+    sys.path.insert(0, os.getcwd())  # as python -m does
+    del sys.argv[1]
+    runpy.run_module(STAGES[stage][0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The config of a training run: every section from the module that it configures, and the checks between them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from models.config import Config, InputError, parse_config
+from models.dit import DiTConfig
+from pipeline.checkpoint import CheckpointConfig
+from pipeline.data import DataConfig
+from pipeline.ema import EMAConfig
+from pipeline.engine import EngineConfig, OptimizerConfig
+from pipeline.monitor import MonitorConfig
+from pipeline.objective import ObjectiveConfig
+from pipeline.sampling import SamplerConfig
+
+# Sections that change results: a resumed run may not change them unasked.
+RESULTS = ("seed", "data", "model", "objective", "training", "optimizer", "ema")
+
+
+class TrainingConfig(Config):
+    """How long, in pictures: the clock that means the same at any batch size."""
+
+    images: int = Field(gt=0)
+    global_batch: int = Field(256, gt=0)
+    caption_dropout: float = Field(0.1, ge=0, le=1)  # for classifier-free guidance (2207.12598)
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.images // self.global_batch)
+
+
+class EncodersConfig(Config):
+    """Where the dataset's encoders are on this machine, where not at the path that prepare recorded."""
+
+    vae: str | None = None
+    text: dict[str, str] = {}
+
+
+class TrainConfig(Config):
+    """One run. The order is: what changes results, what should not (speed), what cannot."""
+
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    model: DiTConfig = DiTConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EMAConfig = EMAConfig()
+
+    engine: EngineConfig = EngineConfig()
+
+    run: str
+    encoders: EncodersConfig = EncodersConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def load_run_config(run: Path) -> TrainConfig:
+    """The resolved config that a run was trained with; raises InputError where `run` is not a run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected the folder of a training run")
+    return parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b": value}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v
+        for key, value in tree.items()
+        for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()
+    }
+
+
+def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
+    """{"section.key": (saved, given)} wherever two configs differ."""
+    old, new = flatten(saved.model_dump(mode="json")), flatten(given.model_dump(mode="json"))
+    return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}

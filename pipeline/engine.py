@@ -1,0 +1,147 @@
+"""The DeepSpeed engine: its config built here in Python, parameter groups, AdamW, the LR schedule."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import get_scheduler
+
+from models.config import Config, InputError
+from pipeline import distributed
+from pipeline.ema import AdamWithEMA
+
+
+class OptimizerConfig(Config):
+    """AdamW; lr is for this global batch, nothing rescales it."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)  # on matrices only: not on biases, norms, embeddings
+    schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
+        "constant_with_warmup"
+    )
+    warmup_images: int = Field(0, ge=0)
+    decay_images: int = Field(0, ge=0)  # the last part of warmup_stable_decay
+    clip: float = Field(1.0, ge=0)  # of the gradient's global norm; 0: never
+
+
+class EngineConfig(Config):
+    """How the work is laid out over memory and ranks; changes speed, and results by rounding only."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    micro_batch: int | None = Field(None, gt=0)  # pictures a rank at once; null: all of its share
+    compile: bool = False
+    cpu_threads: int | None = Field(None, gt=0)  # a rank, on CPU; null: its share of the cores
+    timeout_s: float = Field(1800, gt=0)  # of a collective
+
+
+def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
+    """Pictures of one forward on one rank; raises InputError where the batch does not come out even."""
+    ranks = distributed.world_size()
+    share, rest = divmod(global_batch, ranks)
+    if rest:
+        raise InputError(
+            f"training.global_batch: got {global_batch}, expected a multiple of the {ranks} ranks"
+        )
+    size = config.micro_batch or share
+    if share % size:
+        raise InputError(
+            f"engine.micro_batch: got {size}, expected a divisor of {share}, one rank's share of the "
+            f"global batch of {global_batch}"
+        )
+    return size
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, norm scales, tables and embeddings without."""
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and "table" not in name
+        (decay if is_matrix else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def lr_schedule(
+    config: OptimizerConfig, global_batch: int, num_steps: int
+) -> Callable[[int], float]:
+    """transformers' schedule as a function of the step alone, so that resuming needs no state."""
+    warmup = config.warmup_images // global_batch
+    extra = {}
+    if config.schedule == "warmup_stable_decay":
+        extra = {"num_decay_steps": config.decay_images // global_batch}
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        config.schedule,
+        dummy,
+        num_warmup_steps=warmup,
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=extra,
+    )
+    # A step's LR, from 1: the schedules give 0 at 0, and a first step at LR 0 would be lost.
+    return lambda step: config.lr * scheduler.lr_lambdas[0](step + (warmup > 0))
+
+
+def deepspeed_config(
+    engine: EngineConfig, clip: float, micro_batch: int, global_batch: int
+) -> dict:
+    bf16 = engine.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+    if bf16 and engine.zero_stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def build_engine(
+    model: nn.Module,
+    engine_config: EngineConfig,
+    optimizer_config: OptimizerConfig,
+    global_batch: int,
+) -> tuple[Any, AdamWithEMA]:
+    """DeepSpeed's engine around `model`, and the optimizer that it drives (its LR set by the loop)."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    optimizer = AdamWithEMA(
+        parameter_groups(model, optimizer_config.weight_decay),
+        lr=0.0,  # DeepSpeed may step once while it sets up
+        betas=optimizer_config.betas,
+        eps=optimizer_config.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+        config=deepspeed_config(
+            engine_config,
+            optimizer_config.clip,
+            micro_batch_size(engine_config, global_batch),
+            global_batch,
+        ),
+        dist_init_required=False,
+    )
+    # Some stages step on zero gradients to allocate state, which counts in Adam's bias correction.
+    optimizer.state.clear()
+    if engine_config.compile:
+        engine.compile()
+    return engine, optimizer

@@ -1,0 +1,347 @@
+"""Train a model on prepared shards: `python -m pipeline.train CONFIG.yaml [section.key=value ...]`.
+
+Run the same command again to resume; on several GPUs `torchrun --nproc-per-node 8 -m pipeline.train ...`.
+"""
+
+import importlib.metadata
+import os
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+
+from models import build_model
+from models.config import InputError, load_config, run_command
+from models.vae import sample_latents
+from pipeline import checkpoint, distributed
+from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
+from pipeline.data import Batch, Loader
+from pipeline.ema import ema_decay, full_weights
+from pipeline.engine import build_engine, lr_schedule, micro_batch_size
+from pipeline.monitor import LossMeter, Monitor
+from pipeline.objective import Objective, draw_dropout, draw_noise
+from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
+from pipeline.shards import check_dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config that fits its dataset: the model's sizes filled in, and the loader over the data."""
+
+    config: TrainConfig
+    loader: Loader
+    micro_batch: int
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run)
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Open the dataset and check everything that can be checked before a GPU is touched.
+
+    Raises InputError with each difference between the dataset and the config.
+    """
+    micro_batch = micro_batch_size(config.engine, config.training.global_batch)
+    loader = Loader(
+        config.data,
+        global_batch=config.training.global_batch,
+        seed=config.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin=torch.cuda.is_available(),
+    )
+    manifest = loader.manifest
+    records = manifest.text_encoders.values()
+    sizes = {
+        "latent_channels": manifest.codec.latent_channels,
+        "text_dim": max((r.dim for r in records), default=0),
+        "pooled_dim": sum(r.pooled_dim for r in records),
+    }
+    missing = {k: v for k, v in sizes.items() if getattr(config.model, k) is None}
+    model = config.model.model_copy(update=missing)
+    config = config.model_copy(update={"model": model})
+    check_dataset(
+        manifest,
+        ", ".join(source.path for source in config.data.sources.values()),
+        latent_channels=model.latent_channels,
+        latent_multiple=model.patch_size,
+        text_dim=model.text_dim or None,
+        pooled_dim=model.pooled_dim or None,
+        labels=model.num_classes > 0,
+    )
+    if config.encoders.vae is not None:
+        encoder_folder(
+            manifest.codec.path, config.encoders.vae, manifest.codec.weights_sha256, "encoders.vae"
+        )
+    for name, folder in config.encoders.text.items():
+        if name not in manifest.text_encoders:
+            raise InputError(
+                f"encoders.text.{name}: got a name that the dataset lacks, expected one of {list(manifest.text_encoders)}"
+            )
+        record = manifest.text_encoders[name]
+        encoder_folder(record.path, folder, record.weights_sha256, f"encoders.text.{name}")
+    return Plan(config, loader, micro_batch)
+
+
+def open_run(plan: Plan, override: bool) -> None:
+    """Make the run's folder, or check that it holds a run of the same config; raises InputError."""
+    path = plan.run / "config.yaml"
+    if path.is_file():
+        changed = differences(load_run_config(plan.run), plan.config)
+        unsafe = {k: v for k, v in changed.items() if k.split(".")[0] in RESULTS}
+        lines = [f"  {key}: saved {old!r}, given {new!r}" for key, (old, new) in changed.items()]
+        if unsafe and not override:
+            raise InputError(
+                f"{plan.run}: was trained with another config:\n"
+                + "\n".join(lines)
+                + "\nRemedy: undo "
+                "the change, choose another run=FOLDER, or pass --override to go on with the new values."
+            )
+        if lines:
+            distributed.say("config changed since this run's start:\n" + "\n".join(lines))
+        if not changed:
+            return
+    if distributed.is_main():
+        plan.run.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            (plan.run / "git.txt").write_text(_git_state())
+            (plan.run / "environment.txt").write_text(_environment())
+        checkpoint.write_text(path, dump_config(plan.config))
+
+
+def _git_state() -> str:
+    """The code's commit and what differs from it, as far as git knows."""
+    here = Path(__file__).parent.parent
+    parts = []
+    for command in ("rev-parse HEAD", "status --short", "diff HEAD"):
+        with suppress(OSError):
+            done = subprocess.run(
+                ["git", "-C", str(here), *command.split()], capture_output=True, text=True
+            )
+            parts.append(done.stdout)
+    return "\n".join(parts)
+
+
+def _environment() -> str:
+    names = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()})
+    return (
+        "\n".join([f"cuda=={torch.version.cuda}", f"ranks=={distributed.world_size()}", *names])
+        + "\n"
+    )
+
+
+def draw_pictures(
+    plan: Plan,
+    painter: Painter | None,
+    weights: dict,
+    objective: Objective,
+    step: int,
+    monitor: Monitor,
+    device: torch.device,
+) -> None:
+    """The fixed prompts at the fixed noise, on rank 0; the others wait at the next collective."""
+    if painter is None:
+        return
+    network = network_for_sampling(plan.config, weights, device)
+    pictures = painter.draw(
+        network, objective, plan.config.sampler, largest_bucket(painter.manifest)
+    )
+    sheet = grid(pictures, painter.prompts, columns=5)
+    folder = plan.run / "samples"
+    folder.mkdir(exist_ok=True)
+    sheet.save(folder / f"step_{step:08d}.png")
+    monitor.pictures(step, "samples/ema", torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
+
+
+def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
+    """A network with these weights beside the one in training; bf16 on a GPU if it trains in bf16."""
+    network = build_model(config.model)
+    network.load_state_dict(weights)
+    half = config.engine.precision == "bf16" and device.type == "cuda"
+    return network.to(device, torch.bfloat16 if half else torch.float32).eval()
+
+
+def losses(
+    plan: Plan,
+    engine: Any,
+    objective: Objective,
+    batch: Batch,
+    step: int,
+    t: torch.Tensor,
+    dropped: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor, Any]:
+    """Forward one micro-batch; t and `dropped` are the global batch's. Returns its t and loss terms."""
+    seed, codec = plan.config.seed, plan.loader.manifest.codec
+    indices = batch.indices
+    if plan.loader.empty_caption is not None:
+        batch = plan.loader.empty_caption.put(batch, dropped[indices])
+    batch = batch.to(device)
+    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    posterior = draw_noise(seed, step, indices, shape, device, "posterior")
+    noise = draw_noise(seed, step, indices, shape, device)
+    latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
+    t = t[indices].to(device)
+    x_t = objective.add_noise(latents, noise, t)
+    pred = engine(
+        x_t,
+        t,
+        text_emb=batch.text_emb,
+        text_mask=batch.text_mask,
+        pooled=batch.pooled,
+        micro=batch.micro,
+        label=batch.label,
+    )
+    return t, objective.loss(pred, latents, noise, t)
+
+
+def train(config: TrainConfig, override: bool = False) -> None:
+    """One run, from wherever it stands to `training.images` pictures or a signal."""
+    # --- setup: all that can fail fails here
+    plan = make_plan(config)
+    open_run(plan, override)
+    config, run, loader, manifest = plan.config, plan.run, plan.loader, plan.loader.manifest
+    device = distributed.start(config.engine.timeout_s)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(config.engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    stop_signal = distributed.StopSignal()
+    global_batch, num_steps = config.training.global_batch, config.training.num_steps
+
+    # --- model, optimizer, where we left off
+    objective = Objective(config.objective)
+    torch.manual_seed(config.seed)  # the initial weights, the same on all ranks
+    model = build_model(config.model)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    painter = None
+    if config.monitor.prompts and distributed.is_main():
+        painter = Painter(
+            manifest, config.monitor.prompts, config.encoders.vae, config.encoders.text, device
+        )
+    engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
+    lr_of = lr_schedule(config.optimizer, global_batch, num_steps)
+    record = checkpoint.restore(run, engine)
+    start = record["step"] if record else 0
+    monitor = Monitor(run, start, num_steps, global_batch)
+    meter = LossMeter(device)
+    distributed.say(
+        f"{run}: {config.model.kind}, {num_parameters / 1e6:.1f} M parameters, {manifest.counts.kept:,} pictures, "
+        + (f"resuming at step {start} of {num_steps}" if start else f"{num_steps} steps")
+    )
+    if not start:
+        monitor.describe(
+            dump_config(config), flatten(config.model_dump(mode="json")), num_parameters
+        )
+        if config.monitor.prompts:
+            weights = full_weights(engine, optimizer, "ema")
+            draw_pictures(plan, painter, weights, objective, 0, monitor, device)
+    monitor.restart_clock(start)
+    saved, step = start, start
+    batches = loader.batches(start)
+
+    while step < num_steps:
+        # --- batch, noise, loss, step
+        lr = lr_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.ema_decay = ema_decay(config.ema, step * global_batch, global_batch)
+        wait_s = loader.wait_s
+        batch = next(batches)
+        monitor.data_wait_s += loader.wait_s - wait_s
+        latent_size = (batch.moments.shape[-2], batch.moments.shape[-1])
+        t = objective.draw_t(config.seed, step, global_batch, latent_size)
+        dropped = draw_dropout(config.seed, step, global_batch, config.training.caption_dropout)
+        for micro_batch in batch.split(plan.micro_batch):
+            own_t, terms = losses(plan, engine, objective, micro_batch, step, t, dropped, device)
+            engine.backward(terms.loss.mean())
+            engine.step()
+            meter.add(own_t, terms.loss, terms.x0_mse)
+        step += 1
+        monitor.advance(step)
+        stopping = stop_signal.agreed(step)
+        last = stopping or step == num_steps
+
+        # --- log, draw, save
+        if step % config.monitor.every_steps == 0 or last:
+            values = meter.collect()
+            values |= {"optimizer/lr": lr, "optimizer/ema_decay": optimizer.ema_decay}
+            values["optimizer/skipped_steps"] = float(engine.skipped_steps)
+            if (norm := engine.get_global_grad_norm()) is not None:
+                values["optimizer/grad_norm"] = float(norm)
+            monitor.log(step, values)
+        if config.monitor.prompts and (
+            step % config.monitor.sample_every_steps == 0 or step == num_steps
+        ):
+            weights = full_weights(engine, optimizer, "ema")
+            draw_pictures(plan, painter, weights, objective, step, monitor, device)
+            monitor.restart_clock(step)
+        if step % config.checkpoint.every_steps == 0 or last:
+            checkpoint.save(
+                run,
+                step,
+                engine,
+                optimizer,
+                {"images_seen": step * global_batch},
+                config.checkpoint.keep,
+            )
+            saved = step
+            monitor.restart_clock(step)
+        if stopping:
+            distributed.say(
+                f"stopped by {stop_signal.name or 'a signal to another rank'} at step {step}, saved; run again to resume"
+            )
+            break
+
+    # --- leave
+    monitor.close()
+    loader.close()
+    if step == num_steps and saved == start:
+        distributed.say(f"{run}: already at step {num_steps}; raise training.images to go on")
+    distributed.stop()
+
+
+def describe(plan: Plan) -> str:
+    """What a run will be, for --dry-run."""
+    config, loader = plan.config, plan.loader
+    with torch.device("meta"):
+        num_parameters = sum(p.numel() for p in build_model(config.model).parameters())
+    steps, per_epoch = config.training.num_steps, loader.steps_per_epoch(0)
+    accumulate = config.training.global_batch // (plan.micro_batch * distributed.world_size())
+    return "\n".join(
+        [
+            f"run          {plan.run}" + (" (resumes)" if checkpoint.candidates(plan.run) else ""),
+            f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps an epoch",
+            f"model        {config.model.kind}, {num_parameters / 1e6:.1f} M parameters",
+            f"steps        {steps:,} ({steps / per_epoch:.1f} epochs) of {config.training.global_batch} pictures",
+            f"ranks        {distributed.world_size()} x {plan.micro_batch} pictures x {accumulate} accumulated, "
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
+        ]
+    )
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and describe; write nothing")
+    ] = False,
+    override: Annotated[
+        bool, typer.Option("--override", help="resume with changed values that change results")
+    ] = False,
+) -> None:
+    """Train a model on a prepared dataset; run again to resume."""
+    parsed = load_config(TrainConfig, config, overrides or [])
+    if dry_run:
+        distributed.say(describe(make_plan(parsed)))
+    else:
+        train(parsed, override)
+
+
+if __name__ == "__main__":
+    run_command(main)

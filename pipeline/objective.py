@@ -7,7 +7,7 @@ Everything here is fp32 whatever the network's dtype; every draw is a pure funct
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -26,9 +26,12 @@ from pydantic import (
 )
 from torch import Tensor
 
-from models.config import Config, read_yaml
+from models.config import Config, InputError, read_yaml
 
 PRESETS = Path(__file__).parent.parent / "configs" / "objectives.yaml"
+
+Latents = Float[Tensor, "B C h w"]
+PerSample = Float[Tensor, " B"]
 
 NUM_TIMESTEPS = 1000  # of the discrete paths; the network is given t = k / 1000
 MIN_TERMINAL_SNR = 1e-6  # below it, dividing by alpha_t multiplies an error of epsilon by over 1000
@@ -380,69 +383,59 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _can_learn(self) -> "ObjectiveConfig":
-        for refused, reason in self._refusals():
-            if refused:
-                raise ValueError(reason)
+        if reasons := list(self._refusals()):
+            raise ValueError("; ".join(reasons))
         return self
 
-    def _refusals(self) -> list[tuple[bool, str]]:
+    def _refusals(self) -> Iterator[str]:
+        """Why this combination is meaningless or cannot be learnt, if it is."""
         path, timesteps, weighting = self.path, self.timesteps, self.weighting
         discrete, edm = isinstance(path, VPDiscrete), isinstance(path, EDM)
         snr = terminal_snr(path)
-        return [
-            (
-                self.prediction == "epsilon" and snr < MIN_TERMINAL_SNR,
-                f"prediction epsilon on a path that ends at SNR {snr:.1g}: there x_t is the noise itself, "
-                "so predicting it teaches nothing, and the sampler divides by alpha = 0. "
-                "Remedy: prediction v, flow or sample",
-            ),
-            (
-                self.prediction == "edm" and not edm,
-                f"prediction edm needs sigma_data, which path {path.kind} has not. Remedy: path edm",
-            ),
-            (
-                isinstance(timesteps, LogNormal) and not edm,
-                f"timesteps log_normal draw sigma from 0 to infinity, which path {path.kind} does not "
-                "have. Remedy: path edm, or logit_normal (on rectified_flow the same)",
-            ),
-            (
-                self.shift is not None and (discrete or edm),
-                f"shift has no meaning on path {path.kind}: "
-                + (
-                    "its noise levels are a fixed table"
-                    if discrete
-                    else "it is timesteps.mean there"
-                )
-                + ". Remedy: remove it"
-                + ("; betas and zero_terminal_snr set the noise" if discrete else ""),
-            ),
-            (
-                self.uniform_fraction > 0 and isinstance(timesteps, Uniform) and self.shift is None,
-                "uniform_fraction has no effect: every t is uniform already. Remedy: remove it",
-            ),
-            (
-                "terminal_weight" in weighting.model_fields_set and not (discrete and snr == 0),
-                f"weighting.terminal_weight has no effect: path {path.kind} as configured has no step "
-                "at SNR 0 that is drawn. Remedy: remove it, or zero_terminal_snr on vp_discrete",
-            ),
-            (
-                isinstance(weighting, Debiased)
-                and self.prediction == "sample"
-                and not (discrete or edm),
-                f"weighting debiased on prediction sample is alpha/sigma, infinite at t = 0 of path "
-                f"{path.kind}. Remedy: min_snr, or another prediction",
-            ),
-            (
-                self.contrastive_weight > 0
-                and (self.prediction != "flow" or not isinstance(self.loss, MSE)),
-                "contrastive_weight pushes away the velocity of another sample by squared distance. "
-                "Remedy: prediction flow and loss mse, or remove it",
-            ),
-            (
-                self.noise_pairing == "immiscible" and importlib.util.find_spec("scipy") is None,
-                "noise_pairing immiscible needs scipy's assignment solver. Remedy: pip install scipy",
-            ),
-        ]
+        if self.prediction == "epsilon" and snr < MIN_TERMINAL_SNR:
+            yield (
+                f"prediction epsilon on a path that ends at SNR {snr:.1g}: there x_t is the noise itself, so "
+                "predicting it teaches nothing, and a sampler divides by alpha = 0. Remedy: v, flow or sample"
+            )
+        if self.prediction == "edm" and not edm:
+            yield f"prediction edm needs sigma_data, which path {path.kind} has not. Remedy: path edm"
+        if isinstance(timesteps, LogNormal) and not edm:
+            yield (
+                f"timesteps log_normal draw sigma, and path {path.kind} is not made of sigma. Remedy: path "
+                "edm, or logit_normal (on rectified_flow a log-normal sigma/alpha)"
+            )
+        if self.shift is not None and discrete:
+            yield (
+                "shift has no meaning on path vp_discrete, whose noise levels are a fixed table. Remedy: "
+                "remove it; betas and zero_terminal_snr say how noisy the path is"
+            )
+        if self.shift is not None and edm:
+            yield "shift has no meaning on path edm, where timesteps.mean says it. Remedy: remove it"
+        if self.uniform_fraction > 0 and isinstance(timesteps, Uniform) and self.shift is None:
+            yield "uniform_fraction has no effect: every t is uniform already. Remedy: remove it"
+        if getattr(weighting, "terminal_weight", 1.0) != 1.0 and not (discrete and snr == 0):
+            yield (
+                f"weighting.terminal_weight has no effect: no t drawn on path {path.kind} as configured has "
+                "SNR 0. Remedy: remove it, or path vp_discrete with zero_terminal_snr"
+            )
+        if (
+            isinstance(weighting, Debiased)
+            and self.prediction == "sample"
+            and not (discrete or edm)
+        ):
+            yield (
+                f"weighting debiased on prediction sample is alpha/sigma, infinite at t = 0 of path {path.kind}. "
+                "Remedy: min_snr, or another prediction"
+            )
+        if self.contrastive_weight > 0 and (
+            self.prediction != "flow" or not isinstance(self.loss, MSE)
+        ):
+            yield (
+                "contrastive_weight pushes the velocity from another sample's by squared distance. Remedy: "
+                "prediction flow and loss mse, or remove it"
+            )
+        if self.noise_pairing == "immiscible" and importlib.util.find_spec("scipy") is None:
+            yield "noise_pairing immiscible needs scipy's assignment solver. Remedy: pip install scipy"
 
 
 def terminal_snr(path: RectifiedFlow | VPDiscrete | VPCosine | EDM) -> float:
@@ -473,7 +466,9 @@ def resolve_preset(data: Any) -> Any:
 
 
 class Prediction(NamedTuple):
-    """target = to_x0 . (latents, noise); x0 = x0_x x_t + x0_p pred; noise = n_x x_t + n_p pred. Each (B,)."""
+    """Linear maps, each coefficient (B,): pred = target_x0 x0 + target_noise noise, and back from x_t and
+    pred: x0 = x0_x x_t + x0_p pred, noise = noise_x x_t + noise_p pred.
+    """
 
     target_x0: Tensor
     target_noise: Tensor
@@ -511,8 +506,8 @@ def prediction_coefficients(
 class LossTerms:
     """Of each sample, fp32 (B,): the weighted loss, and the mean squared error of the x0 it implies."""
 
-    loss: Float[Tensor, " B"]
-    x0_mse: Float[Tensor, " B"]
+    loss: PerSample
+    x0_mse: PerSample
 
 
 class Objective:
@@ -523,7 +518,7 @@ class Objective:
 
     def draw_t(
         self, seed: int, step: int, batch_size: int, latent_size: tuple[int, int]
-    ) -> Float[Tensor, " B"]:
+    ) -> PerSample:
         """t of the whole global batch, stratified; a pure function of (seed, step).
 
         `latent_size` is (h, w) of the latents, for shifts that depend on resolution.
@@ -541,9 +536,29 @@ class Objective:
             t = np.minimum(np.floor(t * NUM_TIMESTEPS), NUM_TIMESTEPS - 1) / NUM_TIMESTEPS
         return torch.from_numpy(t).float()
 
-    def pair_noise(
-        self, latents: Float[Tensor, "B C h w"], noise: Float[Tensor, "B C h w"]
-    ) -> Float[Tensor, "B C h w"]:
+    def sampling_times(
+        self, num_steps: int, latent_size: tuple[int, int], shift: Shift | None = None
+    ) -> Float[Tensor, " n"]:
+        """The t at which a sampler calls the network, noisiest first, shifted as t is in training.
+
+        `shift` takes the place of the config's.
+        """
+        t, path = self.config.path.sampling_times(num_steps), self.config.path
+        shift = shift or self.config.shift
+        if shift is not None and isinstance(path, RectifiedFlow | VPCosine):
+            t = path.shift(t, shift.factor(latent_size))
+        return torch.from_numpy(t).float()
+
+    def check_micro_batch(self, size: int) -> None:
+        """Raises InputError where an option relates samples of a micro-batch that holds only one."""
+        config = self.config
+        if size < 2 and (config.contrastive_weight > 0 or config.noise_pairing == "immiscible"):
+            raise InputError(
+                "objective: contrastive_weight and immiscible noise relate the samples of a micro-batch; "
+                f"got {size}, expected at least 2"
+            )
+
+    def pair_noise(self, latents: Latents, noise: Latents) -> Latents:
         """Noise as it is, or assigned to the nearest latents of this batch (Li 2406.12303, Alg. 1).
 
         The assignment sees one micro-batch, so a sample's noise then depends on how batches are cut.
@@ -553,64 +568,39 @@ class Objective:
         from scipy.optimize import linear_sum_assignment  # optional; the config has checked for it
 
         distance = torch.cdist(latents.float().flatten(1), noise.flatten(1)).square()
-        return noise[
-            torch.from_numpy(linear_sum_assignment(distance.cpu().numpy())[1]).to(noise.device)
-        ]
+        _, nearest = linear_sum_assignment(distance.cpu().numpy())
+        return noise[torch.from_numpy(nearest).to(noise.device)]
 
-    def alpha_sigma(
-        self, t: Float[Tensor, " B"]
-    ) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    def alpha_sigma(self, t: PerSample) -> tuple[PerSample, PerSample]:
         """alpha_t and sigma_t, fp32."""
         return self.config.path.alpha_sigma(t.float())
 
-    def add_noise(
-        self,
-        latents: Float[Tensor, "B C h w"],
-        noise: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-    ) -> Float[Tensor, "B C h w"]:
+    def add_noise(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
         """x_t = alpha_t latents + sigma_t noise, fp32: the network's input as it is."""
         alpha, sigma = self.alpha_sigma(t)
-        return expand(alpha, latents) * latents.float() + expand(sigma, latents) * noise.float()
+        return combine(alpha, latents, sigma, noise)
 
-    def target(
-        self,
-        latents: Float[Tensor, "B C h w"],
-        noise: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-    ) -> Float[Tensor, "B C h w"]:
+    def target(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
         """What the network is to predict, fp32."""
         c = self._coefficients(t)
-        return (
-            expand(c.target_x0, latents) * latents.float()
-            + expand(c.target_noise, latents) * noise.float()
-        )
+        return combine(c.target_x0, latents, c.target_noise, noise)
 
-    def to_x0(
-        self, pred: Float[Tensor, "B C h w"], x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"]
-    ) -> Float[Tensor, "B C h w"]:
+    def to_x0(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
         """The clean latents that a prediction implies."""
         c = self._coefficients(t)
-        return expand(c.x0_x, pred) * x_t.float() + expand(c.x0_p, pred) * pred.float()
+        return combine(c.x0_x, x_t, c.x0_p, pred)
 
-    def to_noise(
-        self, pred: Float[Tensor, "B C h w"], x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"]
-    ) -> Float[Tensor, "B C h w"]:
+    def to_noise(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
         """The noise that a prediction implies."""
         c = self._coefficients(t)
-        return expand(c.noise_x, pred) * x_t.float() + expand(c.noise_p, pred) * pred.float()
+        return combine(c.noise_x, x_t, c.noise_p, pred)
 
-    def to_velocity(
-        self, pred: Float[Tensor, "B C h w"], x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"]
-    ) -> Float[Tensor, "B C h w"]:
+    def to_velocity(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
         """noise - x0 that a prediction implies."""
         c = self._coefficients(t)
-        return (
-            expand(c.noise_x - c.x0_x, pred) * x_t.float()
-            + expand(c.noise_p - c.x0_p, pred) * pred.float()
-        )
+        return combine(c.noise_x - c.x0_x, x_t, c.noise_p - c.x0_p, pred)
 
-    def weight(self, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    def weight(self, t: PerSample) -> PerSample:
         """Weight on the squared error of the prediction, fp32."""
         weighting = self.config.weighting
         if isinstance(weighting, Unweighted):
@@ -622,27 +612,17 @@ class Objective:
         weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
         return torch.where(alpha == 0, weighting.terminal_weight, weight)
 
-    def loss(
-        self,
-        pred: Float[Tensor, "B C h w"],
-        latents: Float[Tensor, "B C h w"],
-        noise: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-    ) -> LossTerms:
+    def loss(self, pred: Latents, latents: Latents, noise: Latents, t: PerSample) -> LossTerms:
         """Weighted loss of each sample, averaged over its elements, in fp32."""
-        error = pred.float() - self.target(latents, noise, t)
-        squared = error.square().flatten(1).mean(1)
-        distance = squared
+        squared = (pred.float() - self.target(latents, noise, t)).square()
+        distance = squared.flatten(1).mean(1)
+        x0_mse = distance.detach() * self._coefficients(t).x0_p ** 2
         if isinstance(self.config.loss, PseudoHuber):
             c = self.config.loss.c
             # Rationalised: sqrt(e^2 + c^2) - c cancels to nothing where e is small.
-            root = torch.sqrt(error.square() + c**2)
-            distance = (2 * c * error.square() / (root + c)).flatten(1).mean(1)
-        if self.config.contrastive_weight > 0:
-            distance = distance - self.config.contrastive_weight * self._to_next(
-                pred, latents, noise
-            )
-        x0_mse = squared.detach() * self._coefficients(t).x0_p ** 2
+            distance = (2 * c * squared / ((squared + c**2).sqrt() + c)).flatten(1).mean(1)
+        if weight := self.config.contrastive_weight:
+            distance = distance - weight * self._to_next(pred, latents, noise)
         return LossTerms(self.weight(t) * distance, x0_mse)
 
     def _to_next(self, pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
@@ -650,8 +630,7 @@ class Objective:
 
         The minimiser is (velocity + lambda mean(latents)) / (1 - lambda).
         """
-        if len(pred) < 2:
-            raise ValueError("contrastive_weight: micro-batch got 1 sample, expected at least 2")
+        self.check_micro_batch(len(pred))
         other = (noise.float() - latents.float()).roll(1, 0)
         return (pred.float() - other).square().flatten(1).mean(1)
 
@@ -663,6 +642,11 @@ class Objective:
         return prediction_coefficients(
             self.config.prediction, *self.alpha_sigma(t), self._sigma_data
         )
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y in fp32, a coefficient a sample."""
+    return expand(a, x) * x.float() + expand(b, y) * y.float()
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:

@@ -1,36 +1,77 @@
 """Generation: latents from noise through diffusers schedulers, for every path and prediction.
 
 Any path is the straight one after a scaling: x_t / (alpha + sigma) is (1 - tau) x0 + tau noise with
-tau = sigma / (alpha + sigma). So one adapter hands every scheduler explicit tau and the velocity
-noise - x0, and neither the path, the prediction nor a zero terminal SNR concerns it.
+tau = sigma / (alpha + sigma). So one adapter gives a scheduler explicit tau and the velocity
+noise - x0; the path, the prediction and a zero terminal SNR are no concern of it.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from models.config import Config
-from pipeline.objective import Objective, expand
+from models.config import Config, InputError
+from pipeline.objective import Objective, Shift, draw_noise, expand
 
 Network = Callable[..., Tensor]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class SamplerConfig(Config):
-    """How pictures are drawn from a trained network; guidance_scale 1 is no guidance."""
+    """How pictures are drawn from a trained network.
 
-    name: Literal["euler"] = "euler"
-    num_steps: int = Field(30, ge=1, le=1000)
-    guidance_scale: float = Field(1.0, ge=0)
-    guidance_rescale: float = Field(0.0, ge=0, le=1)  # phi of Lin 2305.08891, sec. 3.4
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # of t, Kynkaanniemi 2404.07724
+    name: euler and ddim (the same steps), euler_ancestral (fresh noise each step, from `seed`), dpmpp_2m,
+    unipc, heun (2 num_steps - 1 network calls). shift: of the sampler's times; None is the objective's.
+    guidance_scale: 1 is none; guidance_rescale: phi of Lin 2305.08891, sec. 3.4; guidance_interval: the t
+    that are guided (Kynkaanniemi 2404.07724).
+    """
+
+    name: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "heun"] = "euler"
+    num_steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    shift: Shift | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_rescale: Fraction = 0.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "SamplerConfig":
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval {low}, {high}: expected low below high")
+        if self.guidance_scale == 1 and (self.guidance_rescale > 0 or (low, high) != (0, 1)):
+            raise ValueError(
+                "guidance_rescale and guidance_interval have no effect at guidance_scale 1. "
+                "Remedy: remove them, or another scale"
+            )
+        return self
+
+
+class Schedule(NamedTuple):
+    """The noise levels of one generation: t (n,), alpha and sigma (n + 1,) ending at 1 and 0."""
+
+    times: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+
+def check_sampler(config: SamplerConfig, objective: Objective) -> None:
+    """Raises InputError where the sampler's options have no meaning on the objective's path."""
+    path = objective.config.path
+    if config.shift is not None and path.kind not in ("rectified_flow", "vp_cosine"):
+        raise InputError(
+            f"sampler.shift has no meaning on path {path.kind}: its noise levels are fixed. Remedy: remove it"
+        )
 
 
 @torch.no_grad()
@@ -41,26 +82,125 @@ def generate(
     conditioning: Mapping[str, Tensor],
     unconditional: Mapping[str, Tensor] | None,
     config: SamplerConfig,
+    indices: Iterable[int] | None = None,
 ) -> Float[Tensor, "B C h w"]:
     """Normalised latents, fp32, from standard normal `noise`.
 
-    `network(x_t, t, **conditioning)` returns the objective's prediction, t fp32 (B,).
-    `unconditional` holds the same keys and shapes, and is needed where guidance_scale is not 1.
+    `network(x_t, t, **conditioning)` returns the objective's prediction; t is fp32 (B,).
+    `unconditional` holds the same keys and shapes; guidance needs it. Sample i's own randomness in
+    euler_ancestral is a function of (seed, indices[i]), 0.. by default, whatever the batch.
     """
-    path = objective.config.path
-    times = torch.from_numpy(path.sampling_times(config.num_steps)).float().to(noise.device)
-    alpha, sigma = objective.alpha_sigma(times)
-    scale = alpha + sigma
-    tau = sigma / scale
-    scheduler: Any = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=tau.tolist(), device=noise.device)
-    x = noise.float() * (alpha[0] ** 2 + sigma[0] ** 2).sqrt() / scale[0]
-    for i, timestep in enumerate(scheduler.timesteps):
-        t = times[i].expand(len(x))
-        x_t = x * scale[i]
+    check_sampler(config, objective)
+    if config.guidance_scale != 1 and unconditional is None:
+        raise ValueError(
+            f"guidance_scale {config.guidance_scale}: expected unconditional conditioning"
+        )
+    schedule = make_schedule(objective, config, noise)
+
+    def velocity(i: int, x_t: Tensor) -> Tensor:
+        t = schedule.times[i].expand(len(x_t))
         pred = guided(network, x_t, t, conditioning, unconditional, config)
-        x = scheduler.step(objective.to_velocity(pred, x_t, t), timestep, x).prev_sample
+        return objective.to_velocity(pred, x_t, t)
+
+    x_t = noise.float() * torch.hypot(schedule.alpha[0], schedule.sigma[0])
+    if config.name == "euler_ancestral":
+        rows = list(range(len(noise)) if indices is None else indices)
+        return sample_ancestral(velocity, x_t, schedule, config.seed, rows)
+    if config.name == "ddim":
+        return sample_ddim(velocity, x_t, schedule)
+    return sample_flow(velocity, x_t, schedule, config.name)
+
+
+Velocity = Callable[[int, Tensor], Tensor]  # (i, x_t) -> noise - x0, at level i of the schedule
+
+
+def make_schedule(objective: Objective, config: SamplerConfig, noise: Tensor) -> Schedule:
+    height, width = noise.shape[-2:]
+    times = objective.sampling_times(config.num_steps, (height, width), config.shift).to(
+        noise.device
+    )
+    alpha, sigma = objective.alpha_sigma(times)
+    clean, no_noise = torch.ones_like(alpha[:1]), torch.zeros_like(alpha[:1])
+    return Schedule(times, torch.cat([alpha, clean]), torch.cat([sigma, no_noise]))
+
+
+def sample_flow(velocity: Velocity, x_t: Tensor, schedule: Schedule, name: str) -> Tensor:
+    """Schedulers of the straight path, which x_t / (alpha + sigma) follows."""
+    scale = schedule.alpha + schedule.sigma
+    scheduler = flow_scheduler(name, schedule.sigma / scale)
+    x = x_t / scale[0]
+    for call, timestep in enumerate(scheduler.timesteps):
+        i = (
+            (call + 1) // 2 if name == "heun" else call
+        )  # Heun calls twice at each level but the first
+        x = scheduler.step(velocity(i, x * scale[i]), timestep, x).prev_sample
     return x
+
+
+def flow_scheduler(name: str, tau: Tensor) -> Any:
+    """A diffusers scheduler that takes velocity and steps through `tau` (n + 1,), as given."""
+    levels, num_steps = tau[:-1].cpu().numpy(), len(tau) - 1
+    if name == "euler":
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=levels)
+    elif name == "heun":
+        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(num_steps)
+        scheduler.sigmas = torch.cat([tau[:1], tau[1:-1].repeat_interleave(2), tau[-1:]])
+    elif name == "unipc":
+        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        scheduler.set_timesteps(sigmas=levels)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
+        scheduler.set_timesteps(num_steps)
+        scheduler.sigmas = tau.cpu()
+    scheduler.set_begin_index(0)  # else it looks the timestep up, and two may be equal
+    return scheduler
+
+
+def sample_ddim(velocity: Velocity, x_t: Tensor, schedule: Schedule) -> Tensor:
+    """DDIM (Song 2010.02502) at eta 0 on x_t / sqrt(alpha^2 + sigma^2), a variance-preserving path.
+
+    The scheduler gets a table of exactly the levels to visit: its own walks k by 1000 // num_steps,
+    which misses the levels that it announces wherever num_steps does not divide 1000.
+    """
+    power = torch.hypot(schedule.alpha, schedule.sigma)
+    num_steps = len(schedule.times)
+    scheduler: Any = DDIMScheduler(
+        num_train_timesteps=num_steps, prediction_type="sample", clip_sample=False
+    )
+    scheduler.alphas_cumprod = (schedule.alpha / power).square()[:-1].flip(0)
+    scheduler.set_timesteps(num_steps)
+    x = x_t / power[0]
+    for i, timestep in enumerate(scheduler.timesteps):
+        x_t = x * power[i]
+        x0 = (x_t - schedule.sigma[i] * velocity(i, x_t)) / (schedule.alpha[i] + schedule.sigma[i])
+        x = scheduler.step(x0, timestep, x).prev_sample
+    return x
+
+
+def sample_ancestral(
+    velocity: Velocity, x_t: Tensor, schedule: Schedule, seed: int, indices: list[int]
+) -> Tensor:
+    """Each step from q(x_s | x_t, x0) (Ho 2006.11239, eq. 6) for any alpha and sigma.
+
+    Of sigma_s, the part r goes on along the predicted noise and sqrt(1 - r^2) is drawn fresh, so the
+    variance is sigma_s^2 whatever the path; r = (sigma_s/alpha_s) / (sigma_t/alpha_t), 0 at zero SNR.
+    diffusers' EulerAncestralDiscreteScheduler is this on VP paths, and has no form for SNR 0.
+    """
+    _, alpha, sigma = schedule
+    for i in range(len(schedule.times)):
+        toward = velocity(i, x_t)
+        x0 = (x_t - sigma[i] * toward) / (alpha[i] + sigma[i])
+        noise = x0 + toward
+        r = alpha[i] * sigma[i + 1] / (alpha[i + 1] * sigma[i])
+        fresh = draw_noise(seed, i, indices, tuple(x_t.shape[1:]), x_t.device, purpose="ancestral")
+        x_t = alpha[i + 1] * x0 + sigma[i + 1] * (
+            r * noise + (1 - r**2).clamp_min(0).sqrt() * fresh
+        )
+    return x_t
 
 
 def guided(
@@ -73,13 +213,13 @@ def guided(
 ) -> Tensor:
     """Prediction under classifier-free guidance (Ho 2207.12598), both halves in one batch, fp32."""
     low, high = config.guidance_interval
-    if config.guidance_scale == 1 or not low <= float(t[0]) <= high:
+    if config.guidance_scale == 1 or unconditional is None or not low <= float(t[0]) <= high:
         return network(x_t, t, **conditioning).float()
-    assert unconditional is not None
     both = {key: torch.cat([unconditional[key], value]) for key, value in conditioning.items()}
     uncond, cond = network(torch.cat([x_t, x_t]), torch.cat([t, t]), **both).float().chunk(2)
     pred = uncond + config.guidance_scale * (cond - uncond)
     if config.guidance_rescale > 0:
-        ratio = cond.flatten(1).std(1) / pred.flatten(1).std(1)
+        # The floor is for a network that still predicts zero everywhere.
+        ratio = cond.flatten(1).std(1) / pred.flatten(1).std(1).clamp_min(1e-12)
         pred = pred * expand(config.guidance_rescale * ratio + 1 - config.guidance_rescale, pred)
     return pred

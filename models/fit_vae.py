@@ -1,0 +1,335 @@
+"""Fits a small AutoencoderKL to pictures that no public autoencoder knows: icons, medical, satellite.
+
+    python -m models.fit_vae CONFIG.yaml [key=value ...]
+
+Reads every picture once into memory (uint8), fits on all but a held-out part chosen by file name, and
+writes a diffusers folder with measured scaling_factor and shift_factor. Run it again to resume.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import tarfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+import typer
+from diffusers import AutoencoderKL
+from PIL import Image, ImageOps
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from models.config import Config, InputError, load_config, run_command
+from models.vae import LatentCodec, sample_latents
+from models.weights import TORCH_DTYPES, Dtype
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class LossConfig(Config):
+    """Weights of the terms, on pixels in [-1, 1]. `edges` is the L1 of differences of neighbour pixels."""
+
+    l1: float = Field(1.0, ge=0)
+    mse: float = Field(1.0, ge=0)
+    edges: float = Field(1.0, ge=0)
+    kl: float = Field(1e-4, ge=0)  # as Rombach et al., 2112.10752: both sums over a picture
+
+
+class FitVaeConfig(Config):
+    """One run. Latents have resolution / 2^(number of channels - 1) pixels a side."""
+
+    pictures: dict[str, Path] = Field(min_length=1)  # name -> folder (read recursively) or .tar
+    output: Path
+    resolution: int = Field(64, gt=0)
+    max_pictures: int = Field(50_000, gt=0)  # a source; memory is 3 resolution^2 bytes a picture
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    channels: list[int] = Field([32, 64, 64], min_length=2)
+    latent_channels: int = Field(4, gt=0)
+    layers_per_block: int = Field(1, gt=0)
+    loss: LossConfig = LossConfig()
+    batch_size: int = Field(16, gt=0)
+    steps: int | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_dtype: Dtype = "fp16"
+    checkpoint_minutes: float = Field(2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("expected either steps or minutes")
+        if self.resolution % (downscale := 2 ** (len(self.channels) - 1)):
+            raise ValueError(
+                f"resolution got {self.resolution}, expected a multiple of {downscale}"
+            )
+        if any(width % 8 for width in self.channels):
+            raise ValueError(f"channels got {self.channels}, expected multiples of 8")
+        return self
+
+
+class Address(NamedTuple):
+    """Where the bytes of one picture lie; `size` -1 is the whole file."""
+
+    name: str
+    path: Path
+    offset: int = 0
+    size: int = -1
+
+
+def name_hash(name: str) -> float:
+    """A number in [0, 1) that depends on the file name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def find_pictures(root: Path) -> list[Address]:
+    """Every picture of a folder or .tar, and of the .tar files in a folder; raises InputError if none."""
+    if not root.exists():
+        raise InputError(f"{root}: no such folder or .tar file, expected pictures")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    found = [Address(p.name, p) for p in files if p.suffix.lower() in SUFFIXES]
+    for path in (p for p in files if p.suffix.lower() == ".tar"):
+        try:
+            with tarfile.open(path, "r:") as tar:
+                found += [
+                    Address(Path(m.name).name, path, m.offset_data, m.size)
+                    for m in tar
+                    if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES
+                ]
+        except tarfile.TarError as error:
+            raise InputError(f"{path}: not a whole tar file: {error}") from error
+    if not found:
+        raise InputError(
+            f"{root}: got no picture, expected {', '.join(sorted(SUFFIXES))} or .tar of them"
+        )
+    return found
+
+
+def read_picture(address: Address, resolution: int) -> np.ndarray:
+    """uint8 (3, resolution, resolution): upright, on white where transparent, centre cut out."""
+    with address.path.open("rb") as file:
+        file.seek(address.offset)
+        image = Image.open(io.BytesIO(file.read(address.size)))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("more than 8 bits a channel")
+    image.draft("RGB", (2 * resolution, 2 * resolution))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
+    """The pictures of one source, uint8 (N, 3, R, R): those to fit on, and those held out."""
+    root, rejects = config.pictures[name], Counter()
+    # A hash unlike the one that holds pictures out, lest the cut keep the held-out ones first.
+    addresses = sorted(find_pictures(root), key=lambda a: (name_hash("pick " + a.name), a))
+    addresses = addresses[: config.max_pictures]
+
+    def read(address: Address) -> np.ndarray | str:
+        try:
+            return read_picture(address, config.resolution)
+        except Exception as error:  # noqa: BLE001 a damaged picture may raise anything; it is counted
+            return type(error).__name__
+
+    parts: tuple[list, list] = ([], [])
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar() as progress:
+        task = progress.add_task(f"Reading {name}", total=len(addresses), note="")
+        for address, picture in zip(addresses, pool.map(read, addresses), strict=True):
+            progress.advance(task)
+            if isinstance(picture, str):
+                rejects[picture] += 1
+            else:
+                parts[name_hash(address.name) < config.heldout_fraction].append(picture)
+    found = f"{len(parts[0])} pictures to fit on, {len(parts[1])} held out, undecodable: {dict(rejects)}"
+    if not (parts[0] and parts[1]):
+        raise InputError(f"{root}: got {found}; expected some of each. Remedy: more pictures.")
+    console.print(f"{name}: {found}")
+    return torch.from_numpy(np.stack(parts[0])), torch.from_numpy(np.stack(parts[1]))
+
+
+def build(config: FitVaeConfig) -> AutoencoderKL:
+    """An AutoencoderKL without attention, initialised from the seed."""
+    levels = len(config.channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]
+            block_out_channels=tuple(config.channels),  # pyright: ignore[reportArgumentType]
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=8,
+            sample_size=config.resolution,
+            force_upcast=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+        )
+
+
+def batch_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: FitVaeConfig) -> Tensor:
+    """The weighted loss of one batch; pixels fp32 (B, 3, R, R) in [-1, 1], noise (B, C, h, w)."""
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        posterior: Any = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        output: Any = vae.decode(posterior.mean + posterior.std * noise)
+    error, weight = output.sample.float() - pixels, config.loss
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / pixels.numel()
+    reconstruction = weight.l1 * error.abs().mean() + weight.mse * error.square().mean()
+    return reconstruction + weight.edges * edges + weight.kl * kl
+
+
+def learning_rate(config: FitVaeConfig, done: float) -> float:
+    """Linear warm-up over 2% of the run, then a half cosine to zero."""
+    return config.lr * min(done / 0.02 + 0.01, 0.5 + 0.5 * math.cos(math.pi * done), 1.0)
+
+
+def draw_batch(sources: list[Tensor], step: int, config: FitVaeConfig) -> tuple[Tensor, Tensor]:
+    """Pixels and latent noise of a step, sources in equal parts: a function of seed and step alone."""
+    rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    source = torch.randint(len(sources), (config.batch_size,), generator=rng).tolist()
+    place = torch.rand(config.batch_size, generator=rng, dtype=torch.float64).tolist()
+    drawn = zip(source, place, strict=True)
+    chosen = torch.stack([sources[i][int(u * len(sources[i]))] for i, u in drawn])
+    mirrored = torch.rand(config.batch_size, 1, 1, 1, generator=rng) < 0.5
+    chosen = torch.where(mirrored, chosen.flip(3), chosen)
+    side = config.resolution >> (len(config.channels) - 1)
+    noise = torch.randn(config.batch_size, config.latent_channels, side, side, generator=rng)
+    return chosen.float() / 127.5 - 1, noise
+
+
+def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: Path) -> None:
+    """Train in place, saving to `work` and resuming from there; raises InputError if the config changed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae.to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
+    checkpoint, step, elapsed_s, smooth = work / "checkpoint.pt", 0, 0.0, 0.0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["config"] != config.model_dump_json():
+            raise InputError(
+                f"{work}: begun with another config, {state['config']}. Remedy: remove it."
+            )
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, elapsed_s, smooth = state["step"], state["elapsed_s"], state["smooth"]
+        console.print(f"resuming from step {step}")
+    start, saved = time.monotonic() - elapsed_s, time.monotonic()
+    with progress_bar() as progress:
+        task = progress.add_task("Fitting", total=1.0, note="")
+        while (done := part_done(config, step, time.monotonic() - start)) < 1:
+            optimizer.param_groups[0]["lr"] = learning_rate(config, done)
+            pixels, noise = draw_batch(sources, step, config)
+            loss = batch_loss(vae, pixels.to(device), noise.to(device), config)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            smooth = 0.98 * smooth + 0.02 * loss.item() if step > 1 else loss.item()
+            progress.update(task, completed=done, note=f"step {step} loss {smooth:.4f}")
+            if time.monotonic() - saved < 60 * config.checkpoint_minutes:
+                continue
+            state = {"config": config.model_dump_json(), "step": step, "smooth": smooth}
+            state |= {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(state | {"elapsed_s": time.monotonic() - start}, checkpoint)
+            saved = time.monotonic()
+            console.print(f"step {step}, {done:.0%}: loss {smooth:.4f}, checkpoint saved")
+
+
+def part_done(config: FitVaeConfig, step: int, elapsed_s: float) -> float:
+    return step / config.steps if config.steps else elapsed_s / (60 * (config.minutes or 1))
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """The old checkpoint stays until the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+@torch.inference_mode()
+def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: Path) -> None:
+    """Write the diffusers folder, its scale and shift measured on (up to 4,096 of) the pictures."""
+    torch.nn.Module.to(vae.eval(), "cpu", getattr(torch, TORCH_DTYPES[config.save_dtype]))
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    vae.save_pretrained(folder)
+    codec, rng = LatentCodec.load(folder), torch.Generator().manual_seed(config.seed)
+    latents = []
+    for batch in pictures[torch.randperm(len(pictures), generator=rng)[:4096]].split(64):
+        moments = codec.encode_moments(batch)
+        noise = torch.randn(moments[:, : codec.channels].shape, generator=rng)
+        latents.append(sample_latents(moments, noise, scaling_factor=1.0, shift_factor=0.0))
+    std, mean = torch.std_mean(torch.cat(latents))
+    vae.register_to_config(scaling_factor=1 / std.item(), shift_factor=mean.item())
+    vae.save_pretrained(folder)
+
+
+def psnr(images: Tensor, decoded: Tensor) -> Tensor:
+    """PSNR of each uint8 picture (B, 3, H, W) in dB, fp32 (B,); at most 60, where nothing differs."""
+    mse = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / mse.clamp(min=255**2 / 1e6))
+
+
+def heldout_psnr(codec: LatentCodec, pictures: Tensor) -> float:
+    """Mean PSNR in dB of the pictures decoded from their posterior's mean, which is normalised and back."""
+    values = []
+    for batch in pictures.split(64):
+        moments = codec.encode_moments(batch)
+        still = torch.zeros_like(moments[:, : codec.channels])
+        latents = sample_latents(moments, still, codec.scaling_factor, codec.shift_factor)
+        values.append(psnr(batch, codec.decode(latents).cpu()))
+    return torch.cat(values).mean().item()
+
+
+def progress_bar() -> Progress:
+    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*bar, *times, TextColumn("{task.fields[note]}"), console=console)
+
+
+def run(config: FitVaeConfig) -> None:
+    """Fit, export, measure the held-out PSNR of each source, then put the folder in its place."""
+    if config.output.exists():
+        raise InputError(f"{config.output}: exists. Remedy: name another output, or remove it.")
+    work = config.output.with_name(config.output.name + ".work")
+    sources = {name: read_pictures(config, name) for name in config.pictures}
+    fitting = [pictures for pictures, _ in sources.values()]
+    vae = build(config)
+    fit(vae, fitting, config, work)
+    export(vae, torch.cat(fitting), config, work / "final")
+    codec = LatentCodec.load(work / "final")
+    result = {name: heldout_psnr(codec, heldout) for name, (_, heldout) in sources.items()}
+    report = {"heldout_psnr_db": result, "config": config.model_dump(mode="json")}
+    (work / "final" / "fit_vae.json").write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(work / "final", config.output)
+    shutil.rmtree(work)
+    for name, value in result.items():
+        typer.echo(f"{name}: {value:.2f} dB PSNR on {len(sources[name][1])} held-out pictures")
+    scale, shift = codec.scaling_factor, codec.shift_factor
+    typer.echo(f"{config.output}: scaling_factor {scale:.4f}, shift_factor {shift:.4f}")
+
+
+def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Fit a small autoencoder to the pictures that CONFIG names."""
+    run(load_config(FitVaeConfig, config, overrides or []))
+
+
+if __name__ == "__main__":
+    run_command(main)

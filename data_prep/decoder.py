@@ -1,0 +1,160 @@
+"""Decoding where it can be killed: a child process a thread, with limits on memory and time.
+
+A picture can crash or hang the C libraries that read it. The child dies by its own alarm clock or
+limit, the parent counts the attempt, and the neighbours never notice.
+"""
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from data_prep.images import Bucket, ImagesConfig, Picture, Rejected, decode, probe
+from data_prep.sources import read_bytes
+
+ATTEMPTS = 3  # an innocent picture may lose its child to an outside kill, hardly three times
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a picture's bytes lie."""
+
+    path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the scan learns of a picture: sha256 of its bytes, and its size as seen."""
+
+    content_hash: bytes
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    address: Address
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """Refused if the bytes are no longer those that the scan saw."""
+
+    address: Address
+    content_hash: bytes
+    bucket: Bucket
+    crop_at: tuple[float, float]
+
+
+Request = ProbeRequest | DecodeRequest
+Answer = Probe | Picture | Rejected
+
+
+class DecodePool:
+    """`num_children` processes that answer requests; Futures in, in any order."""
+
+    def __init__(self, config: ImagesConfig, num_children: int):
+        self._config = config
+        self._local = threading.local()
+        self._threads = ThreadPoolExecutor(num_children, thread_name_prefix="decode")
+
+    def submit(self, request: Request) -> "Future[Answer]":
+        return self._threads.submit(self._answer, request)
+
+    def _answer(self, request: Request) -> Answer:
+        death = 0
+        for _ in range(ATTEMPTS):
+            child = getattr(self._local, "child", None)
+            if child is None:
+                child = self._local.child = _Child(self._config)
+            try:
+                child.pipe.send(request)
+                return child.pipe.recv()
+            except (EOFError, OSError):
+                death = child.wait()
+                self._local.child = None
+        if death == -signal.SIGALRM:
+            return Rejected("decode_timeout", f"over {self._config.timeout_s} s, {ATTEMPTS} times")
+        return Rejected("decode_crash", f"exit status {death}, {ATTEMPTS} times")
+
+
+class _Child:
+    def __init__(self, config: ImagesConfig):
+        self.pipe, theirs = Pipe()
+        root = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"from data_prep.decoder import serve; serve({theirs.fileno()})",
+            ],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, **limits, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # libtiff and libpng talk there
+        )
+        theirs.close()
+        # A child that dies at once is found by the first request.
+        with contextlib.suppress(OSError):
+            self.pipe.send(config)
+
+    def wait(self) -> int:
+        self.pipe.close()
+        return self._process.wait()
+
+
+def serve(handle: int) -> None:
+    """Answer requests until the parent goes; every one under the alarm that kills this process."""
+    pipe = Connection(handle)
+    config: ImagesConfig = pipe.recv()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    memory = (2 << 30) + 16 * config.max_pixels  # about four copies of the largest picture allowed
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            request: Request = pipe.recv()
+        except EOFError:
+            return
+        signal.alarm(config.timeout_s)
+        try:
+            answer = _work(request, config)
+        except Rejected as rejected:
+            answer = rejected
+        except MemoryError:
+            answer = Rejected("decode_memory", f"over {memory >> 20} MiB")
+        signal.alarm(0)
+        pipe.send(answer)
+
+
+def _work(request: Request, config: ImagesConfig) -> Answer:
+    address = request.address
+    if address.length > config.max_bytes:
+        raise Rejected("too_many_bytes", f"{address.length} > {config.max_bytes}")
+    try:
+        data = read_bytes(address.path, address.offset, address.length)
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or type(error).__name__) from error
+    content_hash = hashlib.sha256(data).digest()
+    if isinstance(request, ProbeRequest):
+        height, width = probe(data, config)
+        return Probe(content_hash, height, width)
+    if content_hash != request.content_hash:
+        raise Rejected("changed_since_scan", "its bytes are no longer those that were scanned")
+    return decode(data, request.bucket, config, request.crop_at)

@@ -1,0 +1,297 @@
+"""One planned shard to one committed shard: decode, encode, write. The class is the Ray actor's body."""
+
+import hashlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
+from data_prep.images import ImagesConfig, Picture, Rejected
+from data_prep.schema import CodecRecord, Member, TextEncoderRecord, index_path
+from data_prep.shards import WORK, ShardWriter, write_text
+from models.config import Config
+from models.weights import Dtype
+
+# torch is imported by `load`: this module is also imported where only decoding is done.
+
+
+class VaeConfig(Config):
+    """The latent codec: a diffusers autoencoder's folder."""
+
+    path: str
+    dtype: Dtype = "fp32"
+
+
+class TextEncoderConfig(Config):
+    """A transformers text encoder's folder, its tokenizer within or beside it."""
+
+    path: str
+    max_length: int = Field(77, ge=1)
+    dtype: Dtype = "fp32"
+
+
+class EncodeConfig(Config):
+    """What changes the last bits of the numbers, so that it must not change while a dataset is made."""
+
+    batch_size: int = Field(16, ge=1)
+    threads: int = Field(1, ge=1)  # of torch in one actor; on CPU more actors beat more threads
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """One line of the plan's list."""
+
+    path: str
+    split: str
+    height: int
+    width: int
+    num_planned: int
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What the encoders said of themselves once loaded: records, member layout, the empty caption."""
+
+    codec: CodecRecord
+    text_encoders: dict[str, TextEncoderRecord]
+    members: list[Member]
+    empty_caption: dict[str, np.ndarray]
+
+
+def commit_path(dataset: Path, shard: str) -> Path:
+    """The record that says that a shard is whole: written last."""
+    return (
+        dataset / WORK / "commits" / (shard.removeprefix("shards/").removesuffix(".tar") + ".json")
+    )
+
+
+def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
+    """The shard's commit record, or None where the shard must be made (again)."""
+    path = commit_path(dataset, shard)
+    if not path.is_file():
+        return None
+    commit = json.loads(path.read_text())
+    if commit["num_samples"]:
+        tar, index = dataset / shard, dataset / index_path(shard)
+        if not (index.is_file() and tar.is_file() and tar.stat().st_size == commit["bytes"]):
+            return None
+    return commit
+
+
+class ShardEncoder:
+    """Holds the encoders; `encode_shard` may run in two threads, so that one decodes while one encodes."""
+
+    def __init__(
+        self,
+        dataset: Path,
+        vae: VaeConfig,
+        text_encoders: dict[str, TextEncoderConfig],
+        images: ImagesConfig,
+        config: EncodeConfig,
+        num_decoders: int,
+    ):
+        self._dataset, self._images, self._config = dataset, images, config
+        self._vae, self._text_configs = vae, text_encoders
+        self._pool = DecodePool(images, num_decoders)
+        self._loading, self._encoding = threading.Lock(), threading.Lock()
+        self._codec: Any = None
+        self._text: dict[str, Any] = {}
+        self._in_flight: dict[str, int] = {}  # shard -> pictures decoded
+
+    def describe(self) -> Encoders:
+        """What the encoders say of themselves; raises InputError."""
+        self._load()
+        return Encoders(
+            codec=CodecRecord(**self._codec.record()),
+            text_encoders={n: TextEncoderRecord(**t.record()) for n, t in self._text.items()},
+            members=self._members(),
+            empty_caption={k: v[0] for k, v in self._encode_text([""]).items()},
+        )
+
+    def _load(self) -> None:
+        """Import torch and open the encoders, once; raises InputError."""
+        with self._loading:
+            if self._codec is None:
+                self._open_encoders()
+
+    def _open_encoders(self) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(self._config.threads)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only so
+        import torch
+
+        from models.text_encoder import TextEncoder
+        from models.vae import LatentCodec
+
+        torch.set_num_threads(self._config.threads)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for name, text in self._text_configs.items():
+            self._text[name] = TextEncoder.load(text.path, text.max_length, text.dtype, device)
+        self._codec = LatentCodec.load(self._vae.path, self._vae.dtype, device)
+
+    def _members(self) -> list[Member]:
+        channels = self._codec.channels * (1 if self._codec.deterministic else 2)
+        members = [Member(name="moments", dtype="float16", shape=(channels, None, None))]
+        for name, text in self._text.items():
+            members.append(Member(name=name, dtype="float16", shape=(None, text.dim)))
+            members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(text.pooled_dim,)))
+        return [*members, Member(name="micro", dtype="float32", shape=(4,))]
+
+    def num_in_flight(self) -> int:
+        """Pictures decoded of shards not yet committed: for the progress bar."""
+        return sum(list(self._in_flight.values()))
+
+    def encode_shard(self, spec: ShardSpec, rows: pa.Table) -> dict[str, Any]:
+        """Write and commit one shard, unless that is done; returns the commit record."""
+        if commit := read_commit(self._dataset, spec.path):
+            return commit
+        self._load()
+        writer = ShardWriter(self._dataset, spec.path, [m.name for m in self._members()])
+        sums = _LatentSums(self._codec.channels)
+        rejects: list[dict[str, str]] = []
+        try:
+            for batch in self._batches(spec, rows, rejects):
+                for row, picture, arrays in self._encode_batch(batch, rejects):
+                    writer.add(row["key"], arrays, _facts(row, picture))
+                    sums.add(arrays["moments"])
+            commit = {**asdict(spec), **writer.commit(), **sums.record(), "rejects": rejects}
+            write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
+        finally:
+            writer.abandon()
+            self._in_flight.pop(spec.path, None)
+        return commit
+
+    def _batches(
+        self, spec: ShardSpec, rows: pa.Table, rejects: list[dict[str, str]]
+    ) -> Iterator[list[tuple[dict[str, Any], Picture]]]:
+        """Decoded pictures in the plan's order, `batch_size` at a time; at most two batches are ahead."""
+        waiting: deque[tuple[dict[str, Any], Future[Answer]]] = deque()
+        todo = iter(rows.to_pylist())
+        batch: list[tuple[dict[str, Any], Picture]] = []
+        while True:
+            while len(waiting) < 2 * self._config.batch_size and (row := next(todo, None)):
+                waiting.append((row, self._pool.submit(self._request(row, spec))))
+            if not waiting:
+                break
+            row, future = waiting.popleft()
+            answer = future.result()
+            self._in_flight[spec.path] = self._in_flight.get(spec.path, 0) + 1
+            if isinstance(answer, Picture):
+                batch.append((row, answer))
+            else:
+                assert isinstance(answer, Rejected)
+                rejects.append(_reject(row, answer.reason, answer.detail))
+            if len(batch) == self._config.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _request(self, row: dict[str, Any], spec: ShardSpec) -> DecodeRequest:
+        address = Address(row["path"], row["offset"], row["length"])
+        crop_at = (0.5, 0.5) if self._images.crop == "center" else _random_pair(row["key"])
+        return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
+
+    def _encode_batch(
+        self, batch: list[tuple[dict[str, Any], Picture]], rejects: list[dict[str, str]]
+    ) -> Iterator[tuple[dict[str, Any], Picture, dict[str, np.ndarray]]]:
+        import torch
+
+        pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
+        with self._encoding:
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            moments = self._codec.encode_moments(images).half().cpu().numpy()
+            text = self._encode_text([row["caption"] for row, _ in batch])
+        for i, (row, picture) in enumerate(batch):
+            arrays = {"moments": moments[i], "micro": picture.micro}
+            arrays |= {name: values[i] for name, values in text.items()}
+            if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+                detail = f"{', '.join(bad)}: NaN, or over 65504, what float16 holds"
+                rejects.append(_reject(row, "not_finite", detail))
+            else:
+                yield row, picture, arrays
+
+    def _encode_text(self, captions: list[str]) -> dict[str, list[np.ndarray]]:
+        """Member name -> an array a caption; tokens (L, D) hold the real tokens alone."""
+        arrays: dict[str, list[np.ndarray]] = {}
+        for name, encoder in self._text.items():
+            tokens, mask, pooled = (value.cpu() for value in encoder.encode(captions))
+            arrays[name] = [t[m].half().numpy() for t, m in zip(tokens, mask, strict=True)]
+            arrays[f"{name}_pooled"] = list(pooled.half().numpy())
+        return arrays
+
+    def contact_pairs(
+        self, spec: ShardSpec, rows: pa.Table, moments: dict[str, np.ndarray]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Originals as they were encoded, beside what the codec makes of their stored moments."""
+        self._load()
+        batches = self._batches(spec, rows, [])
+        pixels = {row["key"]: picture.pixels for batch in batches for row, picture in batch}
+        keys = [key for key in moments if key in pixels]
+        decoded = self._decode(np.stack([moments[key] for key in keys]))
+        return [(pixels[key], after) for key, after in zip(keys, decoded, strict=True)]
+
+    def _decode(self, moments: np.ndarray) -> np.ndarray:
+        """Pictures (B, H, W, 3) uint8 of stored moments, at their mean."""
+        import torch
+
+        from models.vae import sample_latents
+
+        codec, values = self._codec, torch.from_numpy(moments)
+        noise = torch.zeros(len(values), codec.channels, *values.shape[2:])
+        latents = sample_latents(values, noise, codec.scaling_factor, codec.shift_factor)
+        return codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
+
+
+class _LatentSums:
+    """Sums over samples and pixels of the latents' first and second moment, a channel, in float64."""
+
+    def __init__(self, channels: int):
+        self._channels, self._count = channels, 0
+        self._sum, self._square = np.zeros(channels), np.zeros(channels)
+
+    def add(self, moments: np.ndarray) -> None:
+        mean = moments[: self._channels].astype(np.float64)
+        std = moments[self._channels :].astype(np.float64)  # none where the codec is deterministic
+        self._count += mean[0].size
+        self._sum += mean.sum(axis=(1, 2))
+        self._square += (mean**2).sum(axis=(1, 2))
+        if len(std):
+            self._square += (std**2).sum(axis=(1, 2))
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "latent_count": self._count,
+            "latent_sum": self._sum.tolist(),
+            "latent_square_sum": self._square.tolist(),
+        }
+
+
+def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    """KEY.json: for people."""
+    facts = {name: row[name] for name in ("caption", "source", "name", "height", "width")}
+    if row["metadata"]:
+        facts["metadata"] = json.loads(row["metadata"])
+    return facts | ({"notes": picture.notes} if picture.notes else {})
+
+
+def _reject(row: dict[str, Any], reason: str, detail: str) -> dict[str, str]:
+    names = {name: row[name] for name in ("key", "source", "name")}
+    return names | {"reason": reason, "detail": detail}
+
+
+def _random_pair(key: str) -> tuple[float, float]:
+    """Two numbers in [0, 1) that depend on the key alone."""
+    digest = hashlib.sha256(f"crop\0{key}".encode()).digest()
+    return int.from_bytes(digest[:4]) / 2**32, int.from_bytes(digest[4:8]) / 2**32

@@ -1,0 +1,244 @@
+"""Pictures of any kind to RGB uint8 of one bucket's size, or a reason why not. Imports no torch."""
+
+import io
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, Self
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+from pydantic import Field, model_validator
+
+from models.config import Config
+
+PICTURE_EXTENSIONS = ("avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+Image.init()
+FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before decoding
+
+DRAFT_GAP = 2.0  # a JPEG is decoded at no less than this many times the size wanted
+REDUCING_GAP = 3.0  # below it Pillow's box reduction before Lanczos becomes visible
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Bucket = tuple[int, int]  # height, width
+
+
+class Rejected(Exception):
+    """This input is not taken; `reason` is counted, `detail` is for people and the same on every run."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class ImagesConfig(Config):
+    """How pictures become pixels."""
+
+    resolution: int = Field(256, ge=8)  # side of the square bucket; every bucket has about its area
+    bucket_multiple: int = Field(16, ge=1)  # VAE downscale x patch size of the model to be trained
+    bucket_max_aspect: float = Field(2.0, ge=1)  # long over short side; 1: squares only
+    crop: Literal["center", "random"] = "center"
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
+    animated: Literal["first", "reject"] = "first"
+    max_pixels: int = Field(64_000_000, ge=1)
+    max_bytes: int = Field(64 << 20, ge=1)
+    timeout_s: int = Field(60, ge=1)  # one picture's decoding
+
+    @model_validator(mode="after")
+    def _resolution_fits(self) -> Self:
+        if self.resolution % self.bucket_multiple:
+            raise ValueError(
+                f"resolution {self.resolution} is not a multiple of bucket_multiple {self.bucket_multiple}"
+            )
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError("background: expected three numbers from 0 to 255")
+        return self
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture; `micro` is original height, width, and the crop's top and left after resizing."""
+
+    pixels: np.ndarray  # uint8 (H, W, 3)
+    micro: np.ndarray  # float32 (4,)
+    notes: list[str] = field(default_factory=list)
+
+
+def list_buckets(config: ImagesConfig) -> list[Bucket]:
+    """Every size with sides of the multiple, an area near resolution^2 and no more than the aspect."""
+    step, area = config.bucket_multiple, config.resolution**2
+    found = set()
+    for short in range(step, config.resolution + 1, step):
+        long = max(round(area / short / step), 1) * step
+        if long / short <= config.bucket_max_aspect:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+def nearest_bucket(heights: np.ndarray, widths: np.ndarray, buckets: list[Bucket]) -> np.ndarray:
+    """Index of the bucket whose log aspect ratio is nearest, a picture."""
+    sides = np.asarray(buckets, dtype=np.float64)
+    ratios = np.log(sides[:, 0] / sides[:, 1])
+    order = np.argsort(ratios, kind="stable")
+    middles = (ratios[order][1:] + ratios[order][:-1]) / 2
+    return order[np.searchsorted(middles, np.log(heights / widths))]
+
+
+def probe(data: bytes, config: ImagesConfig) -> tuple[int, int]:
+    """Height and width as seen (EXIF orientation applied), from the header alone; raises Rejected."""
+    with _open(data, config) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def decode(
+    data: bytes, bucket: Bucket, config: ImagesConfig, crop_at: tuple[float, float] = (0.5, 0.5)
+) -> Picture:
+    """The picture resized to cover the bucket, then cropped at `crop_at` (0 top or left, 1 bottom or right)."""
+    with _open(data, config) as image:
+        orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation >= 5 else image.size  # as seen
+        scale = max(bucket[0] / height, bucket[1] / width)
+        notes: list[str] = []
+        try:
+            if image.format in ("JPEG", "MPO"):
+                gap = scale * DRAFT_GAP
+                wanted = max(int(image.width * gap), 1), max(int(image.height * gap), 1)
+                image.draft(None, wanted)  # pyright: ignore[reportArgumentType] - None keeps the mode
+            image.load()
+            rgb = _to_rgb(image, config.background, notes)
+            if orientation in TRANSPOSE:
+                rgb = rgb.transpose(TRANSPOSE[orientation])
+            top = max(height * scale - bucket[0], 0.0) * crop_at[0]
+            left = max(width * scale - bucket[1], 0.0) * crop_at[1]
+            pixels = _crop_resized(rgb, bucket, top / (height * scale), left / (width * scale))
+        except (Rejected, MemoryError):
+            raise
+        except Exception as error:  # Pillow raises nearly anything on a broken file
+            raise Rejected("undecodable", _describe(error)) from error
+    return Picture(pixels, np.array([height, width, top, left], dtype=np.float32), notes)
+
+
+def _crop_resized(image: Image.Image, bucket: Bucket, top: float, left: float) -> np.ndarray:
+    """Resized to cover the bucket, cropped to it at `top`, `left` (fractions of the whole).
+
+    Resizing the crop's box is resizing all and then cropping: the filter still sees past the box.
+    """
+    scale = max(bucket[0] / image.height, bucket[1] / image.width)
+    x, y = left * image.width, top * image.height
+    right, bottom = x + bucket[1] / scale, y + bucket[0] / scale
+    box = (x, y, min(right, image.width), min(bottom, image.height))
+    resized = image.resize(
+        (bucket[1], bucket[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP
+    )
+    return np.asarray(resized)
+
+
+def _open(data: bytes, config: ImagesConfig) -> Image.Image:
+    """The header, within limits; raises Rejected."""
+    if not data:
+        raise Rejected("empty_file")
+    if len(data) > config.max_bytes:
+        raise Rejected("too_many_bytes", f"{len(data)} > {config.max_bytes}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise Rejected("undecodable", f"none of {', '.join(FORMATS)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        raise Rejected("undecodable", _describe(error)) from error
+    if image.width * image.height > config.max_pixels:
+        raise Rejected("too_many_pixels", f"{image.width}x{image.height}")
+    if config.animated == "reject" and image.format in ("GIF", "WEBP", "PNG", "AVIF"):
+        try:
+            animated = getattr(image, "is_animated", False)
+        except Exception as error:  # as above: it reads on
+            raise Rejected("undecodable", _describe(error)) from error
+        if animated:
+            raise Rejected("animated")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8, from what the header holds, so that scan and decode agree."""
+    # Pillow turns TIFF by itself; for PNG it would decode all to look for EXIF behind the pixels.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF: the pixels may be sound, as every viewer takes it
+        return 1
+    return orientation if orientation in TRANSPOSE else 1
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[str]) -> Image.Image:
+    """sRGB pixels of a loaded picture of any mode, transparency laid over the background."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "F":
+        raise Rejected("unsupported_mode", "32-bit floating point")
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    elif image.mode in ("1", "P"):
+        image = image.convert("RGB")
+    if profile:
+        image = _apply_profile(image, profile, notes)
+    image = image.convert("RGB")
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8 bits by scaling; Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise Rejected("unsupported_mode", "32-bit integers")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    """Colours to sRGB; an unusable profile is noted and, as in browsers, taken for sRGB."""
+    try:
+        transform = _transform(profile, "CMYK" if image.mode == "CMYK" else "RGB")
+        if transform is None:
+            return image
+        result = ImageCms.applyTransform(image.convert(transform.input_mode), transform)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        notes.append(f"ICC profile ignored: {_describe(error)}")
+        return image
+    assert result is not None  # it is None only where the transform works in place
+    return result
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the profile's colour space to sRGB; None where it is sRGB already."""
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = opened.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
+    if (space == "CMYK") != (mode == "CMYK") or space not in ("CMYK", "RGB", "GRAY"):
+        raise ValueError(f"profile for {space}, picture in {mode}")
+    if space == "RGB" and "sRGB" in ImageCms.getProfileDescription(opened):
+        return None
+    return ImageCms.buildTransform(
+        opened, ImageCms.createProfile("sRGB"), "L" if space == "GRAY" else space, "RGB"
+    )
+
+
+def _describe(error: Exception) -> str:
+    """One line without addresses in memory, so that it is the same on every run."""
+    text = re.sub(r"0x[0-9a-f]+", "0x..", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:200]

@@ -1,0 +1,165 @@
+"""Ray: how preparation connects, and how work that may lose its worker is done all the same."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from pydantic import Field
+from ray.exceptions import RayError, RayTaskError
+
+from models.config import Config, InputError
+
+ATTEMPTS = 5  # of one piece of work whose worker died
+CALLS_PER_ACTOR = 2  # one decodes while the other encodes
+OBJECT_STORE_BYTES = 256 << 20  # addresses and records pass through it, pictures never
+
+
+class RayConfig(Config):
+    """How fast, never what. Null: what the machine or the cluster has."""
+
+    num_cpus: int | None = Field(None, ge=1)  # of the embedded Ray; a cluster knows its own
+    num_actors: int | None = Field(None, ge=1)  # null: one a GPU, or one an encode.threads CPUs
+    gpus_per_actor: float | None = Field(None, ge=0)  # null: 1 where there are GPUs
+    decoders_per_actor: int | None = Field(None, ge=1)  # null: the CPUs that are left, shared out
+
+
+def in_ray_job() -> bool:
+    """Whether `ray job submit` runs us."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def connect(config: RayConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, else start a Ray of our own; raises InputError."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        raise InputError(
+            f"RAY_ADDRESS: got {address}, a dashboard's address, expected HOST:PORT of the cluster. "
+            "Remedy: unset it, or submit: ray job submit --working-dir . -- python -m data_prep.prepare ..."
+        )
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        **quiet,
+    )
+
+
+def run_tasks(
+    function: Callable[..., Any], work: Iterable[tuple[Any, ...]], **options: Any
+) -> Iterator[Any]:
+    """Results of function(*arguments) on the cluster's CPUs, in any order; a bounded number at a time."""
+    remote = ray.remote(function).options(max_retries=ATTEMPTS, **options)
+    limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    waiting: list[Any] = []
+    for arguments in work:
+        waiting.append(remote.remote(*arguments))
+        if len(waiting) >= limit:
+            ready, waiting = ray.wait(waiting)
+            yield result(ready[0])
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        yield result(ready[0])
+
+
+def result(reference: Any) -> Any:
+    """The value, or the error that the worker's code raised, as itself where it is the user's."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise
+
+
+class ActorPool:
+    """Actors of one kind; a dead one is replaced, and its work given to another."""
+
+    def __init__(
+        self, body: type, arguments: tuple[Any, ...], config: RayConfig, threads: int, most: int
+    ):
+        resources = ray.cluster_resources()
+        num_gpus, num_cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
+        gpus = config.gpus_per_actor
+        gpus = (1.0 if num_gpus else 0.0) if gpus is None else gpus
+        places = num_gpus / gpus if gpus else num_cpus / threads
+        self.num_actors = min(config.num_actors or max(int(places), 1), most)
+        spare = int(num_cpus / self.num_actors) - threads
+        decoders = config.decoders_per_actor or max(spare, 1)
+        cpus = 1.0 if gpus else min(float(threads), num_cpus / self.num_actors)
+        remote = ray.remote(body).options(  # pyright: ignore[reportAttributeAccessIssue]
+            num_cpus=cpus if cpus < 1 else int(cpus),
+            num_gpus=gpus,
+            max_concurrency=CALLS_PER_ACTOR + 1,  # and a question about progress
+        )
+        self._start: Callable[[], Any] = lambda: remote.remote(*arguments, decoders)
+        self._actors = [self._start() for _ in range(self.num_actors)]
+        self._polls: dict[int, tuple[Any, int]] = {}  # slot -> question asked, last answer
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """One call to one actor."""
+        return result(getattr(self._actors[0], method).remote(*arguments))
+
+    def run(
+        self, method: str, work: Iterable[tuple[Any, ...]], tick: Callable[[], None]
+    ) -> Iterator[Any]:
+        """Results of actor.method(*arguments), in any order; `tick` is called about once a second."""
+        todo, again = iter(work), deque[tuple[tuple[Any, ...], int]]()
+        flying: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
+        while True:
+            for slot in [*range(self.num_actors)] * CALLS_PER_ACTOR:
+                actor = self._actors[slot]
+                if sum(other is actor for other, _, _ in flying.values()) == CALLS_PER_ACTOR:
+                    continue
+                arguments, attempts = again.popleft() if again else (next(todo, None), 0)
+                if arguments is None:
+                    break
+                flying[getattr(actor, method).remote(*arguments)] = (actor, arguments, attempts + 1)
+            if not flying:
+                return
+            for reference in ray.wait(list(flying), timeout=1.0)[0]:
+                actor, arguments, attempts = flying.pop(reference)
+                try:
+                    yield result(reference)
+                except RayTaskError:
+                    raise
+                except RayError as error:  # the actor, its node, or the answer is lost
+                    if attempts == ATTEMPTS:
+                        raise RuntimeError(
+                            f"{arguments[0]}: lost its worker {attempts} times"
+                        ) from error
+                    again.append((arguments, attempts))
+                    self._replace(actor)
+            tick()
+
+    def _replace(self, actor: Any) -> None:
+        """A new actor in the lost one's place, once, though all its calls fail."""
+        if actor in self._actors:
+            slot = self._actors.index(actor)
+            ray.kill(actor)
+            self._actors[slot] = self._start()
+            self._polls.pop(slot, None)
+
+    def poll(self, method: str) -> int:
+        """Sum of the actors' last answers to `method`; asks again without waiting."""
+        for slot, actor in enumerate(self._actors):
+            question, answer = self._polls.get(slot, (None, 0))
+            if question is not None:
+                if not ray.wait([question], timeout=0)[0]:
+                    continue
+                try:
+                    answer = int(ray.get(question))  # pyright: ignore[reportArgumentType]
+                except RayError:
+                    answer = 0
+            self._polls[slot] = (getattr(actor, method).remote(), answer)
+        return sum(answer for _, answer in self._polls.values())

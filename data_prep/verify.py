@@ -1,0 +1,251 @@
+"""Audit of a prepared dataset: `flowmill verify DATASET`. Every hash, index, count, shape, and NaN."""
+
+import json
+import os
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from data_prep.schema import (
+    EMPTY_CAPTION,
+    MANIFEST,
+    REJECT_SCHEMA,
+    REJECTS,
+    SHARD_TABLE,
+    Manifest,
+    Member,
+    index_path,
+    read_index,
+    read_manifest,
+    read_shard_table,
+)
+from data_prep.shards import file_sha256
+from models.config import InputError, run_command
+
+KEY = re.compile(r"[0-9a-f]{20}")
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Wrong(Exception):
+    """What is wrong with a shard, and where."""
+
+
+def main(
+    dataset: Annotated[Path, typer.Argument(help="A folder that flowmill prepare wrote.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read shards.")] = (
+        os.cpu_count() or 1
+    ),
+) -> None:
+    """Audit a prepared dataset; exit status 1 and what is wrong, if anything is."""
+    problems = verify(dataset, workers)
+    for problem in problems:
+        console.print("[red]wrong[/]", escape(problem))
+    if problems:
+        sys.exit(1)
+
+
+def verify(dataset: Path, workers: int = 1) -> list[str]:
+    """Everything that is wrong, one line each; raises InputError where there is no dataset to look at."""
+    if not (dataset / MANIFEST).is_file():
+        read_manifest(dataset)  # says what is there instead
+    try:
+        manifest = read_manifest(dataset)
+    except InputError as error:
+        return [str(error)]
+    problems = [
+        f"{name}: {'missing' if not path.is_file() else 'is not what the manifest says (sha256)'}"
+        for name, sha256 in manifest.files.items()
+        if not (path := dataset / name).is_file() or file_sha256(path) != sha256
+    ]
+    try:
+        rows = read_shard_table(dataset).to_pylist()
+        rejects = pq.read_table(dataset / REJECTS, schema=REJECT_SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        return [*problems, f"{SHARD_TABLE} or {REJECTS}: {error}"]
+    answers = list(_audit_all(dataset, manifest, rows, workers))
+    problems += [f"{row['path']}: {w}" for row, (w, *_) in zip(rows, answers, strict=True) if w]
+    problems += _order_problems(rows, [keys for _, *keys in answers])
+    problems += _count_problems(manifest, rows, rejects)
+    problems += _strangers(dataset, rows)
+    if manifest.text_encoders:
+        problems += _empty_caption_problems(dataset / EMPTY_CAPTION, manifest)
+    samples = sum(row["num_samples"] for row in rows)
+    console.print(
+        f"{dataset}: {len(rows)} shards, {samples} samples, {len(rejects)} rejects audited: "
+        f"{f'{len(problems)} wrong' if problems else 'all is as the manifest says'}."
+    )
+    return problems
+
+
+def _audit_all(
+    dataset: Path, manifest: Manifest, rows: list[dict[str, Any]], workers: int
+) -> Iterator[tuple[str, str, str]]:
+    audit = partial(audit_shard, dataset, manifest)
+    if workers == 1 or len(rows) < 2 * workers:
+        yield from map(audit, rows)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from track(
+            pool.map(audit, rows), "verify", len(rows), console=console, transient=True
+        )
+
+
+def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple[str, str, str]:
+    """What is wrong with the shard ("" if nothing), its first and its last key."""
+    tar, index = dataset / row["path"], dataset / index_path(row["path"])
+    try:
+        for path, sha256 in ((tar, row["sha256"]), (index, row["index_sha256"])):
+            if not path.is_file():
+                raise Wrong(f"{path.name} is missing")
+            if path == tar and path.stat().st_size != row["bytes"]:
+                raise Wrong(f"has {path.stat().st_size} bytes, expected {row['bytes']}")
+            if file_sha256(path) != sha256:
+                raise Wrong(f"{path.name} is not what the table says (sha256)")
+        keys = _audit_samples(tar, read_index(index), manifest, row)
+    except Wrong as wrong:
+        return str(wrong), "", ""
+    except (OSError, ValueError, tarfile.TarError) as error:
+        return f"{type(error).__name__}: {error}", "", ""
+    return "", keys[0], keys[-1]
+
+
+def _audit_samples(
+    path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any]
+) -> list[str]:
+    """The keys in order; raises Wrong at the first member that is not as it should be."""
+    members = manifest.members
+    if index.shape[:2] != (row["num_samples"], len(members)):
+        raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
+    keys: list[str] = []
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for places in index:
+            key = ""
+            for member, place in zip([*members, None], [*places, None], strict=True):
+                info = tar.next()
+                if info is None:
+                    raise Wrong(f"ends after {len(keys)} samples, expected {len(index)}")
+                name = f"{member.name}.npy" if member else "json"
+                key = key or info.name.split(".")[0]
+                if info.name != f"{key}.{name}" or not KEY.fullmatch(key):
+                    raise Wrong(f"member {info.name!r} where KEY.{name} was expected")
+                file.seek(info.offset_data)
+                if member and place is not None:
+                    _audit_array(file, info, member, place, manifest, row)
+                elif not isinstance(json.loads(file.read(info.size)).get("caption"), str):
+                    raise Wrong(f"{info.name}: no caption")
+            keys.append(key)
+        if tar.next() is not None:
+            raise Wrong(f"holds more than {len(index)} samples")
+    for before, after in pairwise(keys):
+        if after <= before:
+            raise Wrong(f"key {after} is out of order or there twice")
+    return keys
+
+
+def _audit_array(
+    file: Any,
+    info: tarfile.TarInfo,
+    member: Member,
+    place: np.ndarray,
+    manifest: Manifest,
+    row: dict[str, Any],
+) -> None:
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise Wrong(f"{info.name}: not an .npy file of version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    expected = member.shape
+    if member.name == "moments":
+        downscale = manifest.codec.downscale
+        expected = (member.shape[0], row["height"] // downscale, row["width"] // downscale)
+    fits = len(shape) == len(expected) and all(
+        e in (None, s) for s, e in zip(shape, expected, strict=True)
+    )
+    if dtype != np.dtype(member.dtype) or fortran or not fits:
+        raise Wrong(f"{info.name}: got {dtype} {shape}, expected {member.dtype} {expected}")
+    offset, size = file.tell(), info.offset_data + info.size - file.tell()
+    if (offset, size) != tuple(place):
+        raise Wrong(f"{info.name}: index says {tuple(place)}, the tar {(offset, size)}")
+    values = np.frombuffer(file.read(size), dtype)
+    if len(values) != np.prod(shape):
+        raise Wrong(f"{info.name}: got {len(values)} values, expected {shape}")
+    if not np.isfinite(values).all():
+        raise Wrong(f"{info.name}: holds NaN or infinity")
+
+
+def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
+    """Shards of one bucket and split follow each other in their keys, so that no sample is in two."""
+    problems, last = [], dict[tuple[int, int, str], str]()
+    for row, (first_key, last_key) in zip(rows, keys, strict=True):
+        group = (row["height"], row["width"], row["split"])
+        if first_key and first_key <= last.get(group, ""):
+            problems.append(f"{row['path']}: key {first_key} should be in an earlier shard")
+        last[group] = last_key or last.get(group, "")
+    return problems
+
+
+def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
+    counts, buckets = manifest.counts, Counter[tuple[int, int]]()
+    only_heldout = all(row["split"] == "heldout" for row in rows)
+    for row in rows:
+        if row["split"] == "train" or only_heldout:
+            buckets[row["height"], row["width"]] += row["num_samples"]
+    rejected = dict(Counter(rejects["reason"].to_pylist()))
+    said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
+    checks = {
+        "kept": (counts.kept, sum(row["num_samples"] for row in rows)),
+        "rejected": (counts.rejected, rejected),
+        "seen": (counts.seen, counts.kept + len(rejects)),
+        "buckets": (said, dict(buckets)),
+    }
+    return [
+        f"{MANIFEST}: {name}: says {said}, the files hold {found}"
+        for name, (said, found) in checks.items()
+        if said != found
+    ]
+
+
+def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:
+    known = {name for row in rows for name in (row["path"], index_path(row["path"]))}
+    files = (p for p in (dataset / "shards").rglob("*") if p.is_file())
+    names = sorted(str(path.relative_to(dataset)) for path in files)
+    return [f"{name}: not in {SHARD_TABLE}" for name in names if name not in known]
+
+
+def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        return [f"{EMPTY_CAPTION}: {error}"]
+    problems = []
+    for name, text in manifest.text_encoders.items():
+        tokens, pooled = arrays.get(name), arrays.get(f"{name}_pooled")
+        if tokens is None or tokens.ndim != 2 or tokens.shape[1] != text.dim:
+            problems.append(f"{EMPTY_CAPTION}: {name} is not (L, {text.dim})")
+        elif pooled is None or pooled.shape != (text.pooled_dim,):
+            problems.append(f"{EMPTY_CAPTION}: {name}_pooled is not ({text.pooled_dim},)")
+        elif not (np.isfinite(tokens).all() and np.isfinite(pooled).all()):
+            problems.append(f"{EMPTY_CAPTION}: {name} holds NaN or infinity")
+    return problems
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -24,16 +24,10 @@ from torch import Tensor
 
 from data_prep.schema import EMPTY_CAPTION, Manifest
 from models.config import Config, InputError
-from pipeline.order import BucketOrder, Order, Plan, Window, choose_partitions
-from pipeline.shards import (
-    Bucket,
-    DatasetConfig,
-    Rows,
-    ShardStore,
-    Snapshot,
-    check_dataset,
-    gather,
-)
+from pipeline.order import Order, Plan, Window, choose_partitions
+from pipeline.remote import CacheConfig, ShardCache, is_remote
+from pipeline.shards import Rows, ShardStore, gather
+from pipeline.snapshots import Bucket, DatasetConfig, Record, Snapshot, check_dataset, read_dataset
 
 __all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_dataset", "load_empty_caption"]
 
@@ -54,13 +48,22 @@ class DataConfig(Config):
         None  # keep so many tokens; None: all prepared
     )
     pad_text: Literal["max", "longest"] = "max"  # to text_length, or to the batch's longest
-    # Speed.
+    grow: bool = False  # look for more shards at the beginning of every epoch
+    on_corrupt: Literal["fail", "skip"] = "fail"  # skip: others take the places of its samples
+    # Reading.
+    verify: Literal["first_use", "size"] = "first_use"  # hash each shard once, or trust its size
     prefetch: int = Field(2, ge=0)  # batches read ahead by a thread; 0 reads when asked
+    cache: CacheConfig | None = None  # for datasets at URLs
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:
         if (self.path is None) == (not self.datasets):
             raise ValueError("give either path (one dataset) or datasets (several), and not both")
+        remote = [source.path for source in self.sources.values() if is_remote(source.path)]
+        if remote and not self.cache:
+            raise ValueError(f"{remote[0]} is remote: give cache.path and cache.max_gib")
+        if self.cache and not remote:
+            raise ValueError("cache has no effect: every dataset is a local folder")
         return self
 
     @property
@@ -212,7 +215,7 @@ class Assembler:
         self.pool = BufferPool(pin)
         self.zeros = mmap.mmap(-1, 2 * self.width)  # a masked token, at an address of its own
         self.zero = int(np.frombuffer(self.zeros, np.uint8).__array_interface__["data"][0])
-        caption = load_empty_caption(snapshot.folders[0], snapshot.manifest)
+        caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
         self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
 
     def __call__(
@@ -228,7 +231,7 @@ class Assembler:
         for name in self.fixed:
             gather(rows.spans[:, self.columns[name], 0], flat[name].view(count, -1))
         out = {n: flat[n].view(d).view([count, *shape]) for n, (shape, d) in kinds.items()}
-        pooled = [out[f"{name}_pooled"] for name in self.encoders]
+        pooled = [out[p] for name in self.encoders if (p := f"{name}_pooled") in out]
         return Batch(
             step=step,
             epoch=epoch,
@@ -286,17 +289,24 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 class PartitionReader:
-    """The samples of one partition of a bucket, one after another."""
+    """The samples of one partition of a bucket, one after another; its next window is on the way."""
 
     def __init__(self, store: ShardStore, windows: Iterator[Window]):
         self.store, self.windows = store, windows
         self.rows: Rows | None = None
+        self.coming = self._request()
+
+    def _request(self) -> Window:
+        window = next(self.windows)
+        self.store.request(window)
+        return window
 
     def take(self, count: int) -> list[Rows]:
         taken = []
         while count:
             if self.rows is None or not len(self.rows.ids):
-                self.rows = self.store.read(next(self.windows))
+                window, self.coming = self.coming, self._request()
+                self.rows = self.store.read(window)
             taken.append(self.rows[:count])
             self.rows = self.rows[count:]
             count -= len(taken[-1].ids)
@@ -304,22 +314,24 @@ class PartitionReader:
 
 
 class BucketReader:
-    """This rank's share of a bucket's batches, from one batch on, in order."""
+    """This rank's share of a bucket's batches, from one place on: (epoch, bucket, batch number)."""
 
-    def __init__(
-        self, order: BucketOrder, store: ShardStore, partitions: range, number: int, epoch: int
-    ):
-        self.share = order.plan.global_batch // order.plan.partitions
-        hint = epoch - order.plan.first_epoch
+    def __init__(self, era: "Era", partitions: range, place: tuple[int, int, int]):
+        epoch, bucket, number = place
+        order, plan = era.order.buckets[bucket], era.plan
+        self.share = plan.global_batch // plan.partitions
         self.readers = [
-            PartitionReader(store, order.windows(partition, number * self.share, hint))
-            for partition in partitions
+            PartitionReader(
+                era.store, order.windows(p, number * self.share, epoch - plan.first_epoch)
+            )
+            for p in partitions
         ]
+        self.epoch_batches = order.batches(1)
         self.batches: deque[Rows] = deque()
 
     def next(self) -> Rows:
         if not self.batches:
-            self._fill(max(1, BLOCK // self.share))
+            self._fill(max(1, min(BLOCK // self.share, self.epoch_batches)))
         return self.batches.popleft()
 
     def _fill(self, count: int) -> None:
@@ -335,11 +347,24 @@ class BucketReader:
         self.batches.extend(Rows(s, i, shards) for s, i in zip(spans, ids, strict=True))
 
 
+@dataclass(frozen=True)
+class Era:
+    """Epochs that use one snapshot, from plan.first_epoch on."""
+
+    snapshot: Snapshot
+    plan: Plan
+    order: Order
+    store: ShardStore
+    assemble: Assembler
+
+
 class Loader:
     """Batches of one rank. Its whole state is the step: `batches(step)` goes on from anywhere.
 
     A batch holds the rank's `global_batch / world_size` samples; Batch.split cuts it in micro-batches.
-    Raises InputError where the batch, the partitions and the ranks do not divide.
+    `record` is a folder of the run that all ranks see, in which the run keeps which shards its epochs use;
+    without it a resumed run takes the datasets as they are. Raises InputError where the batch, the
+    partitions and the ranks do not divide.
     """
 
     def __init__(
@@ -351,19 +376,64 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         pin: bool = False,
+        record: Path | None = None,
     ):
-        self.config, self.rank, self.world_size = config, rank, world_size
-        self.snapshot = Snapshot(config.sources)
+        self.config, self.pin = config, pin
+        self._stop = threading.Event()
+        if config.grow and record is None:
+            raise ValueError("a dataset that grows needs a record")
+        self.record = Record(record, rank, self._stop) if record else None
         partitions = choose_partitions(config.canonical_partitions, global_batch, world_size)
         self.plan = Plan(seed, global_batch, partitions, config.window_shards)
-        self.order = Order(self.snapshot.buckets(), self.plan)
-        self.store = ShardStore(self.snapshot)
-        self.assemble = Assembler(self.snapshot, config, pin)
         self.partitions = range(rank, partitions, world_size)
         share = global_batch // partitions
         self.indices = np.concatenate([p * share + np.arange(share) for p in self.partitions])
         self.wait_s = 0.0  # that `batches` made its caller wait, in all
-        self._threads: dict[threading.Thread, threading.Event] = {}
+        self._threads: list[threading.Thread] = []
+        self.caches = {
+            name: ShardCache(source.path, config.cache, self._stop)
+            for name, source in config.sources.items()
+            if config.cache and is_remote(source.path)
+        }
+        self.eras = [self._era(self._look(), 0, 0)]
+        for entry in self.record.entries() if self.record else []:
+            self._follow(entry)
+
+    def _look(self) -> Snapshot:
+        """The datasets as they are now."""
+        sources = self.config.sources.items()
+        return Snapshot([read_dataset(name, s, self.caches.get(name)) for name, s in sources])
+
+    def _era(self, snapshot: Snapshot, epoch: int, step: int) -> Era:
+        plan = replace(self.plan, first_epoch=epoch, first_step=step)
+        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt)
+        assemble = Assembler(snapshot, self.config, self.pin)
+        return Era(snapshot, plan, Order(snapshot.buckets(), plan), store, assemble)
+
+    def _follow(self, entry: dict[str, Any]) -> None:
+        """Add what the record says of an epoch, later than any that the loader has, or the first."""
+        assert self.record is not None
+        snapshot = self.eras[-1].snapshot
+        if entry["datasets"] != snapshot.fingerprints():
+            snapshot = self.record.load(entry, self._look())
+            if entry["epoch"] == 0:
+                self.eras.clear()
+            self.eras.append(self._era(snapshot, entry["epoch"], entry["first_step"]))
+
+    def _begin(self, epoch: int, step: int) -> None:
+        """Settle which snapshot an epoch uses, as rank 0 finds or finds recorded."""
+        if self.record is None or (epoch and not self.config.grow):
+            return
+        known = {entry["epoch"]: entry for entry in self.record.entries()}
+        if epoch not in known and self.record.rank == 0:
+            snapshot = self._look() if epoch else self.eras[-1].snapshot
+            self.record.decide(epoch, step, snapshot)
+        self._follow(known.get(epoch) or self.record.wait(epoch))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The run's first, which decides what is held out."""
+        return self.eras[0].snapshot
 
     @property
     def manifest(self) -> Manifest:
@@ -371,13 +441,18 @@ class Loader:
 
     @cached_property
     def empty_caption(self) -> EmptyCaption | None:
-        return load_empty_caption(self.snapshot.folders[0], self.manifest)
+        return load_empty_caption(self.snapshot.datasets[0].home, self.manifest)
 
-    def steps_per_epoch(self, epoch: int) -> int:
-        return self.order.first_step(epoch + 1) - self.order.first_step(epoch)
+    def era_of(self, step: int) -> Era:
+        return [era for era in self.eras if era.plan.first_step <= step][-1]
 
     def epoch_of(self, step: int) -> int:
-        return self.order.epoch_of(step)
+        return self.era_of(step).order.epoch_of(step)
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """As the datasets known now will have it."""
+        order = [era for era in self.eras if era.plan.first_epoch <= epoch][-1].order
+        return order.first_step(epoch + 1) - order.first_step(epoch)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """This rank's part of every global batch from `start_step` on, for ever."""
@@ -386,15 +461,15 @@ class Loader:
             yield from self._timed(produce.__next__)
         ready: queue.Queue[Batch | Exception] = queue.Queue(self.config.prefetch)
         stop = threading.Event()
-        thread = threading.Thread(target=_read_ahead, args=(produce, ready, stop), daemon=True)
-        self._threads[thread] = stop
+        thread = threading.Thread(
+            target=_read_ahead, args=(produce, ready, stop, self._stop), daemon=True
+        )
         thread.start()
+        self._threads.append(thread)
         try:
             yield from self._timed(ready.get)
         finally:
             stop.set()
-            thread.join()
-            self._threads.pop(thread, None)
 
     def _timed(self, get: Callable[[], Batch | Exception]) -> Iterator[Batch]:
         while True:
@@ -407,19 +482,22 @@ class Loader:
             del batch  # so that its buffer is free while the next one is awaited
 
     def _produce(self, step: int) -> Iterator[Batch]:
-        readers: dict[int, BucketReader] = {}
+        self._begin(0, 0)
+        era, readers = self.era_of(step), {}
+        epoch = era.order.epoch_of(step)
         while True:
-            epoch = self.order.epoch_of(step)
-            first, sequence = self.order.first_step(epoch), self.order.sequence(epoch)
+            first, sequence = era.order.first_step(epoch), era.order.sequence(epoch)
             for bucket in sequence[step - first :].tolist():
-                order = self.order.buckets[bucket]
                 if bucket not in readers:
-                    number = self.order.locate(step)[2]
-                    readers[bucket] = BucketReader(
-                        order, self.store, self.partitions, number, epoch
-                    )
-                yield self.assemble(readers[bucket].next(), order.key, self.indices, step, epoch)
+                    readers[bucket] = BucketReader(era, self.partitions, era.order.locate(step))
+                key = era.order.buckets[bucket].key
+                yield era.assemble(readers[bucket].next(), key, self.indices, step, epoch)
                 step += 1
+            epoch += 1
+            self._begin(epoch, step)
+            if era is not self.era_of(step):
+                era.store.close()
+                era, readers = self.era_of(step), {}
 
     def heldout_batch(self, size: int) -> Batch | None:
         """The same `size` held-out samples always (fewer if there are fewer), of the bucket that has most.
@@ -436,30 +514,35 @@ class Loader:
         shards, spans, ids = [], [], []
         for number in np.concatenate([part.shards for part in buckets[bucket]]).tolist():
             if sum(map(len, ids)) < size:
-                shards.append(self.store.open(number))
+                shards.append(self.eras[0].store.open(number))
                 spans.append(shards[-1].spans)
                 ids.append(self.snapshot.first_id[number] + np.arange(len(spans[-1])))
         rows = Rows(np.concatenate(spans), np.concatenate(ids), shards)[:size]
-        return self.assemble(rows, bucket, np.arange(len(rows.ids)), step=0, epoch=0)
+        return self.eras[0].assemble(rows, bucket, np.arange(len(rows.ids)), step=0, epoch=0)
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        for thread, stop in list(self._threads.items()):
-            stop.set()
+        """Stop reading ahead, and fetching."""
+        self._stop.set()
+        for thread in self._threads:
             thread.join()
+        for era in self.eras:
+            era.store.close()
 
 
-def _read_ahead(produce: Iterator[Batch], ready: "queue.Queue[Any]", stop: threading.Event) -> None:
+def _read_ahead(
+    produce: Iterator[Batch],
+    ready: "queue.Queue[Any]",
+    *stops: threading.Event,
+) -> None:
     """The reading thread: batches, or what went wrong, into the queue until told to stop."""
-    torch.set_num_threads(
-        1
-    )  # of this thread: the copies are bound by memory, the cores are the trainer's
-    while not stop.is_set():
+    # Of this thread alone: the copies are bound by memory, and the cores are the trainer's.
+    torch.set_num_threads(1)
+    while not any(stop.is_set() for stop in stops):
         try:
             item: Any = next(produce)
         except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the batch
             item = error
-        while not stop.is_set():
+        while not any(stop.is_set() for stop in stops):
             try:
                 ready.put(item, timeout=0.1)
                 break

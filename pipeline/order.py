@@ -27,10 +27,14 @@ CYCLE, SHARDS, ROWS, WINDOW, SEQUENCE = range(5)
 def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
     """int64 (length,), a pure function of its arguments, also across numpy versions.
 
-    numpy guarantees the raw bits of Philox, but not what Generator.permutation makes of them.
+    numpy guarantees the raw bits of Philox, but not what Generator.permutation makes of them. The low
+    bits of each number make way for its place, so that a sort gives the permutation, without ties.
     """
-    bits = np.random.Philox(np.random.SeedSequence([seed, purpose, *key]))
-    return np.argsort(bits.random_raw(length), kind="stable")
+    bits = np.random.Philox(np.random.SeedSequence([seed, purpose, *key])).random_raw(length)
+    places = np.uint64((1 << length.bit_length()) - 1)
+    keys = bits & ~places | np.arange(length, dtype=np.uint64)
+    keys.sort()
+    return (keys & places).astype(np.int64)
 
 
 @dataclass(frozen=True)

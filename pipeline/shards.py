@@ -1,166 +1,43 @@
-"""Shards as the loader sees them: what a run's datasets hold, and where each sample lies in memory."""
+"""Shards in memory: fetched, checked, mapped, and gathered from."""
 
+import math
 import mmap
+import os
+import resource
+import threading
 import weakref
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
-import pyarrow as pa
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from data_prep.schema import (
-    Manifest,
-    TextEncoderRecord,
-    index_path,
-    read_index,
-    read_manifest,
-    read_shard_table,
-)
-from models.config import Config, InputError
-from pipeline.order import Part, Window
+from data_prep.schema import index_path
+from pipeline.order import Window
+from pipeline.remote import CacheFullError, ShardError, sha256_of
+from pipeline.snapshots import Dataset, Snapshot
+from pipeline.snapshots import check_dataset as check_dataset
 
-Bucket = tuple[int, int]  # height and width of the pictures, pixels
-
-
-class DatasetConfig(Config):
-    path: str
-    repeat: float = Field(default=1.0, gt=0)  # times that a sample comes in an epoch
-
-
-class ShardError(OSError):
-    """A shard cannot be read, or is not what the shard table says."""
-
-
-def check_dataset(
-    manifest: Manifest,
-    where: str,
-    *,
-    codec: dict[str, Any] | None = None,
-    text_encoders: dict[str, TextEncoderRecord] | None = None,
-    latent_channels: int | None = None,
-    latent_multiple: int = 1,
-    text_dim: int | None = None,
-    pooled_dim: int | None = None,
-    labels: bool = False,
-) -> None:
-    """Raise InputError with every difference between a dataset and what a run expects; None expects nothing.
-
-    codec: fields of a CodecRecord, of which path and dtype may differ; path of an encoder likewise.
-    latent_multiple: what the network needs the sides of the latents to be a multiple of.
-    """
-    pairs: list[tuple[str, Any, Any]] = []
-    for name, value in (codec or {}).items():
-        if name not in ("path", "dtype"):
-            pairs.append((f"codec.{name}", getattr(manifest.codec, name), value))
-    if text_encoders is not None:
-        pairs.append(("text_encoders", list(manifest.text_encoders), list(text_encoders)))
-        for name in manifest.text_encoders.keys() & text_encoders.keys():
-            got, expected = manifest.text_encoders[name], text_encoders[name]
-            for key in ("weights_sha256", "max_length", "dim", "pooled_dim"):
-                pairs.append((f"{name}.{key}", getattr(got, key), getattr(expected, key)))
-    records = manifest.text_encoders.values()
-    if latent_channels is not None:
-        pairs.append(("latent channels", manifest.codec.latent_channels, latent_channels))
-    if text_dim is not None:
-        pairs.append(("text width", max((r.dim for r in records), default=0), text_dim))
-    if pooled_dim is not None:
-        pairs.append(("pooled text width", sum(r.pooled_dim for r in records), pooled_dim))
-    if labels:
-        pairs.append(("class labels", any(m.name == "label" for m in manifest.members), True))
-    for bucket in manifest.buckets:
-        sides = bucket.height // manifest.codec.downscale, bucket.width // manifest.codec.downscale
-        if any(side % latent_multiple for side in sides):
-            what = f"latents of bucket {bucket.height}x{bucket.width}"
-            pairs.append((what, sides, f"multiples of {latent_multiple}"))
-    lines = [f"  {what}: got {got}, expected {want}" for what, got, want in pairs if got != want]
-    if lines:
-        raise InputError(
-            f"{where}: does not fit the training config:\n" + "\n".join(lines) + "\n"
-            "Remedy: change the config, or prepare the pictures again with what it names."
-        )
-
-
-class Snapshot:
-    """The datasets of a run as they stood at one moment: manifests, and one shard table of all."""
-
-    def __init__(self, sources: dict[str, DatasetConfig]):
-        self.folders = [Path(source.path) for source in sources.values()]
-        self.repeats = [Fraction(str(source.repeat)) for source in sources.values()]
-        manifests = [read_manifest(folder) for folder in self.folders]
-        self.manifest = manifests[0]
-        for folder, manifest in zip(self.folders, manifests, strict=True):
-            if manifest.members != self.manifest.members:
-                raise InputError(
-                    f"{folder}: its members are not those of {self.folders[0]}, to mix with"
-                )
-            codec, encoders = self.manifest.codec.model_dump(), self.manifest.text_encoders
-            check_dataset(manifest, str(folder), codec=codec, text_encoders=encoders)
-        tables = [read_shard_table(folder) for folder in self.folders]
-        self.dataset = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        self.table = pa.concat_tables(tables).combine_chunks()
-        self.sizes, self.bytes = self._column("num_samples"), self._column("bytes")
-        self.heights, self.widths = self._column("height"), self._column("width")
-        self.heldout = self.table["split"].to_numpy() == "heldout"
-        self.first_id = np.cumsum(self.sizes) - self.sizes
-
-    def _column(self, name: str) -> np.ndarray:
-        return self.table[name].to_numpy().astype(np.int64)
-
-    def path(self, shard: int) -> Path:
-        return self.folders[self.dataset[shard]] / self.table["path"][shard].as_py()
-
-    def bucket(self, shard: int) -> Bucket:
-        return int(self.heights[shard]), int(self.widths[shard])
-
-    def buckets(self, heldout: bool = False) -> dict[Bucket, list[Part]]:
-        """One split by bucket and dataset, in the order of the table."""
-        kept = (self.heldout == heldout) & (self.sizes > 0)
-        found: dict[Bucket, list[Part]] = {}
-        for height, width in np.unique(np.stack([self.heights, self.widths])[:, kept], axis=1).T:
-            mine = kept & (self.heights == height) & (self.widths == width)
-            for number, repeat in enumerate(self.repeats):
-                shards = np.flatnonzero(mine & (self.dataset == number))
-                if len(shards):
-                    part = Part(shards, self.sizes[shards], repeat)
-                    found.setdefault((int(height), int(width)), []).append(part)
-        return found
-
-    def shapes(self, bucket: Bucket) -> list[tuple[int, ...]]:
-        """Every member's shape in a bucket; of a text, the shape of one token."""
-        down = self.manifest.codec.downscale
-        sides = bucket[0] // down, bucket[1] // down
-        shapes = [
-            (m.shape[0], *sides) if m.name == "moments" else m.shape for m in self.manifest.members
-        ]
-        return [tuple(side for side in shape if side is not None) for shape in shapes]
+FETCH_THREADS = 4
+KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
 
 
 class Shard:
     """A mapped shard. `spans` int64 (num_samples, num_members, 2): address and bytes of each member."""
 
-    def __init__(self, path: Path, num_samples: int, num_bytes: int, rows: list[tuple[int, int]]):
+    def __init__(self, name: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]):
         """rows: bytes of a row of each member, and the rows it may have at most (0: exactly one)."""
-        try:
-            self.spans = np.array(read_index(Path(index_path(str(path)))))
-            with path.open("rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ShardError(f"{path}: cannot be read: {error}") from error
-        if len(self.map) != num_bytes or self.spans.shape[:2] != (num_samples, len(rows)):
-            raise ShardError(
-                f"{path}: got {len(self.map)} bytes and an index of {self.spans.shape[:2]}, expected "
-                f"{num_bytes} bytes and {(num_samples, len(rows))}"
-            )
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file's lock
+        self.spans = np.array(index)
         begin, size = self.spans[..., 0], self.spans[..., 1]
         unit, most = np.array(rows).T
         fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
-        if not fits.all() or begin.min() < 0 or size.min() < 0 or (begin + size).max() > num_bytes:
-            raise ShardError(f"{path}: its index does not fit the manifest's members or the file")
+        ends = begin + size
+        if not fits.all() or begin.min() < 0 or size.min() < 0 or ends.max() > len(self.map):
+            raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
         begin += np.frombuffer(self.map, np.uint8).__array_interface__["data"][0]
 
 
@@ -177,38 +54,160 @@ class Rows:
 
 
 class ShardStore:
-    """Opens shards, each once while anything uses it."""
+    """Opens shards: fetched and checked by threads ahead of time, kept mapped for as long as room is."""
 
-    def __init__(self, snapshot: Snapshot):
-        self.snapshot = snapshot
+    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str):
+        self.snapshot, self.verify, self.on_corrupt = snapshot, verify, on_corrupt
+        self.verified = np.zeros(len(snapshot.sizes), bool)
+        self.bad: dict[int, ShardError] = {}
         self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
+        self.kept: OrderedDict[int, Shard] = OrderedDict()
+        self.keep_files, self.keep_bytes = raise_file_limit() // 4, KEEP_BYTES
+        self.coming: dict[int, Future[Shard]] = {}
+        self.threads = ThreadPoolExecutor(FETCH_THREADS, "shards")
+        self.lock = threading.Lock()
+        self.replaced_samples = 0
+
+    def request(self, window: Window) -> None:
+        """Have a window's shards at hand soon."""
+        with self.lock:
+            for number in window.segments.shard.tolist():
+                if number not in self.opened and number not in self.bad:
+                    self._come(number)
+
+    def _come(self, number: int) -> "Future[Shard]":
+        if number not in self.coming:
+            self.coming[number] = self.threads.submit(self._fetch, number)
+        return self.coming[number]
 
     def open(self, number: int) -> Shard:
-        shard = self.opened.get(number)
-        if shard is None:
-            shard = self.opened[number] = self._open(number)
+        """Raises ShardError, always the same for the same shard."""
+        with self.lock:
+            if number in self.bad:
+                raise self.bad[number]
+            shard = self.opened.get(number)
+            coming = None if shard else self._come(number)
+        if coming is not None:
+            try:
+                shard = coming.result()
+            except ShardError as error:
+                self.bad[number] = error
+                raise
+        assert shard is not None
+        with self.lock:
+            self.coming.pop(number, None)
+            self.opened[number] = shard
+            if self._dataset(number).cache is None:  # else its lock would hold it in the cache
+                self._keep(number, shard)
         return shard
 
-    def _open(self, number: int) -> Shard:
-        snapshot, rows = self.snapshot, []
-        shapes = snapshot.shapes(snapshot.bucket(number))
-        for member, shape in zip(snapshot.manifest.members, shapes, strict=True):
-            unit = np.dtype(member.dtype).itemsize * int(np.prod(shape))
-            encoder = snapshot.manifest.text_encoders.get(member.name)
+    def _keep(self, number: int, shard: Shard) -> None:
+        """Mapping a file again costs as much as copying it, so the last ones used stay mapped."""
+        if number not in self.kept:
+            self.keep_bytes -= len(shard.map)
+        self.kept[number] = shard
+        self.kept.move_to_end(number)
+        while self.keep_bytes < 0 or len(self.kept) > self.keep_files:
+            self.keep_bytes += len(self.kept.popitem(last=False)[1].map)
+
+    def _dataset(self, number: int) -> Dataset:
+        return self.snapshot.datasets[self.snapshot.dataset[number]]
+
+    def _fetch(self, number: int) -> Shard:
+        snapshot, name = self.snapshot, self.snapshot.text("path", number)
+        where = f"{self._dataset(number).source.path}/{name}"
+        shape = int(snapshot.sizes[number]), len(snapshot.manifest.members), 2
+        size, index_hash = int(snapshot.bytes[number]), snapshot.text("index_sha256", number)
+        check = self.verify == "first_use" and not self.verified[number]
+        try:
+            with self._open(
+                number, index_path(name), index_hash, 128 + math.prod(shape) * 8, True
+            ) as file:
+                file.seek(0)
+                index = np.load(file, allow_pickle=False)
+            with self._open(number, name, snapshot.text("sha256", number), size, check) as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size or index.shape != shape or index.dtype != np.int64:
+                    raise ShardError(
+                        f"{where}: got {found} bytes and an index of {index.dtype} {index.shape}, "
+                        f"expected {size} bytes and int64 {shape}"
+                    )
+                shard = Shard(where, file, index, self._rows(number))
+        except CacheFullError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{where}: cannot be used: {error}") from error
+        self.verified[number] |= check
+        return shard
+
+    def _open(self, number: int, name: str, sha256: str, size: int, check: bool) -> IO[bytes]:
+        dataset = self._dataset(number)
+        if dataset.cache is None:
+            file, checked = (dataset.home / name).open("rb"), False
+        else:
+            file, checked = dataset.cache.open(name, sha256, size)
+        if not check:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        elif not checked and (found := sha256_of(file)) != sha256:
+            file.close()
+            if dataset.cache is None:
+                raise ShardError(f"{name}: sha256 got {found}, expected {sha256}")
+            dataset.cache.forget(name)
+            file, _ = dataset.cache.open(name, sha256, size)
+        return file
+
+    def _rows(self, number: int) -> list[tuple[int, int]]:
+        """What Shard checks its index against."""
+        manifest, rows = self.snapshot.manifest, []
+        shapes = self.snapshot.shapes(self.snapshot.bucket(number))
+        for member, shape in zip(manifest.members, shapes, strict=True):
+            encoder = manifest.text_encoders.get(member.name)
+            unit = np.dtype(member.dtype).itemsize * math.prod(shape)
             rows.append((unit, encoder.max_length if encoder else 0))
-        size, length = int(snapshot.sizes[number]), int(snapshot.bytes[number])
-        return Shard(snapshot.path(number), size, length, rows)
+        return rows
 
     def read(self, window: Window) -> Rows:
-        """A window's samples, shuffled."""
-        numbers = window.segments.shard
-        rows, order = window.rows(), window.shuffle()
-        shards = [self.open(number) for number in numbers.tolist()]
-        spans = [shard.spans[row] for shard, row in zip(shards, rows, strict=True)]
-        ids = [
-            row + first for row, first in zip(rows, self.snapshot.first_id[numbers], strict=True)
-        ]
+        """A window's samples, shuffled.
+
+        Where unreadable shards are to be skipped, samples of the window's other shards take the places of
+        theirs, so that the order of all others, and the number of samples, stay what they were.
+        """
+        shards: list[Shard] = []
+        spans, ids, places, count = [], [], [], 0
+        for number, row in zip(window.segments.shard.tolist(), window.rows(), strict=True):
+            try:
+                shards.append(self.open(number))
+            except ShardError as error:
+                if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
+                    raise
+                places.append(np.full(len(row), -1))
+                continue
+            spans.append(shards[-1].spans[row])
+            ids.append(row + self.snapshot.first_id[number])
+            places.append(count + np.arange(len(row)))
+            count += len(row)
+        order = np.concatenate(places)
+        lost = np.flatnonzero(order < 0)
+        if len(lost):
+            if not count:
+                names = ", ".join(str(self.bad[n]) for n in set(window.segments.shard.tolist()))
+                raise ShardError(f"every shard of a window is unreadable: {names}")
+            order[lost] = np.arange(len(lost)) % count
+            self.replaced_samples += len(lost)
+        order = order[window.shuffle()]
         return Rows(np.concatenate(spans)[order], np.concatenate(ids)[order], shards)
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may (up to 65,536); returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
 
 
 class Memory:

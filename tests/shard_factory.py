@@ -3,6 +3,8 @@
 import hashlib
 import io
 import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,162 +28,138 @@ from data_prep.schema import (
 )
 
 DOWNSCALE = 8
-CHANNELS = 2
+Bucket = tuple[int, int]
+Sample = dict[str, np.ndarray]
 
 
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, allow_pickle=False)
-    return file.getvalue()
+@dataclass(frozen=True)
+class Kind:
+    """What the samples of a dataset have; encoders: name -> (longest text, width)."""
+
+    encoders: dict[str, tuple[int, int]] = field(default_factory=lambda: {"mini": (5, 4)})
+    ragged: bool = True
+    label: bool = False
+    deterministic: bool = False
+    channels: int = 2
+    bare: bool = False  # moments and tokens only
+
+    def members(self) -> list[Member]:
+        depth = self.channels * (1 if self.deterministic else 2)
+        members = [Member(name="moments", dtype="float16", shape=(depth, None, None))]
+        for name, (_, dim) in self.encoders.items():
+            members.append(Member(name=name, dtype="float16", shape=(None, dim)))
+            members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(dim,)))
+        members.append(Member(name="micro", dtype="float32", shape=(4,)))
+        if self.label:
+            members.append(Member(name="label", dtype="int64", shape=()))
+        return [m for m in members if not self.bare or m.name in ("moments", *self.encoders)]
+
+    def sample(self, number: int, bucket: Bucket) -> Sample:
+        """micro[0] is the sample's number; its other arrays are drawn from it."""
+        rng, arrays = np.random.default_rng(number), {}
+        for member in self.members():
+            shape = tuple(side for side in member.shape if side is not None)
+            if member.name == "moments":
+                shape = *shape, bucket[0] // DOWNSCALE, bucket[1] // DOWNSCALE
+            elif member.name in self.encoders:
+                longest = self.encoders[member.name][0]
+                shape = int(rng.integers(2, longest + 1)) if self.ragged else longest, *shape
+            arrays[member.name] = rng.random(shape, np.float32).astype(member.dtype)
+        if not self.bare:
+            arrays["micro"] = np.array([number, *bucket, 0], np.float32)
+        if self.label:
+            arrays["label"] = np.array(number % 10, np.int64)
+        return arrays
 
 
-def write_tar(path: Path, samples: list[dict[str, np.ndarray]], keys: list[str]) -> np.ndarray:
-    """A plain WebDataset shard; returns its index, (offset past the header, bytes) of every member."""
-    spans = []
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_tar(path: Path, samples: list[Sample], keys: list[str]) -> None:
+    """A plain WebDataset shard with USTAR headers."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in zip(keys, samples, strict=True):
             for name, array in sample.items():
-                data = _npy(array)
+                file = io.BytesIO()
+                np.lib.format.write_array(file, array, allow_pickle=False)
                 info = tarfile.TarInfo(f"{key}.{name}.npy")
-                info.size = len(data)
-                begin = tar.offset + 512
-                tar.addfile(info, io.BytesIO(data))
-                spans.append((begin + len(data) - array.nbytes, array.nbytes))
-    return np.array(spans, np.int64).reshape(len(samples), -1, 2)
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
 
 
-def _members(
-    encoders: dict[str, tuple[int, int]], label: bool, deterministic: bool
-) -> list[Member]:
-    depth = CHANNELS if deterministic else 2 * CHANNELS
-    members = [Member(name="moments", dtype="float16", shape=(depth, None, None))]
-    for name, (_, dim) in encoders.items():
-        members.append(Member(name=name, dtype="float16", shape=(None, dim)))
-        members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(dim,)))
-    members.append(Member(name="micro", dtype="float32", shape=(4,)))
-    if label:
-        members.append(Member(name="label", dtype="int64", shape=()))
-    return members
-
-
-def make_sample(
-    number: int,
-    bucket: tuple[int, int],
-    encoders: dict[str, tuple[int, int]],
-    ragged: bool,
-    label: bool,
-    deterministic: bool,
-) -> dict[str, np.ndarray]:
-    """Sample `number`: micro[0] is its number; its other arrays are drawn from it."""
-    rng = np.random.default_rng(number)
-    depth = CHANNELS if deterministic else 2 * CHANNELS
-    sides = bucket[0] // DOWNSCALE, bucket[1] // DOWNSCALE
-    sample = {"moments": rng.standard_normal((depth, *sides)).astype(np.float16)}
-    for name, (length, dim) in encoders.items():
-        length = int(rng.integers(2, length + 1)) if ragged else length
-        sample[name] = rng.standard_normal((length, dim)).astype(np.float16)
-        sample[f"{name}_pooled"] = rng.standard_normal(dim).astype(np.float16)
-    sample["micro"] = np.array([number, bucket[0], bucket[1], 0], np.float32)
-    if label:
-        sample["label"] = np.array(number % 10, np.int64)
-    return sample
+def make_index(path: Path, samples: list[Sample]) -> np.ndarray:
+    """What schema.read_index describes, of any tar that holds these samples."""
+    with tarfile.open(path) as tar:
+        ends = {member.name: member.offset_data + member.size for member in tar}
+    keys = list(dict.fromkeys(name.split(".", 1)[0] for name in ends))
+    spans = [
+        [(ends[f"{key}.{name}.npy"] - array.nbytes, array.nbytes) for name, array in sample.items()]
+        for key, sample in zip(keys, samples, strict=True)
+    ]
+    return np.array(spans, np.int64)
 
 
 def make_dataset(
     folder: Path,
-    shards: list[tuple[tuple[int, int], int]],
+    shards: list[tuple[Bucket, int]],
+    kind: Kind | None = None,
     *,
-    heldout: list[tuple[tuple[int, int], int]] | None = None,
-    encoders: dict[str, tuple[int, int]] | None = None,
-    ragged: bool = True,
-    label: bool = False,
-    deterministic: bool = False,
+    heldout: list[tuple[Bucket, int]] | None = None,
     first: int = 0,
     codec_sha256: str = "c0dec",
+    write: Callable[[Path, list[Sample], list[str]], None] = write_tar,
 ) -> Path:
-    """Write a dataset of shards (bucket, samples), numbered from `first`; encoders: name -> (length, dim)."""
-    encoders = {"mini": (5, 4)} if encoders is None else encoders
-    rows, number = [], first
+    """Write a dataset of shards (bucket, samples), its samples numbered from `first`."""
+    kind, rows, number = kind or Kind(), [], first
     plan = [("train", *shard) for shard in shards] + [
         ("heldout", *shard) for shard in heldout or []
     ]
     for serial, (split, bucket, count) in enumerate(plan):
         path = f"shards/{bucket[0]}x{bucket[1]}/{split}-{serial:06d}.tar"
-        numbers = range(number, number + count)
+        tar, index = folder / path, folder / index_path(path)
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        samples = [kind.sample(n, bucket) for n in range(number, number + count)]
+        write(tar, samples, [f"{n:08d}" for n in range(number, number + count)])
+        np.save(index, make_index(tar, samples))
         number += count
-        samples = [make_sample(n, bucket, encoders, ragged, label, deterministic) for n in numbers]
-        index = write_tar(folder / path, samples, [f"{n:08d}" for n in numbers])
-        np.save(folder / index_path(path), index)
-        rows.append(
-            {
-                "path": path,
-                "split": split,
-                "height": bucket[0],
-                "width": bucket[1],
-                "num_samples": count,
-                "bytes": (folder / path).stat().st_size,
-                "sha256": _sha256(folder / path),
-                "index_sha256": _sha256(folder / index_path(path)),
-            }
-        )
-    rows.sort(key=lambda row: row["path"])
-    pq.write_table(pa.Table.from_pylist(rows, SHARD_SCHEMA), folder / SHARD_TABLE)
-    members = _members(encoders, label, deterministic)
-    _write_manifest(folder, plan, encoders, members, codec_sha256, deterministic)
-    if encoders:
-        empty = {name: torch.full((2, dim), 0.5).half() for name, (_, dim) in encoders.items()}
-        empty |= {
-            f"{name}_pooled": torch.full((d,), 0.25).half() for name, (_, d) in encoders.items()
-        }
-        save_file(empty, folder / EMPTY_CAPTION)
+        sizes = split, *bucket, count, tar.stat().st_size
+        rows.append((path, *sizes, _sha256(tar), _sha256(index)))
+    columns = [list(column) for column in zip(*sorted(rows), strict=True)]
+    pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), folder / SHARD_TABLE)
+    manifest = make_manifest(kind, plan, codec_sha256).with_fingerprint()
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
+    if kind.encoders:
+        empty = {name: torch.full((2, dim), 0.5) for name, (_, dim) in kind.encoders.items()}
+        empty |= {f"{n}_pooled": torch.full((dim,), 0.25) for n, (_, dim) in kind.encoders.items()}
+        save_file({name: value.half() for name, value in empty.items()}, folder / EMPTY_CAPTION)
     return folder
 
 
-def _write_manifest(
-    folder: Path,
-    plan: list[tuple[str, tuple[int, int], int]],
-    encoders: dict[str, tuple[int, int]],
-    members: list[Member],
-    codec_sha256: str,
-    deterministic: bool,
-) -> None:
-    buckets: dict[tuple[int, int], int] = {}
+def make_manifest(kind: Kind, plan: list[tuple[str, Bucket, int]], codec_sha256: str) -> Manifest:
+    buckets = dict.fromkeys((bucket for _, bucket, _ in plan), 0)
     for split, bucket, count in plan:
-        buckets[bucket] = buckets.get(bucket, 0) + count * (split == "train")
+        buckets[bucket] += count * (split == "train")
     total = sum(count for _, _, count in plan)
-    manifest = Manifest(
+    same = {"dtype": "fp32", "path": "somewhere"}
+    return Manifest(
         codec=CodecRecord(
-            path="vae",
             weights_sha256=codec_sha256,
-            dtype="fp32",
-            latent_channels=CHANNELS,
+            latent_channels=kind.channels,
             downscale=DOWNSCALE,
             scaling_factor=0.5,
             shift_factor=0.0,
-            deterministic=deterministic,
+            deterministic=kind.deterministic,
+            **same,
         ),
         text_encoders={
-            name: TextEncoderRecord(
-                path=name,
-                weights_sha256=name,
-                dtype="fp32",
-                max_length=length,
-                dim=dim,
-                pooled_dim=dim,
-            )
-            for name, (length, dim) in encoders.items()
+            n: TextEncoderRecord(weights_sha256=n, max_length=length, dim=d, pooled_dim=d, **same)
+            for n, (length, d) in kind.encoders.items()
         },
-        members=members,
-        latent_mean=[0.0] * CHANNELS,
-        latent_std=[1.0] * CHANNELS,
-        buckets=[
-            BucketRecord(height=h, width=w, num_samples=count) for (h, w), count in buckets.items()
-        ],
+        members=kind.members(),
+        latent_mean=[0.0] * kind.channels,
+        latent_std=[1.0] * kind.channels,
+        buckets=[BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in buckets.items()],
         counts=Counts(seen=total, kept=total, rejected={}),
         prepare_config={},
     )
-    (folder / MANIFEST).write_text(manifest.with_fingerprint().model_dump_json(indent=2))
 
 
 def _sha256(path: Path) -> str:

@@ -9,8 +9,8 @@ import torch
 
 from models.config import InputError, parse_config
 from pipeline.data import Batch, DataConfig, Loader, check_dataset
-from pipeline.shards import ShardError
-from tests.shard_factory import make_dataset, make_sample
+from pipeline.remote import ShardError
+from tests.shard_factory import Kind, make_dataset
 
 SQUARE, WIDE = (32, 32), (16, 64)
 MIXED = [(SQUARE, 13), (WIDE, 9), (SQUARE, 21), (WIDE, 16), (SQUARE, 8)]
@@ -35,12 +35,12 @@ def numbers(batch: Batch) -> list[int]:
 @pytest.mark.parametrize("encoders", [{}, {"mini": (5, 4)}, {"clip": (5, 4), "t5": (7, 6)}])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_every_array_of_a_batch_is_that_of_its_sample(tmp_path, prefetch, encoders, ragged):
-    kinds = {"encoders": encoders, "ragged": ragged, "label": True, "deterministic": False}
-    folder = make_dataset(tmp_path, MIXED, **kinds)
+    kind = Kind(encoders, ragged, label=True)
+    folder = make_dataset(tmp_path, MIXED, kind)
     loader = Loader(config(folder, prefetch=prefetch), global_batch=8, seed=1)
     for batch in take(loader, 20):
         for place, number in enumerate(numbers(batch)):
-            sample = make_sample(number, batch.bucket, **kinds)
+            sample = kind.sample(number, batch.bucket)
             assert torch.equal(batch.moments[place], torch.from_numpy(sample["moments"]))
             assert batch.label is not None
             assert batch.label[place] == number % 10
@@ -119,7 +119,7 @@ def test_micro_batches_keep_the_indices_of_the_global_batch(tmp_path):
 
 @pytest.mark.parametrize("pad_text", ["max", "longest"])
 def test_a_dropped_caption_is_replaced_by_the_empty_one(tmp_path, pad_text):
-    folder = make_dataset(tmp_path, MIXED, encoders={"clip": (5, 4), "t5": (7, 6)})
+    folder = make_dataset(tmp_path, MIXED, Kind({"clip": (5, 4), "t5": (7, 6)}))
     loader = Loader(config(folder, pad_text=pad_text), global_batch=8, seed=5)
     (batch,) = take(loader, 1)
     assert loader.empty_caption is not None
@@ -137,7 +137,7 @@ def test_a_dropped_caption_is_replaced_by_the_empty_one(tmp_path, pad_text):
 
 
 def test_text_is_cut_and_padded_as_the_config_says(tmp_path):
-    folder = make_dataset(tmp_path, MIXED, encoders={"mini": (9, 4)})
+    folder = make_dataset(tmp_path, MIXED, Kind({"mini": (9, 4)}))
     cut = take(Loader(config(folder, text_length=4), global_batch=8, seed=5), 10)
     whole = take(Loader(config(folder, pad_text="longest"), global_batch=8, seed=5), 10)
     for short, full in zip(cut, whole, strict=True):

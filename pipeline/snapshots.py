@@ -1,0 +1,249 @@
+"""A run's datasets as they stood at one moment, checked, and the record of which epoch uses which."""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from data_prep.schema import (
+    EMPTY_CAPTION,
+    MANIFEST,
+    SHARD_SCHEMA,
+    SHARD_TABLE,
+    Manifest,
+    TextEncoderRecord,
+    read_manifest,
+    read_shard_table,
+)
+from models.config import Config, InputError
+from pipeline.order import Part
+from pipeline.remote import ShardCache, sha256_of
+
+SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
+Bucket = tuple[int, int]  # height and width of the pictures, pixels
+
+
+class DatasetConfig(Config):
+    path: str
+    repeat: float = Field(default=1.0, gt=0)  # times that a sample comes in an epoch
+
+
+def check_dataset(
+    manifest: Manifest,
+    where: str,
+    *,
+    codec: dict[str, Any] | None = None,
+    text_encoders: dict[str, TextEncoderRecord] | None = None,
+    latent_channels: int | None = None,
+    latent_multiple: int = 1,
+    text_dim: int | None = None,
+    pooled_dim: int | None = None,
+    labels: bool = False,
+) -> None:
+    """Raise InputError with every difference between a dataset and what a run expects; None expects nothing.
+
+    codec: fields of a CodecRecord, of which path and dtype may differ; path of an encoder likewise.
+    latent_multiple: what the network needs the sides of the latents to be a multiple of.
+    """
+    pairs: list[tuple[str, Any, Any]] = []
+    for name, value in (codec or {}).items():
+        if name not in ("path", "dtype"):
+            pairs.append((f"codec.{name}", getattr(manifest.codec, name), value))
+    if text_encoders is not None:
+        pairs.append(("text_encoders", list(manifest.text_encoders), list(text_encoders)))
+        for name in manifest.text_encoders.keys() & text_encoders.keys():
+            got, expected = manifest.text_encoders[name], text_encoders[name]
+            for key in ("weights_sha256", "max_length", "dim", "pooled_dim"):
+                pairs.append((f"{name}.{key}", getattr(got, key), getattr(expected, key)))
+    records = manifest.text_encoders.values()
+    if latent_channels is not None:
+        pairs.append(("latent channels", manifest.codec.latent_channels, latent_channels))
+    if text_dim is not None:
+        pairs.append(("text width", max((r.dim for r in records), default=0), text_dim))
+    if pooled_dim is not None:
+        pairs.append(("pooled text width", sum(r.pooled_dim for r in records), pooled_dim))
+    if labels:
+        pairs.append(("class labels", any(m.name == "label" for m in manifest.members), True))
+    for bucket in manifest.buckets:
+        sides = bucket.height // manifest.codec.downscale, bucket.width // manifest.codec.downscale
+        if any(side % latent_multiple for side in sides):
+            what = f"latents of bucket {bucket.height}x{bucket.width}"
+            pairs.append((what, sides, f"multiples of {latent_multiple}"))
+    lines = [f"  {what}: got {got}, expected {want}" for what, got, want in pairs if got != want]
+    if lines:
+        raise InputError(
+            f"{where}: does not fit the training config:\n" + "\n".join(lines) + "\n"
+            "Remedy: change the config, or prepare the pictures again with what it names."
+        )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset as it stood at one moment; `home` holds its small files, here or in the cache."""
+
+    name: str
+    source: DatasetConfig
+    home: Path
+    manifest: Manifest
+    table: pa.Table
+    cache: ShardCache | None = None
+
+
+def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> Dataset:
+    """The dataset as it is now; raises InputError if it is not whole, or names a shard outside itself."""
+    home, attempt = Path(source.path), 0
+    while True:
+        if cache:
+            home = cache.folder
+            for file in (MANIFEST, SHARD_TABLE, EMPTY_CAPTION):
+                with contextlib.suppress(FileNotFoundError):
+                    cache.refresh(file)
+        manifest = read_manifest(home)
+        with (home / SHARD_TABLE).open("rb") as file:
+            found = sha256_of(file)
+        if manifest.files.get(SHARD_TABLE, found) == found:
+            break
+        attempt += 1  # both may be replaced between one look and the next
+        if attempt == 3:
+            raise InputError(f"{source.path}: {SHARD_TABLE} is not the one that {MANIFEST} names")
+        time.sleep(1)
+    table = read_shard_table(home)
+    named = pc.match_substring_regex(table["path"], SHARD_NAME)  # pyright: ignore[reportAttributeAccessIssue]
+    if not all(named.to_pylist()):
+        raise InputError(
+            f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
+        )
+    return Dataset(name, source, home, manifest, table, cache)
+
+
+class Snapshot:
+    """The datasets of a run as they stood at one moment, and one shard table of all."""
+
+    def __init__(self, datasets: list[Dataset]):
+        self.datasets, self.manifest = datasets, datasets[0].manifest
+        for other in datasets[1:]:
+            if other.manifest.members != self.manifest.members:
+                raise InputError(
+                    f"{other.source.path}: its members are not those of {datasets[0].source.path}, to mix with"
+                )
+            codec, encoders = self.manifest.codec.model_dump(), self.manifest.text_encoders
+            check_dataset(other.manifest, other.source.path, codec=codec, text_encoders=encoders)
+        sizes = [len(dataset.table) for dataset in datasets]
+        self.dataset = np.repeat(np.arange(len(datasets)), sizes)
+        self.table = pa.concat_tables([dataset.table for dataset in datasets]).combine_chunks()
+        self.sizes, self.bytes = self._column("num_samples"), self._column("bytes")
+        self.heights, self.widths = self._column("height"), self._column("width")
+        self.heldout = self.table["split"].to_numpy() == "heldout"
+        self.first_id = np.cumsum(self.sizes) - self.sizes
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy().astype(np.int64)
+
+    def fingerprints(self) -> dict[str, str]:
+        return {dataset.name: dataset.manifest.fingerprint for dataset in self.datasets}
+
+    def text(self, column: str, shard: int) -> str:
+        return self.table[column][shard].as_py()
+
+    def bucket(self, shard: int) -> Bucket:
+        return int(self.heights[shard]), int(self.widths[shard])
+
+    def buckets(self, heldout: bool = False) -> dict[Bucket, list[Part]]:
+        """One split by bucket and dataset, in the order of the table."""
+        kept = (self.heldout == heldout) & (self.sizes > 0)
+        found: dict[Bucket, list[Part]] = {}
+        for height, width in np.unique(np.stack([self.heights, self.widths])[:, kept], axis=1).T:
+            mine = kept & (self.heights == height) & (self.widths == width)
+            for number, dataset in enumerate(self.datasets):
+                shards = np.flatnonzero(mine & (self.dataset == number))
+                if len(shards):
+                    part = Part(shards, self.sizes[shards], Fraction(str(dataset.source.repeat)))
+                    found.setdefault((int(height), int(width)), []).append(part)
+        return found
+
+    def shapes(self, bucket: Bucket) -> list[tuple[int, ...]]:
+        """Every member's shape in a bucket; of a text, the shape of one token."""
+        down = self.manifest.codec.downscale
+        sides = bucket[0] // down, bucket[1] // down
+        shapes = [
+            (m.shape[0], *sides) if m.name == "moments" else m.shape for m in self.manifest.members
+        ]
+        return [tuple(side for side in shape if side is not None) for shape in shapes]
+
+
+class Record:
+    """Which snapshot each epoch of a run uses, in a folder that all ranks see; rank 0 decides.
+
+    A run that is killed and resumed finds its own decisions here and repeats them.
+    """
+
+    def __init__(self, folder: Path, rank: int, stop: threading.Event):
+        self.folder, self.rank, self.stop = folder, rank, stop
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What was decided, in the order of the epochs: epoch, first_step and the datasets' fingerprints."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("epoch_*.json"))]
+
+    def decide(self, epoch: int, first_step: int, snapshot: Snapshot) -> None:
+        """Rank 0: let the run use `snapshot` from `epoch` on."""
+        for dataset in snapshot.datasets:
+            path = self.folder / dataset.manifest.fingerprint
+            if not path.with_suffix(".json").is_file():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                pq.write_table(dataset.table, path.with_suffix(".parquet"))
+                _write(path.with_suffix(".json"), dataset.manifest.model_dump_json())
+        entry = {"epoch": epoch, "first_step": first_step, "datasets": snapshot.fingerprints()}
+        _write(self.folder / f"epoch_{epoch:08d}.json", json.dumps(entry))
+
+    def wait(self, epoch: int, timeout_s: float = 600) -> dict[str, Any]:
+        """Other ranks: what rank 0 decided for an epoch."""
+        path, end = self.folder / f"epoch_{epoch:08d}.json", time.monotonic() + timeout_s
+        while not path.is_file():
+            if time.monotonic() > end or self.stop.wait(0.05):
+                raise TimeoutError(f"{path}: rank 0 has not written it in {timeout_s:.0f} s")
+        return json.loads(path.read_text())
+
+    def load(self, entry: dict[str, Any], now: Snapshot) -> Snapshot:
+        """An entry's snapshot; raises InputError where the datasets of today do not hold all its shards."""
+        if list(entry["datasets"]) != [dataset.name for dataset in now.datasets]:
+            raise InputError(
+                f"data.datasets: got {[d.name for d in now.datasets]}, expected {list(entry['datasets'])}, "
+                f"as {self.folder} records of this run. Remedy: a new run, or the old datasets."
+            )
+        if entry["datasets"] == now.fingerprints():
+            return now
+        datasets = []
+        for dataset in now.datasets:
+            path = self.folder / entry["datasets"][dataset.name]
+            manifest = Manifest.model_validate_json(path.with_suffix(".json").read_text())
+            table = pq.read_table(path.with_suffix(".parquet"), schema=SHARD_SCHEMA)
+            if not _contains(dataset.table, table):
+                raise InputError(
+                    f"{dataset.source.path}: was prepared again with other shards since this run began. "
+                    "Remedy: a new run, or the dataset as it was."
+                )
+            datasets.append(replace(dataset, manifest=manifest, table=table))
+        return Snapshot(datasets)
+
+
+def _contains(table: pa.Table, part: pa.Table) -> bool:
+    """Whether every shard of `part` is in `table`, by path and content."""
+    keys = [pc.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]  # pyright: ignore[reportAttributeAccessIssue]
+    return pc.all(pc.is_in(keys[1], value_set=keys[0])).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

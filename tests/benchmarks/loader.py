@@ -1,0 +1,187 @@
+"""flowmill's loader, plain and tuned webdataset, and the memory copy: the same arrays, from page cache.
+
+One process, one thread, batches of 64, every side in turn; medians of the rounds' rates and ratios.
+Plain webdataset and flowmill read the very same files, which webdataset's own TarWriter wrote with its
+defaults. The tuned pipeline gets what helps it: USTAR tars and a decoder without np.load.
+"""
+
+import io
+import json
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before numpy and torch are imported
+
+import numpy as np
+import typer
+import webdataset
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.data import DataConfig, Loader
+from tests.shard_factory import Kind, Sample, make_dataset, write_tar
+
+BATCH = 64
+BUCKET = (128, 256)  # latents of 16 x 32: 2 x 4 channels, fp16, make 8 KiB
+CASES = {  # what a sample has, shards, samples a shard
+    "124k": (Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True), 24, 256),
+    "8k": (Kind({}, channels=4, bare=True), 24, 1024),
+}
+Side = Callable[[], int]  # reads everything once and returns how many samples that were
+
+
+def write_default_tar(path: Path, samples: list[Sample], keys: list[str]) -> None:
+    """What webdataset writes if left alone: a float mtime, so a PAX header before each member."""
+    with webdataset.TarWriter(str(path)) as tar:
+        for key, sample in zip(keys, samples, strict=True):
+            tar.write({"__key__": key} | {f"{name}.npy": array for name, array in sample.items()})
+
+
+def plain(urls: list[str], names: list[str]) -> Side:
+    def side() -> int:
+        data = webdataset.WebDataset(urls, shardshuffle=False).decode()
+        return sum(len(batch[0]) for batch in data.to_tuple(*names).batched(BATCH))
+
+    return side
+
+
+def frombuffer_decoder(key: str, data: bytes) -> np.ndarray | None:
+    """An .npy without np.load's parsing: the header is read as a literal once for each distinct one."""
+    if not key.endswith("npy"):
+        return None
+    begin = 10 + int.from_bytes(data[8:10], "little")
+    header = data[:begin]
+    if header not in _HEADERS:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        _HEADERS[header] = array.dtype, array.shape
+    dtype, shape = _HEADERS[header]
+    return np.frombuffer(data, dtype, offset=begin).reshape(shape)
+
+
+_HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
+
+
+def tuned(urls: list[str], names: list[str]) -> Side:
+    def side() -> int:
+        data = webdataset.WebDataset(urls, shardshuffle=False)
+        decoded = data.decode(frombuffer_decoder).to_tuple(*names).batched(BATCH)
+        return sum(len(batch[0]) for batch in decoded)
+
+    return side
+
+
+def flowmill(folder: Path, prefetch: int, samples: int) -> Side:
+    """Shuffled, as in training, with the default windows and partitions; an epoch a round."""
+    config = DataConfig(path=str(folder), prefetch=prefetch)
+    loader = Loader(config, global_batch=BATCH, seed=0)
+    batches = loader.batches()
+
+    def side() -> int:
+        count = 0
+        while count < samples:
+            count += len(next(batches).indices)
+        return count
+
+    return side
+
+
+def memory_copy(files: list[Path], sample_bytes: int) -> Side:
+    """The arrays' bytes from the mapped files, one after another, into one reused batch buffer."""
+    maps = []
+    for path in files:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        maps.append(np.frombuffer(mapped, np.uint8))
+    step = BATCH * sample_bytes
+    buffer = np.empty(step, np.uint8)
+
+    def side() -> int:
+        count = 0
+        for source in maps:
+            for begin in range(0, len(source) - step + 1, step):
+                buffer[:] = source[begin : begin + step]
+                count += BATCH
+        return count
+
+    return side
+
+
+def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Samples a second of wall and of CPU time: a warming round, then `rounds` with the sides in turn."""
+    found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            count = side()
+            if number:
+                found[name]["wall"].append(count / (time.perf_counter() - wall))
+                found[name]["cpu"].append(count / (time.process_time() - cpu))
+    return found
+
+
+def build(folder: Path, case: str) -> dict[str, Side]:
+    kind, shards, size = CASES[case]
+    plan = [(BUCKET, size)] * shards
+    default = make_dataset(folder / "default", plan, kind, write=write_default_tar)
+    ustar = make_dataset(folder / "ustar", plan, kind, write=write_tar)
+    tars = {root: sorted(root.glob("shards/*/*.tar")) for root in (default, ustar)}
+    names = [f"{member.name}.npy" for member in kind.members()]
+    sample_bytes = sum(array.nbytes for array in kind.sample(0, BUCKET).values())
+    return {
+        "webdataset": plain([str(p) for p in tars[default]], names),
+        "webdataset, USTAR": plain([str(p) for p in tars[ustar]], names),
+        "webdataset, tuned": tuned([str(p) for p in tars[ustar]], names),
+        "flowmill": flowmill(default, 0, shards * size),
+        "flowmill, read-ahead thread": flowmill(default, 2, shards * size),
+        "memory copy": memory_copy(tars[default], sample_bytes),
+    }
+
+
+def report(
+    console: Console, case: str, found: dict[str, dict[str, list[float]]]
+) -> dict[str, float]:
+    table = Table(title=f"{case}: samples/s, medians of {len(found['flowmill']['wall'])}")
+    for column in ("side", "wall", "CPU", "flowmill is (wall)", "(CPU)"):
+        table.add_column(column, justify="left" if column == "side" else "right")
+    ratios = {}
+    for name, rates in found.items():
+        row = [f"{statistics.median(rates[clock]):,.0f}" for clock in ("wall", "cpu")]
+        for clock in ("wall", "cpu"):
+            pairs = zip(found["flowmill"][clock], rates[clock], strict=True)
+            ratios[name, clock] = statistics.median(ours / theirs for ours, theirs in pairs)
+            row.append(f"{ratios[name, clock]:.2f}x")
+        table.add_row(name, *row)
+    console.print(table)
+    keys = {
+        f"x_webdataset_{case}": "webdataset",
+        f"x_tuned_webdataset_{case}": "webdataset, tuned",
+        f"of_memcpy_{case}": "memory copy",
+    }
+    flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items()}
+    flat |= {f"{key}_cpu": round(ratios[name, "cpu"], 3) for key, name in keys.items()}
+    return flat | {f"flowmill_{case}_per_s": round(statistics.median(found["flowmill"]["wall"]))}
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here")] = None,
+    rounds: Annotated[int, typer.Option(min=5)] = 5,
+    folder: Annotated[Path | None, typer.Option(help="where to build the files (1 GB)")] = None,
+) -> None:
+    """Compare the loader with webdataset and with a memory copy."""
+    console, results = Console(), {}
+    for case in CASES:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            results |= report(console, case, measure(build(Path(temporary), case), rounds))
+    if json_file:
+        json_file.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

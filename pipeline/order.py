@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -45,9 +45,13 @@ class Part:
     sizes: np.ndarray  # int64 (S,), samples
     repeat: Fraction = Fraction(1)
 
+    @cached_property
+    def total(self) -> int:
+        return int(self.sizes.sum())
+
     def drawn(self, epochs: int) -> int:
         """Samples that the first `epochs` epochs take."""
-        return int(epochs * self.repeat * int(self.sizes.sum()))
+        return epochs * self.repeat.numerator * self.total // self.repeat.denominator
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ class BucketOrder:
         """The samples of a part in an epoch: the next `repeat` of its cycles, a cycle being all of it."""
         part, pieces = self.parts[number], []
         low, high = part.drawn(epoch), part.drawn(epoch + 1)
-        total = int(part.sizes.sum())
+        total = part.total
         for cycle in range(low // total, -(-high // total)):
             absolute = self.plan.first_epoch + cycle
             chosen = permutation(

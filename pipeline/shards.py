@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import IO
 
 import numpy as np
@@ -25,32 +26,54 @@ FETCH_THREADS = 4
 KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
 
 
+def address_of(memory: mmap.mmap) -> int:
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+
+
 class Shard:
-    """A mapped shard. `spans` int64 (num_samples, num_members, 2): address and bytes of each member."""
+    """A mapped shard. address int64 (members, samples) of arrays, tokens int64 (encoders, samples)."""
 
     def __init__(self, name: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]):
-        """rows: bytes of a row of each member, and the rows it may have at most (0: exactly one)."""
+        """rows: bytes of a row of each member, and how many a text may have (0 where it is no text)."""
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file's lock
-        self.spans = np.array(index)
-        begin, size = self.spans[..., 0], self.spans[..., 1]
+        begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
         unit, most = np.array(rows).T
         fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
-        ends = begin + size
-        if not fits.all() or begin.min() < 0 or size.min() < 0 or ends.max() > len(self.map):
+        if (
+            not fits.all()
+            or min(begin.min(), size.min()) < 0
+            or (begin + size).max() > len(self.map)
+        ):
             raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
-        begin += np.frombuffer(self.map, np.uint8).__array_interface__["data"][0]
+        self.address = np.ascontiguousarray((begin + address_of(self.map)).T)
+        self.tokens = np.ascontiguousarray((size // unit)[:, most > 0].T)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples in memory: spans as a Shard's, ids int64 (n,); `shards` keeps the files mapped."""
+    """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
 
-    spans: np.ndarray
-    ids: np.ndarray
+    address: np.ndarray  # int64 (members, n)
+    tokens: np.ndarray  # int64 (encoders, n)
+    ids: np.ndarray  # int64 (n,)
+    low: int
+    high: int
     shards: list[Shard]
 
-    def __getitem__(self, chosen: slice) -> "Rows":
-        return Rows(self.spans[chosen], self.ids[chosen], self.shards)
+    def __getitem__(self, chosen: slice | np.ndarray) -> "Rows":
+        address, tokens, ids = self.address[:, chosen], self.tokens[:, chosen], self.ids[chosen]
+        return Rows(address, tokens, ids, self.low, self.high, self.shards)
+
+    @staticmethod
+    def join(rows: "list[Rows]") -> "Rows":
+        return Rows(
+            np.concatenate([r.address for r in rows], axis=1),
+            np.concatenate([r.tokens for r in rows], axis=1),
+            np.concatenate([r.ids for r in rows]),
+            min(r.low for r in rows),
+            max(r.high for r in rows),
+            [shard for r in rows for shard in r.shards],
+        )
 
 
 class ShardStore:
@@ -172,30 +195,36 @@ class ShardStore:
         Where unreadable shards are to be skipped, samples of the window's other shards take the places of
         theirs, so that the order of all others, and the number of samples, stay what they were.
         """
-        shards: list[Shard] = []
-        spans, ids, places, count = [], [], [], 0
-        for number, row in zip(window.segments.shard.tolist(), window.rows(), strict=True):
+        rows, places, count = [], [], 0
+        for number, chosen in zip(window.segments.shard.tolist(), window.rows(), strict=True):
             try:
-                shards.append(self.open(number))
+                rows.append(self.rows(number, chosen))
             except ShardError as error:
                 if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
                     raise
-                places.append(np.full(len(row), -1))
+                places.append(np.full(len(chosen), -1))
                 continue
-            spans.append(shards[-1].spans[row])
-            ids.append(row + self.snapshot.first_id[number])
-            places.append(count + np.arange(len(row)))
-            count += len(row)
+            places.append(count + np.arange(len(chosen)))
+            count += len(chosen)
         order = np.concatenate(places)
         lost = np.flatnonzero(order < 0)
         if len(lost):
             if not count:
-                names = ", ".join(str(self.bad[n]) for n in set(window.segments.shard.tolist()))
-                raise ShardError(f"every shard of a window is unreadable: {names}")
+                names = {str(self.bad[n]) for n in window.segments.shard.tolist()}
+                raise ShardError(
+                    f"every shard of a window is unreadable: {'; '.join(sorted(names))}"
+                )
             order[lost] = np.arange(len(lost)) % count
             self.replaced_samples += len(lost)
-        order = order[window.shuffle()]
-        return Rows(np.concatenate(spans)[order], np.concatenate(ids)[order], shards)
+        return Rows.join(rows)[order[window.shuffle()]]
+
+    def rows(self, number: int, chosen: np.ndarray) -> Rows:
+        """Some samples of a shard; raises ShardError."""
+        shard = self.open(number)
+        address = shard.address[:, chosen]
+        low, high = int(address.min()), int(address.max())
+        ids = chosen + self.snapshot.first_id[number]
+        return Rows(address, shard.tokens[:, chosen], ids, low, high, [shard])
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
@@ -223,11 +252,15 @@ class Memory:
         }
 
 
-def gather(addresses: np.ndarray, out: Tensor) -> None:
-    """Copy from each address, int64 (n,), into a row of `out`, uint8 (n, row bytes), in one call.
+@lru_cache(maxsize=256)
+def _rows_at(low: int, high: int, row_bytes: int) -> Tensor:
+    return torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
 
-    The caller keeps what lies at the addresses mapped, and has checked the bounds.
+
+def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
+    """Copy from each address, int64 (n,) in low..high, into a row of `out`, uint8 (n, row bytes).
+
+    One call, whatever n. The caller keeps what lies there mapped, and has checked the bounds.
     """
-    base = int(addresses.min())
-    rows = np.asarray(Memory(base, int(addresses.max()) - base + 1, out.shape[1]))
-    torch.index_select(torch.from_numpy(rows), 0, torch.from_numpy(addresses - base), out=out)
+    source = _rows_at(low, high, out.shape[1])
+    torch.index_select(source, 0, torch.from_numpy(address - low), out=out)

@@ -1,0 +1,255 @@
+"""A batch: its tensors, the buffers they lie in, and how samples in memory become one."""
+
+import math
+import mmap
+import weakref
+from collections import deque
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.schema import EMPTY_CAPTION, Manifest
+from models.config import InputError
+from pipeline.shards import Rows, address_of, gather
+from pipeline.snapshots import Bucket, Snapshot
+
+ALIGNMENT = 64  # bytes, of every member in a batch buffer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket; b is this rank's share of the global batch, or of a micro-batch.
+
+    Without text, pooled or labels in the dataset the fields are None. The tensors lie in a buffer that is
+    used again once none of them, nor a view of them, is alive.
+    """
+
+    step: int
+    epoch: int
+    bucket: tuple[int, int]  # height and width of the pictures, pixels
+    indices: Tensor  # int64 (b,), places in the global batch, whatever the world size
+    sample_ids: Tensor  # int64 (b,), numbers of the samples in the snapshot
+    moments: (
+        Tensor  # float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) of a deterministic codec
+    )
+    text_emb: Tensor | None = (
+        None  # float16 (b, L, D), encoders one after another, zeros where masked
+    )
+    text_mask: Tensor | None = None  # bool (b, L), True keeps
+    pooled: Tensor | None = None  # float16 (b, P), encoders side by side
+    micro: Tensor | None = None  # float32 (b, 4), original height and width, crop top and left
+    label: Tensor | None = None  # int64 (b,)
+    text_lengths: tuple[int, ...] = ()  # of each encoder's part of L
+    micro_step: int = 0
+    buffer: "Buffer | None" = field(default=None, repr=False)
+
+    def _map(self, function: Any) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: function(t) for n, t in tensors.items() if torch.is_tensor(t)})
+
+    def split(self, micro_batch: int) -> list["Batch"]:
+        """Micro-batches, views in order; raises InputError where they would not be equal."""
+        size = len(self.indices)
+        if size % micro_batch:
+            raise InputError(f"micro batch: got {micro_batch}, expected a divisor of {size} a rank")
+        starts = range(0, size, micro_batch)
+        parts = [self._map(lambda t, s=s: t[s : s + micro_batch]) for s in starts]
+        return [replace(part, micro_step=number) for number, part in enumerate(parts)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; from a pinned buffer the copy does not wait."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.buffer is not None and device.type == "cuda":
+            self.buffer.copied = torch.cuda.Event()
+            self.buffer.copied.record(torch.cuda.current_stream(device))
+        return replace(moved, buffer=None)
+
+
+@dataclass(frozen=True)
+class EmptyCaption:
+    """A caption of no words as each encoder sees it: (tokens (l, D), pooled (P,)) by encoder, float16."""
+
+    parts: list[tuple[Tensor, Tensor]]
+
+    def put(self, batch: Batch, dropped: Tensor) -> Batch:
+        """The batch with this caption in place of the dropped ones; dropped bool (b,)."""
+        if batch.text_emb is None or batch.text_mask is None or batch.pooled is None:
+            return batch
+        text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
+        begin = 0
+        for (tokens, _), length in zip(self.parts, batch.text_lengths, strict=True):
+            kept = min(len(tokens), length)
+            text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept].to(text.device)
+            mask[:, begin : begin + kept] = True
+            begin += length
+        pooled = torch.cat([pooled for _, pooled in self.parts])[None].to(batch.pooled)
+        dropped = dropped.to(text.device)[:, None]
+        return replace(
+            batch,
+            text_emb=torch.where(dropped[..., None], text, batch.text_emb),
+            text_mask=torch.where(dropped, mask, batch.text_mask),
+            pooled=torch.where(dropped, pooled, batch.pooled),
+        )
+
+
+def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
+    """The dataset's empty_caption.safetensors, whose tensors are named as the members; None without text."""
+    if not manifest.text_encoders:
+        return None
+    path = dataset / EMPTY_CAPTION
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file, needed for caption dropout. Remedy: prepare again."
+        )
+    tensors = load_file(path)
+    parts = []
+    for name, record in manifest.text_encoders.items():
+        pair = tensors.get(name), tensors.get(f"{name}_pooled")
+        if pair[0] is None or pair[1] is None:
+            raise InputError(f"{path}: got {sorted(tensors)}, expected {name} and {name}_pooled")
+        parts.append((pair[0].reshape(-1, record.dim).half(), pair[1].reshape(-1).half()))
+    return EmptyCaption(parts)
+
+
+@dataclass
+class Buffer:
+    """Page-locked where a GPU reads it; `copied` is set by a copy that may still run."""
+
+    bytes: Tensor
+    copied: Any = None
+
+
+class BufferPool:
+    """Buffers that come back by themselves when the last tensor in them dies."""
+
+    def __init__(self, pin: bool):
+        self.pin = pin
+        self.free: deque[Buffer] = deque()
+
+    def take(self, size: int) -> tuple[Buffer, Tensor]:
+        """A buffer, and its bytes as a tensor, uint8 (at least size,)."""
+        buffer = self.free.popleft() if self.free else None
+        if buffer is not None and buffer.copied is not None:
+            buffer.copied.synchronize()
+            buffer.copied = None
+        if buffer is None or buffer.bytes.nbytes < size:
+            buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pin))
+        # Torch keeps `view` for as long as any tensor uses its memory.
+        view = buffer.bytes.numpy().view()
+        weakref.finalize(view, self.free.append, buffer).atexit = False
+        return buffer, torch.from_numpy(view)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a member lies in a batch buffer; `column` of the addresses, None of text."""
+
+    name: str
+    column: int | None
+    begin: int
+    end: int
+    shape: list[int]
+    dtype: torch.dtype
+
+
+class Assembler:
+    """Turns samples in memory into a Batch in a buffer."""
+
+    def __init__(
+        self, snapshot: Snapshot, text_length: int | None, pad_to_longest: bool, pin: bool
+    ):
+        self.snapshot, self.pad_to_longest = snapshot, pad_to_longest
+        self.encoders = list(snapshot.manifest.text_encoders.items())
+        self.limits = [min(text_length or r.max_length, r.max_length) for _, r in self.encoders]
+        self.width = max([record.dim for _, record in self.encoders] or [1])
+        self.columns = {m.name: column for column, m in enumerate(snapshot.manifest.members)}
+        self.pool = BufferPool(pin)
+        self.parts = lru_cache(maxsize=1024)(self._parts)
+        self.zeros = mmap.mmap(-1, 2 * self.width)  # a masked token, at an address of its own
+        self.zero = address_of(self.zeros)
+        caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
+        self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
+
+    def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
+        padded = self._padded(rows.tokens)
+        parts, size = self.parts(bucket, padded, len(rows.ids))
+        buffer, memory = self.pool.take(size)
+        out: dict[str, Tensor] = {}
+        for part in parts:
+            flat = memory[part.begin : part.end]
+            if part.column is not None:
+                gather(rows.address[part.column], rows.low, rows.high, flat.view(len(rows.ids), -1))
+            out[part.name] = flat.view(part.dtype).view(part.shape)
+        pooled = [out[name] for n, _ in self.encoders if (name := f"{n}_pooled") in out]
+        return Batch(
+            step=step,
+            epoch=epoch,
+            bucket=bucket,
+            indices=indices,
+            sample_ids=torch.from_numpy(rows.ids),
+            moments=out["moments"],
+            text_emb=out.get("text"),
+            text_mask=self._gather_text(out["text"], rows, padded) if self.encoders else None,
+            pooled=torch.cat(pooled, dim=1) if len(pooled) > 1 else next(iter(pooled), None),
+            micro=out.get("micro"),
+            label=out["label"].view(-1) if "label" in out else None,
+            text_lengths=padded,
+            buffer=buffer,
+        )
+
+    def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
+        """The members of a batch in its buffer, and the bytes of all."""
+        kinds: list[tuple[str, int | None, list[int], torch.dtype]] = [
+            (member.name, column, [count, *shape], getattr(torch, member.dtype))
+            for (column, member), shape in zip(
+                enumerate(self.snapshot.manifest.members), self.snapshot.shapes(bucket), strict=True
+            )
+            if member.name not in dict(self.encoders)
+        ]
+        if self.encoders:
+            kinds.append(("text", None, [count, sum(padded), self.width], torch.float16))
+        parts, begin = [], 0
+        for name, column, shape, dtype in kinds:
+            end = begin + math.prod(shape) * dtype.itemsize
+            parts.append(Slot(name, column, begin, end, shape, dtype))
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
+        return parts, begin
+
+    def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:
+        """The length of each encoder's part of the text; tokens int64 (encoders, b)."""
+        if not self.pad_to_longest:
+            return tuple(self.limits)
+        # Room for the empty caption, which may take any sample's place.
+        longest = np.maximum(tokens.max(axis=1), self.empty) if self.encoders else []
+        return tuple(min(int(a), b) for a, b in zip(longest, self.limits, strict=True))
+
+    def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
+        """Fill out, float16 (b, L, D), and return the mask, bool (b, L)."""
+        masks, begin = [], 0
+        for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
+            address, row = rows.address[self.columns[name]], 2 * record.dim
+            alone = len(self.encoders) == 1
+            part = out if alone else torch.empty(len(out), length, record.dim, dtype=out.dtype)
+            mask = np.arange(length) < rows.tokens[number][:, None]
+            flat = part.view(torch.uint8)
+            if mask.all():
+                gather(address, rows.low, rows.high, flat.view(len(out), length * row))
+            else:
+                places = np.where(mask, address[:, None] + np.arange(length) * row, self.zero)
+                low, high = min(rows.low, self.zero), max(rows.high, int(places.max()))
+                gather(places.reshape(-1), low, high, flat.view(-1, row))
+            if not alone:
+                out[:, begin : begin + length, : record.dim] = part
+                out[:, begin : begin + length, record.dim :] = 0
+            masks.append(mask)
+            begin += length
+        return torch.from_numpy(masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1))

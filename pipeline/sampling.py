@@ -184,23 +184,33 @@ def sample_ddim(velocity: Velocity, x_t: Tensor, schedule: Schedule) -> Tensor:
 def sample_ancestral(
     velocity: Velocity, x_t: Tensor, schedule: Schedule, seed: int, indices: list[int]
 ) -> Tensor:
-    """Each step from q(x_s | x_t, x0) (Ho 2006.11239, eq. 6) for any alpha and sigma.
-
-    Of sigma_s, the part r goes on along the predicted noise and sqrt(1 - r^2) is drawn fresh, so the
-    variance is sigma_s^2 whatever the path; r = (sigma_s/alpha_s) / (sigma_t/alpha_t), 0 at zero SNR.
-    diffusers' EulerAncestralDiscreteScheduler is this on VP paths, and has no form for SNR 0.
-    """
-    _, alpha, sigma = schedule
+    """Euler ancestral; sample i's fresh noise at each step is a function of (seed, step, indices[i])."""
     for i in range(len(schedule.times)):
-        toward = velocity(i, x_t)
-        x0 = (x_t - sigma[i] * toward) / (alpha[i] + sigma[i])
-        noise = x0 + toward
-        r = alpha[i] * sigma[i + 1] / (alpha[i + 1] * sigma[i])
         fresh = draw_noise(seed, i, indices, tuple(x_t.shape[1:]), x_t.device, purpose="ancestral")
-        x_t = alpha[i + 1] * x0 + sigma[i + 1] * (
-            r * noise + (1 - r**2).clamp_min(0).sqrt() * fresh
-        )
+        levels = (*schedule.alpha[i : i + 2], *schedule.sigma[i : i + 2])
+        x_t = ancestral_step(x_t, velocity(i, x_t), fresh, *levels)
     return x_t
+
+
+def ancestral_step(
+    x_t: Tensor,
+    velocity: Tensor,
+    fresh: Tensor,
+    alpha: Tensor,
+    alpha_next: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+) -> Tensor:
+    """A draw from q(x_next | x_t, x0) (Ho 2006.11239, eq. 6) for any alpha and sigma.
+
+    Of sigma_next the part r goes on along the predicted noise and sqrt(1 - r^2) is fresh, so the
+    variance is sigma_next^2 on every path; r, the ratio of both sigma/alpha, is 0 after SNR 0, where
+    diffusers' EulerAncestralDiscreteScheduler, the same step on VP paths, has no form.
+    """
+    x0 = (x_t - sigma * velocity) / (alpha + sigma)
+    r = alpha * sigma_next / (alpha_next * sigma)
+    noise = r * (x0 + velocity) + (1 - r**2).clamp_min(0).sqrt() * fresh
+    return alpha_next * x0 + sigma_next * noise
 
 
 def guided(

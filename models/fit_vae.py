@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -40,10 +40,10 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 class LossConfig(Config):
     """Weights of the terms, on pixels in [-1, 1]. `edges` is the L1 of differences of neighbour pixels."""
 
-    l1: float = Field(1.0, ge=0)
-    mse: float = Field(1.0, ge=0)
-    edges: float = Field(1.0, ge=0)
-    kl: float = Field(1e-4, ge=0)  # as Rombach et al., 2112.10752: both sums over a picture
+    l1: float = Field(default=1.0, ge=0)
+    mse: float = Field(default=1.0, ge=0)
+    edges: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=1e-4, ge=0)  # as Rombach et al., 2112.10752: both sums over a picture
 
 
 class FitVaeConfig(Config):
@@ -216,8 +216,8 @@ def draw_batch(sources: list[Tensor], step: int, config: FitVaeConfig) -> tuple[
 
 def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: Path) -> None:
     """Train in place, saving to `work` and resuming from there; raises InputError if the config changed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae.to(device).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(vae.train(), device)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
     checkpoint, step, elapsed_s, smooth = work / "checkpoint.pt", 0, 0.0, 0.0
     if checkpoint.is_file():

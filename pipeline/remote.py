@@ -104,7 +104,7 @@ class ShardCache:
     def _download(self, name: str, path: Path, sha256: str, size: int) -> IO[bytes]:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
         try:
-            file = self._reserve(temporary, size)
+            file = self._reserve(temporary, name, size)
             found = self._copy(name, file)
             if found != sha256:
                 raise ShardError(f"sha256 got {found}, expected {sha256}")
@@ -127,12 +127,12 @@ class ShardCache:
         target.flush()
         return digest.hexdigest()
 
-    def _reserve(self, path: Path, size: int) -> IO[bytes]:
+    def _reserve(self, path: Path, name: str, size: int) -> IO[bytes]:
         """A new file of `size` bytes, locked, after deleting as many least recently used ones as it needs."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with (self.top / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._make_room(size, path.name)
+            self._make_room(size, name)
             file = path.open("w+b")
             fcntl.flock(file, fcntl.LOCK_EX)
             os.posix_fallocate(file.fileno(), 0, size)
@@ -150,9 +150,9 @@ class ShardCache:
                 total -= length
         if total > limit:
             raise CacheFullError(
-                f"{self.url}: {name}: no room in {self.top}: data.cache.max_gib got {self.config.max_gib}, "
-                f"expected at least {total / GIB:.3f} with the shards now in use. Remedy: raise it, or lower "
-                "data.window_shards or data.canonical_partitions (which change the order)."
+                f"{self.url}/{name}: no room in {self.top}: data.cache.max_gib got {self.config.max_gib:.6g}, "
+                f"expected at least {total / GIB:.6g} for the shards now in use and this one. Remedy: raise "
+                "it, or lower data.window_shards or data.canonical_partitions (which change the order)."
             )
 
 

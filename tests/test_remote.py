@@ -1,0 +1,258 @@
+"""Shards behind fsspec: S3 on a loopback server, an unreliable HTTP server, and the bounded cache."""
+
+import http.server
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from models.config import InputError, parse_config
+from pipeline.data import DataConfig, Loader
+from pipeline.remote import CacheConfig, CacheFullError, ShardCache, ShardError, sha256_of
+from tests.shard_factory import Kind, make_dataset
+
+SQUARE = (32, 32)
+GIB = 1 << 30
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A folder over HTTP that counts requests and fails, waits or lies when told to."""
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.gets: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()  # file name -> how many times still
+        self.delay_s = 0.0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.gets[name] += 1
+        if self.server.failures[name]:
+            self.server.failures[name] -= 1
+            self.send_error(503)
+            return
+        if name.endswith(".tar"):
+            time.sleep(self.server.delay_s)
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "served").mkdir()
+    server = Server(tmp_path / "served")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+def loader(url: str, cache: Path, max_gib: float = 1.0, attempts: int = 3, **options) -> Loader:
+    section = {"path": str(cache), "max_gib": max_gib, "attempts": attempts}
+    return Loader(
+        DataConfig(path=url, cache=CacheConfig(**section), **options), global_batch=8, seed=1
+    )
+
+
+def numbers(loader: Loader, count: int, start: int = 0) -> list[list[int]]:
+    batches = itertools.islice(loader.batches(start), count)
+    return [batch.micro[:, 0].long().tolist() for batch in batches]
+
+
+def local(folder: Path, count: int) -> list[list[int]]:
+    return numbers(Loader(DataConfig(path=str(folder)), global_batch=8, seed=1), count)
+
+
+def test_a_dataset_on_s3_gives_the_same_batches(tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    folder = make_dataset(tmp_path / "data", [(SQUARE, 20)] * 5)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import s3fs
+
+        store = s3fs.S3FileSystem(skip_instance_cache=True)
+        store.mkdir("bucket")
+        store.put(str(folder), "bucket/data", recursive=True)
+        remote = loader("s3://bucket/data", tmp_path / "cache")
+        assert numbers(remote, 20) == local(folder, 20)
+        assert remote.empty_caption is not None
+        remote.close()
+    finally:
+        server.stop()
+
+
+def test_a_failing_store_is_asked_again_and_the_wait_is_counted(tmp_path, server):
+    folder = make_dataset(tmp_path / "served", [(SQUARE, 20)] * 3)
+    shards = [path.name for path in folder.glob("shards/*/*.tar")]
+    server.failures.update(dict.fromkeys(shards, 1))
+    remote = loader(server.url, tmp_path / "cache")
+    assert numbers(remote, 10) == local(folder, 10)
+    assert remote.wait_s > 0.9  # a second between the first and the second attempt
+    assert not +server.failures
+
+
+def test_a_store_that_keeps_failing_ends_with_the_name_of_the_shard(tmp_path, server):
+    folder = make_dataset(tmp_path / "served", [(SQUARE, 20)] * 3)
+    name = sorted(path.name for path in folder.glob("shards/*/*.tar"))[1]
+    server.failures[name] = 1000
+    with pytest.raises(ShardError, match=rf"{name}.*2 attempts failed.*503"):
+        numbers(loader(server.url, tmp_path / "cache", attempts=2), 10)
+
+
+def test_a_slow_store_shows_as_waiting(tmp_path, server):
+    make_dataset(tmp_path / "served", [(SQUARE, 20)])
+    server.delay_s = 0.4
+    remote = loader(server.url, tmp_path / "cache")
+    numbers(remote, 3)
+    assert remote.wait_s > 0.4
+
+
+def test_bytes_that_differ_from_the_table_are_never_used(tmp_path, server):
+    folder = make_dataset(tmp_path / "served", [(SQUARE, 20)] * 2)
+    victim = min(folder.glob("shards/*/*.tar"))
+    data = bytearray(victim.read_bytes())
+    data[5000] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ShardError, match=rf"{victim.name}.*sha256 got"):
+        numbers(loader(server.url, tmp_path / "cache", attempts=2), 10)
+    assert server.gets[victim.name] == 2
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_a_cached_file_that_was_damaged_is_fetched_again(tmp_path, server):
+    folder = make_dataset(tmp_path / "served", [(SQUARE, 20)] * 2)
+    before = loader(server.url, tmp_path / "cache")
+    numbers(before, 10)
+    before.close()
+    cached = min((tmp_path / "cache").rglob("*.tar"))
+    cached.write_bytes(b"x" * cached.stat().st_size)
+    server.gets.clear()
+    assert numbers(loader(server.url, tmp_path / "cache"), 10) == local(folder, 10)
+    assert {name for name in server.gets if name.endswith(".tar")} == {cached.name}
+
+
+def test_the_cache_stays_within_its_bound_and_evicts_what_was_used_longest_ago(tmp_path, server):
+    folder = make_dataset(tmp_path / "served", [(SQUARE, 100)] * 12, Kind({}))
+    size = max(path.stat().st_size for path in folder.rglob("*.tar"))
+    # One partition, windows of one shard: four shards hold the 256 samples read at once, one is to
+    # come, and one is being left.
+    bound = 6 * (size + 8192)
+    options = {"canonical_partitions": 1, "window_shards": 1}
+    remote = loader(server.url, tmp_path / "cache", bound / GIB, **options)
+    expected = Loader(DataConfig(path=str(folder), **options), global_batch=8, seed=1)
+    most = 0
+    for batch, other in zip(
+        itertools.islice(remote.batches(), 450), expected.batches(), strict=False
+    ):
+        assert batch.micro.tolist() == other.micro.tolist()
+        files = [
+            path
+            for path in (tmp_path / "cache").rglob("*")
+            if path.suffix in (".tar", ".npy", ".part")
+        ]
+        most = max(most, sum(path.stat().st_size for path in files if path.exists()))
+    assert most <= bound
+    assert max(server.gets.values()) <= 5  # in three epochs, with what is read ahead of a fourth
+
+
+def test_files_in_use_are_not_evicted(tmp_path, server):
+    for name in "abc":
+        (tmp_path / "served" / f"{name}.tar").write_bytes(name.encode() * 1000)
+    config = CacheConfig(path=str(tmp_path / "cache"), max_gib=2500 / GIB, attempts=1)
+    cache = ShardCache(server.url, config, threading.Event())
+    hashes = {name: sha256_of((tmp_path / "served" / f"{name}.tar").open("rb")) for name in "abc"}
+    first, _ = cache.open("a.tar", hashes["a"], 1000)
+    cache.open("b.tar", hashes["b"], 1000)[0].close()
+    cache.open("c.tar", hashes["c"], 1000)[0].close()  # makes room by evicting b, used after a
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["a.tar", "c.tar"]
+    second, _ = cache.open("c.tar", hashes["c"], 1000)
+    with pytest.raises(CacheFullError, match=r"b\.tar.*max_gib"):
+        cache.open("b.tar", hashes["b"], 1000)
+    assert [file.seek(0) or file.read(1) for file in (first, second)] == [b"a", b"c"]
+
+
+def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, server):
+    (tmp_path / "served" / "a.tar").write_bytes(b"a" * 1000)
+    (tmp_path / "served" / "b.tar").write_bytes(b"b" * 1000)
+    server.delay_s = 30
+    code = (
+        "import sys, threading; from pipeline.remote import CacheConfig, ShardCache\n"
+        f"config = CacheConfig(path={str(tmp_path / 'cache')!r}, max_gib={1500 / GIB})\n"
+        f"ShardCache({server.url!r}, config, threading.Event()).open('a.tar', '', 1000)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").rglob("*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    server.delay_s = 0
+    config = CacheConfig(path=str(tmp_path / "cache"), max_gib=1500 / GIB)
+    cache = ShardCache(server.url, config, threading.Event())
+    digest = sha256_of((tmp_path / "served" / "b.tar").open("rb"))
+    cache.open("b.tar", digest, 1000)
+    assert [path.name for path in cache.folder.iterdir()] == ["b.tar"]
+
+
+def test_a_full_disk_ends_with_the_name_of_the_shard(tmp_path, server):
+    """In a namespace of its own, the cache on a file system of 64 KiB."""
+    make_dataset(tmp_path / "served", [(SQUARE, 60)])
+    (tmp_path / "cache").mkdir()
+    code = (
+        "from tests.test_remote import *\n"
+        f"numbers(loader({server.url!r}, Path({str(tmp_path / 'cache')!r}), attempts=2), 3)"
+    )
+    mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path / 'cache'}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine does not let a user mount a file system in a namespace")
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, code]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert "CacheFullError" in last
+    assert "train-000000.tar" in last
+    assert "No space left on device" in last
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"path": "s3://bucket/x"}, "is remote: give cache.path"),
+        ({"path": "/x", "cache": {"path": "/c", "max_gib": 1}}, "cache has no effect"),
+        ({"path": "/x", "datasets": {"a": {"path": "/a"}}}, "not both"),
+        ({"path": "/x", "prefech": 1}, "did you mean 'prefetch'"),
+    ],
+)
+def test_a_config_that_cannot_be_meant_is_refused(section, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(DataConfig, section, "config")
+
+
+def test_an_unknown_protocol_is_the_users_error(tmp_path):
+    with pytest.raises(InputError, match="Protocol not known: nowhere"):
+        loader("nowhere://bucket/data", tmp_path / "cache")

@@ -612,6 +612,10 @@ class Objective:
         weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
         return torch.where(alpha == 0, weighting.terminal_weight, weight)
 
+    def x0_weight(self, t: PerSample) -> PerSample:
+        """The same weight as a weight on the squared error of x0, infinite where sigma is 0."""
+        return self.weight(t) / self._coefficients(t).x0_p ** 2
+
     def loss(self, pred: Latents, latents: Latents, noise: Latents, t: PerSample) -> LossTerms:
         """Weighted loss of each sample, averaged over its elements, in fp32."""
         squared = (pred.float() - self.target(latents, noise, t)).square()

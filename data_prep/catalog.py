@@ -58,14 +58,16 @@ class CaptionsConfig(Config):
     empty: Literal["reject", "keep"] = (
         "reject"  # a picture of which nothing, or only blanks, is said
     )
-    max_chars: int = Field(4096, ge=1)  # longer ones are rejected; encoders cut at their max_length
+    max_chars: int = Field(
+        default=4096, ge=1
+    )  # longer ones are rejected; encoders cut at their max_length
 
 
 class FiltersConfig(Config):
     """Which pictures are taken. Null switches a filter off."""
 
-    min_side: int | None = Field(None, ge=1)  # pixels of the shorter side, before resizing
-    max_aspect: float | None = Field(None, ge=1)  # long over short side, before cropping
+    min_side: int | None = Field(default=None, ge=1)  # pixels of the shorter side, before resizing
+    max_aspect: float | None = Field(default=None, ge=1)  # long over short side, before cropping
     duplicates: Literal["reject", "keep"] = "reject"  # the same file again, in any source
 
 
@@ -240,4 +242,4 @@ def _heldout(keys: pa.ChunkedArray, fraction: float) -> np.ndarray:
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(np.float64)
+    return column.to_numpy().astype(np.int64)

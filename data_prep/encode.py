@@ -36,15 +36,17 @@ class TextEncoderConfig(Config):
     """A transformers text encoder's folder, its tokenizer within or beside it."""
 
     path: str
-    max_length: int = Field(77, ge=1)
+    max_length: int = Field(default=77, ge=1)
     dtype: Dtype = "fp32"
 
 
 class EncodeConfig(Config):
     """What changes the last bits of the numbers, so that it must not change while a dataset is made."""
 
-    batch_size: int = Field(16, ge=1)
-    threads: int = Field(1, ge=1)  # of torch in one actor; on CPU more actors beat more threads
+    batch_size: int = Field(default=16, ge=1)
+    threads: int = Field(
+        default=1, ge=1
+    )  # of torch in one actor; on CPU more actors beat more threads
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,19 @@ class Rejected(Exception):
 class ImagesConfig(Config):
     """How pictures become pixels."""
 
-    resolution: int = Field(256, ge=8)  # side of the square bucket; every bucket has about its area
-    bucket_multiple: int = Field(16, ge=1)  # VAE downscale x patch size of the model to be trained
-    bucket_max_aspect: float = Field(2.0, ge=1)  # long over short side; 1: squares only
+    resolution: int = Field(
+        default=256, ge=8
+    )  # side of the square bucket; every bucket has about its area
+    bucket_multiple: int = Field(
+        default=16, ge=1
+    )  # VAE downscale x patch size of the model to be trained
+    bucket_max_aspect: float = Field(default=2.0, ge=1)  # long over short side; 1: squares only
     crop: Literal["center", "random"] = "center"
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
     animated: Literal["first", "reject"] = "first"
-    max_pixels: int = Field(64_000_000, ge=1)
-    max_bytes: int = Field(64 << 20, ge=1)
-    timeout_s: int = Field(60, ge=1)  # one picture's decoding
+    max_pixels: int = Field(default=64_000_000, ge=1)
+    max_bytes: int = Field(default=64 << 20, ge=1)
+    timeout_s: int = Field(default=60, ge=1)  # one picture's decoding
 
     @model_validator(mode="after")
     def _resolution_fits(self) -> Self:

@@ -20,10 +20,14 @@ OBJECT_STORE_BYTES = 256 << 20  # addresses and records pass through it, picture
 class RayConfig(Config):
     """How fast, never what. Null: what the machine or the cluster has."""
 
-    num_cpus: int | None = Field(None, ge=1)  # of the embedded Ray; a cluster knows its own
-    num_actors: int | None = Field(None, ge=1)  # null: one a GPU, or one an encode.threads CPUs
-    gpus_per_actor: float | None = Field(None, ge=0)  # null: 1 where there are GPUs
-    decoders_per_actor: int | None = Field(None, ge=1)  # null: the CPUs that are left, shared out
+    num_cpus: int | None = Field(default=None, ge=1)  # of the embedded Ray; a cluster knows its own
+    num_actors: int | None = Field(
+        default=None, ge=1
+    )  # null: one a GPU, or one an encode.threads CPUs
+    gpus_per_actor: float | None = Field(default=None, ge=0)  # null: 1 where there are GPUs
+    decoders_per_actor: int | None = Field(
+        default=None, ge=1
+    )  # null: the CPUs that are left, shared out
 
 
 def in_ray_job() -> bool:

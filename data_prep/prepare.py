@@ -62,7 +62,7 @@ EncoderName = Annotated[
 AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET)
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
 
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def _free_name(name: str) -> str:
@@ -75,15 +75,15 @@ class PrepareConfig(Config):
     """A preparation. All but `ray` and `output` decides what is written, bit by bit."""
 
     sources: dict[SourceName, SourceConfig] = Field(min_length=1)
-    images: ImagesConfig = ImagesConfig()  # pyright: ignore[reportCallIssue]
-    captions: CaptionsConfig = CaptionsConfig()  # pyright: ignore[reportCallIssue]
-    filters: FiltersConfig = FiltersConfig()  # pyright: ignore[reportCallIssue]
+    images: ImagesConfig = ImagesConfig()
+    captions: CaptionsConfig = CaptionsConfig()
+    filters: FiltersConfig = FiltersConfig()
     vae: VaeConfig
     text_encoders: dict[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
-    encode: EncodeConfig = EncodeConfig()  # pyright: ignore[reportCallIssue]
-    samples_per_shard: int = Field(1000, ge=1)
-    heldout_fraction: float = Field(0.0, ge=0, lt=1)
-    ray: RayConfig = RayConfig()  # pyright: ignore[reportCallIssue]
+    encode: EncodeConfig = EncodeConfig()
+    samples_per_shard: int = Field(default=1000, ge=1)
+    heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    ray: RayConfig = RayConfig()
     output: str
 
 
@@ -119,11 +119,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False, restart: bool = False)
     shards = make_plan(config, dataset)
     actors = start_encoders(config, dataset, len(shards))
     encoders: Encoders = actors.ask("describe")
-    if config.images.bucket_multiple % (downscale := encoders.codec.downscale):
-        raise InputError(
-            f"images.bucket_multiple: got {config.images.bucket_multiple}, expected a multiple of {downscale}, "
-            f"the downscale of {config.vae.path}, times the patch size of the model to be trained."
-        )
+    check_buckets(config, encoders.codec.downscale)
     encode(dataset, shards, actors)
     finalise(config, dataset, shards, encoders, actors)
     print_result(console, dataset, read_manifest(dataset), time.monotonic() - started)
@@ -143,6 +139,15 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
             raise InputError(f"{name}.path: {error}") from None
     decisive = config.model_dump(mode="json", exclude={"ray", "output"})
     return {"config": decisive, "weights": weights}
+
+
+def check_buckets(config: PrepareConfig, downscale: int) -> None:
+    """Raises InputError where a bucket's sides are not whole latents."""
+    if config.images.bucket_multiple % downscale:
+        raise InputError(
+            f"images.bucket_multiple: got {config.images.bucket_multiple}, expected a multiple of "
+            f"{downscale}, the downscale of {config.vae.path}, times the patch size of the model."
+        )
 
 
 def open_output(

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 
 from data_prep.schema import (
@@ -39,7 +38,7 @@ from data_prep.shards import file_sha256
 from models.config import InputError, run_command
 
 KEY = re.compile(r"[0-9a-f]{20}")
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 class Wrong(Exception):
@@ -55,7 +54,7 @@ def main(
     """Audit a prepared dataset; exit status 1 and what is wrong, if anything is."""
     problems = verify(dataset, workers)
     for problem in problems:
-        console.print("[red]wrong[/]", escape(problem))
+        console.print("wrong", problem, style="red")
     if problems:
         sys.exit(1)
 

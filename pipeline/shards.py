@@ -1,5 +1,6 @@
 """Shards in memory: fetched, checked, mapped, and gathered from."""
 
+import logging
 import math
 import mmap
 import os
@@ -8,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import IO
 
@@ -21,6 +22,8 @@ from pipeline.order import Window
 from pipeline.remote import CacheFullError, ShardError, sha256_of
 from pipeline.snapshots import Dataset, Snapshot
 from pipeline.snapshots import check_dataset as check_dataset
+
+log = logging.getLogger(__name__)
 
 FETCH_THREADS = 4
 KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
@@ -76,11 +79,20 @@ class Rows:
         )
 
 
+@dataclass
+class Losses:
+    """What had to be skipped: why, by shard, and how many samples others took the places of."""
+
+    shards: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+
+
 class ShardStore:
     """Opens shards: fetched and checked by threads ahead of time, kept mapped for as long as room is."""
 
-    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str):
+    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str, losses: Losses):
         self.snapshot, self.verify, self.on_corrupt = snapshot, verify, on_corrupt
+        self.losses = losses
         self.verified = np.zeros(len(snapshot.sizes), bool)
         self.bad: dict[int, ShardError] = {}
         self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
@@ -89,7 +101,6 @@ class ShardStore:
         self.coming: dict[int, Future[Shard]] = {}
         self.threads = ThreadPoolExecutor(FETCH_THREADS, "shards")
         self.lock = threading.Lock()
-        self.replaced_samples = 0
 
     def request(self, window: Window) -> None:
         """Have a window's shards at hand soon."""
@@ -202,6 +213,7 @@ class ShardStore:
             except ShardError as error:
                 if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
                     raise
+                self._count(number, error)
                 places.append(np.full(len(chosen), -1))
                 continue
             places.append(count + np.arange(len(chosen)))
@@ -215,7 +227,7 @@ class ShardStore:
                     f"every shard of a window is unreadable: {'; '.join(sorted(names))}"
                 )
             order[lost] = np.arange(len(lost)) % count
-            self.replaced_samples += len(lost)
+            self.losses.samples += len(lost)
         return Rows.join(rows)[order[window.shuffle()]]
 
     def rows(self, number: int, chosen: np.ndarray) -> Rows:
@@ -226,8 +238,11 @@ class ShardStore:
         ids = chosen + self.snapshot.first_id[number]
         return Rows(address, shard.tokens[:, chosen], ids, low, high, [shard])
 
-    def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
+    def _count(self, number: int, error: ShardError) -> None:
+        name = self.snapshot.text("path", number)
+        if name not in self.losses.shards:
+            log.warning("skipped: %s", error)
+        self.losses.shards[name] = str(error)
 
 
 def raise_file_limit() -> int:

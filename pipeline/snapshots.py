@@ -97,6 +97,7 @@ class Dataset:
     home: Path
     manifest: Manifest
     table: pa.Table
+    identity: str  # sha256 of manifest and shard table
     cache: ShardCache | None = None
 
 
@@ -124,7 +125,8 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
         )
-    return Dataset(name, source, home, manifest, table, cache)
+    identity = fingerprint({"manifest": manifest.fingerprint, SHARD_TABLE: found})
+    return Dataset(name, source, home, manifest, table, identity, cache)
 
 
 class Snapshot:
@@ -150,8 +152,8 @@ class Snapshot:
     def _column(self, name: str) -> np.ndarray:
         return self.table[name].to_numpy().astype(np.int64)
 
-    def fingerprints(self) -> dict[str, str]:
-        return {dataset.name: dataset.manifest.fingerprint for dataset in self.datasets}
+    def identities(self) -> dict[str, str]:
+        return {dataset.name: dataset.identity for dataset in self.datasets}
 
     def text(self, column: str, shard: int) -> str:
         return self.table[column][shard].as_py()
@@ -192,40 +194,47 @@ class Record:
         self.folder, self.rank, self.stop = folder, rank, stop
 
     def entries(self) -> list[dict[str, Any]]:
-        """What was decided, in the order of the epochs: epoch, first_step and the datasets' fingerprints."""
+        """What was decided, in the order of the epochs: epoch, first_step and the datasets' identities."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("epoch_*.json"))]
 
-    def decide(self, epoch: int, first_step: int, snapshot: Snapshot) -> None:
+    def entry(self, epoch: int) -> dict[str, Any] | None:
+        path = self.folder / f"epoch_{epoch:08d}.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def decide(self, epoch: int, first_step: int, snapshot: Snapshot) -> dict[str, Any]:
         """Rank 0: let the run use `snapshot` from `epoch` on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for dataset in snapshot.datasets:
-            path = self.folder / dataset.manifest.fingerprint
+            path = self.folder / dataset.identity
             if not path.with_suffix(".json").is_file():
-                self.folder.mkdir(parents=True, exist_ok=True)
                 pq.write_table(dataset.table, path.with_suffix(".parquet"))
                 _write(path.with_suffix(".json"), dataset.manifest.model_dump_json())
-        entry = {"epoch": epoch, "first_step": first_step, "datasets": snapshot.fingerprints()}
+        entry = {"epoch": epoch, "first_step": first_step, "datasets": snapshot.identities()}
         _write(self.folder / f"epoch_{epoch:08d}.json", json.dumps(entry))
+        return entry
 
     def wait(self, epoch: int, timeout_s: float = 600) -> dict[str, Any]:
         """Other ranks: what rank 0 decided for an epoch."""
-        path, end = self.folder / f"epoch_{epoch:08d}.json", time.monotonic() + timeout_s
-        while not path.is_file():
+        end = time.monotonic() + timeout_s
+        while (entry := self.entry(epoch)) is None:
             if time.monotonic() > end or self.stop.wait(0.05):
-                raise TimeoutError(f"{path}: rank 0 has not written it in {timeout_s:.0f} s")
-        return json.loads(path.read_text())
+                raise TimeoutError(
+                    f"{self.folder}: rank 0 has not settled the data of epoch {epoch}"
+                )
+        return entry
 
-    def load(self, entry: dict[str, Any], now: Snapshot) -> Snapshot:
-        """An entry's snapshot; raises InputError where the datasets of today do not hold all its shards."""
-        if list(entry["datasets"]) != [dataset.name for dataset in now.datasets]:
+    def load(self, identities: dict[str, str], now: Snapshot) -> Snapshot:
+        """A recorded snapshot; raises InputError where the datasets of today do not hold all its shards."""
+        if list(identities) != [dataset.name for dataset in now.datasets]:
             raise InputError(
-                f"data.datasets: got {[d.name for d in now.datasets]}, expected {list(entry['datasets'])}, "
+                f"data.datasets: got {[d.name for d in now.datasets]}, expected {list(identities)}, "
                 f"as {self.folder} records of this run. Remedy: a new run, or the old datasets."
             )
-        if entry["datasets"] == now.fingerprints():
+        if identities == now.identities():
             return now
         datasets = []
         for dataset in now.datasets:
-            path = self.folder / entry["datasets"][dataset.name]
+            path = self.folder / identities[dataset.name]
             manifest = Manifest.model_validate_json(path.with_suffix(".json").read_text())
             table = pq.read_table(path.with_suffix(".parquet"), schema=SHARD_SCHEMA)
             if not _contains(dataset.table, table):
@@ -233,7 +242,8 @@ class Record:
                     f"{dataset.source.path}: was prepared again with other shards since this run began. "
                     "Remedy: a new run, or the dataset as it was."
                 )
-            datasets.append(replace(dataset, manifest=manifest, table=table))
+            identity = identities[dataset.name]
+            datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
         return Snapshot(datasets)
 
 

@@ -117,6 +117,7 @@ def make_dataset(
         tar, index = folder / path, folder / index_path(path)
         tar.parent.mkdir(parents=True, exist_ok=True)
         samples = [kind.sample(n, bucket) for n in range(number, number + count)]
+        tar.unlink(missing_ok=True)  # never change a file in place: it may be mapped
         write(tar, samples, [f"{n:08d}" for n in range(number, number + count)])
         np.save(index, make_index(tar, samples))
         number += count

@@ -1,12 +1,22 @@
 """The loader's batches, against datasets in which every array tells which sample it is of."""
 
+import gc
 import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data_prep.schema import SHARD_TABLE
 from models.config import InputError, parse_config
 from pipeline.data import Batch, DataConfig, Loader, check_dataset
 from pipeline.remote import ShardError
@@ -209,11 +219,232 @@ def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
         Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
 
 
-def test_a_missing_or_shortened_shard_fails_with_its_name(tmp_path):
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shards/*/*.tar"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()  # a new file, for a mapped one must not change
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-512])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, shorten, flip])
+@pytest.mark.parametrize("suffix", [".tar", ".idx.npy"])
+def test_a_damaged_shard_or_index_fails_with_its_name(tmp_path, damage, suffix):
     folder = make_dataset(tmp_path, [(SQUARE, 13), (SQUARE, 20)])
-    victim = sorted((folder / "shards/32x32").glob("*.tar"))[1]
-    whole = victim.read_bytes()
-    for damage in (victim.unlink, lambda: victim.write_bytes(whole[:-512])):
-        damage()
-        with pytest.raises(ShardError, match="train-000001.tar"):
-            take(Loader(config(folder), global_batch=8, seed=1), 5)
+    damage(shard_files(folder)[1].with_suffix("").with_suffix(suffix))
+    loader = Loader(config(folder), global_batch=8, seed=1)
+    with pytest.raises(ShardError, match=r"train-000001\.tar"):
+        take(loader, 5)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, shorten, flip])
+def test_a_damaged_shard_is_skipped_and_counted_where_the_config_says(tmp_path, damage):
+    folder = make_dataset(tmp_path, [(SQUARE, 20)] * 4)
+    options = {"canonical_partitions": 2, "on_corrupt": "skip"}
+    whole = take(Loader(config(folder, **options), global_batch=8, seed=1), 20)
+    damage(shard_files(folder)[1])
+    loader = Loader(config(folder, **options), global_batch=8, seed=1)
+    batches = take(loader, 20)
+    lost = set(range(20, 40))
+    assert [len(numbers(batch)) for batch in batches] == [8] * 20
+    for batch, before in zip(batches, whole, strict=True):
+        for number, other in zip(numbers(batch), numbers(before), strict=True):
+            assert number == other if other not in lost else number not in lost
+    assert "train-000001.tar" in loader.losses.shards["shards/32x32/train-000001.tar"]
+    assert loader.losses.samples >= 40
+    ranks = [
+        take(Loader(config(folder, **options), global_batch=8, seed=1, rank=r, world_size=2), 20)
+        for r in range(2)
+    ]
+    for batch, one, two in zip(batches, *ranks, strict=True):
+        assert numbers(one) + numbers(two) == numbers(batch)
+
+
+def test_skipping_ends_where_nothing_is_left(tmp_path):
+    folder = make_dataset(tmp_path, [(SQUARE, 20)] * 2)
+    for path in shard_files(folder):
+        path.unlink()
+    with pytest.raises(ShardError, match="every shard of a window is unreadable"):
+        take(Loader(config(folder, on_corrupt="skip"), global_batch=8, seed=1), 2)
+
+
+def test_sizes_alone_are_checked_where_the_config_says(tmp_path):
+    folder = make_dataset(tmp_path, [(SQUARE, 20)] * 2)
+    flip(shard_files(folder)[0])
+    assert take(Loader(config(folder, verify="size"), global_batch=8, seed=1), 5)
+
+
+def test_a_shard_table_that_leads_out_of_the_dataset_is_refused(tmp_path):
+    folder = make_dataset(tmp_path, [(SQUARE, 20)])
+    table = pq.read_table(folder / SHARD_TABLE)
+    outside = table.set_column(0, "path", pa.array(["shards/../../other/x.tar"]))
+    pq.write_table(outside, folder / SHARD_TABLE)
+    with pytest.raises(InputError, match=r"not shards/BUCKET/NAME\.tar"):
+        Loader(config(folder), global_batch=8, seed=1)
+
+
+def test_datasets_mix_by_their_repeat_factors(tmp_path):
+    make_dataset(tmp_path / "a", [(SQUARE, 40)])
+    make_dataset(tmp_path / "b", [(SQUARE, 40), (WIDE, 16)], first=1000)
+    make_dataset(tmp_path / "c", [(SQUARE, 100)], first=2000)
+    repeats = {"a": 2.0, "b": 1.0, "c": 0.3}
+    sources = {n: {"path": str(tmp_path / n), "repeat": r} for n, r in repeats.items()}
+    mix = parse_config(DataConfig, {"datasets": sources}, "mix")
+    loader = Loader(mix, global_batch=2, seed=1)
+    per_epoch = 2 * 40 + 40 + 16 + 30
+    assert loader.steps_per_epoch(0) == per_epoch // 2
+    thirds = []
+    for epoch in range(2):
+        batches = take(loader, per_epoch // 2, epoch * per_epoch // 2)
+        assert {batch.epoch for batch in batches} == {epoch}
+        seen = Counter(number for batch in batches for number in numbers(batch))
+        assert [seen[number] for number in range(40)] == [2] * 40
+        assert [seen[number] for number in range(1000, 1056)] == [1] * 56
+        thirds.append({number for number in seen if number >= 2000})
+        assert len(thirds[-1]) == 30
+        assert max(seen[number] for number in thirds[-1]) == 1
+    assert not thirds[0] & thirds[1]
+
+
+def grow(folder: Path) -> None:
+    """The same dataset with one shard more, which sorts before the others."""
+    make_dataset(folder, [(SQUARE, 24), (SQUARE, 16), (WIDE, 40)])
+
+
+def test_a_dataset_that_grows_is_used_from_the_next_epoch_on(tmp_path):
+    folder, record = tmp_path / "data", tmp_path / "record"
+    make_dataset(folder, [(SQUARE, 24), (SQUARE, 16)])
+    options = {"global_batch": 8, "seed": 1, "record": record}
+    loader = Loader(config(folder, grow=True, prefetch=0), **options)
+    batches = loader.batches()
+    log = [numbers(next(batches)) for _ in range(5)]
+    assert sorted(itertools.chain(*log)) == list(range(40))
+    grow(folder)
+    log += [numbers(next(batches)) for _ in range(20)]
+    for epoch in range(2):
+        begin = 5 + 10 * epoch
+        assert sorted(itertools.chain(*log[begin : begin + 10])) == list(range(80))
+    # Whoever resumes repeats the decisions, with any number of ranks, wherever the dataset stands now.
+    for start in (0, 3, 5, 12, 15):
+        again = Loader(config(folder, grow=True), **options)
+        assert [numbers(b) for b in take(again, 25 - start, start)] == log[start:]
+        ranks = [
+            take(
+                Loader(config(folder, grow=True), **options, rank=r, world_size=2),
+                25 - start,
+                start,
+            )
+            for r in range(2)
+        ]
+        for expected, parts in zip(log[start:], zip(*ranks, strict=True), strict=True):
+            at = {i: n for p in parts for i, n in zip(p.indices.tolist(), numbers(p), strict=True)}
+            assert [at[i] for i in range(8)] == expected
+
+
+def test_a_run_goes_on_with_the_shards_it_began_with(tmp_path):
+    folder, record = tmp_path / "data", tmp_path / "record"
+    make_dataset(folder, [(SQUARE, 24), (SQUARE, 16)])
+    options = {"global_batch": 8, "seed": 1, "record": record}
+    log = [numbers(b) for b in take(Loader(config(folder), **options), 12)]
+    grow(folder)
+    assert [numbers(b) for b in take(Loader(config(folder), **options), 9, 3)] == log[3:]
+    make_dataset(folder, [(SQUARE, 20), (SQUARE, 20)])
+    with pytest.raises(InputError, match="prepared again with other shards"):
+        Loader(config(folder), **options)
+
+
+def test_other_ranks_wait_for_rank_0_to_decide(tmp_path):
+    folder, record = tmp_path / "data", tmp_path / "record"
+    make_dataset(folder, MIXED)
+    loaders = [
+        Loader(config(folder), global_batch=8, seed=1, rank=r, world_size=2, record=record)
+        for r in range(2)
+    ]
+    found: list[Batch] = []
+    waiting = threading.Thread(target=lambda: found.extend(take(loaders[1], 1)))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    take(loaders[0], 1)
+    waiting.join(30)
+    assert len(found) == 1
+
+
+TRAINER = """
+import itertools, sys, time
+from pathlib import Path
+from pipeline.data import DataConfig, Loader
+folder, log, rank, world_size, start = sys.argv[1:]
+rank, world_size, start = int(rank), int(world_size), int(start)
+loader = Loader(DataConfig(path=folder), global_batch=8, seed=3, rank=rank, world_size=world_size)
+with open(log, "a") as file:
+    for batch in loader.batches(start):
+        for index, number in zip(batch.indices.tolist(), batch.micro[:, 0].long().tolist()):
+            file.write(f"{batch.step} {index} {number}\\n")
+        file.flush()
+        time.sleep(0.02)
+"""
+
+
+@pytest.mark.distributed
+def test_killed_on_two_ranks_then_one_then_two_the_log_is_that_of_an_undisturbed_run(tmp_path):
+    folder = make_dataset(tmp_path / "data", MIXED)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    whole = [numbers(b) for b in take(Loader(config(folder), global_batch=8, seed=3), 90)]
+    start = 0
+    for attempt, world_size in enumerate((2, 1, 2)):
+        logs = [tmp_path / f"log_{attempt}_{rank}" for rank in range(world_size)]
+        children = [
+            subprocess.Popen(
+                [sys.executable, "trainer.py", folder, log, str(rank), str(world_size), str(start)],
+                cwd=tmp_path,
+                env=environment,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        stop, deadline = start + 30, time.monotonic() + 120
+        while not all(log.exists() and f"\n{stop} " in log.read_text() for log in logs):
+            assert time.monotonic() < deadline
+            assert all(child.poll() is None for child in children)
+            time.sleep(0.05)
+        for child in children:
+            child.kill()
+            child.wait()
+        lines = [line.split() for log in logs for line in log.read_text().splitlines()]
+        found = {
+            (int(x[0]), int(x[1])): int(x[2]) for x in lines if len(x) == 3
+        }  # the last may be cut
+        for step in range(start, stop):
+            assert [found[step, index] for index in range(8)] == whole[step]
+        start = stop
+
+
+def test_a_closed_loader_leaves_no_thread_and_no_open_file(tmp_path):
+    folder = make_dataset(tmp_path, MIXED)
+    take(Loader(config(folder), global_batch=8, seed=1), 2)  # what is opened once a process
+    gc.collect()
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    loader = Loader(config(folder), global_batch=8, seed=1)
+    batches = loader.batches()
+    next(batches)
+    assert threading.active_count() > threads
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+    del loader, batches
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= files

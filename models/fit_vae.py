@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from rich.console import Console
@@ -182,8 +183,13 @@ def build(config: FitVaeConfig) -> AutoencoderKL:
         )
 
 
-def batch_loss(vae: AutoencoderKL, pixels: Tensor, noise: Tensor, config: FitVaeConfig) -> Tensor:
-    """The weighted loss of one batch; pixels fp32 (B, 3, R, R) in [-1, 1], noise (B, C, h, w)."""
+def batch_loss(
+    vae: AutoencoderKL,
+    pixels: Float[Tensor, "B 3 R R"],
+    noise: Float[Tensor, "B C h w"],
+    config: FitVaeConfig,
+) -> Float[Tensor, ""]:
+    """The weighted loss of one batch; pixels in [-1, 1]."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         posterior: Any = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         output: Any = vae.decode(posterior.mean + posterior.std * noise)
@@ -281,13 +287,15 @@ def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: P
     vae.save_pretrained(folder)
 
 
-def psnr(images: Tensor, decoded: Tensor) -> Tensor:
-    """PSNR of each uint8 picture (B, 3, H, W) in dB, fp32 (B,); at most 60, where nothing differs."""
+def psnr(
+    images: UInt8[Tensor, "B 3 H W"], decoded: UInt8[Tensor, "B 3 H W"]
+) -> Float[Tensor, " B"]:
+    """PSNR of each picture in dB; at most 60, where nothing differs."""
     mse = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse.clamp(min=255**2 / 1e6))
 
 
-def heldout_psnr(codec: LatentCodec, pictures: Tensor) -> float:
+def heldout_psnr(codec: LatentCodec, pictures: UInt8[Tensor, "N 3 H W"]) -> float:
     """Mean PSNR in dB of the pictures decoded from their posterior's mean, which is normalised and back."""
     values = []
     for batch in pictures.split(64):

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,15 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "models" / "demo_vae"
 CONFIG = ROOT / "configs" / "fit_vae_openmoji.yaml"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors this small a second thread costs more in waiting than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def draw_shapes(folder: Path, count: int) -> Path:
@@ -125,6 +135,36 @@ def test_a_run_that_was_killed_resumes_and_ends_with_the_same_weights(
     fit_vae.run(config)
     assert saves == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
     assert weights_sha256(config.output) == weights_sha256(tmp_path / "whole")
+
+
+def test_a_run_by_the_clock_trains_and_ends(tmp_path, shapes):
+    config = tiny_config(tmp_path, steps=None, minutes=0.01)
+    vae, before = fit_vae.build(config), fit_vae.build(config)
+    start = time.monotonic()
+    fit_vae.fit(vae, [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work")
+    assert time.monotonic() - start >= 0.6
+    assert not torch.equal(vae.encoder.conv_in.weight, before.encoder.conv_in.weight)
+
+
+def test_the_learning_rate_warms_up_over_a_fiftieth_of_the_run_and_falls_to_zero(tmp_path):
+    config = tiny_config(tmp_path, lr=1.0)
+    assert fit_vae.learning_rate(config, 0.0) == 0.01
+    assert fit_vae.learning_rate(config, 0.01) == pytest.approx(0.51)
+    assert fit_vae.learning_rate(config, 0.02) > 0.99
+    assert fit_vae.learning_rate(config, 0.5) == pytest.approx(0.5)
+    assert fit_vae.learning_rate(config, 1.0) == 0
+
+
+def test_every_source_gives_an_equal_part_of_the_batches(tmp_path):
+    sources = [torch.full((n, 3, 4, 4), v, dtype=torch.uint8) for n, v in ((3, 0), (300, 255))]
+    config = tiny_config(tmp_path, batch_size=1000, resolution=4)
+    pixels, noise = fit_vae.draw_batch(sources, 0, config)
+    share = (pixels[:, 0, 0, 0] > 0).float().mean()
+    assert abs(share - 0.5) < 0.08  # 5 standard deviations of 1,000 draws
+    assert noise.shape == (1000, 4, 2, 2)
+    again, other = (fit_vae.draw_batch(sources, step, config)[0] for step in (0, 1))
+    assert torch.equal(pixels, again)
+    assert not torch.equal(pixels, other)
 
 
 def test_a_begun_run_is_not_continued_with_another_config(tmp_path, shapes):

@@ -23,6 +23,7 @@ from data_prep.schema import (
     SHARD_TABLE,
     Manifest,
     TextEncoderRecord,
+    fingerprint,
     read_manifest,
     read_shard_table,
 )

@@ -5,6 +5,7 @@ Adam's moments, partitions it, checkpoints it and restores it with them, at ever
 4 bytes a parameter divided by the ranks. It is gathered only to sample, evaluate, save and export.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -33,13 +34,23 @@ class AdamWithEMA(torch.optim.AdamW):
     """AdamW with an `ema` state a parameter: ema <- decay ema + (1 - decay) parameter after each step.
 
     A step that DeepSpeed skips (NaN, overflow) never reaches it, so the average skips it as well.
+    Where no wrapper of DeepSpeed's looks at the gradients (stage 0 in fp32), `clip` has it done here.
     """
 
     ema_decay: float = 0.0
+    clip: float | None = None  # 0: measure the norm only
+    grad_norm: float | None = None
+    num_skipped: int = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.clip is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+            self.grad_norm = float(norm)
+            if not math.isfinite(self.grad_norm):  # the same on all ranks: gradients are reduced
+                self.num_skipped += 1
+                return None
         before = {p: p.detach().clone() for p in parameters if "ema" not in self.state[p]}
         loss = super().step(closure)
         for parameter, weights in before.items():

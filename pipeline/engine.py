@@ -100,7 +100,7 @@ def deepspeed_config(
     config: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_clipping": clip,
+        "gradient_clipping": 0.0 if clips_itself(engine) else clip,
         "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": engine.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -109,6 +109,17 @@ def deepspeed_config(
     if bf16 and engine.zero_stage:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def clips_itself(engine: EngineConfig) -> bool:
+    """Whether DeepSpeed leaves the optimizer bare: it would neither report the norm nor skip a NaN."""
+    return engine.zero_stage == 0 and engine.precision == "fp32"
+
+
+def grad_norm(engine: Any, optimizer: AdamWithEMA) -> float | None:
+    """Norm of the last step's gradient before clipping, over all parameters and ranks."""
+    norm = engine.get_global_grad_norm() if optimizer.clip is None else optimizer.grad_norm
+    return None if norm is None else float(norm)
 
 
 def build_engine(
@@ -129,6 +140,8 @@ def build_engine(
         eps=optimizer_config.eps,
         fused=True,
     )
+    if clips_itself(engine_config):
+        optimizer.clip = optimizer_config.clip
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,7 @@ from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
 from pipeline.data import Batch, Loader
 from pipeline.ema import ema_decay, full_weights
-from pipeline.engine import build_engine, lr_schedule, micro_batch_size
+from pipeline.engine import build_engine, grad_norm, lr_schedule, micro_batch_size
 from pipeline.monitor import LossMeter, Monitor
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
@@ -271,9 +271,9 @@ def train(config: TrainConfig, override: bool = False) -> None:
         if step % config.monitor.every_steps == 0 or last:
             values = meter.collect()
             values |= {"optimizer/lr": lr, "optimizer/ema_decay": optimizer.ema_decay}
-            values["optimizer/skipped_steps"] = float(engine.skipped_steps)
-            if (norm := engine.get_global_grad_norm()) is not None:
-                values["optimizer/grad_norm"] = float(norm)
+            values["optimizer/skipped_steps"] = float(engine.skipped_steps + optimizer.num_skipped)
+            if (norm := grad_norm(engine, optimizer)) is not None:
+                values["optimizer/grad_norm"] = norm
             monitor.log(step, values)
         if config.monitor.prompts and (
             step % config.monitor.sample_every_steps == 0 or step == num_steps

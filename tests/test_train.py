@@ -1,0 +1,295 @@
+"""Training as real processes: it learns, is killed, resumes bit for bit, stops on a signal, refuses."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.config import InputError, load_config
+from pipeline.config import TrainConfig
+from pipeline.train import make_plan, open_run
+from tests import train_factory
+from tests.shard_factory import make_manifest
+from tests.train_factory import write_config
+
+pytestmark = pytest.mark.distributed
+FAST = [(2, "bf16", 2)]
+ALL = [(stage, dtype, 2) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    return {
+        f"{which}.{name}": value
+        for which in ("ema", "raw")
+        for name, value in load_file(folder / f"{which}.safetensors").items()
+    }
+
+
+def optimizer_state(run: Path, step: int) -> dict[str, bytes]:
+    """sha256 of every file of DeepSpeed's state that holds tensors of the optimizer."""
+    record = json.loads((run / "checkpoints" / f"step_{step:08d}" / "checkpoint.json").read_text())
+    return {n: f["sha256"] for n, f in record["files"].items() if "optim_states" in n}
+
+
+def kill_at(tmp_path: Path, config: Path, step: int, ranks: int, *options: str) -> None:
+    """SIGKILL every process of a run after it logged `step`."""
+    process = train_factory.start("pipeline.train", str(config), *options, ranks=ranks)
+    train_factory.wait_for(process, f"step {step}/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "ranks"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],
+)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, stage, dtype, ranks):
+    options = [f"engine.zero_stage={stage}", f"engine.precision={dtype}", "engine.micro_batch=2"]
+    whole, killed = write_config(tmp_path, "whole"), write_config(tmp_path, "killed")
+    done = train_factory.run("pipeline.train", str(whole), *options, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    kill_at(tmp_path, killed, 16, ranks, *options)
+    done = train_factory.run("pipeline.train", str(killed), *options, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 12 of 24" in done.stdout
+
+    ours, theirs = weights(tmp_path / "killed", 24), weights(tmp_path / "whole", 24)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    assert optimizer_state(tmp_path / "killed", 24) == optimizer_state(tmp_path / "whole", 24)
+    for tag in ("loss/train", "optimizer/lr"):
+        # One point a step, in order: what the killed run logged beyond step 12 is gone.
+        assert scalars(tmp_path / "killed", tag) == scalars(tmp_path / "whole", tag)
+    losses = [value for _, value in scalars(tmp_path / "whole", "loss/train")]
+    assert len(losses) == 24
+
+
+def test_the_loss_is_the_same_on_one_rank_and_on_two(tmp_path):
+    for name, ranks in (("one", 1), ("two", 2)):
+        config = write_config(tmp_path, name)
+        options = ["engine.zero_stage=1", "engine.micro_batch=4"]
+        done = train_factory.run("pipeline.train", str(config), *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (dict(scalars(tmp_path / name, "loss/train")) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for step, loss in one.items():
+        assert loss == pytest.approx(two[step], rel=1e-5), step  # another order of summing
+
+
+def test_sigterm_finishes_the_step_saves_and_ends_with_status_0(tmp_path):
+    config = write_config(tmp_path)
+    process = train_factory.start("pipeline.train", str(config), "training.images=80000")
+    train_factory.wait_for(process, "step 8/")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    assert process.wait() == 0
+    assert "stopped by SIGTERM at step" in output
+    step = int(output.split("at step ")[1].split(",")[0])
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
+
+
+def test_workers_leave_when_their_launcher_is_killed(tmp_path):
+    config = write_config(tmp_path)
+    process = train_factory.start("pipeline.train", str(config), "training.images=800000", ranks=2)
+    train_factory.wait_for(process, "step 3/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"pipeline.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    process.kill()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "orphans run on"
+        time.sleep(0.2)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run's folder: checkpoints of steps 18 and 24."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = train_factory.run("pipeline.train", str(write_config(folder)))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_holds_its_config_its_code_and_its_environment(finished):
+    run = finished / "run"
+    assert "latent_channels: 4" in (run / "config.yaml").read_text()  # as resolved
+    assert "torch==" in (run / "environment.txt").read_text()
+    assert (run / "git.txt").is_file()
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000018", "step_00000024"]  # the two to keep
+    for tag in ("loss/train", "optimizer/grad_norm", "speed/images_per_s", "speed/data_wait_fraction"):
+        assert len(scalars(run, tag)) == 24
+    by_level = scalars(run, "loss_by_noise_level/t_0.5625")
+    assert len(by_level) > 5
+
+
+def test_the_loss_falls(tmp_path):
+    config = write_config(tmp_path)
+    options = ["training.images=1600", "monitor.every_steps=20", "checkpoint.every_steps=1000"]
+    done = train_factory.run("pipeline.train", str(config), *options)
+    assert done.returncode == 0, done.stderr
+    losses = [value for _, value in scalars(tmp_path / "run", "loss/train")]
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def plan_of(folder: Path, *overrides: str):
+    return make_plan(load_config(TrainConfig, write_config(folder), list(overrides)))
+
+
+def test_another_config_over_a_run_is_refused_with_the_difference(finished):
+    with pytest.raises(InputError, match=r"optimizer\.lr: saved 0\.001, given 0\.002"):
+        open_run(plan_of(finished, "optimizer.lr=2e-3"), override=False)
+    open_run(plan_of(finished, "engine.timeout_s=61"), override=False)  # changes no result
+    open_run(plan_of(finished), override=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.latent_channels=16", "latent channels: got 4, expected 16"),
+        ("model.text_dim=768", "text width: got 8, expected 768"),
+        ("model.patch_size=3", "multiples of 3"),
+        ("model.num_classes=10", "class labels"),
+        ("data.path=/nowhere", "/nowhere"),
+        ("training.global_batch=0", "training.global_batch"),
+        ("engine.micro_batch=3", "a divisor of 8"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused_with_the_difference(finished, override, message):
+    with pytest.raises(InputError) as error:
+        plan_of(finished, override)
+    assert message in str(error.value)
+
+
+def test_a_dataset_made_with_another_vae_is_refused_by_the_command(finished, tmp_path):
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(latent_channels=4).save_pretrained(tmp_path / "other")
+    done = train_factory.run(
+        "pipeline.train", str(finished / "run.yaml"), f"encoders.vae={tmp_path / 'other'}"
+    )
+    assert done.returncode == 2
+    assert "is not the encoder that prepared the data" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_describes_and_writes_nothing(finished, tmp_path):
+    done = train_factory.run("pipeline.train", str(finished / "run.yaml"), f"run={tmp_path / 'r'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "24 " in done.stdout
+    assert "M parameters" in done.stdout
+    assert not (tmp_path / "r").exists()
+
+
+# --- checkpoints, damaged on purpose
+
+
+def resume(folder: Path, tmp_path: Path):
+    """Resume a copy of a run to which two more steps were given."""
+    write_config(tmp_path)
+    shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
+    return train_factory.run("pipeline.train", str(tmp_path / "run.yaml"), "training.images=208", "--override")
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    if how == "truncated":
+        data = data[:-1]
+    if how == "zeroed":
+        data = bytearray(len(data))
+    path.write_bytes(data)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    shutil.copytree(finished / "run", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "zeroed", "missing"])
+def test_every_damage_to_every_file_of_a_checkpoint_is_found(copy, how):
+    from pipeline.checkpoint import newest_sound
+
+    folder = copy / "checkpoints" / "step_00000024"
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        original = path.read_bytes()
+        damage(path, how)
+        found = newest_sound(copy)
+        path.write_bytes(original)
+        if path.name == "checkpoint.json" and how == "flipped":
+            continue  # any bit of it may be one that says nothing, such as a space
+        assert found is not None
+        assert found.name == "step_00000018", f"{path.name} {how}"
+    found = newest_sound(copy)
+    assert found is not None
+    assert found.name == "step_00000024"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(copy, tmp_path):
+    damage(copy / "checkpoints" / "step_00000024" / "ema.safetensors", "flipped")
+    done = resume(copy, tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint passed over" in done.stdout
+    assert "ema.safetensors" in done.stdout
+    assert "resuming at step 18 of 26" in done.stdout
+
+
+def test_a_save_cut_short_is_never_taken_for_a_checkpoint(copy):
+    from pipeline.checkpoint import newest_sound
+
+    parent = copy / "checkpoints"
+    (parent / "step_00000024").rename(parent / "step_00000030.partial")
+    found = newest_sound(copy)  # although "latest" names what is not there
+    assert found is not None
+    assert found.name == "step_00000018"
+
+
+def test_with_every_checkpoint_damaged_nothing_starts_from_zero(copy, tmp_path):
+    for folder in (copy / "checkpoints").glob("step_*"):
+        damage(folder / "raw.safetensors", "truncated")
+    done = resume(copy, tmp_path / "again")
+    assert done.returncode == 2
+    assert "none of 2 checkpoints is whole" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_number_of_ranks_is_refused_with_the_remedy(finished, tmp_path):
+    write_config(tmp_path)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    done = train_factory.run(
+        "pipeline.train", str(tmp_path / "run.yaml"), "training.images=208", "--override", ranks=2
+    )
+    assert done.returncode != 0
+    assert "written with world_size 1, got 2" in done.stderr

@@ -1,0 +1,74 @@
+"""Training runs for tests: a tiny dataset, a tiny config, and real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.shard_factory import Kind, make_dataset
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+seed: 3
+data: {{path: {data}}}
+model: {{size: debug}}
+training: {{images: 192, global_batch: 8}}
+optimizer: {{lr: 1e-3, weight_decay: 0.01, schedule: cosine, warmup_images: 32}}
+ema: {{halflife_images: 64}}
+engine: {{zero_stage: 0, precision: fp32, cpu_threads: 1, timeout_s: 60}}
+run: {run}
+checkpoint: {{every_steps: 6, keep: 2}}
+monitor: {{every_steps: 1}}
+"""
+
+
+def write_config(folder: Path, name: str = "run") -> Path:
+    """A config beside its dataset, both made if need be."""
+    data, path = folder / "dataset", folder / f"{name}.yaml"
+    if not data.exists():
+        kind = Kind(encoders={"mini": (5, 8)}, channels=4)
+        make_dataset(data, [((32, 32), 40), ((32, 32), 30), ((16, 64), 20)], kind)
+    path.write_text(CONFIG.format(data=data, run=folder / name))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *arguments]
+
+
+def run(module: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """The command to its end."""
+    return subprocess.run(
+        command(module, *arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+
+
+def start(module: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """The command, running; its output in one stream."""
+    return subprocess.Popen(
+        command(module, *arguments, ranks=ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
+    """Read the output until a line holds `text`; fails with all of it if none does."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} never came:\n" + "".join(lines))

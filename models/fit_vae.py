@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class FitVaeConfig(Config):
     checkpoint_minutes: float = Field(2.0, ge=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "FitVaeConfig":
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("expected either steps or minutes")
         if self.resolution % (downscale := 2 ** (len(self.channels) - 1)):

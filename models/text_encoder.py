@@ -1,7 +1,7 @@
 """Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import transformers
@@ -50,7 +50,7 @@ class TextEncoder:
         max_length: int,
         dtype: Dtype = "fp32",
         device: str | torch.device = "cpu",
-    ) -> Self:
+    ) -> "TextEncoder":
         """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing.
 
         The tokenizer may lie in the folder itself or, as in a diffusers pipeline, in the sibling folder

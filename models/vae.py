@@ -1,7 +1,7 @@
 """The frozen latent codec: pictures to latent moments and back. The only home of scale and shift."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import diffusers
 import torch
@@ -36,7 +36,7 @@ class LatentCodec:
     @classmethod
     def load(
         cls, path: str | Path, dtype: Dtype = "fp32", device: str | torch.device = "cpu"
-    ) -> Self:
+    ) -> "LatentCodec":
         """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
         path = Path(path)
         config = read_model_config(path, "a diffusers autoencoder")

@@ -113,7 +113,7 @@ def print_result(console: Console, dataset: Path, manifest: Manifest, seconds: f
         table.add_row(f"{height}x{width}", f"{width / height:.2f}", *map(str, numbers), str(count))
     console.print(table)
     size = sum(row["bytes"] for row in rows) / 2**20
-    where = os.path.relpath(dataset)
+    where = min(os.path.relpath(dataset), str(dataset), key=len)
     console.print(
         f"{where}: {counts.kept} samples, {len(rows)} shards, {size:.1f} MiB; {seconds:.0f} s."
     )

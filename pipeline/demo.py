@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from models.config import load_config, package_folder, run_command
 
+from models.config import load_config, package_folder, run_command
 from pipeline.config import TrainConfig
 
 HERE = Path(__file__).parent.parent

@@ -33,7 +33,8 @@ class EngineConfig(Config):
     """How the work is laid out over memory and ranks; changes speed, and results by rounding only."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    # bf16 has fp32 masters, moments and EMA; auto: bf16 where the hardware multiplies it natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch: int | None = Field(None, gt=0)  # pictures a rank at once; null: all of its share
     compile: bool = False
     cpu_threads: int | None = Field(None, gt=0)  # a rank, on CPU; null: its share of the cores
@@ -55,6 +56,15 @@ def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
             f"global batch of {global_batch}"
         )
     return size
+
+
+def native_precision() -> Literal["fp32", "bf16"]:
+    """What `precision: auto` means on this machine; emulated bf16 would be slower than fp32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

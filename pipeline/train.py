@@ -23,7 +23,14 @@ from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
 from pipeline.data import Batch, Loader
 from pipeline.ema import ema_decay, full_weights
-from pipeline.engine import build_engine, grad_norm, lr_schedule, micro_batch_size
+from pipeline.engine import (
+    EngineConfig,
+    build_engine,
+    grad_norm,
+    lr_schedule,
+    micro_batch_size,
+    native_precision,
+)
 from pipeline.monitor import LossMeter, Monitor
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
@@ -66,7 +73,7 @@ def make_plan(config: TrainConfig) -> Plan:
     }
     missing = {k: v for k, v in sizes.items() if getattr(config.model, k) is None}
     model = config.model.model_copy(update=missing)
-    config = config.model_copy(update={"model": model})
+    config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
     check_dataset(
         manifest,
         ", ".join(source.path for source in config.data.sources.values()),
@@ -88,6 +95,15 @@ def make_plan(config: TrainConfig) -> Plan:
         record = manifest.text_encoders[name]
         encoder_folder(record.path, folder, record.weights_sha256, f"encoders.text.{name}")
     return Plan(config, loader, micro_batch)
+
+
+def resolve_precision(config: TrainConfig) -> EngineConfig:
+    """`precision: auto` made one of the two: the run's if it has begun, else what this machine is good at."""
+    engine, saved = config.engine, Path(config.run) / "config.yaml"
+    if engine.precision != "auto":
+        return engine
+    begun = load_run_config(saved.parent).engine.precision if saved.is_file() else None
+    return engine.model_copy(update={"precision": begun or native_precision()})
 
 
 def open_run(plan: Plan, override: bool) -> None:

@@ -52,7 +52,7 @@ def test_numbers_of_every_spelling_and_interpolations_are_read(tmp_path):
     assert (config.optimizer.lr, config.ema.halflife_images) == (1e-4, 2e5)
     config = load(tmp_path, MINIMAL, "data.path=${package:pipeline}/x")
     assert config.data.path == str(ROOT / "pipeline" / "x")
-    with pytest.raises(InputError, match="no_such_package.*not installed"):
+    with pytest.raises(InputError, match=r"no_such_package.*not installed"):
         load(tmp_path, MINIMAL, "data.path=${package:no_such_package}")
 
 

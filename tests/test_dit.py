@@ -53,7 +53,7 @@ def test_the_prediction_has_the_shape_of_the_latents(options, size):
 
 
 def test_a_latent_that_the_patch_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="7x8.*patch_size 2"):
+    with pytest.raises(ValueError, match=r"7x8.*patch_size 2"):
         debug()(**inputs(7, 8))
 
 

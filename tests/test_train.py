@@ -16,7 +16,6 @@ from models.config import InputError, load_config
 from pipeline.config import TrainConfig
 from pipeline.train import make_plan, open_run
 from tests import train_factory
-from tests.shard_factory import make_manifest
 from tests.train_factory import write_config
 
 pytestmark = pytest.mark.distributed

@@ -165,7 +165,7 @@ class Loader:
         pin: bool = False,
         record: Path | None = None,
     ):
-        self.config, self.pin = config, pin
+        self.config, self.pin, self.world_size = config, pin, world_size
         self._stop = threading.Event()
         if config.grow and record is None:
             raise ValueError("a dataset that grows needs a record")
@@ -243,9 +243,12 @@ class Loader:
     def epoch_of(self, step: int) -> int:
         return self.era_at(step).order.epoch_of(step)
 
+    def era_of_epoch(self, epoch: int) -> "Era":
+        return self._era(sum(first <= epoch for first, _, _ in self.eras) - 1)
+
     def steps_per_epoch(self, epoch: int) -> int:
         """As far as is known: a dataset may grow."""
-        order = self._era(sum(first <= epoch for first, _, _ in self.eras) - 1).order
+        order = self.era_of_epoch(epoch).order
         return order.first_step(epoch + 1) - order.first_step(epoch)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,6 @@ from data_prep.schema import (
     index_path,
 )
 
-DOWNSCALE = 8
 Bucket = tuple[int, int]
 Sample = dict[str, np.ndarray]
 
@@ -41,6 +42,7 @@ class Kind:
     label: bool = False
     deterministic: bool = False
     channels: int = 2
+    downscale: int = 8
     bare: bool = False  # moments and tokens only
 
     def members(self) -> list[Member]:
@@ -60,7 +62,7 @@ class Kind:
         for member in self.members():
             shape = tuple(side for side in member.shape if side is not None)
             if member.name == "moments":
-                shape = *shape, bucket[0] // DOWNSCALE, bucket[1] // DOWNSCALE
+                shape = *shape, bucket[0] // self.downscale, bucket[1] // self.downscale
             elif member.name in self.encoders:
                 longest = self.encoders[member.name][0]
                 shape = int(rng.integers(2, longest + 1)) if self.ragged else longest, *shape
@@ -72,17 +74,22 @@ class Kind:
         return arrays
 
 
-def write_tar(path: Path, samples: list[Sample], keys: list[str]) -> None:
-    """A plain WebDataset shard with USTAR headers."""
+def write_tar(path: Path, samples: list[Sample], keys: list[str], facts: bool = True) -> None:
+    """A plain WebDataset shard with USTAR headers; facts: with KEY.json."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
         for key, sample in zip(keys, samples, strict=True):
             for name, array in sample.items():
                 file = io.BytesIO()
                 np.lib.format.write_array(file, array, allow_pickle=False)
-                info = tarfile.TarInfo(f"{key}.{name}.npy")
-                info.size = file.tell()
-                file.seek(0)
-                tar.addfile(info, file)
+                add(f"{key}.{name}.npy", file.getvalue())
+            if facts:
+                add(f"{key}.json", json.dumps({"caption": f"number {int(key)}"}).encode())
 
 
 def make_index(path: Path, samples: list[Sample]) -> np.ndarray:
@@ -104,10 +111,10 @@ def make_dataset(
     *,
     heldout: list[tuple[Bucket, int]] | None = None,
     first: int = 0,
-    codec_sha256: str = "c0dec",
+    codec: dict[str, Any] | None = None,
     write: Callable[[Path, list[Sample], list[str]], None] = write_tar,
 ) -> Path:
-    """Write a dataset of shards (bucket, samples), its samples numbered from `first`."""
+    """Write a dataset of shards (bucket, samples), numbered from `first`; codec: fields of its record."""
     kind, rows, number = kind or Kind(), [], first
     plan = [("train", *shard) for shard in shards] + [
         ("heldout", *shard) for shard in heldout or []
@@ -125,7 +132,7 @@ def make_dataset(
         rows.append((path, *sizes, _sha256(tar), _sha256(index)))
     columns = [list(column) for column in zip(*sorted(rows), strict=True)]
     pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), folder / SHARD_TABLE)
-    manifest = make_manifest(kind, plan, codec_sha256).with_fingerprint()
+    manifest = make_manifest(kind, plan, codec or {}).with_fingerprint()
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     if kind.encoders:
         empty = {name: torch.full((2, dim), 0.5) for name, (_, dim) in kind.encoders.items()}
@@ -134,22 +141,24 @@ def make_dataset(
     return folder
 
 
-def make_manifest(kind: Kind, plan: list[tuple[str, Bucket, int]], codec_sha256: str) -> Manifest:
+def make_manifest(
+    kind: Kind, plan: list[tuple[str, Bucket, int]], codec: dict[str, Any]
+) -> Manifest:
     buckets = dict.fromkeys((bucket for _, bucket, _ in plan), 0)
     for split, bucket, count in plan:
         buckets[bucket] += count * (split == "train")
     total = sum(count for _, _, count in plan)
     same = {"dtype": "fp32", "path": "somewhere"}
+    default = same | {
+        "weights_sha256": "c0dec",
+        "latent_channels": kind.channels,
+        "downscale": kind.downscale,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.0,
+        "deterministic": kind.deterministic,
+    }
     return Manifest(
-        codec=CodecRecord(
-            weights_sha256=codec_sha256,
-            latent_channels=kind.channels,
-            downscale=DOWNSCALE,
-            scaling_factor=0.5,
-            shift_factor=0.0,
-            deterministic=kind.deterministic,
-            **same,
-        ),
+        codec=CodecRecord(**default | codec),
         text_encoders={
             n: TextEncoderRecord(weights_sha256=n, max_length=length, dim=d, pooled_dim=d, **same)
             for n, (length, d) in kind.encoders.items()

@@ -2,9 +2,8 @@
 
 import gc
 import itertools
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -213,7 +212,7 @@ def test_a_dataset_that_does_not_fit_is_refused_with_every_difference(tmp_path):
 
 def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
     make_dataset(tmp_path / "a", MIXED)
-    make_dataset(tmp_path / "b", MIXED, codec_sha256="other")
+    make_dataset(tmp_path / "b", MIXED, codec={"weights_sha256": "other"})
     sources = {name: {"path": str(tmp_path / name)} for name in "ab"}
     with pytest.raises(InputError, match=r"b: does not fit(.|\n)*weights_sha256: got other"):
         Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
@@ -379,47 +378,40 @@ def test_other_ranks_wait_for_rank_0_to_decide(tmp_path):
     assert len(found) == 1
 
 
-TRAINER = """
-import itertools, sys, time
-from pathlib import Path
-from pipeline.data import DataConfig, Loader
-folder, log, rank, world_size, start = sys.argv[1:]
-rank, world_size, start = int(rank), int(world_size), int(start)
-loader = Loader(DataConfig(path=folder), global_batch=8, seed=3, rank=rank, world_size=world_size)
-with open(log, "a") as file:
-    for batch in loader.batches(start):
-        for index, number in zip(batch.indices.tolist(), batch.micro[:, 0].long().tolist()):
-            file.write(f"{batch.step} {index} {number}\\n")
-        file.flush()
-        time.sleep(0.02)
-"""
+def log_samples(folder: Path, log: Path, rank: int, world_size: int, start: int) -> None:
+    """A rank that writes down what it is given until it is killed: step, place in the batch, sample."""
+    options = {"global_batch": 8, "seed": 3, "rank": rank, "world_size": world_size}
+    with log.open("a") as file:
+        for batch in Loader(config(folder), **options).batches(start):
+            for index, number in zip(batch.indices.tolist(), numbers(batch), strict=True):
+                file.write(f"{batch.step} {index} {number}\n")
+            file.flush()
+            time.sleep(0.01)
 
 
 @pytest.mark.distributed
 def test_killed_on_two_ranks_then_one_then_two_the_log_is_that_of_an_undisturbed_run(tmp_path):
     folder = make_dataset(tmp_path / "data", MIXED)
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     whole = [numbers(b) for b in take(Loader(config(folder), global_batch=8, seed=3), 90)]
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.test_data"])
     start = 0
     for attempt, world_size in enumerate((2, 1, 2)):
         logs = [tmp_path / f"log_{attempt}_{rank}" for rank in range(world_size)]
         children = [
-            subprocess.Popen(
-                [sys.executable, "trainer.py", folder, log, str(rank), str(world_size), str(start)],
-                cwd=tmp_path,
-                env=environment,
-            )
+            processes.Process(target=log_samples, args=(folder, log, rank, world_size, start))
             for rank, log in enumerate(logs)
         ]
+        for child in children:
+            child.start()
         stop, deadline = start + 30, time.monotonic() + 120
         while not all(log.exists() and f"\n{stop} " in log.read_text() for log in logs):
             assert time.monotonic() < deadline
-            assert all(child.poll() is None for child in children)
+            assert all(child.is_alive() for child in children)
             time.sleep(0.05)
         for child in children:
             child.kill()
-            child.wait()
+            child.join()
         lines = [line.split() for log in logs for line in log.read_text().splitlines()]
         found = {
             (int(x[0]), int(x[1])): int(x[2]) for x in lines if len(x) == 3

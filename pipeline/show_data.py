@@ -1,0 +1,195 @@
+"""What an epoch of a run will be, and the exact samples of a step: `python -m pipeline.show_data RUN_OR_CONFIG`."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.config import InputError, load_config, run_command
+from models.vae import LatentCodec, sample_latents
+from pipeline.batch import Batch
+from pipeline.config import TrainConfig, load_run_config
+from pipeline.data import Era, Loader
+from pipeline.pictures import encoder_folder, grid
+from pipeline.snapshots import Snapshot
+
+GIB = 1 << 30
+
+
+def epoch_tables(loader: Loader, epoch: int, ranks_per_node: int) -> list[Table]:
+    """An epoch by bucket and by dataset, and what ranks and nodes read."""
+    era = loader.era_of_epoch(epoch)
+    local, order = epoch - era.plan.first_epoch, era.order
+    table = Table(
+        title=f"epoch {epoch}: steps {order.first_step(epoch):,} to {order.first_step(epoch + 1) - 1:,}"
+    )
+    for name in (
+        "bucket",
+        "shards",
+        "samples",
+        "in the epoch",
+        "batches",
+        "carried in",
+        "carried over",
+    ):
+        table.add_column(name, justify="right")
+    totals = np.zeros(6, np.int64)
+    for bucket in order.buckets:
+        before, after = bucket.drawn(local), bucket.drawn(local + 1)
+        row = [
+            sum(len(part.shards) for part in bucket.parts),
+            sum(part.total for part in bucket.parts),
+            after - before,
+            bucket.batches(local + 1) - bucket.batches(local),
+            before % era.plan.global_batch,
+            after % era.plan.global_batch,
+        ]
+        totals += row
+        table.add_row(f"{bucket.key[0]}x{bucket.key[1]}", *(f"{value:,}" for value in row))
+    table.add_row("all", *(f"{value:,}" for value in totals), style="bold")
+    return [
+        table,
+        dataset_table(era, local),
+        reading_table(era, local, loader.world_size, ranks_per_node),
+    ]
+
+
+def dataset_table(era: Era, local: int) -> Table:
+    table = Table(title="datasets")
+    for name in ("dataset", "repeat", "samples", "in the epoch"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+    for number, dataset in enumerate(era.snapshot.datasets):
+        parts = [
+            p
+            for b in era.order.buckets
+            for p in b.parts
+            if era.snapshot.dataset[p.shards[0]] == number
+        ]
+        drawn = sum(part.drawn(local + 1) - part.drawn(local) for part in parts)
+        total = sum(part.total for part in parts)
+        name = f"{dataset.name}: {dataset.source.path}"
+        table.add_row(name, f"{dataset.source.repeat:g}", f"{total:,}", f"{drawn:,}")
+    return table
+
+
+def reading_table(era: Era, local: int, world_size: int, ranks_per_node: int) -> Table:
+    """What every rank and node reads in an epoch, its bytes counted by samples."""
+    snapshot, plan = era.snapshot, era.plan
+    ranks_bytes = np.zeros(world_size)
+    nodes = -(-world_size // ranks_per_node)
+    read = np.zeros((nodes, len(snapshot.sizes)), bool)
+    for bucket in era.order.buckets:
+        layout = bucket.layout(local)
+        for partition, (low, high) in enumerate(
+            zip(layout.cuts[:-1], layout.cuts[1:], strict=True)
+        ):
+            rank = partition % world_size
+            pieces = (
+                layout.between(int(low), int(high))
+                if low < high
+                else layout.segments.take(slice(0))
+            )
+            share = (pieces.stop - pieces.start) / pieces.size
+            ranks_bytes[rank] += (snapshot.bytes[pieces.shard] * share).sum()
+            read[rank // ranks_per_node, pieces.shard] = True
+    used = int((~snapshot.heldout).sum())
+    table = Table(title=f"reading, {world_size} ranks on {nodes} nodes")
+    for name in ("", "GiB", "shards"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row(
+        "dataset, train split", f"{snapshot.bytes[~snapshot.heldout].sum() / GIB:.3f}", f"{used:,}"
+    )
+    table.add_row("a rank, at most", f"{ranks_bytes.max() / GIB:.3f}", "")
+    table.add_row("a node, at most", "", f"{read.sum(axis=1).max():,}")
+    table.add_row("a window (data.window_shards), a partition", "", f"{plan.window_shards}")
+    table.add_row("canonical partitions", "", f"{plan.partitions}")
+    return table
+
+
+def caption_of(snapshot: Snapshot, shard: int, row: int) -> str:
+    """From KEY.json; empty where there is none, or the shard is not on this machine."""
+    dataset = snapshot.datasets[snapshot.dataset[shard]]
+    path = dataset.home / snapshot.text("path", shard)
+    if not path.is_file():
+        return ""
+    with tarfile.open(path) as tar:
+        facts = [member for member in tar if member.name.endswith(".json")]
+        file = tar.extractfile(facts[row]) if facts else None
+        return str(json.load(file).get("caption", "")) if file else ""
+
+
+def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, console: Console) -> None:
+    """Print the samples of a step's global batch and save them, decoded, as one picture."""
+    batch: Batch = next(loader.batches(step))
+    snapshot, codec = loader.era_at(step).snapshot, loader.manifest.codec
+    ids = batch.sample_ids.numpy()
+    shards = np.searchsorted(snapshot.first_id, ids, "right") - 1
+    rows = ids - snapshot.first_id[shards]
+    captions = [
+        caption_of(snapshot, s, r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)
+    ]
+    table = Table(
+        title=f"step {step}, epoch {batch.epoch}, bucket {batch.bucket[0]}x{batch.bucket[1]}"
+    )
+    for name in ("place", "sample", "shard", "row", "caption"):
+        table.add_column(
+            name, justify="left" if name in ("shard", "caption") else "right", overflow="fold"
+        )
+    for place, (sample, shard, row) in enumerate(zip(ids, shards, rows, strict=True)):
+        where = snapshot.text("path", int(shard))
+        table.add_row(str(place), f"{sample}", where, f"{row}", captions[place])
+    console.print(table)
+    folder = encoder_folder(codec.path, config.encoders.vae, codec.weights_sha256, "encoders.vae")
+    network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
+    noise = torch.zeros(len(ids), codec.latent_channels, *batch.moments.shape[-2:])
+    latents = sample_latents(batch.moments, noise, codec.scaling_factor, codec.shift_factor)
+    pictures = torch.cat([network.decode(part) for part in latents.split(16)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(pictures, captions, columns=8).save(path)
+    console.print(f"wrote {path}")
+
+
+def main(
+    run_or_config: Annotated[Path, typer.Argument(help="a run's folder, or the YAML file of one")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    epoch: Annotated[int, typer.Option(min=0, help="which epoch to describe")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, help="ranks in all")] = 1,
+    ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    show: Annotated[int | None, typer.Option(min=0, help="decode the samples of this step")] = None,
+    output: Annotated[Path | None, typer.Option(help="PNG for --show")] = None,
+) -> None:
+    """What an epoch will be: batches a bucket, repeats, what is carried over, what ranks and nodes read."""
+    if run_or_config.is_dir():
+        if overrides:
+            raise InputError(
+                f"{run_or_config}: overrides go with a YAML file; a run's config is what it is"
+            )
+        config, run = load_run_config(run_or_config), run_or_config
+    else:
+        config = load_config(TrainConfig, run_or_config, overrides or [])
+        run = Path(config.run)
+    record = run / "snapshots"
+    loader = Loader(
+        config.data.model_copy(update={"grow": False}),  # to look at a run decides nothing about it
+        global_batch=config.training.global_batch,
+        seed=config.seed,
+        world_size=1 if show is not None else ranks,
+        record=record if record.is_dir() else None,
+    )
+    console = Console(soft_wrap=True)
+    if show is None:
+        console.print(*epoch_tables(loader, epoch, ranks_per_node))
+    else:
+        path = output or run / "samples" / f"data_step_{show:08d}.png"
+        show_step(loader, config, show, path, console)
+    loader.close()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -31,6 +31,7 @@ from models.config import Config, InputError
 from pipeline.order import Part
 from pipeline.remote import ShardCache, sha256_of
 
+compute: Any = pyarrow.compute  # which ships no types
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
 Bucket = tuple[int, int]  # height and width of the pictures, pixels
 
@@ -121,8 +122,7 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
             raise InputError(f"{source.path}: {SHARD_TABLE} is not the one that {MANIFEST} names")
         time.sleep(1)
     table = read_shard_table(home)
-    named = pc.match_substring_regex(table["path"], SHARD_NAME)  # pyright: ignore[reportAttributeAccessIssue]
-    if not all(named.to_pylist()):
+    if not compute.all(compute.match_substring_regex(table["path"], SHARD_NAME)).as_py():
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
         )
@@ -147,7 +147,7 @@ class Snapshot:
         self.table = pa.concat_tables([dataset.table for dataset in datasets]).combine_chunks()
         self.sizes, self.bytes = self._column("num_samples"), self._column("bytes")
         self.heights, self.widths = self._column("height"), self._column("width")
-        self.heldout = self.table["split"].to_numpy() == "heldout"
+        self.heldout = compute.equal(self.table["split"], "heldout").to_numpy()
         self.first_id = np.cumsum(self.sizes) - self.sizes
 
     def _column(self, name: str) -> np.ndarray:
@@ -166,13 +166,14 @@ class Snapshot:
         """One split by bucket and dataset, in the order of the table."""
         kept = (self.heldout == heldout) & (self.sizes > 0)
         found: dict[Bucket, list[Part]] = {}
-        for height, width in np.unique(np.stack([self.heights, self.widths])[:, kept], axis=1).T:
-            mine = kept & (self.heights == height) & (self.widths == width)
+        sides = self.heights << 32 | self.widths
+        for both in np.unique(sides[kept]).tolist():
+            mine = kept & (sides == both)
             for number, dataset in enumerate(self.datasets):
                 shards = np.flatnonzero(mine & (self.dataset == number))
                 if len(shards):
                     part = Part(shards, self.sizes[shards], Fraction(str(dataset.source.repeat)))
-                    found.setdefault((int(height), int(width)), []).append(part)
+                    found.setdefault((both >> 32, both & 0xFFFFFFFF), []).append(part)
         return found
 
     def shapes(self, bucket: Bucket) -> list[tuple[int, ...]]:
@@ -250,8 +251,8 @@ class Record:
 
 def _contains(table: pa.Table, part: pa.Table) -> bool:
     """Whether every shard of `part` is in `table`, by path and content."""
-    keys = [pc.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]  # pyright: ignore[reportAttributeAccessIssue]
-    return pc.all(pc.is_in(keys[1], value_set=keys[0])).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+    keys = [compute.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]
+    return compute.all(compute.is_in(keys[1], value_set=keys[0])).as_py()
 
 
 def _write(path: Path, text: str) -> None:

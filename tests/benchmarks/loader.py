@@ -8,7 +8,6 @@ defaults. The tuned pipeline gets what helps it: USTAR tars and a decoder withou
 import io
 import json
 import mmap
-import os
 import statistics
 import tempfile
 import time
@@ -17,10 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before numpy and torch are imported
-
 import numpy as np
+import torch
 import typer
 import webdataset
 from rich.console import Console
@@ -176,6 +173,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help="where to build the files (1 GB)")] = None,
 ) -> None:
     """Compare the loader with webdataset and with a memory copy."""
+    torch.set_num_threads(1)
     console, results = Console(), {}
     for case in CASES:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -114,6 +114,7 @@ class TextEncoder:
 
 
 def _load_network(path: Path, name: str, dtype: Dtype) -> Any:
+    transformers.utils.logging.disable_progress_bar()  # it takes a second
     try:
         network, info = getattr(transformers, name).from_pretrained(
             path,

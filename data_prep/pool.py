@@ -59,11 +59,9 @@ def connect(config: RayConfig) -> None:
     )
 
 
-def run_tasks(
-    function: Callable[..., Any], work: Iterable[tuple[Any, ...]], **options: Any
-) -> Iterator[Any]:
+def run_tasks(function: Callable[..., Any], work: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """Results of function(*arguments) on the cluster's CPUs, in any order; a bounded number at a time."""
-    remote = ray.remote(function).options(max_retries=ATTEMPTS, **options)
+    remote = ray.remote(function).options(max_retries=ATTEMPTS)
     limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
     waiting: list[Any] = []
     for arguments in work:
@@ -97,6 +95,11 @@ class ActorPool:
         gpus = config.gpus_per_actor
         gpus = (1.0 if num_gpus else 0.0) if gpus is None else gpus
         places = num_gpus / gpus if gpus else num_cpus / threads
+        if gpus and (config.num_actors or 1) * gpus > num_gpus:
+            raise InputError(
+                f"ray: {config.num_actors or 1} actors of {gpus:g} GPUs each, expected no more than the "
+                f"{num_gpus:g} GPUs there are. Remedy: lower ray.num_actors or ray.gpus_per_actor."
+            )
         self.num_actors = min(config.num_actors or max(int(places), 1), most)
         spare = int(num_cpus / self.num_actors) - threads
         decoders = config.decoders_per_actor or max(spare, 1)
@@ -111,8 +114,8 @@ class ActorPool:
         self._polls: dict[int, tuple[Any, int]] = {}  # slot -> question asked, last answer
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """One call to one actor."""
-        return result(getattr(self._actors[0], method).remote(*arguments))
+        """The answer of any one actor."""
+        return next(self.run(method, [arguments], tick=lambda: None))
 
     def run(
         self, method: str, work: Iterable[tuple[Any, ...]], tick: Callable[[], None]
@@ -140,7 +143,7 @@ class ActorPool:
                 except RayError as error:  # the actor, its node, or the answer is lost
                     if attempts == ATTEMPTS:
                         raise RuntimeError(
-                            f"{arguments[0]}: lost its worker {attempts} times"
+                            f"{method}{arguments[:1]}: lost its worker {attempts} times"
                         ) from error
                     again.append((arguments, attempts))
                     self._replace(actor)

@@ -63,7 +63,9 @@ class DiTConfig(Config):
         hidden, depth = self.hidden_size or hidden, self.depth or depth
         heads = self.num_heads or heads
         if hidden % (4 * heads):
-            raise InputError(f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)")
+            raise InputError(
+                f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
+            )
         return hidden, depth, heads
 
 
@@ -103,7 +105,11 @@ class DiTBlock(nn.Module):
         text: Float[Tensor, "B L D"] | None,
         mask: Bool[Tensor, "B 1 1 L"] | None,
     ) -> Float[Tensor, "B N D"]:
-        table = self.norm1(c) if shared is None else shared + self.scale_shift_table
+        if self.norm1 is not None:
+            table = self.norm1(c)  # (B, 6, D)
+        else:
+            assert shared is not None
+            table = shared + self.scale_shift_table
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unsqueeze(2).unbind(1)
         x = x + gate_a * self.attn1(modulate(self.norm(x), shift_a, scale_a))
         if self.attn2 is not None and text is not None:
@@ -157,9 +163,11 @@ class DiT(nn.Module):
             nn.init.normal_(embedder.linear_2.weight, std=0.02)
         if self.class_embedder is not None:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
-        blocks = list(self.transformer_blocks)
-        zeros = [b.norm1.linear for b in blocks if b.norm1] + [b.attn2.to_out[0] for b in blocks if b.attn2]
-        zeros += [self.modulation_out.linear, self.proj_out]
+        zeros: list[nn.Linear] = [self.modulation_out.linear, self.proj_out]
+        for block in self.modules():
+            if isinstance(block, DiTBlock):
+                zeros += [block.norm1.linear] if block.norm1 else []
+                zeros += [block.attn2.to_out[0]] if block.attn2 else []  # pyright: ignore[reportAssignmentType, reportOperatorIssue]
         if self.adaln_single is not None:
             zeros.append(self.adaln_single.linear)
         for linear in zeros:
@@ -168,10 +176,10 @@ class DiT(nn.Module):
 
     def condition(
         self,
-        t: Float[Tensor, "B"],
+        t: Float[Tensor, " B"],
         pooled: Float[Tensor, "B P"] | None,
         micro: Float[Tensor, "B 4"] | None,
-        label: Int[Tensor, "B"] | None,
+        label: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B D"]:
         """The modulation vector: t, and what else the config has, summed."""
         c = self.timestep_embedder(t)
@@ -195,12 +203,12 @@ class DiT(nn.Module):
     def forward(
         self,
         x_t: Float[Tensor, "B C h w"],
-        t: Float[Tensor, "B"],
+        t: Float[Tensor, " B"],
         text_emb: Float[Tensor, "B L E"] | None = None,
         text_mask: Bool[Tensor, "B L"] | None = None,
         pooled: Float[Tensor, "B P"] | None = None,
         micro: Float[Tensor, "B 4"] | None = None,
-        label: Int[Tensor, "B"] | None = None,
+        label: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
         height, width = x_t.shape[-2:]
@@ -211,7 +219,9 @@ class DiT(nn.Module):
         text = mask = None
         if self.caption_projection is not None:
             if text_emb is None:
-                raise ValueError("text_emb: got None; this model was built to be conditioned on text")
+                raise ValueError(
+                    "text_emb: got None; this model was built to be conditioned on text"
+                )
             text = self.caption_projection(text_emb)  # (B, L, D)
             mask = None if text_mask is None else text_mask[:, None, None, :]
         shared = None if self.adaln_single is None else self.adaln_single(c)

@@ -50,9 +50,7 @@ def sinusoid(x: Float[Tensor, "*S"], dim: int, max_period: float = 1e4) -> Float
 
 
 @lru_cache(maxsize=64)
-def positions_2d(
-    height: int, width: int, dim: int, device: torch.device
-) -> Float[Tensor, "N D"]:
+def positions_2d(height: int, width: int, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
     """Fixed sine-cosine position of each patch of a height x width grid (MAE 2111.06377, DiT).
 
     First half of the features is the column, second the row; sin then cos in each. A table stays
@@ -92,10 +90,10 @@ class TimestepEmbedder(MLPEmbedder):
         super().__init__(frequency_dim, dim, nn.SiLU())
         self.frequency_dim = frequency_dim
 
-    def forward(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B D"]:
-        if t.dtype != torch.float32:
-            raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")
-        return super().forward(sinusoid(1000.0 * t, self.frequency_dim))
+    def forward(self, x: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
+        if x.dtype != torch.float32:
+            raise TypeError(f"t: got {x.dtype}, expected torch.float32: lower precision loses time")
+        return super().forward(sinusoid(1000.0 * x, self.frequency_dim))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -29,8 +29,8 @@ RECORD = "checkpoint.json"
 
 
 class CheckpointConfig(Config):
-    every_steps: int = Field(1000, gt=0)
-    keep: int = Field(3, gt=0)  # the newest so many
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=3, gt=0)  # the newest so many
 
 
 def step_folder(run: Path, step: int) -> Path:

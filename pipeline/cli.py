@@ -13,6 +13,11 @@ STAGES = {
     ),
     "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
+    "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),
+    "objective": (
+        "pipeline.objective_report",
+        "what an objective trains, drawn beside the presets",
+    ),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
 }

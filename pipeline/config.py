@@ -1,7 +1,7 @@
 """The config of a training run: every section from the module that it configures, and the checks between them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import Field
@@ -24,8 +24,10 @@ class TrainingConfig(Config):
     """How long, in pictures: the clock that means the same at any batch size."""
 
     images: int = Field(gt=0)
-    global_batch: int = Field(256, gt=0)
-    caption_dropout: float = Field(0.1, ge=0, le=1)  # for classifier-free guidance (2207.12598)
+    global_batch: int = Field(default=256, gt=0)
+    caption_dropout: float = Field(
+        default=0.1, ge=0, le=1
+    )  # for classifier-free guidance (2207.12598)
 
     @property
     def num_steps(self) -> int:
@@ -42,7 +44,7 @@ class EncodersConfig(Config):
 class TrainConfig(Config):
     """One run. The order is: what changes results, what should not (speed), what cannot."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     data: DataConfig
     model: DiTConfig = DiTConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -76,11 +78,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as {"a.b": value}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {
-        k: v
-        for key, value in tree.items()
-        for k, v in flatten(value, f"{prefix}.{key}".lstrip(".")).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, value in cast(dict[str, Any], tree).items():
+        flat |= flatten(value, f"{prefix}.{key}".lstrip("."))
+    return flat
 
 
 def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:

@@ -27,7 +27,10 @@ def stages(folder: Path) -> list[tuple[str, list[str]]]:
     prompts = [part for prompt in train.monitor.prompts for part in ("--prompt", prompt)]
     pictures, dataset, run = (str(folder / name) for name in ("pictures", "dataset", "run"))
     return [
-        ("Draw OpenMoji pictures with their captions", ["data_prep.openmoji", pictures, "--size", "64"]),
+        (
+            "Draw OpenMoji pictures with their captions",
+            ["data_prep.openmoji", pictures, "--size", "64"],
+        ),
         (
             "Prepare: latents and text embeddings in shards",
             [
@@ -38,20 +41,32 @@ def stages(folder: Path) -> list[tuple[str, list[str]]]:
                 f"output={dataset}",
             ],
         ),
-        ("Train", ["pipeline.train", str(configs / "demo_train.yaml"), f"data.path={dataset}", f"run={run}"]),
+        (
+            "Train",
+            [
+                "pipeline.train",
+                str(configs / "demo_train.yaml"),
+                f"data.path={dataset}",
+                f"run={run}",
+            ],
+        ),
         ("Sample", ["pipeline.sample", run, *prompts, "--overwrite"]),
     ]
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="where everything goes")] = Path("outputs/demo"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the commands; run nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the commands; run nothing")
+    ] = False,
 ) -> None:
     """Prepare a real picture set, train on it and sample: the path that your own pictures take."""
     for package in NEEDS:
         package_folder(package)
     started = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    }
     for title, arguments in stages(folder):
         typer.secho(f"\n{title}\n$ python -m {shlex.join(arguments)}", bold=True)
         if dry_run:

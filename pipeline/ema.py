@@ -19,9 +19,9 @@ from pipeline import distributed
 class EMAConfig(Config):
     """Half-life in pictures, so that it means the same at any batch size (EDM2 2312.02696)."""
 
-    halflife_images: float = Field(500_000, gt=0)
+    halflife_images: float = Field(default=500_000, gt=0)
     # While young, the half-life is this share of the pictures seen, so that the start is forgotten.
-    rampup_ratio: float = Field(0.05, gt=0)
+    rampup_ratio: float = Field(default=0.05, gt=0)
 
 
 def ema_decay(config: EMAConfig, images_seen: int, global_batch: int) -> float:
@@ -57,7 +57,7 @@ class AdamWithEMA(torch.optim.AdamW):
             self.state[parameter]["ema"] = weights
         averages = [self.state[p]["ema"] for p in parameters]
         if averages:
-            torch._foreach_lerp_(averages, parameters, 1.0 - self.ema_decay)
+            torch._foreach_lerp_(averages, parameters, 1.0 - self.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
         return loss
 
 
@@ -95,6 +95,7 @@ def full_weights(
             value = safe_get_full_optimizer_state(parameter, "ema")
         else:
             value = safe_get_full_fp32_param(parameter)
+        assert value is not None
         if distributed.is_main():
             weights[name] = value.detach().float().cpu().clone()
     return weights

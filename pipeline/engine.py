@@ -17,16 +17,18 @@ from pipeline.ema import AdamWithEMA
 class OptimizerConfig(Config):
     """AdamW; lr is for this global batch, nothing rescales it."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = Field(0.0, ge=0)  # on matrices only: not on biases, norms, embeddings
+    weight_decay: float = Field(
+        default=0.0, ge=0
+    )  # on matrices only: not on biases, norms, embeddings
     schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
         "constant_with_warmup"
     )
-    warmup_images: int = Field(0, ge=0)
-    decay_images: int = Field(0, ge=0)  # the last part of warmup_stable_decay
-    clip: float = Field(1.0, ge=0)  # of the gradient's global norm; 0: never
+    warmup_images: int = Field(default=0, ge=0)
+    decay_images: int = Field(default=0, ge=0)  # the last part of warmup_stable_decay
+    clip: float = Field(default=1.0, ge=0)  # of the gradient's global norm; 0: never
 
 
 class EngineConfig(Config):
@@ -35,10 +37,14 @@ class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     # bf16 has fp32 masters, moments and EMA; auto: bf16 where the hardware multiplies it natively
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_batch: int | None = Field(None, gt=0)  # pictures a rank at once; null: all of its share
+    micro_batch: int | None = Field(
+        default=None, gt=0
+    )  # pictures a rank at once; null: all of its share
     compile: bool = False
-    cpu_threads: int | None = Field(None, gt=0)  # a rank, on CPU; null: its share of the cores
-    timeout_s: float = Field(1800, gt=0)  # of a collective
+    cpu_threads: int | None = Field(
+        default=None, gt=0
+    )  # a rank, on CPU; null: its share of the cores
+    timeout_s: float = Field(default=1800, gt=0)  # of a collective
 
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
@@ -100,7 +106,8 @@ def lr_schedule(
         scheduler_specific_kwargs=extra,
     )
     # A step's LR, from 1: the schedules give 0 at 0, and a first step at LR 0 would be lost.
-    return lambda step: config.lr * scheduler.lr_lambdas[0](step + (warmup > 0))
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda step: config.lr * factor(step + (warmup > 0))
 
 
 def deepspeed_config(

@@ -25,8 +25,8 @@ NUM_LEVELS = 8  # of t, each 1/8 wide
 
 
 class MonitorConfig(Config):
-    every_steps: int = Field(50, gt=0)
-    sample_every_steps: int = Field(1000, gt=0)
+    every_steps: int = Field(default=50, gt=0)
+    sample_every_steps: int = Field(default=1000, gt=0)
     prompts: list[str] = []  # drawn at the same noise each time, EMA weights
 
 

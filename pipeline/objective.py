@@ -370,10 +370,14 @@ class ObjectiveConfig(Config):
     prediction: Literal["epsilon", "v", "sample", "flow", "edm"] = "flow"
     timesteps: Timesteps = LogitNormal()
     shift: Shift | None = None
-    uniform_fraction: float = Field(0.0, ge=0, lt=1)  # of samples whose t is uniform instead
+    uniform_fraction: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # of samples whose t is uniform instead
     weighting: Weighting = Unweighted()
     loss: Loss = MSE()
-    contrastive_weight: float = Field(0.0, ge=0, lt=1)  # lambda of contrastive flow matching
+    contrastive_weight: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # lambda of contrastive flow matching
     noise_pairing: Literal["independent", "immiscible"] = "independent"
 
     @model_validator(mode="before")

@@ -110,7 +110,9 @@ def test_workers_leave_when_their_launcher_is_killed(tmp_path):
     process = train_factory.start("pipeline.train", str(config), "training.images=800000", ranks=2)
     train_factory.wait_for(process, "step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if b"pipeline.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [
+        pid for pid in children if b"pipeline.train" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     assert len(workers) == 2
     process.kill()
     deadline = time.monotonic() + 30
@@ -142,7 +144,12 @@ def test_a_run_holds_its_config_its_code_and_its_environment(finished):
     assert (run / "git.txt").is_file()
     names = sorted(p.name for p in (run / "checkpoints").iterdir())
     assert names == ["latest", "step_00000018", "step_00000024"]  # the two to keep
-    for tag in ("loss/train", "optimizer/grad_norm", "speed/images_per_s", "speed/data_wait_fraction"):
+    for tag in (
+        "loss/train",
+        "optimizer/grad_norm",
+        "speed/images_per_s",
+        "speed/data_wait_fraction",
+    ):
         assert len(scalars(run, tag)) == 24
     by_level = scalars(run, "loss_by_noise_level/t_0.5625")
     assert len(by_level) > 5
@@ -199,7 +206,9 @@ def test_a_dataset_made_with_another_vae_is_refused_by_the_command(finished, tmp
 
 
 def test_a_dry_run_describes_and_writes_nothing(finished, tmp_path):
-    done = train_factory.run("pipeline.train", str(finished / "run.yaml"), f"run={tmp_path / 'r'}", "--dry-run")
+    done = train_factory.run(
+        "pipeline.train", str(finished / "run.yaml"), f"run={tmp_path / 'r'}", "--dry-run"
+    )
     assert done.returncode == 0, done.stderr
     assert "24 " in done.stdout
     assert "M parameters" in done.stdout
@@ -213,7 +222,9 @@ def resume(folder: Path, tmp_path: Path):
     """Resume a copy of a run to which two more steps were given."""
     write_config(tmp_path)
     shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
-    return train_factory.run("pipeline.train", str(tmp_path / "run.yaml"), "training.images=208", "--override")
+    return train_factory.run(
+        "pipeline.train", str(tmp_path / "run.yaml"), "training.images=208", "--override"
+    )
 
 
 def damage(path: Path, how: str) -> None:

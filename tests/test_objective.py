@@ -380,7 +380,7 @@ def test_a_global_batch_of_t_follows_its_closed_form_to_one_part_in_its_size(nam
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_one_place_in_the_batch_follows_the_same_density_over_steps(name):
     objective, cdf = distribution(name)
-    t = [objective.draw_t(1, step, 16, (64, 64))[5].item() for step in range(1000)]
+    t = [objective.draw_t(1, step, 3, (64, 64))[1].item() for step in range(1000)]
     assert stats.kstest(t, cdf).pvalue > 1e-3  # fixed seeds: fails always or never
 
 
@@ -459,11 +459,12 @@ def test_noise_is_standard_normal_and_differs_in_every_respect():
         draw_noise(5, 17, range(64, 128), (4, 16, 16)),
         draw_noise(5, 17, range(64), (4, 16, 16), purpose="posterior"),
         draw_noise(5 + 2**32, 17, range(64), (4, 16, 16)),
-        draw_noise(51, 7, range(64), (4, 16, 16)),  # counters do not run together
     ]
     for other in others:
         correlation = float((whole * other).mean())
         assert abs(correlation) < 4 / math.sqrt(whole.numel())  # 4 standard errors
+    # Counters do not run together: step 1, place 17 is not step 11, place 7.
+    assert not torch.equal(draw_noise(5, 1, [17], (8,)), draw_noise(5, 11, [7], (8,)))
 
 
 def test_torchs_cpu_generator_forgets_the_upper_half_of_a_seed():

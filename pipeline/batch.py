@@ -1,7 +1,6 @@
 """A batch: its tensors, the buffers they lie in, and how samples in memory become one."""
 
 import math
-import mmap
 import weakref
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from data_prep.schema import EMPTY_CAPTION, Manifest
 from models.config import InputError
-from pipeline.shards import Rows, address_of, gather
+from pipeline.shards import Rows, gather, gather_ragged
 from pipeline.snapshots import Bucket, Snapshot
 
 ALIGNMENT = 64  # bytes, of every member in a batch buffer
@@ -174,8 +173,6 @@ class Assembler:
         self.columns = {m.name: column for column, m in enumerate(snapshot.manifest.members)}
         self.pool = BufferPool(pin)
         self.parts = lru_cache(maxsize=1024)(self._parts)
-        self.zeros = mmap.mmap(-1, 2 * self.width)  # a masked token, at an address of its own
-        self.zero = address_of(self.zeros)
         caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
         self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
 
@@ -236,20 +233,18 @@ class Assembler:
         """Fill out, float16 (b, L, D), and return the mask, bool (b, L)."""
         masks, begin = [], 0
         for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
-            address, row = rows.address[self.columns[name]], 2 * record.dim
+            address, token_bytes = rows.address[self.columns[name]], 2 * record.dim
             alone = len(self.encoders) == 1
             part = out if alone else torch.empty(len(out), length, record.dim, dtype=out.dtype)
-            mask = np.arange(length) < rows.tokens[number][:, None]
-            flat = part.view(torch.uint8)
-            if mask.all():
-                gather(address, rows.low, rows.high, flat.view(len(out), length * row))
+            flat = part.view(torch.uint8).view(part.shape[0], length * token_bytes)
+            tokens = np.minimum(rows.tokens[number], length)
+            if (tokens == length).all():
+                gather(address, rows.low, rows.high, flat)
             else:
-                places = np.where(mask, address[:, None] + np.arange(length) * row, self.zero)
-                low, high = min(rows.low, self.zero), max(rows.high, int(places.max()))
-                gather(places.reshape(-1), low, high, flat.view(-1, row))
+                gather_ragged(address, tokens * token_bytes, flat)
             if not alone:
                 out[:, begin : begin + length, : record.dim] = part
                 out[:, begin : begin + length, record.dim :] = 0
-            masks.append(mask)
+            masks.append(np.arange(length) < tokens[:, None])
             begin += length
         return torch.from_numpy(masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +25,31 @@ from models.config import InputError
 CYCLE, SHARDS, ROWS, WINDOW, SEQUENCE = range(5)
 
 
-def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
-    """int64 (length,), a pure function of its arguments, also across numpy versions.
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
 
-    numpy guarantees the raw bits of Philox, but not what Generator.permutation makes of them. The low
-    bits of each number make way for its place, so that a sort gives the permutation, without ties.
+
+def _mix(x: Any) -> Any:
+    """SplitMix64's output function (Steele et al. 2014, doi 10.1145/2660193.2660195), int or uint64 array."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
+    """int64 (length,), a pure function of its arguments, for good: numpy may change its own permutations.
+
+    The low bits of each random number make way for its place, so that a sort gives the permutation.
     """
-    bits = np.random.Philox(np.random.SeedSequence([seed, purpose, *key])).random_raw(length)
-    places = np.uint64((1 << length.bit_length()) - 1)
-    keys = bits & ~places | np.arange(length, dtype=np.uint64)
+    state = 0
+    for number in (seed, purpose, *key):
+        state = _mix((state ^ number) + GOLDEN & MASK)
+    places = np.arange(length, dtype=np.uint64)
+    keys = _mix(np.uint64(state) + places * np.uint64(GOLDEN))
+    low = np.uint64((1 << length.bit_length()) - 1)
+    keys = keys & ~low | places
     keys.sort()
-    return (keys & places).astype(np.int64)
+    return (keys & low).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -85,18 +100,14 @@ class Window:
     skip: int = 0
 
     def rows(self) -> list[np.ndarray]:
-        """A segment each: rows of its shard, int64."""
+        """A segment each: rows of its shard, int64; of a whole shard in order, for `shuffle` mixes them."""
         pieces = self.segments
+        columns = (pieces.shard, pieces.size, pieces.cycle, pieces.start, pieces.stop)
         return [
-            permutation(size, self.seed, ROWS, shard, cycle)[start:stop]
-            for shard, size, cycle, start, stop in zip(
-                pieces.shard.tolist(),
-                pieces.size.tolist(),
-                pieces.cycle.tolist(),
-                pieces.start.tolist(),
-                pieces.stop.tolist(),
-                strict=True,
-            )
+            np.arange(size)
+            if stop - start == size
+            else permutation(size, self.seed, ROWS, shard, cycle)[start:stop]
+            for shard, size, cycle, start, stop in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
     def shuffle(self) -> np.ndarray:

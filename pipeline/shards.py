@@ -26,6 +26,7 @@ from pipeline.snapshots import check_dataset as check_dataset
 log = logging.getLogger(__name__)
 
 FETCH_THREADS = 4
+LARGE_ROW = 32 << 10  # bytes, from which on a copy of its own is faster
 KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
 
 
@@ -265,7 +266,7 @@ def raise_file_limit() -> int:
 
 
 class Memory:
-    """Rows of bytes, one at every address from `base` on, as numpy's array interface shows them."""
+    """Memory at an address as numpy's array interface shows it: rows of bytes, one at every address."""
 
     def __init__(self, base: int, length: int, row_bytes: int):
         self.__array_interface__ = {
@@ -285,7 +286,24 @@ def _rows_at(low: int, high: int, row_bytes: int) -> Tensor:
 def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
     """Copy from each address, int64 (n,) in low..high, into a row of `out`, uint8 (n, row bytes).
 
-    One call, whatever n. The caller keeps what lies there mapped, and has checked the bounds.
+    The caller keeps what lies there mapped, and has checked the bounds.
     """
+    if out.shape[1] >= LARGE_ROW:
+        gather_ragged(address, np.full(len(address), out.shape[1]), out)
+        return
     source = _rows_at(low, high, out.shape[1])
     torch.index_select(source, 0, torch.from_numpy(address - low), out=out)
+
+
+def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:
+    """The same for rows of various sizes, int64 (n,) bytes; the rest of a row of `out` becomes zero.
+
+    A call a row: of large rows it costs little, and memcpy writes them without reading `out` first.
+    """
+    low = int(address.min())
+    memory = np.asarray(Memory(low, 1, int((address + sizes).max()) - low))[0]
+    begins = address - low
+    for row, begin, size in zip(out.numpy(), begins.tolist(), sizes.tolist(), strict=True):
+        row[:size] = memory[begin : begin + size]
+        if size < len(row):
+            row[size:] = 0

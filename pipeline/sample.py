@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from jaxtyping import UInt8
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from data_prep.schema import read_manifest
 from models.config import InputError, parse_config, run_command
@@ -93,16 +95,25 @@ def main(
         batch_size,
         images_per_prompt,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        text = prompts[number // images_per_prompt]
-        info = PngInfo()
-        info.add_itxt("flowmill", json.dumps(settings | {"prompt": text, "index": number}))
-        to_pil(picture).save(folder / f"{number:05d}_{_slug(text)}.png", pnginfo=info)
     labels = [p for p in prompts for _ in range(images_per_prompt)]
+    save_pictures(folder, pictures, labels, settings)
     sheet = grid(pictures, labels, columns=images_per_prompt if images_per_prompt > 1 else 5)
     sheet.save(folder / "grid.png")
     typer.echo(f"{folder / 'grid.png'}: all {len(pictures)}")
+
+
+def save_pictures(
+    folder: Path,
+    pictures: UInt8[Tensor, "B 3 H W"],
+    prompts: list[str],
+    settings: dict[str, Any],
+) -> None:
+    """A PNG a picture, what made it in its text chunk `flowmill`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (picture, text) in enumerate(zip(pictures, prompts, strict=True)):
+        info = PngInfo()
+        info.add_itxt("flowmill", json.dumps(settings | {"prompt": text, "index": number}))
+        to_pil(picture).save(folder / f"{number:05d}_{_slug(text)}.png", pnginfo=info)
 
 
 def parse_sampler(saved: SamplerConfig, overrides: list[str]) -> SamplerConfig:

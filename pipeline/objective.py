@@ -360,6 +360,7 @@ Weighting = Annotated[
     Annotated[Unweighted | MinSNR | SoftMinSNR | Debiased, Field(discriminator="kind")],
     BeforeValidator(_kind),
 ]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Loss = Annotated[Annotated[MSE | PseudoHuber, Field(discriminator="kind")], BeforeValidator(_kind)]
 
 
@@ -370,14 +371,11 @@ class ObjectiveConfig(Config):
     prediction: Literal["epsilon", "v", "sample", "flow", "edm"] = "flow"
     timesteps: Timesteps = LogitNormal()
     shift: Shift | None = None
-    uniform_fraction: float = Field(
-        default=0.0, ge=0, lt=1
-    )  # of samples whose t is uniform instead
+    uniform_fraction: Share = 0.0  # of samples whose t is uniform instead
     weighting: Weighting = Unweighted()
     loss: Loss = MSE()
-    contrastive_weight: float = Field(
-        default=0.0, ge=0, lt=1
-    )  # lambda of contrastive flow matching
+    # These two relate the samples of a micro-batch, so results then depend on its size.
+    contrastive_weight: Share = 0.0  # lambda of contrastive flow matching
     noise_pairing: Literal["independent", "immiscible"] = "independent"
 
     @model_validator(mode="before")

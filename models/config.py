@@ -68,39 +68,42 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     return data  # pyright: ignore[reportReturnType]
 
 
-def _valid_names(model: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Field names valid beside the last part of `location`, walking from the root config class."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Every config class that an annotation mentions, through unions, dicts and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """A pydantic location as the user's path, without unions' tags, and the names valid at its end."""
+    models: list[type[BaseModel]] = [root]
+    path = []
     for part in location[:-1]:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(str(part))
-            model = field.annotation if field else None
-            continue
-        options = [a for a in get_args(model) if a is not type(None)]
+        fields = [model.model_fields[str(part)] for model in models if part in model.model_fields]
         tagged = [
-            o
-            for o in options
-            if isinstance(o, type) and issubclass(o, BaseModel) and part in _tags(o)
+            m
+            for m in models
+            if any(part in get_args(f.annotation) for f in m.model_fields.values())
         ]
-        # A union's tag and a dict's key both stand in the location; step through either.
-        model = tagged[0] if tagged else (options[-1] if options else None)
-    options = [model, *get_args(model)]
-    models = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
-    return [name for m in models for name in m.model_fields]
-
-
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    return tuple(a for f in model.model_fields.values() for a in get_args(f.annotation))
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+        elif tagged:
+            models = tagged
+            continue
+        path.append(str(part))
+    names = sorted({name for model in models for name in model.model_fields})
+    return ".".join([*path, str(location[-1])] if location else []), names
 
 
 def explain(error: ValidationError, config_class: type[Config], where: str) -> str:
     """A pydantic error as one line a problem: path, got, expected, nearest valid name."""
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
+        path, names = _locate(config_class, item["loc"])
         if item["type"] == "extra_forbidden":
-            names = _valid_names(config_class, item["loc"])
             near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(names))}"
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
             lines.append(f"{where}: {path}: unknown key; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{where}: {path}: missing; add it to the file or pass {path}=VALUE")

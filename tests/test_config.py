@@ -25,7 +25,11 @@ def load(tmp_path: Path, text: str = MINIMAL, *overrides: str) -> TrainConfig:
     [
         ("optimizer.lrr=1", ["optimizer.lrr", "unknown key", "'lr'"]),
         ("engin.zero_stage=1", ["engin", "unknown key", "'engine'"]),
-        ("objective.timesteps={kind: logit_normal, men: 1}", ["men", "unknown key", "'mean'"]),
+        (
+            "objective.timesteps={kind: logit_normal, men: 1}",
+            ["objective.timesteps.men", "unknown key", "'mean'"],
+        ),
+        ("data.datasets={a: {path: x, repat: 2}}", ["data.datasets.a.repat", "'repeat'"]),
         ("engine.zero_stage=4", ["engine.zero_stage", "4"]),
         ("training.images=-1", ["training.images", "greater than 0", "-1"]),
         ("training=3", ["training", "3"]),

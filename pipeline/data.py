@@ -5,6 +5,7 @@ addresses into a reused buffer: no tar parsing and no Python for each sample.
 """
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,8 @@ from pipeline.shards import Losses, Rows, ShardStore
 from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_dataset, read_dataset
 
 __all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_dataset", "load_empty_caption"]
+
+log = logging.getLogger(__name__)
 
 BLOCK = 256  # samples of a partition whose addresses are put together at once
 
@@ -225,8 +228,12 @@ class Loader:
                 self.now = self._look()
             entry = self.record.decide(epoch, step, self.now)
         entry = entry or self.record.wait(epoch)
-        if epoch or entry["datasets"] != self.eras[0][2]:
+        if epoch:
             self._follow(entry)
+        elif entry["datasets"] != self.eras[0][2]:  # they grew before this rank looked
+            self._follow(entry)
+            self._era.cache_clear()
+            self.first = self._era(0)
 
     @property
     def manifest(self) -> Manifest:
@@ -298,6 +305,15 @@ class Loader:
             epoch += 1
             self._begin(epoch, step)
             if era is not (latest := self.era_at(step)):
+                left = sum(
+                    b.drawn(epoch - era.plan.first_epoch) % b.plan.global_batch
+                    for b in era.order.buckets
+                )
+                log.info(
+                    "epoch %d: more data; %d samples carried over wait for their next turn",
+                    epoch,
+                    left,
+                )
                 era, readers = latest, {}
 
     def heldout_batch(self, size: int) -> Batch | None:

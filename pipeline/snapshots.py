@@ -126,6 +126,11 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
         )
+    texts = [member.name for member in manifest.members if member.name in manifest.text_encoders]
+    if texts != list(manifest.text_encoders):
+        raise InputError(
+            f"{home / MANIFEST}: members got texts {texts}, expected those of text_encoders"
+        )
     identity = fingerprint({"manifest": manifest.fingerprint, SHARD_TABLE: found})
     return Dataset(name, source, home, manifest, table, identity, cache)
 

@@ -361,6 +361,23 @@ def test_a_run_goes_on_with_the_shards_it_began_with(tmp_path):
         Loader(config(folder), **options)
 
 
+def test_a_rank_that_looks_later_than_rank_0_follows_it(tmp_path):
+    folder, record = tmp_path / "data", tmp_path / "record"
+    make_dataset(folder, [(SQUARE, 24), (SQUARE, 16)])
+    whole = take(Loader(config(folder), global_batch=8, seed=1), 12)
+    options = {"global_batch": 8, "seed": 1, "world_size": 2, "record": record}
+    first = Loader(config(folder), **options, rank=0)
+    grow(folder)
+    second = Loader(config(folder), **options, rank=1)
+    assert second.steps_per_epoch(0) == 10
+    for batch, one, two in zip(whole, take(first, 12), take(second, 12), strict=True):
+        pairs = [
+            pair for b in (one, two) for pair in zip(b.indices.tolist(), numbers(b), strict=True)
+        ]
+        assert [number for _, number in sorted(pairs)] == numbers(batch)
+    assert second.steps_per_epoch(0) == 5
+
+
 def test_other_ranks_wait_for_rank_0_to_decide(tmp_path):
     folder, record = tmp_path / "data", tmp_path / "record"
     make_dataset(folder, MIXED)

@@ -26,6 +26,7 @@ import webdataset
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.schema import index_path
 from pipeline.data import DataConfig, Loader
 from tests.shard_factory import Kind, Sample, make_dataset, write_tar
 
@@ -190,6 +191,28 @@ def memory_copy(files: list[Path], sample_bytes: int) -> Side:
     return side
 
 
+def shuffled_copy(files: list[Path], kind: Kind) -> Side:
+    """The same bytes in a random order, array by array: what any loader that shuffles has to do."""
+    arrays = []
+    for path in files:
+        with path.open("rb") as file:
+            source = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        spans = np.load(index_path(str(path))).tolist()
+        arrays += [[source[begin : begin + size] for begin, size in sample] for sample in spans]
+    order = np.random.default_rng(0).permutation(len(arrays)).tolist()
+    buffers = [
+        np.empty((BATCH, array.nbytes), np.uint8) for array in kind.sample(0, BUCKET).values()
+    ]
+
+    def side() -> int:
+        for place, number in enumerate(order):
+            for buffer, array in zip(buffers, arrays[number], strict=True):
+                buffer[place % BATCH] = array
+        return len(order)
+
+    return side
+
+
 def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Samples a second of wall and of CPU time: a warming round, then `rounds` with the sides in turn."""
     found: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in sides}
@@ -222,6 +245,7 @@ def build(folder: Path, case: str) -> dict[str, Side]:
         "flowmill, a process": flowmill_process(default, samples),
         "flowmill, files anew": flowmill_anew(default, samples),
         "memory copy": memory_copy(tars[default], sample_bytes),
+        "memory copy, shuffled": shuffled_copy(tars[default], kind),
     }
     with contextlib.suppress(ImportError):
         sides["megatron-energon"] = energon(ustar, names)

@@ -3,6 +3,7 @@
 import http.server
 import itertools
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -192,6 +193,37 @@ def test_files_in_use_are_not_evicted(tmp_path, server):
     with pytest.raises(CacheFullError, match=r"b\.tar.*max_gib"):
         cache.open("b.tar", hashes["b"], 1000)
     assert [file.seek(0) or file.read(1) for file in (first, second)] == [b"a", b"c"]
+
+
+def test_readers_that_compete_for_a_small_cache_all_get_the_right_bytes(tmp_path, server):
+    names = [f"{letter}.tar" for letter in "abcdefgh"]
+    for name in names:
+        (tmp_path / "served" / name).write_bytes(name[:1].encode() * 1000)
+    hashes = {name: sha256_of((tmp_path / "served" / name).open("rb")) for name in names}
+    # Four readers hold a file each; a fifth may be on its way out.
+    config = CacheConfig(path=str(tmp_path / "cache"), max_gib=5000 / GIB)
+    wrong: list[object] = []
+
+    def reader(seed: int) -> None:
+        cache, rng = ShardCache(server.url, config, threading.Event()), random.Random(seed)
+        for name in rng.choices(names, k=25):
+            try:
+                file, _ = cache.open(name, hashes[name], 1000)
+                with file:
+                    file.seek(0)
+                    if file.read() != name[:1].encode() * 1000:
+                        wrong.append(name)
+            except ShardError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar")) <= 5000
+    assert sum(server.gets[name] for name in names) > len(names)  # so there was eviction
 
 
 def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, server):

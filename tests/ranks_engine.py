@@ -1,0 +1,95 @@
+"""Run under torchrun: every ZeRO stage and precision against plain torch on the whole batch; prints a line each."""
+
+import torch
+
+from models import build_model
+from models.dit import DiT, DiTConfig
+from pipeline import distributed
+from pipeline.ema import full_weights
+from pipeline.engine import (
+    EngineConfig,
+    OptimizerConfig,
+    build_engine,
+    grad_norm,
+    parameter_groups,
+)
+
+MODEL = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=0.5)
+BATCH, STEPS, DECAY = 8, 5, 0.9
+
+
+def fresh_model() -> DiT:
+    """The same weights every time, none of them zero."""
+    torch.manual_seed(0)
+    model = build_model(MODEL)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def batches() -> list[list[torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    shapes = [(BATCH, 4, 8, 8), (BATCH, 3, 8), (BATCH, 8), (BATCH, 4, 8, 8)]
+    return [
+        [torch.rand(BATCH, generator=g), *(torch.randn(s, generator=g) for s in shapes)]
+        for _ in range(STEPS)
+    ]
+
+
+def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    """Weights, their average and the last gradient norm of plain torch in fp32."""
+    model = fresh_model()
+    groups = parameter_groups(model, OPTIMIZER.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norm = torch.zeros(())
+    for t, x_t, text, pooled, target in batches():
+        optimizer.zero_grad()
+        (model(x_t, t, text, None, pooled) - target).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), 1 - DECAY)
+    return {n: p.detach() for n, p in model.named_parameters()}, average, float(norm)
+
+
+def ours(
+    stage: int, precision: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
+    engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
+    optimizer.ema_decay = DECAY
+    for group in optimizer.param_groups:
+        group["lr"] = OPTIMIZER.lr
+    share = BATCH // distributed.world_size()
+    begin = distributed.rank() * share
+    for batch in batches():
+        for start in range(begin, begin + share, 2):
+            t, x_t, text, pooled, target = (tensor[start : start + 2] for tensor in batch)
+            pred = engine(x_t, t, text, None, pooled)
+            engine.backward((pred.float() - target).square().mean())
+            engine.step()
+    norm = grad_norm(engine, optimizer)
+    assert norm is not None
+    return full_weights(engine, optimizer, "raw"), full_weights(engine, optimizer, "ema"), norm
+
+
+def main() -> None:
+    distributed.start(60)
+    expected = reference()
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            raw, ema, norm = ours(stage, precision)
+            if distributed.is_main():
+                errors = [
+                    max(float((got[name] - want[name]).abs().max()) for name in want)
+                    for got, want in ((raw, expected[0]), (ema, expected[1]))
+                ]
+                print("engine", stage, precision, *errors, abs(norm / expected[2] - 1), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -79,6 +79,8 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(tmp_path):
         ]
         for step, batch in enumerate(whole):
             assert [rank[step].bucket for rank in ranks] == [batch.bucket] * world_size
+            for r, rank in enumerate(ranks):  # four partitions of three samples
+                assert {i // 3 % world_size for i in rank[step].indices.tolist()} == {r}
             found = {
                 index: number
                 for rank in ranks
@@ -253,11 +255,14 @@ def test_a_damaged_shard_is_skipped_and_counted_where_the_config_says(tmp_path, 
     damage(shard_files(folder)[1])
     loader = Loader(config(folder, **options), global_batch=8, seed=1)
     batches = take(loader, 20)
-    lost = set(range(20, 40))
+    lost, instead = set(range(20, 40)), set()
     assert [len(numbers(batch)) for batch in batches] == [8] * 20
     for batch, before in zip(batches, whole, strict=True):
         for number, other in zip(numbers(batch), numbers(before), strict=True):
             assert number == other if other not in lost else number not in lost
+            if other in lost:
+                instead.add(number)
+    assert len(instead) > 10
     assert "train-000001.tar" in loader.losses.shards["shards/32x32/train-000001.tar"]
     assert loader.losses.samples >= 40
     ranks = [

@@ -195,6 +195,18 @@ def test_files_in_use_are_not_evicted(tmp_path, server):
     assert [file.seek(0) or file.read(1) for file in (first, second)] == [b"a", b"c"]
 
 
+def test_what_was_used_longest_ago_goes_first(tmp_path, server):
+    for name in "abc":
+        (tmp_path / "served" / f"{name}.tar").write_bytes(name.encode() * 1000)
+    config = CacheConfig(path=str(tmp_path / "cache"), max_gib=2500 / GIB)
+    cache = ShardCache(server.url, config, threading.Event())
+    for name in "abac":
+        digest = sha256_of((tmp_path / "served" / f"{name}.tar").open("rb"))
+        cache.open(f"{name}.tar", digest, 1000)[0].close()
+        time.sleep(0.02)  # longer than a tick of the file system's clock
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["a.tar", "c.tar"]
+
+
 def test_readers_that_compete_for_a_small_cache_all_get_the_right_bytes(tmp_path, server):
     names = [f"{letter}.tar" for letter in "abcdefgh"]
     for name in names:

@@ -430,7 +430,7 @@ def test_the_mode_scale_beyond_which_the_map_folds_back_is_refused():
         slope = np.diff(1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u))
         assert bool((slope > 1e-12).any()) is folds
         if folds:
-            with pytest.raises(InputError, match=r"timesteps\.mode\.scale"):
+            with pytest.raises(InputError, match=r"timesteps\.scale"):
                 make(timesteps={"kind": "mode", "scale": scale})
         else:
             make(timesteps={"kind": "mode", "scale": scale})

@@ -34,13 +34,11 @@ class Batch:
     bucket: tuple[int, int]  # height and width of the pictures, pixels
     indices: Tensor  # int64 (b,), places in the global batch, whatever the world size
     sample_ids: Tensor  # int64 (b,), numbers of the samples in the snapshot
-    moments: (
-        Tensor  # float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) of a deterministic codec
-    )
-    text_emb: Tensor | None = (
-        None  # float16 (b, L, D), encoders one after another, zeros where masked
-    )
-    text_mask: Tensor | None = None  # bool (b, L), True keeps
+    # float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) of a deterministic codec
+    moments: Tensor
+    # float16 (b, L, D), encoders one after another, zeros where masked; bool (b, L), True keeps
+    text_emb: Tensor | None = None
+    text_mask: Tensor | None = None
     pooled: Tensor | None = None  # float16 (b, P), encoders side by side
     micro: Tensor | None = None  # float32 (b, 4), original height and width, crop top and left
     label: Tensor | None = None  # int64 (b,)
@@ -81,7 +79,7 @@ class EmptyCaption:
 
     def put(self, batch: Batch, dropped: Tensor) -> Batch:
         """The batch with this caption in place of the dropped ones; dropped bool (b,)."""
-        if batch.text_emb is None or batch.text_mask is None or batch.pooled is None:
+        if batch.text_emb is None or batch.text_mask is None:
             return batch
         text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
         begin = 0
@@ -90,13 +88,15 @@ class EmptyCaption:
             text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept].to(text.device)
             mask[:, begin : begin + kept] = True
             begin += length
-        pooled = torch.cat([pooled for _, pooled in self.parts])[None].to(batch.pooled)
-        dropped = dropped.to(text.device)[:, None]
+        dropped, pooled = dropped.to(text.device)[:, None], batch.pooled
+        if pooled is not None:
+            empty = torch.cat([part for _, part in self.parts])[None].to(pooled)
+            pooled = torch.where(dropped, empty, pooled)
         return replace(
             batch,
             text_emb=torch.where(dropped[..., None], text, batch.text_emb),
             text_mask=torch.where(dropped, mask, batch.text_mask),
-            pooled=torch.where(dropped, pooled, batch.pooled),
+            pooled=pooled,
         )
 
 
@@ -136,7 +136,7 @@ class BufferPool:
 
     def take(self, size: int) -> tuple[Buffer, Tensor]:
         """A buffer, and its bytes as a tensor, uint8 (at least size,)."""
-        buffer = self.free.popleft() if self.free else None
+        buffer = self.free.pop() if self.free else None  # the last one used: the caches know it
         if buffer is not None and buffer.copied is not None:
             buffer.copied.synchronize()
             buffer.copied = None
@@ -234,9 +234,9 @@ class Assembler:
         masks, begin = [], 0
         for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
             address, token_bytes = rows.address[self.columns[name]], 2 * record.dim
-            alone = len(self.encoders) == 1
-            part = out if alone else torch.empty(len(out), length, record.dim, dtype=out.dtype)
-            flat = part.view(torch.uint8).view(part.shape[0], length * token_bytes)
+            alone, count = len(self.encoders) == 1, out.shape[0]
+            part = out if alone else torch.empty(count, length, record.dim, dtype=out.dtype)
+            flat = part.view(torch.uint8).view(count, length * token_bytes)
             tokens = np.minimum(rows.tokens[number], length)
             if (tokens == length).all():
                 gather(address, rows.low, rows.high, flat)

@@ -1,7 +1,7 @@
 """The loader: a prepared dataset's shards to batches. The order is order.py's; this module reads.
 
-A shard is mapped, its index turned into addresses, and a batch gathered by one call a member from those
-addresses into a reused buffer: no tar parsing and no Python for each sample.
+A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused buffer, by
+one call a member, or a call a row where rows are large or of various lengths. No tar is parsed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from models.config import Config
 from pipeline.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.order import Order, Plan, Window, choose_partitions
 from pipeline.remote import CacheConfig, ShardCache, is_remote
-from pipeline.shards import Losses, Rows, ShardStore
+from pipeline.shards import Rows, ShardStore, Skipped
 from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_dataset, read_dataset
 
 __all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_dataset", "load_empty_caption"]
@@ -43,13 +43,11 @@ class DataConfig(Config):
     # What changes the order, beside the run's seed and global batch.
     canonical_partitions: Annotated[int, Field(ge=1)] | None = None  # None: see choose_partitions
     window_shards: int = Field(4, ge=1)  # shuffled together, in every partition and bucket
-    # What changes the tensors.
-    text_length: Annotated[int, Field(ge=1)] | None = (
-        None  # keep so many tokens; None: all prepared
-    )
-    pad_text: Literal["max", "longest"] = "max"  # to text_length, or to the batch's longest
     grow: bool = False  # look for more shards at the beginning of every epoch
     on_corrupt: Literal["fail", "skip"] = "fail"  # skip: others take the places of its samples
+    # What changes the tensors.
+    text_length: Annotated[int, Field(ge=1)] | None = None  # tokens kept; None: all prepared
+    pad_text: Literal["max", "longest"] = "max"  # to text_length, or to the batch's longest
     # Reading.
     verify: Literal["first_use", "size"] = "first_use"  # hash each shard once, or trust its size
     prefetch: int = Field(2, ge=0)  # batches read ahead by a thread; 0 reads when asked
@@ -185,7 +183,7 @@ class Loader:
             for name, source in config.sources.items()
             if config.cache and is_remote(source.path)
         }
-        self.losses = Losses()
+        self.skipped = Skipped()
         self.now = self._look()
         # First epoch, first step, and the datasets' identities, of every snapshot so far.
         self.eras: list[tuple[int, int, dict[str, str]]] = [(0, 0, self.now.identities())]
@@ -205,7 +203,7 @@ class Loader:
             self.now = self._look()
         snapshot = self.record.load(identities, self.now) if self.record else self.now
         plan = replace(self.plan, first_epoch=epoch, first_step=step)
-        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt, self.losses)
+        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt, self.skipped)
         longest = self.config.pad_text == "longest"
         assemble = Assembler(snapshot, self.config.text_length, longest, self.pin)
         return Era(snapshot, plan, Order(snapshot.buckets(), plan), store, assemble)

@@ -43,11 +43,8 @@ class Shard:
         begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
         unit, most = np.array(rows).T
         fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
-        if (
-            not fits.all()
-            or min(begin.min(), size.min()) < 0
-            or (begin + size).max() > len(self.map)
-        ):
+        inside = (begin >= 0) & (size >= 0) & (begin <= len(self.map) - size)
+        if not (fits & inside).all():
             raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
         self.address = np.ascontiguousarray((begin + address_of(self.map)).T)
         self.tokens = np.ascontiguousarray((size // unit)[:, most > 0].T)
@@ -94,7 +91,7 @@ class Rows:
 
 
 @dataclass
-class Losses:
+class Skipped:
     """What had to be skipped: why, by shard, and how many samples others took the places of."""
 
     shards: dict[str, str] = field(default_factory=dict)
@@ -104,9 +101,9 @@ class Losses:
 class ShardStore:
     """Opens shards: fetched and checked by threads ahead of time, kept mapped for as long as room is."""
 
-    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str, losses: Losses):
+    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str, skipped: Skipped):
         self.snapshot, self.verify, self.on_corrupt = snapshot, verify, on_corrupt
-        self.losses = losses
+        self.skipped = skipped
         self.verified = np.zeros(len(snapshot.sizes), bool)
         self.bad: dict[int, ShardError] = {}
         self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
@@ -238,7 +235,7 @@ class ShardStore:
                     f"every shard of a window is unreadable: {'; '.join(sorted(names))}"
                 )
             order[lost] = np.arange(len(lost)) % count
-            self.losses.samples += len(lost)
+            self.skipped.samples += len(lost)
         return Rows.join(rows)[order[window.shuffle()]]
 
     def rows(self, number: int, chosen: np.ndarray) -> Rows:
@@ -251,9 +248,9 @@ class ShardStore:
 
     def _count(self, number: int, error: ShardError) -> None:
         name = self.snapshot.text("path", number)
-        if name not in self.losses.shards:
+        if name not in self.skipped.shards:
             log.warning("skipped: %s", error)
-        self.losses.shards[name] = str(error)
+        self.skipped.shards[name] = str(error)
 
 
 def raise_file_limit() -> int:

@@ -33,6 +33,7 @@ from pipeline.remote import ShardCache, sha256_of
 
 compute: Any = pyarrow.compute  # which ships no types
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
+DTYPES = ("float16", "float32", "int64")
 Bucket = tuple[int, int]  # height and width of the pictures, pixels
 
 
@@ -126,13 +127,30 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
         )
-    texts = [member.name for member in manifest.members if member.name in manifest.text_encoders]
-    if texts != list(manifest.text_encoders):
-        raise InputError(
-            f"{home / MANIFEST}: members got texts {texts}, expected those of text_encoders"
-        )
+    _check_members(manifest, home / MANIFEST)
     identity = fingerprint({"manifest": manifest.fingerprint, SHARD_TABLE: found})
     return Dataset(name, source, home, manifest, table, identity, cache)
+
+
+def _check_members(manifest: Manifest, where: Path) -> None:
+    """Raise InputError unless the members are what the loader reads: whoever wrote the file may be anyone."""
+    texts = [
+        (m.name, m.dtype, m.shape) for m in manifest.members if m.name in manifest.text_encoders
+    ]
+    expected = [(n, "float16", (None, r.dim)) for n, r in manifest.text_encoders.items()]
+    if texts != expected:
+        raise InputError(f"{where}: text members got {texts}, expected {expected}")
+    for member in manifest.members:
+        free = {"moments": 2}.get(member.name, int(member.name in manifest.text_encoders))
+        sides = [side for side in member.shape if side is not None]
+        if (
+            member.dtype not in DTYPES
+            or len(member.shape) - len(sides) != free
+            or min(sides, default=1) < 1
+        ):
+            raise InputError(
+                f"{where}: member {member} cannot be read; dtypes: {', '.join(DTYPES)}"
+            )
 
 
 class Snapshot:

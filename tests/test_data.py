@@ -1,6 +1,7 @@
 """The loader's batches, against datasets in which every array tells which sample it is of."""
 
 import gc
+import hashlib
 import itertools
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_prep.schema import SHARD_TABLE
+from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
 from models.config import InputError, parse_config
 from pipeline.data import Batch, DataConfig, Loader, check_dataset
 from pipeline.remote import ShardError
@@ -263,8 +264,8 @@ def test_a_damaged_shard_is_skipped_and_counted_where_the_config_says(tmp_path, 
             if other in lost:
                 instead.add(number)
     assert len(instead) > 10
-    assert "train-000001.tar" in loader.losses.shards["shards/32x32/train-000001.tar"]
-    assert loader.losses.samples >= 40
+    assert "train-000001.tar" in loader.skipped.shards["shards/32x32/train-000001.tar"]
+    assert loader.skipped.samples >= 40
     ranks = [
         take(Loader(config(folder, **options), global_batch=8, seed=1, rank=r, world_size=2), 20)
         for r in range(2)
@@ -279,6 +280,41 @@ def test_skipping_ends_where_nothing_is_left(tmp_path):
         path.unlink()
     with pytest.raises(ShardError, match="every shard of a window is unreadable"):
         take(Loader(config(folder, on_corrupt="skip"), global_batch=8, seed=1), 2)
+
+
+@pytest.mark.parametrize("begin", [-8, 1 << 20, (1 << 63) - 1])
+def test_an_index_that_points_out_of_its_shard_is_refused(tmp_path, begin):
+    """With the right hashes: a dataset may come from anyone."""
+    folder = make_dataset(tmp_path, [(SQUARE, 20)])
+    path = shard_files(folder)[0].with_suffix("").with_suffix(".idx.npy")
+    index = np.load(path)
+    index[7, 0, 0] = begin
+    np.save(path, index)
+    table = pq.read_table(folder / SHARD_TABLE).to_pylist()
+    table[0]["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    pq.write_table(pa.Table.from_pylist(table, SHARD_SCHEMA), folder / SHARD_TABLE)
+    with pytest.raises(ShardError, match=r"train-000000\.tar.*index does not fit"):
+        take(Loader(config(folder), global_batch=8, seed=1), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("moments", {"dtype": "object"}),
+        ("moments", {"shape": (4, 8, None)}),
+        ("mini", {"dtype": "float32"}),
+        ("mini", {"shape": (None, 4096)}),
+        ("micro", {"shape": (None,)}),
+    ],
+)
+def test_members_that_the_loader_does_not_read_are_refused(tmp_path, name, change):
+    folder = make_dataset(tmp_path, [(SQUARE, 20)])
+    manifest = read_manifest(folder)
+    members = [m.model_copy(update=change) if m.name == name else m for m in manifest.members]
+    edited = manifest.model_copy(update={"members": members}).with_fingerprint()
+    (folder / MANIFEST).write_text(edited.model_dump_json())
+    with pytest.raises(InputError, match=r"manifest\.json: (text )?member"):
+        Loader(config(folder), global_batch=8, seed=1)
 
 
 def test_sizes_alone_are_checked_where_the_config_says(tmp_path):

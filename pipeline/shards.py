@@ -21,7 +21,6 @@ from data_prep.schema import index_path
 from pipeline.order import Window
 from pipeline.remote import CacheFullError, ShardError, sha256_of
 from pipeline.snapshots import Dataset, Snapshot
-from pipeline.snapshots import check_dataset as check_dataset
 
 log = logging.getLogger(__name__)
 

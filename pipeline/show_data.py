@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import Era, Loader
 from pipeline.pictures import encoder_folder, grid
-from pipeline.snapshots import Snapshot
+from pipeline.snapshots import SNAPSHOTS, Snapshot
 
 GIB = 1 << 30
 
@@ -174,7 +174,7 @@ def main(
     else:
         config = load_config(TrainConfig, run_or_config, overrides or [])
         run = Path(config.run)
-    record = run / "snapshots"
+    record = run / SNAPSHOTS
     loader = Loader(
         config.data.model_copy(update={"grow": False}),  # to look at a run decides nothing about it
         global_batch=config.training.global_batch,

@@ -33,6 +33,7 @@ from pipeline.remote import ShardCache, sha256_of
 
 compute: Any = pyarrow.compute  # which ships no types
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
+SNAPSHOTS = "snapshots"  # of a run: its Record
 DTYPES = ("float16", "float32", "int64")
 Bucket = tuple[int, int]  # height and width of the pictures, pixels
 

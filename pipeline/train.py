@@ -34,7 +34,7 @@ from pipeline.engine import (
 from pipeline.monitor import LossMeter, Monitor
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
-from pipeline.shards import check_dataset
+from pipeline.snapshots import SNAPSHOTS, check_dataset
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def make_plan(config: TrainConfig) -> Plan:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         pin=torch.cuda.is_available(),
+        record=Path(config.run) / SNAPSHOTS,
     )
     manifest = loader.manifest
     records = manifest.text_encoders.values()
@@ -287,6 +288,9 @@ def train(config: TrainConfig, override: bool = False) -> None:
         if step % config.monitor.every_steps == 0 or last:
             values = meter.collect()
             values |= {"optimizer/lr": lr, "optimizer/ema_decay": optimizer.ema_decay}
+            if config.data.on_corrupt == "skip":
+                skipped = distributed.gather_objects(loader.skipped.samples)
+                values["data/skipped_samples"] = float(sum(skipped))
             values["optimizer/skipped_steps"] = float(engine.skipped_steps + optimizer.num_skipped)
             if (norm := grad_norm(engine, optimizer)) is not None:
                 values["optimizer/grad_norm"] = norm

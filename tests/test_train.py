@@ -303,3 +303,21 @@ def test_another_number_of_ranks_is_refused_with_the_remedy(finished, tmp_path):
     )
     assert done.returncode != 0
     assert "written with world_size 1, got 2" in done.stderr
+
+
+def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_path):
+    config = write_config(tmp_path)
+    shard = sorted((tmp_path / "dataset").glob("shards/32x32/*.tar"))[0]
+    shard.write_bytes(bytes(shard.stat().st_size))
+    arguments = [
+        str(config),
+        "data.grow=true",
+        "data.on_corrupt=skip",
+        "data.canonical_partitions=1",
+    ]
+    done = train_factory.run("pipeline.train", *arguments)
+    assert done.returncode == 0, done.stderr
+    epochs = sorted(p.name for p in (tmp_path / "run" / "snapshots").glob("epoch_*.json"))
+    assert epochs[:2] == ["epoch_00000000.json", "epoch_00000001.json"]
+    assert scalars(tmp_path / "run", "data/skipped_samples")[-1][1] > 0
+    assert shard.name in done.stderr + done.stdout

@@ -272,6 +272,7 @@ def report(
         f"x_webdataset_{case}": "webdataset",
         f"x_tuned_webdataset_{case}": "webdataset, tuned",
         f"of_memcpy_{case}": "memory copy",
+        f"of_shuffled_memcpy_{case}": "memory copy, shuffled",
     }
     flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items() if name in found}
     flat |= {

@@ -2,20 +2,21 @@
 
     RUN/checkpoints/step_00001000/
       deepspeed/            each rank's masters, moments and EMA
-      ema.safetensors       full fp32 weights, for sampling, evaluation and export
-      raw.safetensors
+      ema.safetensors       full fp32 weights, for sampling, evaluation and export; and every other
+      raw.safetensors       average of the config's
       checkpoint.json       step, layout, and bytes and sha256 of every other file; written last
     RUN/checkpoints/latest  the newest one's name
 
 Flipped bits load silently in torch files and safetensors alike, so every hash is checked first.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from models.config import Config, InputError
 from pipeline import distributed
-from pipeline.ema import AdamWithEMA, full_weights
+from pipeline.ema import WithEMA, full_weights
 
 RECORD = "checkpoint.json"
 
@@ -64,7 +65,7 @@ def save(
     run: Path,
     step: int,
     engine: Any,
-    optimizer: AdamWithEMA,
+    optimizer: WithEMA,
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -76,7 +77,7 @@ def save(
         partial.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
-    for which in ("ema", "raw"):
+    for which in (*optimizer.decays, "raw"):
         weights = full_weights(engine, optimizer, which)
         if distributed.is_main():
             save_file(weights, partial / f"{which}.safetensors", metadata={"step": str(step)})
@@ -180,13 +181,41 @@ def restore(run: Path, engine: Any) -> dict[str, Any] | None:
     return record
 
 
-def load_weights(
-    run: Path, which: Literal["ema", "raw"], step: int | None = None
-) -> tuple[dict[str, Tensor], int]:
+def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Full weights that outlive their checkpoint, whole or absent, beside a file for `sha256sum -c`."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, metadata=about)
+    sync(partial)
+    write_text(path.with_name(path.name + ".sha256"), f"{_sha256(partial)}  {path.name}\n")
+    partial.replace(path)
+    sync(path.parent)
+
+
+def check_weights(path: Path) -> None:
+    """Raises InputError where a file of `save_weights` is missing or not as it was written."""
+    recorded = path.with_name(path.name + ".sha256")
+    if not path.is_file() or not recorded.is_file():
+        raise InputError(f"{path}: it or its .sha256 is missing. Remedy: make or restore it.")
+    if recorded.read_text().split()[0] != _sha256(path):
+        raise InputError(f"{path}: its bytes changed since it was written (sha256)")
+
+
+def made_weights(run: Path, which: str, step: int | None) -> list[Path]:
+    """Averages made after training by that name, oldest first."""
+    steps = "*" if step is None else f"{step:08d}"
+    return sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors"))
+
+
+def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """Full fp32 weights and their step, from the newest sound checkpoint or that of `step`.
 
+    `which` is "raw", an average of the run's ("ema" is the first), or one that `flowmill ema` made.
     Raises InputError where there is none.
     """
+    if made := made_weights(run, which, step):
+        check_weights(made[-1])
+        return load_file(made[-1]), int(made[-1].name.split(".")[0].removeprefix("step_"))
     if step is None:
         folder = newest_sound(run)
     else:
@@ -195,6 +224,10 @@ def load_weights(
             raise InputError(found[0])
     if folder is None:
         raise InputError(f"{run / 'checkpoints'}: no checkpoint yet. Remedy: flowmill train.")
-    return load_file(folder / f"{which}.safetensors"), json.loads((folder / RECORD).read_text())[
-        "step"
-    ]
+    if not (path := folder / f"{which}.safetensors").is_file():
+        names = sorted(p.stem for p in folder.glob("*.safetensors"))
+        raise InputError(
+            f"weights {which!r}: got a name that {folder} lacks, expected one of {names}, or one that "
+            "`flowmill ema` made"
+        )
+    return load_file(path), json.loads((folder / RECORD).read_text())["step"]

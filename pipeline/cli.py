@@ -19,6 +19,7 @@ STAGES = {
         "what an objective trains, drawn beside the presets",
     ),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
+    "ema": ("pipeline.posthoc_ema", "an EMA of any width after training, from a run's snapshots"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
 }
 

@@ -1,44 +1,107 @@
-"""Exponential moving average of the weights, fp32, as one more state of the optimizer.
+"""Exponential moving averages of the weights, fp32, as more states of the optimizer.
 
-DeepSpeed hands the optimizer the fp32 partition that a rank owns. Keeping the average there, beside
-Adam's moments, partitions it, checkpoints it and restores it with them, at every ZeRO stage, for
-4 bytes a parameter divided by the ranks. It is gathered only to sample, evaluate, save and export.
+DeepSpeed hands the optimizer the fp32 partition that a rank owns. Keeping the averages there, beside
+Adam's moments, partitions them, checkpoints them and restores them with it, at every ZeRO stage, for
+4 bytes a parameter and average, divided by the ranks. They are gathered only to sample, evaluate, save
+and export.
 """
 
 import math
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.config import Config
+from models.config import Config, InputError
 from pipeline import distributed
 
 
 class EMAConfig(Config):
-    """Half-life in pictures, so that it means the same at any batch size (EDM2 2312.02696)."""
+    """Half-lives in pictures, so that they mean the same at any batch size (EDM2 2312.02696).
+
+    Averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
+    """
 
     halflife_images: float = Field(default=500_000, gt=0)
     # While young, the half-life is this share of the pictures seen, so that the start is forgotten.
     rampup_ratio: float = Field(default=0.05, gt=0)
+    more_halflives_images: list[float] = []
+    # Power-function averages (EDM2 section 3) by relative width; two, [0.05, 0.1], and their snapshots
+    # let `flowmill ema` make one of any width after training.
+    sigma_rels: list[float] = []
+    snapshot_images: int = Field(default=0, ge=0)  # between snapshots of `sigma_rels`; 0: none
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "EMAConfig":
+        for sigma_rel in self.sigma_rels:
+            power_exponent(sigma_rel)
+        if self.snapshot_images and not self.sigma_rels:
+            raise ValueError("snapshot_images: no effect without sigma_rels; [0.05, 0.1] is usual")
+        if any(halflife <= 0 for halflife in self.more_halflives_images):
+            raise ValueError("more_halflives_images: expected numbers above 0")
+        if len(self.names()) != 1 + len(self.more_halflives_images) + len(self.sigma_rels):
+            raise ValueError("more_halflives_images, sigma_rels: one of them is given twice")
+        return self
+
+    def names(self) -> dict[str, tuple[str, float]]:
+        """Every average: its name, "halflife" or "sigma_rel", and which."""
+        halflives = {f"ema_halflife_{h:.0f}": ("halflife", h) for h in self.more_halflives_images}
+        powers = {power_name(s): ("sigma_rel", s) for s in self.sigma_rels}
+        return {"ema": ("halflife", self.halflife_images), **halflives, **powers}
 
 
-def ema_decay(config: EMAConfig, images_seen: int, global_batch: int) -> float:
-    """Decay of one step after `images_seen` pictures (EDM 2206.00364, training_loop)."""
-    halflife = min(config.halflife_images, images_seen * config.rampup_ratio)
-    return 0.5 ** (global_batch / max(halflife, 1e-8))
+def power_name(sigma_rel: float) -> str:
+    return f"ema_sigma_{sigma_rel:g}"
 
 
-class AdamWithEMA(torch.optim.AdamW):
-    """AdamW with an `ema` state a parameter: ema <- decay ema + (1 - decay) parameter after each step.
+@lru_cache
+def power_exponent(sigma_rel: float) -> float:
+    """gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time.
 
-    A step that DeepSpeed skips (NaN, overflow) never reaches it, so the average skips it as well.
+    EDM2 2312.02696, eq. 123 and algorithm 2: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    if not 0 < sigma_rel < 12**-0.5:  # gamma = 0, all weights alike, is 0.2887
+        raise InputError(f"sigma_rel: got {sigma_rel:g}, expected between 0 and 0.2886")
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:
+    """Each average's decay in the step after `images_seen` pictures.
+
+    A half-life, ramped up: EDM 2206.00364, training_loop. A power: EDM2 eq. 127, (1 - 1/t)^(gamma + 1).
+    """
+    decays = {}
+    for name, (kind, value) in config.names().items():
+        if kind == "halflife":
+            halflife = min(value, images_seen * config.rampup_ratio)
+            decays[name] = 0.5 ** (global_batch / max(halflife, 1e-8))
+        else:
+            share = images_seen / (images_seen + global_batch)
+            decays[name] = share ** (power_exponent(value) + 1)
+    return decays
+
+
+class Watch(Protocol):
+    """Looks at the tensors that an optimizer steps, before and after, when it is asked to."""
+
+    def before(self, parameters: list[Tensor]) -> None: ...
+    def after(self, parameters: list[Tensor], state: Any) -> None: ...
+
+
+class WithEMA(torch.optim.Optimizer):
+    """Before an optimizer class: a state a parameter and average, ema <- decay ema + (1 - decay) parameter.
+
+    A step that DeepSpeed skips (NaN, overflow) never reaches it, so the averages skip it as well.
     Where no wrapper of DeepSpeed's looks at the gradients (stage 0 in fp32), `clip` has it done here.
     """
 
-    ema_decay: float = 0.0
+    decays: dict[str, float] = {"ema": 0.0}  # of each average; the loop sets them before a step
     clip: float | None = None  # 0: measure the norm only
+    watch: Watch | None = None  # of this step alone
     grad_norm: float | None = None
     num_skipped: int = 0
 
@@ -51,14 +114,24 @@ class AdamWithEMA(torch.optim.AdamW):
             if not math.isfinite(self.grad_norm):  # the same on all ranks: gradients are reduced
                 self.num_skipped += 1
                 return None
-        before = {p: p.detach().clone() for p in parameters if "ema" not in self.state[p]}
+        if self.watch is not None:
+            self.watch.before(parameters)
+        new = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
+        begun = [p.detach().clone() for p in new]  # Adam's own states begin in its step
         loss = super().step(closure)
-        for parameter, weights in before.items():
-            self.state[parameter]["ema"] = weights
-        averages = [self.state[p]["ema"] for p in parameters]
-        if averages:
-            torch._foreach_lerp_(averages, parameters, 1.0 - self.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
+        for parameter, weights in zip(new, begun, strict=True):
+            for name in self.decays:
+                self.state[parameter].setdefault(name, weights.clone())
+        for name, decay in self.decays.items() if parameters else ():
+            averages = [self.state[p][name] for p in parameters]
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if self.watch is not None:
+            self.watch.after(parameters, self.state)
         return loss
+
+
+class AdamWithEMA(WithEMA, torch.optim.AdamW):
+    """AdamW and averages of the weights."""
 
 
 def masters(engine: Any) -> dict[nn.Parameter, Tensor]:
@@ -71,16 +144,15 @@ def masters(engine: Any) -> dict[nn.Parameter, Tensor]:
 
 
 @torch.no_grad()
-def full_weights(
-    engine: Any, optimizer: AdamWithEMA, which: Literal["ema", "raw"]
-) -> dict[str, Tensor]:
-    """All fp32 weights by name on rank 0's CPU; an empty dict elsewhere. Collective.
+def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
+    """All fp32 weights by name on rank 0's CPU, "raw" or an average's; an empty dict elsewhere. Collective.
 
     One parameter at a time, so that no device holds more than the largest beside its own.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    averaged = which == "ema" and any("ema" in state for state in optimizer.state.values())
+    # Before the first step an average is the weights.
+    averaged = which != "raw" and any(which in state for state in optimizer.state.values())
     whole = masters(engine) if engine.zero_optimization_stage() == 0 else None
     if whole is None and averaged and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         # Loading a checkpoint replaces the state that the first step linked to the parameters.
@@ -90,9 +162,9 @@ def full_weights(
     for name, parameter in engine.module.named_parameters():
         if whole is not None:
             master = whole[parameter]
-            value = optimizer.state[master]["ema"] if averaged else master
+            value = optimizer.state[master][which] if averaged else master
         elif averaged:
-            value = safe_get_full_optimizer_state(parameter, "ema")
+            value = safe_get_full_optimizer_state(parameter, which)
         else:
             value = safe_get_full_fp32_param(parameter)
         assert value is not None

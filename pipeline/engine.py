@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from models.config import Config, InputError
 from pipeline import distributed
-from pipeline.ema import AdamWithEMA
+from pipeline.ema import AdamWithEMA, WithEMA
 
 
 class OptimizerConfig(Config):
@@ -133,7 +133,7 @@ def clips_itself(engine: EngineConfig) -> bool:
     return engine.zero_stage == 0 and engine.precision == "fp32"
 
 
-def grad_norm(engine: Any, optimizer: AdamWithEMA) -> float | None:
+def grad_norm(engine: Any, optimizer: WithEMA) -> float | None:
     """Norm of the last step's gradient before clipping, over all parameters and ranks."""
     norm = engine.get_global_grad_norm() if optimizer.clip is None else optimizer.grad_norm
     return None if norm is None else float(norm)
@@ -144,7 +144,7 @@ def build_engine(
     engine_config: EngineConfig,
     optimizer_config: OptimizerConfig,
     global_batch: int,
-) -> tuple[Any, AdamWithEMA]:
+) -> tuple[Any, WithEMA]:
     """DeepSpeed's engine around `model`, and the optimizer that it drives (its LR set by the loop)."""
     import deepspeed
     from deepspeed.utils import logger

@@ -22,7 +22,7 @@ from models.vae import sample_latents
 from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
 from pipeline.data import Batch, Loader
-from pipeline.ema import ema_decay, full_weights
+from pipeline.ema import ema_decays, full_weights
 from pipeline.engine import (
     EngineConfig,
     build_engine,
@@ -34,6 +34,7 @@ from pipeline.engine import (
 from pipeline.monitor import LossMeter, Monitor
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
+from pipeline.posthoc_ema import store_snapshots
 from pipeline.snapshots import SNAPSHOTS, check_dataset
 
 
@@ -267,7 +268,7 @@ def train(config: TrainConfig, override: bool = False) -> None:
         lr = lr_of(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.ema_decay = ema_decay(config.ema, step * global_batch, global_batch)
+        optimizer.decays = ema_decays(config.ema, step * global_batch, global_batch)
         wait_s = loader.wait_s
         batch = next(batches)
         monitor.data_wait_s += loader.wait_s - wait_s
@@ -287,10 +288,11 @@ def train(config: TrainConfig, override: bool = False) -> None:
         # --- log, draw, save
         if step % config.monitor.every_steps == 0 or last:
             values = meter.collect()
-            values |= {"optimizer/lr": lr, "optimizer/ema_decay": optimizer.ema_decay}
             if config.data.on_corrupt == "skip":
                 skipped = distributed.gather_objects(loader.skipped.samples)
                 values["data/skipped_samples"] = float(sum(skipped))
+            values["optimizer/lr"] = lr
+            values |= {f"optimizer/{name}_decay": d for name, d in optimizer.decays.items()}
             values["optimizer/skipped_steps"] = float(engine.skipped_steps + optimizer.num_skipped)
             if (norm := grad_norm(engine, optimizer)) is not None:
                 values["optimizer/grad_norm"] = norm
@@ -300,6 +302,11 @@ def train(config: TrainConfig, override: bool = False) -> None:
         ):
             weights = full_weights(engine, optimizer, "ema")
             draw_pictures(plan, painter, weights, objective, step, monitor, device)
+            monitor.restart_clock(step)
+        if config.ema.snapshot_images and (
+            step % max(1, config.ema.snapshot_images // global_batch) == 0 or step == num_steps
+        ):
+            store_snapshots(run, config.ema, step, step * global_batch, engine, optimizer)
             monitor.restart_clock(step)
         if step % config.checkpoint.every_steps == 0 or last:
             checkpoint.save(

@@ -60,7 +60,7 @@ def ours(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
     engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
-    optimizer.ema_decay = DECAY
+    optimizer.decays = {"ema": DECAY}
     for group in optimizer.param_groups:
         group["lr"] = OPTIMIZER.lr
     share = BATCH // distributed.world_size()

@@ -11,6 +11,7 @@ STAGES = {
         "pipeline.demo",
         "a real picture set prepared, trained, sampled: CPU, minutes, no hub",
     ),
+    "doctor": ("pipeline.doctor", "what this machine or cluster has and lacks, with remedies"),
     "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),

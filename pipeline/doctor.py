@@ -1,0 +1,361 @@
+"""What this machine or cluster has and lacks, and the remedy for each lack: `flowmill doctor`."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+from models.config import InputError, run_command
+
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+GIB = 1 << 30
+PORTS = {29500: "torchrun", 6379: "Ray's head", 8265: "Ray's dashboard"}
+COLOURS = {"ok": "green", "note": "yellow", "lack": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. A note costs speed or a feature; a lack ends a run."""
+
+    name: str
+    state: Literal["ok", "note", "lack"]
+    found: str
+    remedy: str = ""
+
+
+Findings = Iterator[Finding]
+
+
+def check_packages() -> Findings:
+    """Python and every package that pyproject.toml asks for, in a version that it allows."""
+    wanted = PROJECT.is_file() and tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
+    wanted = wanted or importlib.metadata.requires("flowmill") or []
+    wrong = []
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is not installed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
+    python = f"Python {platform.python_version()}"
+    if wrong:
+        yield Finding("packages", "lack", "; ".join(wrong), "pip install -c constraints.txt -e .")
+    else:
+        yield Finding("packages", "ok", f"{python} and {len(wanted)} packages, as asked for")
+
+
+def check_gpu() -> Findings:
+    """Whether the torch that is installed sees the GPUs that are there, and can talk among them."""
+    import torch
+
+    try:
+        line = "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"
+        listed = subprocess.run(["nvidia-smi", *line], capture_output=True, text=True, timeout=60)
+        cards = listed.stdout.strip().splitlines() if listed.returncode == 0 else []
+    except FileNotFoundError:
+        cards = []
+    built = f"torch {torch.__version__} for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'}"
+    if not cards and not torch.cuda.is_available():
+        yield Finding("GPU", "note", f"none; {built}", "fine for trying; training wants a GPU")
+        return
+    if not torch.cuda.is_available():
+        yield Finding(
+            "GPU", "lack", f"{'; '.join(cards)}, but {built} sees none",
+            "install the CUDA build of the same torch, one that the driver is new enough for",
+        )  # fmt: skip
+        return
+    torch.ones(8, device="cuda").sum().item()
+    yield Finding("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}; {built}")  # fmt: skip
+    if torch.distributed.is_nccl_available():
+        version = ".".join(map(str, torch.cuda.nccl.version()))
+        yield Finding("NCCL", "ok", version)
+    else:
+        yield Finding("NCCL", "lack", "not in this torch", "install a CUDA build of torch")
+
+
+def check_attention() -> Findings:
+    """Each attention backend by a tiny call on the device that training would use."""
+    import torch
+
+    from models.layers import ATTENTION, attention_backend
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)  # fmt: skip
+    for name, function in ATTENTION.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            runs = attention_backend(name, device, dtype) is function
+        if runs:
+            yield Finding(f"attention {name}", "ok", f"runs on {device}")
+        else:
+            why = str(caught[-1].message).split(": ", 1)[-1] if caught else "did not run"
+            yield Finding(
+                f"attention {name}", "note", why[:120], "model.attention=sdpa does as well"
+            )
+
+
+def check_deepspeed() -> Findings:
+    """A compiler, and which of the operators that our options use could be built."""
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        yield Finding(
+            "compiler", "note", f"no {' and no '.join(missing)}",
+            "apt install g++ ninja-build: engine.offload and engine.compile need them",
+        )  # fmt: skip
+        return
+    if not Path("/proc/driver/nvidia").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    yield Finding("compiler", "ok", shutil.which("g++") or "")
+    uses = {CPUAdamBuilder: "offload to CPU memory", AsyncIOBuilder: "offload to NVMe"}
+    for builder, use in uses.items():
+        can = builder().is_compatible(verbose=False)
+        remedy = "apt install libaio-dev" if builder is AsyncIOBuilder else "a newer g++"
+        found = f"{builder.NAME} {'can' if can else 'cannot'} be built"
+        yield Finding(use, "ok" if can else "note", found, "" if can else remedy)
+
+
+def check_memory() -> Findings:
+    """Memory and cores that this process may use, shared memory and open files."""
+    cores = len(os.sched_getaffinity(0))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Finding("cores and memory", "ok", f"{cores} cores, {total / GIB:.0f} GiB")
+    shared = shutil.disk_usage("/dev/shm")
+    state = "ok" if shared.free >= GIB else "lack"
+    yield Finding(
+        "shared memory", state, f"{shared.free / GIB:.2f} GiB free in /dev/shm",
+        "" if state == "ok" else "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory",
+    )  # fmt: skip
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    state = "ok" if hard >= 4096 or hard < 0 else "lack"
+    remedy = "" if state == "ok" else "ulimit -Hn 65536 in the launcher: shards are kept open"
+    yield Finding("open files", state, f"{soft} now, {hard} at most", remedy)
+
+
+def check_disk(folder: Path, need_gib: float) -> Findings:
+    """Space, and the speed of a file written, synced and read back past the page cache where possible."""
+    name = f"disk at {folder}"
+    try:
+        free = shutil.disk_usage(folder).free / GIB
+        size = int(min(0.25, free / 4) * GIB)
+        if free < need_gib:
+            raise OSError(f"{free:.2f} GiB free, expected at least {need_gib:g}")
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+            block, began = os.urandom(1 << 20), time.perf_counter()
+            for _ in range(size >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            write = size / (time.perf_counter() - began)
+            skew = os.stat(file.name).st_mtime - time.time()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.seek(0)
+            began = time.perf_counter()
+            while file.read(1 << 20):
+                pass
+            read = size / (time.perf_counter() - began)
+    except OSError as error:
+        yield Finding(name, "lack", str(error), "another folder, or make room")
+        return
+    yield Finding(name, "ok", f"{free:.0f} GiB free, writes {write / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s")  # fmt: skip
+    if abs(skew) > 5:
+        yield Finding(
+            "clock", "lack", f"{skew:+.0f} s between this clock and that of {folder}",
+            "run NTP on both: ages of files decide what is stale",
+        )  # fmt: skip
+
+
+def check_clock() -> Findings:
+    year = time.gmtime().tm_year
+    if year < 2025:
+        yield Finding("clock", "lack", f"says {year}", "set it: certificates and tokens fail")
+
+
+def check_ports() -> Findings:
+    """The ports that launchers use by default; a taken one is only taken by whom it is meant for."""
+    for port, use in PORTS.items():
+        with socket.socket() as probe:
+            taken = probe.connect_ex(("127.0.0.1", port)) == 0
+        found = "something listens" if taken else "free"
+        yield Finding(f"port {port} ({use})", "note" if taken else "ok", found, "another port, if it is not yours" if taken else "")  # fmt: skip
+
+
+def check_ray() -> Findings:
+    """How a Ray started here would be protected, and whether the one that RAY_ADDRESS names answers."""
+    token = os.environ.get("RAY_AUTH_MODE") == "token"
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        yield Finding("Ray", "ok", "no RAY_ADDRESS: preparing starts a Ray of its own")
+        return
+    host, _, port = address.removeprefix("ray://").removeprefix("http://").partition(":")
+    try:
+        socket.create_connection((host, int(port or 6379)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        yield Finding(
+            "Ray", "lack", f"{address}: {error}", "start the head, or correct RAY_ADDRESS"
+        )
+        return
+    local = host in ("127.0.0.1", "localhost")
+    yield Finding(
+        "Ray", "ok" if token or local else "note",
+        f"{address} answers, {'with' if token else 'without'} token authentication",
+        "" if token or local else "RAY_AUTH_MODE=token on every node: whoever reaches it runs code on it",
+    )  # fmt: skip
+
+
+def examine(folder: str, need_gib: float) -> list[dict[str, str]]:
+    """Every check on this machine, as plain data; a check that fails itself is a lack too."""
+    checks: list[Callable[[], Findings]] = [
+        check_packages,
+        check_gpu,
+        check_attention,
+        check_deepspeed,
+        check_memory,
+        lambda: check_disk(Path(folder), need_gib),
+        check_clock,
+        check_ports,
+        check_ray,
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # noqa: BLE001 - a broken library is what a doctor looks for
+            text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            findings.append(Finding(check.__name__, "lack", text, "see the library's own message"))
+    return [asdict(finding) for finding in findings]
+
+
+def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, str]]]:
+    """`examine` on every node of the Ray cluster, and how far each one's clock is from ours."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "auto"),
+        runtime_env={"working_dir": str(PROJECT.parent)} if PROJECT.is_file() else None,
+        log_to_driver=False,
+    )
+
+    def ask() -> tuple[float, list[dict[str, str]]]:
+        from pipeline.doctor import examine
+
+        return time.time(), examine(folder, need_gib)
+
+    task = ray.remote(num_cpus=0, max_retries=0)(ask)
+    answers: dict[str, list[dict[str, str]]] = {}
+    for node in ray.nodes():
+        name = f"{node['NodeManagerHostname']} {node['NodeID'][:8]}"
+        if not node["Alive"]:
+            answers[name] = [asdict(Finding("node", "lack", "dead", "restart its raylet"))]
+            continue
+        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        began = time.time()
+        try:
+            theirs, found = ray.get(task.options(scheduling_strategy=place).remote(), timeout=300)
+        except ray.exceptions.RayError as error:
+            text = str(error).strip().splitlines()[-1]
+            answers[name] = [asdict(Finding("node", "lack", text, "see `ray logs`"))]
+            continue
+        skew = max(began - theirs, theirs - time.time(), 0.0)
+        if skew > 5:
+            found.append(asdict(Finding("clock", "lack", f"{skew:.0f} s off ours", "run NTP")))
+        answers[name] = found
+    return answers
+
+
+def time_all_reduce() -> Findings:
+    """Bus bandwidth of all-reduce among the ranks of this launch, 2 (n - 1) / n x bytes / second."""
+    import torch
+    import torch.distributed as dist
+
+    from pipeline import distributed
+
+    if distributed.world_size() < 2:
+        raise InputError(
+            "--all-reduce: got one process, expected several. Remedy: torchrun --nproc-per-node N "
+            "-m pipeline.doctor --all-reduce"
+        )
+    device, ranks = distributed.start(600), distributed.world_size()
+    for mib in (1, 16, 64):
+        data = torch.ones(mib << 18, device=device)
+        seconds = []
+        for _ in range(6):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(data)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        best = min(seconds[1:])
+        speed = 2 * (ranks - 1) / ranks * data.nbytes / best / 1e9
+        yield Finding(f"all-reduce {mib} MiB", "ok", f"{1000 * best:.2f} ms, {speed:.2f} GB/s on {ranks} ranks")  # fmt: skip
+    distributed.stop()
+
+
+def show(console: Console, title: str, findings: list[dict[str, str]]) -> int:
+    """Print a table; returns the number of lacks."""
+    table = Table(title=title, title_justify="left", show_lines=False)
+    for column in ("", "what", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    for f in findings:
+        colour = COLOURS[f["state"]]
+        table.add_row(f"[{colour}]{f['state']}[/]", f["name"], f["found"], f["remedy"])
+    console.print(table)
+    return sum(f["state"] == "lack" for f in findings)
+
+
+def main(
+    folder: Annotated[Path, typer.Option(help="where shards and runs will be")] = Path("."),
+    need_gib: Annotated[float, typer.Option(help="free space that counts as enough")] = 5.0,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="ask every node of the Ray cluster")
+    ] = False,
+    all_reduce: Annotated[
+        bool, typer.Option("--all-reduce", help="time it among the ranks of this launch")
+    ] = False,
+) -> None:
+    """What this machine or cluster has and lacks; status 1 if something is lacking."""
+    if cluster and all_reduce:
+        raise InputError("--cluster and --all-reduce: one at a time")
+    if not folder.is_dir():
+        raise InputError(f"--folder {folder}: no such folder")
+    if all_reduce:
+        answers = {"all-reduce": [asdict(finding) for finding in time_all_reduce()]}
+    elif cluster:
+        answers = examine_cluster(str(folder.resolve()), need_gib)
+    else:
+        answers = {socket.gethostname(): examine(str(folder), need_gib)}
+    console = Console(width=max(100, Console().width))
+    if int(os.environ.get("RANK", 0)):
+        return
+    lacks = sum(show(console, name, findings) for name, findings in answers.items())
+    if lacks:
+        console.print(f"{lacks} lacking")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -50,13 +50,17 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: function(t) for n, t in tensors.items() if torch.is_tensor(t)})
 
+    def rows(self, begin: int, end: int) -> "Batch":
+        """Some of the samples, as views."""
+        return self._map(lambda t: t[begin:end])
+
     def split(self, micro_batch: int) -> list["Batch"]:
         """Micro-batches, views in order; raises InputError where they would not be equal."""
         size = len(self.indices)
         if size % micro_batch:
             raise InputError(f"micro batch: got {micro_batch}, expected a divisor of {size} a rank")
         starts = range(0, size, micro_batch)
-        parts = [self._map(lambda t, s=s: t[s : s + micro_batch]) for s in starts]
+        parts = [self.rows(start, start + micro_batch) for start in starts]
         return [replace(part, micro_step=number) for number, part in enumerate(parts)]
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import InputError, load_config, run_command
-from models.vae import sample_latents
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.objective import Objective, draw_noise
+from pipeline.heldout import LOG_SNR, x0_errors
+from pipeline.objective import Objective
 from pipeline.train import make_plan, network_for_sampling
 
 # Name -> the objective section. After the presets, what differs from one of them in one option.
@@ -41,21 +41,10 @@ VARIANTS = {
     "min-snr-v - min_snr": "{preset: min-snr-v, weighting: none}",
     "sd3 - logit_normal": "{preset: sd3-rf-logit-normal, timesteps: uniform}",
 }
-LOG_SNR = (-5, -4, -2, 0, 2, 4, 6)
 HELD_OUT = 256
 ROUNDS = 4  # draws of noise for each held-out sample and level
 
 
-def time_at(objective: Objective, log_snr: float) -> float:
-    """The t of a path whose SNR is nearest."""
-    t = torch.arange(1000) / 1000
-    if objective.config.path.kind != "vp_discrete":
-        t = torch.linspace(1e-4, 1 - 1e-4, 20_001)
-    alpha, sigma = objective.alpha_sigma(t)
-    return float(t[(2 * (alpha / sigma).log() - log_snr).abs().argmin()])
-
-
-@torch.no_grad()
 def measure(run: Path, weights: str = "ema") -> list[float]:
     """Held-out x0 error of a run's newest checkpoint at each of LOG_SNR."""
     plan = make_plan(load_run_config(run))
@@ -67,22 +56,9 @@ def measure(run: Path, weights: str = "ema") -> list[float]:
     state, _ = load_weights(run, weights)  # pyright: ignore[reportArgumentType]
     network = network_for_sampling(plan.config, state, torch.device("cpu"))
     objective, codec = Objective(plan.config.objective), plan.loader.manifest.codec
-    shape = (codec.latent_channels, *batch.moments.shape[-2:])
-    places = range(len(batch.indices))
-    posterior = draw_noise(0, 0, places, shape, purpose="posterior")
-    latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
-    given = {n: getattr(batch, n) for n in ("text_emb", "text_mask", "pooled", "micro", "label")}
-    errors = []
-    for level, log_snr in enumerate(LOG_SNR):
-        t = torch.full((len(latents),), time_at(objective, log_snr))
-        sums = []
-        for number in range(ROUNDS):
-            noise = draw_noise(1, level * ROUNDS + number, places, shape)
-            pred = network(objective.add_noise(latents, noise, t), t, **given)
-            sums.append(objective.loss(pred, latents, noise, t).x0_mse.mean().item())
-        errors.append(float(np.mean(sums)))
+    errors = x0_errors(network, objective, codec, batch, ROUNDS)
     plan.loader.close()
-    return errors
+    return errors.mean(1).tolist()
 
 
 def train(config: Path, run: Path, overrides: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ STAGES = {
         "a real picture set prepared, trained, sampled: CPU, minutes, no hub",
     ),
     "doctor": ("pipeline.doctor", "what this machine or cluster has and lacks, with remedies"),
+    "config": ("pipeline.show_config", "show|diff|schema: resolved, against another, for editors"),
     "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),
@@ -22,6 +23,12 @@ STAGES = {
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
     "ema": ("pipeline.posthoc_ema", "an EMA of any width after training, from a run's snapshots"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
+}
+# Stage -> a key that its configs alone have, and the class.
+CONFIGS = {
+    "train": ("training", "pipeline.config:TrainConfig"),
+    "prepare": ("sources", "data_prep.prepare:PrepareConfig"),
+    "fit_vae": ("pictures", "models.fit_vae:FitVaeConfig"),
 }
 
 

@@ -1,7 +1,10 @@
 """The x0 error on held-out samples at fixed noise levels: one measure, whatever the objective.
 
 It does not depend on path, prediction, weighting or distribution of t, so runs that differ in them compare.
+The loss, which does, is measured beside it.
 """
+
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -10,6 +13,7 @@ from torch import Tensor
 from data_prep.schema import CodecRecord
 from models.vae import sample_latents
 from pipeline.batch import Batch
+from pipeline.monitor import NUM_LEVELS
 from pipeline.objective import Objective, draw_noise
 from pipeline.sampling import Network
 
@@ -26,24 +30,59 @@ def time_at(objective: Objective, log_snr: float) -> float:
 
 
 @torch.no_grad()
-def x0_errors(
-    network: Network, objective: Objective, codec: CodecRecord, batch: Batch, rounds: int = 1
-) -> Float[Tensor, "levels b"]:
-    """Mean squared error of the x0 that the network implies, a sample, at each of LOG_SNR.
+def terms_at(
+    network: Network,
+    objective: Objective,
+    codec: CodecRecord,
+    batch: Batch,
+    times: Iterable[float],
+    rounds: int = 1,
+) -> tuple[Float[Tensor, "levels b"], Float[Tensor, "levels b"]]:
+    """Each sample's weighted loss and mean squared error of the x0 that the network implies, at each t.
 
     The noise is a function of batch.indices, so any cut of a larger batch gives the same figures; with
     `rounds` draws of it. The batch lies on the network's device.
     """
     device, places = batch.moments.device, batch.indices
+    # What an objective adds by relating the samples of a batch would depend on the cut.
+    objective = Objective(objective.config.model_copy(update={"contrastive_weight": 0.0}))
     shape = (codec.latent_channels, *batch.moments.shape[-2:])
     posterior = draw_noise(0, 0, places, shape, device, "posterior")
     latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
     given = {n: getattr(batch, n) for n in ("text_emb", "text_mask", "pooled", "micro", "label")}
-    errors = torch.zeros(len(LOG_SNR), len(places), device=device)
-    for level, log_snr in enumerate(LOG_SNR):
-        t = torch.full((len(places),), time_at(objective, log_snr), device=device)
+    times = list(times)
+    loss, x0_mse = torch.zeros(2, len(times), len(places), device=device)
+    for level, time in enumerate(times):
+        t = torch.full((len(places),), time, device=device)
         for number in range(rounds):
             noise = draw_noise(1, level * rounds + number, places, shape, device)
             pred = network(objective.add_noise(latents, noise, t), t, **given)
-            errors[level] += objective.loss(pred, latents, noise, t).x0_mse / rounds
-    return errors
+            terms = objective.loss(pred, latents, noise, t)
+            loss[level] += terms.loss / rounds
+            x0_mse[level] += terms.x0_mse / rounds
+    return loss, x0_mse
+
+
+def x0_errors(
+    network: Network, objective: Objective, codec: CodecRecord, batch: Batch, rounds: int = 1
+) -> Float[Tensor, "levels b"]:
+    """The x0 error of each sample at each of LOG_SNR."""
+    times = [time_at(objective, log_snr) for log_snr in LOG_SNR]
+    return terms_at(network, objective, codec, batch, times, rounds)[1]
+
+
+def by_noise_level(
+    network: Network, objective: Objective, codec: CodecRecord, batch: Batch, micro_batch: int
+) -> dict[str, float]:
+    """Means over the batch at t = (i + 0.5) / 8, and over those: what training logs of its held-out samples."""
+    times = [(level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS)]
+    parts = []
+    for begin in range(0, len(batch.indices), micro_batch):
+        rows = batch.rows(begin, begin + micro_batch)
+        parts.append(torch.stack(terms_at(network, objective, codec, rows, times)))
+    means = torch.cat(parts, dim=2).mean(2).tolist()  # (2, levels)
+    values = {}
+    for kind, levels in zip(("loss", "x0_mse"), means, strict=True):
+        values[kind] = sum(levels) / NUM_LEVELS
+        values |= {f"{kind}_t_{t:.4f}": v for t, v in zip(times, levels, strict=True)}
+    return values

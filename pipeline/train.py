@@ -6,6 +6,7 @@ Run the same command again to resume; on several GPUs `torchrun --nproc-per-node
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from models.vae import sample_latents
 from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
 from pipeline.data import Batch, Loader
-from pipeline.ema import ema_decays, full_weights
+from pipeline.ema import WithEMA, ema_decays, full_weights
 from pipeline.engine import (
     EngineConfig,
     build_engine,
@@ -31,7 +32,9 @@ from pipeline.engine import (
     micro_batch_size,
     native_precision,
 )
+from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor
+from pipeline.norms import BlockNorms
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
@@ -155,27 +158,42 @@ def _environment() -> str:
     )
 
 
-def draw_pictures(
+def look(
     plan: Plan,
     painter: Painter | None,
-    weights: dict,
+    heldout: Batch | None,
+    engine: Any,
+    optimizer: WithEMA,
     objective: Objective,
     step: int,
     monitor: Monitor,
-    device: torch.device,
 ) -> None:
-    """The fixed prompts at the fixed noise, on rank 0; the others wait at the next collective."""
-    if painter is None:
-        return
-    network = network_for_sampling(plan.config, weights, device)
-    pictures = painter.draw(
-        network, objective, plan.config.sampler, largest_bucket(painter.manifest)
-    )
+    """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: rank 0 works."""
+    for which in ("ema", "raw") if heldout is not None else ("ema",):
+        weights = full_weights(engine, optimizer, which)
+        if not distributed.is_main():
+            continue
+        network = network_for_sampling(plan.config, weights, monitor.device)
+        if heldout is not None:
+            codec = plan.loader.manifest.codec
+            values = by_noise_level(network, objective, codec, heldout, plan.micro_batch)
+            monitor.scalars(step, {f"heldout_{which}/{name}": v for name, v in values.items()})
+        if painter is not None and which == "ema":
+            sheet = draw_sheet(plan, painter, network, objective, step)
+            monitor.pictures(step, "samples/ema", torch.from_numpy(sheet).permute(2, 0, 1))
+
+
+def draw_sheet(
+    plan: Plan, painter: Painter, network: nn.Module, objective: Objective, step: int
+) -> np.ndarray:
+    """The prompts' pictures as one, uint8 (H, W, 3), also in the run's samples."""
+    size = largest_bucket(painter.manifest)
+    pictures = painter.draw(network, objective, plan.config.sampler, size)
     sheet = grid(pictures, painter.prompts, columns=5)
     folder = plan.run / "samples"
     folder.mkdir(exist_ok=True)
     sheet.save(folder / f"step_{step:08d}.png")
-    monitor.pictures(step, "samples/ema", torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
+    return np.array(sheet)
 
 
 def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
@@ -222,6 +240,12 @@ def losses(
 
 def train(config: TrainConfig, override: bool = False) -> None:
     """One run, from wherever it stands to `training.images` pictures or a signal."""
+    for _ in steps(config, override):
+        pass
+
+
+def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
+    """The same step by step: yields each step's number once all that belongs to it is done."""
     # --- setup: all that can fail fails here
     plan = make_plan(config)
     open_run(plan, override)
@@ -246,7 +270,13 @@ def train(config: TrainConfig, override: bool = False) -> None:
     lr_of = lr_schedule(config.optimizer, global_batch, num_steps)
     record = checkpoint.restore(run, engine)
     start = record["step"] if record else 0
-    monitor = Monitor(run, start, num_steps, global_batch)
+    monitor = Monitor(run, config.monitor, start, num_steps, global_batch, device)
+    monitor.measure_flops(config.model, config.engine.precision)
+    samples = config.monitor.heldout_samples
+    heldout = loader.heldout_batch(samples) if samples else None
+    heldout = None if heldout is None else heldout.to(device)
+    norms = BlockNorms(engine, device) if config.monitor.block_norms else None
+    looking = bool(config.monitor.prompts) or heldout is not None
     meter = LossMeter(device)
     distributed.say(
         f"{run}: {config.model.kind}, {num_parameters / 1e6:.1f} M parameters, {manifest.counts.kept:,} pictures, "
@@ -256,9 +286,8 @@ def train(config: TrainConfig, override: bool = False) -> None:
         monitor.describe(
             dump_config(config), flatten(config.model_dump(mode="json")), num_parameters
         )
-        if config.monitor.prompts:
-            weights = full_weights(engine, optimizer, "ema")
-            draw_pictures(plan, painter, weights, objective, 0, monitor, device)
+        if looking:
+            look(plan, painter, heldout, engine, optimizer, objective, 0, monitor)
     monitor.restart_clock(start)
     saved, step = start, start
     batches = loader.batches(start)
@@ -269,19 +298,27 @@ def train(config: TrainConfig, override: bool = False) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.decays = ema_decays(config.ema, step * global_batch, global_batch)
+        logged = (step + 1) % config.monitor.every_steps == 0 or step + 1 == num_steps
+        optimizer.watch = norms if logged else None
+        monitor.mark("other")
         wait_s = loader.wait_s
         batch = next(batches)
         monitor.data_wait_s += loader.wait_s - wait_s
+        monitor.mark("data")
         latent_size = (batch.moments.shape[-2], batch.moments.shape[-1])
         t = objective.draw_t(config.seed, step, global_batch, latent_size)
         dropped = draw_dropout(config.seed, step, global_batch, config.training.caption_dropout)
         for micro_batch in batch.split(plan.micro_batch):
             own_t, terms = losses(plan, engine, objective, micro_batch, step, t, dropped, device)
+            monitor.mark("forward")
             engine.backward(terms.loss.mean())
+            monitor.mark("backward")
             engine.step()
+            monitor.mark("optimizer")
             meter.add(own_t, terms.loss, terms.x0_mse)
         step += 1
-        monitor.advance(step)
+        text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
+        monitor.advance(step, t, latent_size, text_length)
         stopping = stop_signal.agreed(step)
         last = stopping or step == num_steps
 
@@ -296,12 +333,11 @@ def train(config: TrainConfig, override: bool = False) -> None:
             values["optimizer/skipped_steps"] = float(engine.skipped_steps + optimizer.num_skipped)
             if (norm := grad_norm(engine, optimizer)) is not None:
                 values["optimizer/grad_norm"] = norm
-            monitor.log(step, values)
-        if config.monitor.prompts and (
-            step % config.monitor.sample_every_steps == 0 or step == num_steps
-        ):
-            weights = full_weights(engine, optimizer, "ema")
-            draw_pictures(plan, painter, weights, objective, step, monitor, device)
+            if norms is not None and optimizer.watch is not None:
+                values |= norms.collect(norm)
+            monitor.log(step, values, objective)
+        if looking and (step % config.monitor.sample_every_steps == 0 or step == num_steps):
+            look(plan, painter, heldout, engine, optimizer, objective, step, monitor)
             monitor.restart_clock(step)
         if config.ema.snapshot_images and (
             step % max(1, config.ema.snapshot_images // global_batch) == 0 or step == num_steps
@@ -319,6 +355,7 @@ def train(config: TrainConfig, override: bool = False) -> None:
             )
             saved = step
             monitor.restart_clock(step)
+        yield step
         if stopping:
             distributed.say(
                 f"stopped by {stop_signal.name or 'a signal to another rank'} at step {step}, saved; run again to resume"

@@ -1,5 +1,7 @@
 """Run under torchrun: every ZeRO stage and precision against plain torch on the whole batch; prints a line each."""
 
+from collections import defaultdict
+
 import torch
 
 from models import build_model
@@ -13,6 +15,7 @@ from pipeline.engine import (
     grad_norm,
     parameter_groups,
 )
+from pipeline.norms import BlockNorms, block_of
 
 MODEL = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=0.5)
@@ -38,26 +41,40 @@ def batches() -> list[list[torch.Tensor]]:
     ]
 
 
-def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
-    """Weights, their average and the last gradient norm of plain torch in fp32."""
+Result = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, dict[str, float]]
+
+
+def block_norms(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    squares: dict[str, float] = defaultdict(float)
+    for name, tensor in tensors.items():
+        squares[f"{kind}_norm/{block_of(name)}"] += float(tensor.double().square().sum())
+    return {name: value**0.5 for name, value in squares.items()}
+
+
+def reference() -> Result:
+    """Weights, their average, the last gradient's norm and norms by block of plain torch in fp32."""
     model = fresh_model()
     groups = parameter_groups(model, OPTIMIZER.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    norm = torch.zeros(())
+    norm, norms = torch.zeros(()), {}
     for t, x_t, text, pooled, target in batches():
         optimizer.zero_grad()
         (model(x_t, t, text, None, pooled) - target).square().mean().backward()
+        named = dict(model.named_parameters())
+        norms = block_norms("gradient", {n: p.grad for n, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
+        before = {n: p.detach().clone() for n, p in named.items()}
         optimizer.step()
-        for name, p in model.named_parameters():
+        for name, p in named.items():
             average[name].lerp_(p.detach(), 1 - DECAY)
-    return {n: p.detach() for n, p in model.named_parameters()}, average, float(norm)
+        norms |= block_norms("update", {n: p - before[n] for n, p in named.items()})
+        norms |= block_norms("weight", named)
+        norms |= block_norms("ema_distance", {n: p - average[n] for n, p in named.items()})
+    return {n: p.detach() for n, p in model.named_parameters()}, average, float(norm), norms
 
 
-def ours(
-    stage: int, precision: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
+def ours(stage: int, precision: str) -> Result:
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
     engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
     optimizer.decays = {"ema": DECAY}
@@ -65,7 +82,9 @@ def ours(
         group["lr"] = OPTIMIZER.lr
     share = BATCH // distributed.world_size()
     begin = distributed.rank() * share
-    for batch in batches():
+    watch = BlockNorms(engine, torch.device("cpu"))
+    for number, batch in enumerate(batches()):
+        optimizer.watch = watch if number == STEPS - 1 else None
         for start in range(begin, begin + share, 2):
             t, x_t, text, pooled, target = (tensor[start : start + 2] for tensor in batch)
             pred = engine(x_t, t, text, None, pooled)
@@ -73,7 +92,9 @@ def ours(
             engine.step()
     norm = grad_norm(engine, optimizer)
     assert norm is not None
-    return full_weights(engine, optimizer, "raw"), full_weights(engine, optimizer, "ema"), norm
+    norms = {k: v for k, v in watch.collect(norm).items() if "_norm/" in k}
+    raw, ema = (full_weights(engine, optimizer, which) for which in ("raw", "ema"))
+    return raw, ema, norm, norms
 
 
 def main() -> None:
@@ -81,13 +102,16 @@ def main() -> None:
     expected = reference()
     for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16"):
-            raw, ema, norm = ours(stage, precision)
+            raw, ema, norm, norms = ours(stage, precision)
             if distributed.is_main():
                 errors = [
                     max(float((got[name] - want[name]).abs().max()) for name in want)
                     for got, want in ((raw, expected[0]), (ema, expected[1]))
                 ]
-                print("engine", stage, precision, *errors, abs(norm / expected[2] - 1), flush=True)
+                assert norms.keys() == expected[3].keys()
+                blocks = max(abs(norms[name] / want - 1) for name, want in expected[3].items())
+                change = abs(norm / expected[2] - 1)
+                print("engine", stage, precision, *errors, change, blocks, flush=True)
     distributed.stop()
 
 

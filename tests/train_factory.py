@@ -18,7 +18,7 @@ ema: {{halflife_images: 64}}
 engine: {{zero_stage: 0, precision: fp32, cpu_threads: 1, timeout_s: 60}}
 run: {run}
 checkpoint: {{every_steps: 6, keep: 2}}
-monitor: {{every_steps: 1}}
+monitor: {{every_steps: 1, mfu: false}}
 """
 
 

@@ -1,0 +1,92 @@
+"""What a picture's training step costs in arithmetic, and what the device could do: model FLOPs utilisation."""
+
+import time
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model
+
+# Dense bf16 TFLOP/s of the makers' data sheets (no sparsity), by a part of torch's device name.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+    "RTX 4090": 165.0,
+}
+
+
+class ModelFlops:
+    """FLOPs of one picture forward and backward, counted by torch on the meta device, where nothing runs.
+
+    Recomputation by gradient checkpointing is not counted: it is no work of the model's (PaLM 2204.02311,
+    appendix B). A multiplication and an addition are two.
+    """
+
+    def __init__(self, config: Any):
+        plain = {"gradient_checkpointing": False, "attention": "sdpa"}
+        update = {key: value for key, value in plain.items() if hasattr(config, key)}
+        self.config = config.model_copy(update=update)
+
+    def picture(self, height: int, width: int, text_length: int) -> float:
+        """For latents of height x width and that many text tokens, padding included."""
+        return float(_terms(height * width, text_length) @ self._coefficients)
+
+    @cached_property
+    def _coefficients(self) -> np.ndarray:
+        """Exact for attention, linear and convolutional layers: a polynomial of degree 2 in pixels and tokens."""
+        with torch.device("meta"):
+            network = build_model(self.config)
+        pairs = [(16, 0), (32, 0), (64, 0)]
+        if self.config.text_dim:
+            pairs = [(16, 16), (32, 16), (64, 16), (16, 48), (16, 96), (32, 48)]
+        counts = [self._count(network, side, side, length) for side, length in pairs]
+        terms = np.array([_terms(side**2, length) for side, length in pairs])
+        return np.linalg.lstsq(terms, np.array(counts), rcond=None)[0]
+
+    def _count(self, network: Any, height: int, width: int, text_length: int) -> float:
+        config = self.config
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            given: dict[str, Any] = {}
+            if config.text_dim:
+                given["text_emb"] = torch.zeros(1, text_length, config.text_dim)
+                given["text_mask"] = torch.ones(1, text_length, dtype=torch.bool)
+            if config.pooled_dim:
+                given["pooled"] = torch.zeros(1, config.pooled_dim)
+            given["micro"] = torch.zeros(1, 4)
+            given["label"] = torch.zeros(1, dtype=torch.long)
+            x_t = torch.zeros(1, config.latent_channels, height, width)
+            network(x_t, torch.zeros(1), **given).sum().backward()
+        return float(counter.get_total_flops())
+
+
+def _terms(pixels: int, tokens: int) -> np.ndarray:
+    n, m = pixels / 1024, tokens / 64
+    return np.array([1.0, n, n * n, m, m * m, n * m])
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """FLOP/s that one device can reach, and whence: the table for GPUs it has, else a large product, timed."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if precision == "bf16":
+        for part, tflops in PEAK_TFLOPS.items():
+            if part in name:
+                return tflops * 1e12, f"{tflops:g} TFLOP/s, bf16 dense, data sheet of {part}"
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for it
+        seconds.append(time.perf_counter() - begin)
+    peak = 2 * size**3 / min(seconds)
+    return peak, f"{peak / 1e12:.3g} TFLOP/s, measured here: {size} x {size} {precision} product"

@@ -1,0 +1,238 @@
+"""The whole training step against a bare DeepSpeed loop and a bare torch loop of the same network.
+
+    python -m tests.benchmarks.step [--batch 8] [--rounds 40] [--json FILE]
+
+Ours is `pipeline.train.steps`, the trainer's own loop: loader, noise, objective, engine, EMA, monitor. The
+bare loops have the same network, AdamW and clipping on one fixed batch. All sides of a stage live in one
+process and take single steps in turn, so that the machine's other work meets them alike; figures are
+medians. What a log costs is measured at every tenth step and counted at every 50th, the default.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models import build_model
+from models.config import parse_config, run_command
+from models.dit import DiTConfig
+from models.vae import sample_latents
+from pipeline import distributed
+from pipeline.config import TrainConfig
+from pipeline.data import Loader
+from pipeline.engine import deepspeed_config, parameter_groups
+from pipeline.monitor import LossMeter
+from pipeline.objective import Objective, draw_noise
+from pipeline.train import steps
+from tests.shard_factory import Kind, make_dataset
+
+TEXT = (77, 256)
+WARM = 4
+LOGGED, SAVED, DEFAULT_LOGGED = 10, 25, 50  # every so many steps here, and by default
+
+
+def run_config(folder: Path, stage: int, batch: int, size: str) -> TrainConfig:
+    """A run that is watched as by default, but logs and saves oftener."""
+    data = {
+        "data": {"path": str(folder / "dataset")},
+        "model": {"kind": "dit", "size": size},
+        "training": {"images": 10**9, "global_batch": batch},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "run": str(folder / f"run_{stage}"),
+        "checkpoint": {"every_steps": SAVED, "keep": 1},
+        "monitor": {"every_steps": LOGGED},
+    }
+    return parse_config(TrainConfig, data, "benchmark")
+
+
+def fixed_batch(loader: Loader, objective: Objective) -> dict[str, torch.Tensor]:
+    """What the network takes, and its target, of step 0."""
+    batch, codec = next(loader.batches(0)), loader.manifest.codec
+    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    latents = sample_latents(
+        batch.moments,
+        draw_noise(0, 0, batch.indices, shape),
+        codec.scaling_factor,
+        codec.shift_factor,
+    )
+    noise = draw_noise(0, 1, batch.indices, shape)
+    t = objective.draw_t(0, 0, len(noise), shape[-2:])
+    assert batch.text_emb is not None
+    assert batch.text_mask is not None
+    assert batch.pooled is not None
+    return {
+        "x_t": objective.add_noise(latents, noise, t),
+        "t": t,
+        "text_emb": batch.text_emb.clone(),
+        "text_mask": batch.text_mask,
+        "pooled": batch.pooled.clone(),
+        "target": objective.target(latents, noise, t),
+    }
+
+
+def bare_deepspeed(config: TrainConfig, model: DiTConfig, batch: dict) -> Callable[[], None]:
+    """A step of DeepSpeed alone, with the trainer's settings."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    network = build_model(model)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0), lr=1e-4, fused=True)
+    size = config.training.global_batch
+    settings = deepspeed_config(config.engine, 1.0, size, size) | {"gradient_clipping": 1.0}
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+        config=settings,
+        dist_init_required=False,
+    )
+    given, target = {k: v for k, v in batch.items() if k != "target"}, batch["target"]
+
+    def step() -> None:
+        engine.backward((engine(**given) - target).square().mean())
+        engine.step()
+
+    return step
+
+
+def bare_torch(model: DiTConfig, batch: dict) -> Callable[[], None]:
+    torch.manual_seed(0)
+    network = build_model(model)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0), lr=1e-4, fused=True)
+    given, target = {k: v for k, v in batch.items() if k != "target"}, batch["target"]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        (network(**given) - target).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def compare(
+    ours: Iterator[int], others: dict[str, Callable[[], None]], rounds: int
+) -> dict[str, float]:
+    """Median seconds of a step of each side, in turn; ours also with what a log and a save add."""
+    times: dict[str, list[float]] = {name: [] for name in ("plain", "log", "save", *others)}
+    for _ in range(WARM):
+        next(ours)
+        for step in others.values():
+            step()
+    for number in range(WARM + 1, WARM + 1 + rounds):
+        kind = "save" if number % SAVED == 0 else "log" if number % LOGGED == 0 else "plain"
+        order: list[tuple[str, Callable[[], Any]]] = [(kind, lambda: next(ours)), *others.items()]
+        for name, step in order if number % 2 else reversed(order):
+            times[name].append(seconds(step))
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
+    medians["ours"] = medians["plain"] + (medians["log"] - medians["plain"]) / DEFAULT_LOGGED
+    return medians
+
+
+def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) -> dict[str, float]:
+    """Median seconds of what a step has beside the engine, each alone."""
+    objective, codec = Objective(config.objective), loader.manifest.codec
+    batches, meter = loader.batches(0), LossMeter(torch.device("cpu"))
+    weights = [p.detach() for p in build_model(model).parameters()]
+    averages = [w.clone() for w in weights]
+    batch = next(batches)
+    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    draws = [draw_noise(0, 0, batch.indices, shape) for _ in range(2)]
+    t = objective.draw_t(0, 0, len(batch.indices), shape[-2:])
+
+    def objective_alone() -> None:
+        x0 = sample_latents(batch.moments, draws[0], codec.scaling_factor, codec.shift_factor)
+        objective.loss(objective.add_noise(x0, draws[1], t), x0, draws[1], t)
+
+    timed: dict[str, Callable[[], Any]] = {
+        "loader (read ahead, its wait)": lambda: next(batches),
+        "noise and posterior noise": lambda: [
+            draw_noise(0, n, batch.indices, shape) for n in range(2)
+        ],
+        "latents, x_t, loss": objective_alone,
+        "EMA": lambda: torch._foreach_lerp_(averages, weights, 0.001),  # pyright: ignore[reportPrivateImportUsage]
+        "loss meter": lambda: meter.add(t, t, t),
+    }
+    return {
+        name: statistics.median(seconds(part) for _ in range(rounds))
+        for name, part in timed.items()
+    }
+
+
+def main(
+    batch: Annotated[int, typer.Option(min=1)] = 8,
+    size: Annotated[str, typer.Option(help="of the DiT")] = "tiny",
+    rounds: Annotated[int, typer.Option(min=25, help="steps of each side at each stage")] = 50,
+    stages: Annotated[str, typer.Option(help="of ZeRO")] = "0,1,2,3",
+    output: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+) -> None:
+    """Table the cost of a step over bare DeepSpeed and bare torch, and of its parts."""
+    distributed.start(600)
+    figures: dict[str, float] = {}
+    table = Table(
+        title=f"DiT-{size}, batch {batch}, fp32, {torch.get_num_threads()} threads: ms a step"
+    )
+    for column in (
+        "ZeRO",
+        "torch",
+        "DeepSpeed",
+        "ours",
+        "over DeepSpeed",
+        "a log",
+        "a save's stall",
+    ):
+        table.add_column(column, justify="right")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kind = Kind(encoders={"mini": TEXT}, channels=4, ragged=False)
+        make_dataset(folder / "dataset", [((256, 256), 256)], kind)
+        config = run_config(folder, 0, batch, size)
+        loader = Loader(config.data, global_batch=batch, seed=0)
+        model = DiTConfig(size=size, latent_channels=4, text_dim=TEXT[1], pooled_dim=TEXT[1])  # pyright: ignore[reportArgumentType]
+        fixed = fixed_batch(loader, Objective(config.objective))
+        for stage in map(int, stages.split(",")):
+            config = run_config(folder, stage, batch, size)
+            others = {"deepspeed": bare_deepspeed(config, model, fixed)}
+            if stage == 0:
+                others["torch"] = bare_torch(model, fixed)
+            got = compare(steps(config), others, rounds)
+            figures[f"over_deepspeed_z{stage}"] = got["ours"] / got["deepspeed"]
+            stall = got["save"] - got["plain"]
+            if stage == 0:
+                figures["over_torch_z0"] = got["ours"] / got["torch"]
+                figures["save_stall_s"] = stall
+            cells = [got.get("torch"), got["deepspeed"], got["ours"]]
+            table.add_row(
+                str(stage),
+                *("" if cell is None else f"{1000 * cell:.1f}" for cell in cells),
+                f"{got['ours'] / got['deepspeed']:.3f}",
+                f"{1000 * (got['log'] - got['plain']):.1f}",
+                f"{1000 * stall:.0f}",
+            )
+        alone = Table(title="what a step has beside the engine, each alone: ms")
+        for part, cost in parts(config, loader, model, rounds).items():
+            alone.add_row(part, f"{1000 * cost:.2f}")
+        loader.close()
+        console = Console(width=120)
+        console.print(table)
+        console.print(alone)
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=1) + "\n")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    run_command(main)

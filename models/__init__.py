@@ -4,7 +4,12 @@ importing a module of this package does not import every other."""
 import importlib
 from typing import Any
 
-MODELS = {"dit": ("models.dit", "DiT")}
+MODELS = {
+    "dit": ("models.dit", "DiT"),
+    "mmdit": ("models.mmdit", "MMDiT"),
+    "uvit": ("models.uvit", "UViT"),
+    "unet": ("models.unet", "UNet"),
+}
 
 
 def build_model(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pieces that the transformers share: patches, positions, timestep embedding, attention, MLP, modulation.
+"""Pieces that the networks share: patches, positions, conditioning, attention, MLP, modulation.
 
 Parameter names follow diffusers' where the maths is the same, so that weights carry over.
 """
@@ -7,11 +7,16 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.config import InputError
+from models.networks import NetworkConfig, TransformerConfig
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -38,36 +43,76 @@ def unpatchify(
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], -1, height, width)
 
 
-def sinusoid(x: Float[Tensor, "*S"], dim: int, max_period: float = 1e4) -> Float[Tensor, "*S D"]:
+def sinusoid(x: Float[Tensor, "*S"], dim: int, shift: int = 0) -> Float[Tensor, "*S D"]:
     """cos then sin at `dim`/2 geometric frequencies, fp32 whatever the network's dtype.
 
-    At 1000 t in bf16 the argument would be off by up to 2 radians.
+    At 1000 t in bf16 the argument would be off by up to 2 radians. The last frequency is 1e-4 with
+    shift 1, one step before it with 0.
     """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=x.device)
-    angles = x.float()[..., None] * torch.exp(-math.log(max_period) / half * steps)
+    angles = x.float()[..., None] * torch.exp(-math.log(1e4) / (half - shift) * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @lru_cache(maxsize=64)
-def positions_2d(height: int, width: int, dim: int, device: torch.device) -> Float[Tensor, "N D"]:
+def positions_2d(
+    height: int,
+    width: int,
+    dim: int,
+    device: torch.device,
+    extent: float | None = None,
+    grid: int | None = None,
+) -> Float[Tensor, "N D"]:
     """Fixed sine-cosine position of each patch of a height x width grid (MAE 2111.06377, DiT).
 
-    First half of the features is the column, second the row; sin then cos in each. A table stays
-    cached for each shape, since buckets recur.
+    First half of the features is the column, second the row; sin then cos in each. Positions count
+    patches; with `extent` they run from 0 to it whatever the size (PixArt), with `grid` too they are the
+    middle of a square of `grid` patches that does (SD3). A table stays cached, since buckets recur.
     """
     quarter = dim // 4
     omega = 1.0 / 1e4 ** (torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
-    row, column = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64, device=device),
-        torch.arange(width, dtype=torch.float64, device=device),
-        indexing="ij",
-    )
+
+    def axis(size: int) -> Tensor:
+        whole = grid or size
+        if size > whole:
+            raise ValueError(f"latent of {height}x{width} patches: expected at most {whole} a side")
+        steps = torch.arange(size, dtype=torch.float64, device=device) + (whole - size) // 2
+        return steps * ((extent or whole) / whole)
+
+    row, column = torch.meshgrid(axis(height), axis(width), indexing="ij")
     halves = []
-    for axis in (column, row):
-        angles = axis.reshape(-1, 1) * omega
+    for positions in (column, row):
+        angles = positions.reshape(-1, 1) * omega
         halves += [angles.sin(), angles.cos()]
     return torch.cat(halves, dim=1).float()
+
+
+@lru_cache(maxsize=64)
+def rope_2d(
+    height: int, width: int, head_dim: int, device: torch.device
+) -> Float[Tensor, "1 N d 2"]:
+    """cos and sin of each patch's rotations (RoFormer 2104.09864): half the pairs by row, half by column."""
+    quarter = head_dim // 4
+    omega = 1e4 ** -(torch.arange(quarter, device=device) / quarter)
+    row, column = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    angles = torch.cat([axis.reshape(-1, 1) * omega for axis in (row, column)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+
+
+def rotate(
+    x: Float[Tensor, "B N H d"], rope: Float[Tensor, "R M e 2"] | None
+) -> Float[Tensor, "B N H d"]:
+    """Turn the pairs (i, i + d/2) of the first M tokens; what follows them has no place."""
+    if rope is None:
+        return x
+    cos, sin = rope[:, :, None].unbind(-1)  # (R, M, 1, d/2)
+    head, rest = x[:, : cos.shape[1]], x[:, cos.shape[1] :]
+    first, second = head.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=1)
 
 
 class MLPEmbedder(nn.Module):
@@ -86,14 +131,52 @@ class MLPEmbedder(nn.Module):
 class TimestepEmbedder(MLPEmbedder):
     """t in [0, 1] -> vector: sinusoid of 1000 t in fp32, then an MLP."""
 
-    def __init__(self, dim: int, frequency_dim: int = 256):
-        super().__init__(frequency_dim, dim, nn.SiLU())
-        self.frequency_dim = frequency_dim
+    def __init__(self, dim: int, shift: int = 0):
+        super().__init__(256, dim, nn.SiLU())
+        self.shift = shift
 
     def forward(self, x: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
         if x.dtype != torch.float32:
             raise TypeError(f"t: got {x.dtype}, expected torch.float32: lower precision loses time")
-        return super().forward(sinusoid(1000.0 * x, self.frequency_dim))
+        return super().forward(sinusoid(1000.0 * x, 256, self.shift))
+
+
+class ConditionEmbedder(nn.Module):
+    """t and the vectors that the config has, each embedded: pooled text, class, original size and crop."""
+
+    def __init__(self, config: NetworkConfig, dim: int, shift: int = 0):
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedder(dim, shift)
+        self.text_embedder = self.size_embedder = self.class_embedder = None
+        if config.pooled_dim:
+            self.text_embedder = MLPEmbedder(config.pooled_dim, dim, nn.SiLU())
+        if config.size_conditioning:
+            self.size_embedder = MLPEmbedder(4 * 256, dim, nn.SiLU())
+        if config.num_classes:
+            self.class_embedder = nn.Embedding(config.num_classes + 1, dim)
+
+    def forward(
+        self,
+        t: Float[Tensor, " B"],
+        pooled: Float[Tensor, "B P"] | None,
+        micro: Float[Tensor, "B 4"] | None,
+        label: Int[Tensor, " B"] | None,
+    ) -> list[Float[Tensor, "B D"]]:
+        vectors = [self.timestep_embedder(t)]
+        if self.text_embedder is not None:
+            vectors.append(self.text_embedder(given("pooled", pooled)))
+        if self.size_embedder is not None:
+            vectors.append(self.size_embedder(sinusoid(given("micro", micro), 256).flatten(1)))
+        if self.class_embedder is not None:
+            vectors.append(self.class_embedder(given("label", label)))
+        return vectors
+
+
+def given(name: str, value: Tensor | None) -> Tensor:
+    """The value; raises ValueError where a condition that the network was built for is left out."""
+    if value is None:
+        raise ValueError(f"{name}: got None; this model was built to be conditioned on it")
+    return value
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,14 +198,30 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return memory_efficient_attention(q, k, v, attn_bias=bias)
 
 
-ATTENTION: dict[str, AttentionFunction] = {"sdpa": sdpa, "xformers": xformers}
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """flash-attn (2307.08691); masked keys are packed away, since its kernels take no mask."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    if mask is None:
+        return flash_attn_func(q, k, v)
+    batch, length = q.shape[:2]
+    keep = mask.view(batch, -1)
+    lengths = keep.sum(1, dtype=torch.int32)
+    ends_k = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    ends_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
+    sizes = (length, k.shape[1])  # the latter a bound, so that nothing waits for the lengths
+    out = flash_attn_varlen_func(q.flatten(0, 1), k[keep], v[keep], ends_q, ends_k, *sizes)
+    return out.unflatten(0, (batch, length))
+
+
+ATTENTION: dict[str, AttentionFunction] = {"sdpa": sdpa, "xformers": xformers, "flash": flash}
 
 
 @lru_cache
 def attention_backend(name: str, device_type: str, dtype: torch.dtype) -> AttentionFunction:
     """The backend of that name if a tiny call of it runs on this device, else SDPA with one warning."""
     if name == "sdpa":
-        return sdpa
+        return ATTENTION[name]
     q = torch.randn(1, 8, 1, 64, device=device_type, dtype=dtype)
     mask = torch.ones(1, 1, 1, 8, dtype=torch.bool, device=device_type)
     try:
@@ -143,32 +242,36 @@ class Attention(nn.Module):
         num_heads: int,
         context_dim: int | None = None,
         qk_norm: bool = False,
-        backend: str = "sdpa",
+        qkv_bias: bool = True,
     ):
         super().__init__()
-        self.num_heads, self.backend = num_heads, backend
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(context_dim or dim, dim)
-        self.to_v = nn.Linear(context_dim or dim, dim)
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        head_dim = dim // num_heads
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q, self.norm_k = (qk_normalisation(dim // num_heads, qk_norm) for _ in range(2))
+
+    def split(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N H d"]:
+        return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(
         self,
         x: Float[Tensor, "B N D"],
+        attend: AttentionFunction,
         context: Float[Tensor, "B L E"] | None = None,
         mask: Bool[Tensor, "B 1 1 L"] | None = None,
+        rope: Float[Tensor, "R M e 2"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         source = x if context is None else context
-        q, k, v = (
-            f(y).unflatten(-1, (self.num_heads, -1))
-            for f, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
-        )
-        run = attention_backend(self.backend, x.device.type, x.dtype)
-        out = run(self.norm_q(q), self.norm_k(k), v, mask)
+        q = rotate(self.norm_q(self.split(self.to_q(x))), rope)
+        k = rotate(self.norm_k(self.split(self.to_k(source))), rope)
+        out = attend(q, k, self.split(self.to_v(source)), mask)
         return self.to_out[0](out.flatten(2))
+
+
+def qk_normalisation(head_dim: int, used: bool) -> nn.Module:
+    return nn.RMSNorm(head_dim, eps=1e-6) if used else nn.Identity()
 
 
 class GELUProjection(nn.Module):
@@ -195,6 +298,90 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
+class Modulation(nn.Module):
+    """adaLN-Zero's SiLU and linear, zero at the start, so that every block begins as the identity."""
+
+    def __init__(self, dim: int, num: int):
+        super().__init__()
+        self.num = num
+        self.linear = nn.Linear(dim, num * dim)
+
+    def forward(self, c: Float[Tensor, "B D"]) -> Float[Tensor, "B num D"]:
+        return self.linear(F.silu(c)).unflatten(-1, (self.num, -1))
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x (1 + scale) + shift, with (B, 1, D) shift and scale."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class PatchTransformer(nn.Module):
+    """What the transformers share: patches in and out, positions, registers, how blocks are run."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.dim, self.depth, self.num_heads = config.shape()
+        if not config.latent_channels:
+            raise InputError("model.latent_channels: missing; it is the dataset's, or the codec's")
+        self.patch_dim = config.patch_size**2 * config.latent_channels
+        self.proj_in = nn.Linear(self.patch_dim, self.dim)
+        self.transformer_blocks = nn.ModuleList()
+        self.registers = None
+        if config.register_tokens:  # 2309.16588
+            self.registers = nn.Parameter(torch.randn(config.register_tokens, self.dim) * 0.02)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.transformer_blocks)
+
+    def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
+        return positions_2d(height, width, self.dim, device)
+
+    def embed(
+        self, x_t: Float[Tensor, "B C h w"]
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "1 M e 2"] | None]:
+        """Tokens, registers last, and RoPE's table where the config has it instead of fixed positions."""
+        p = self.config.patch_size
+        size = (x_t.shape[-2] // p, x_t.shape[-1] // p)
+        x = self.proj_in(patchify(x_t, p).to(self.proj_in.weight.dtype))
+        rope = None
+        if self.config.rope:
+            rope = rope_2d(*size, self.dim // self.num_heads, x.device)
+        else:
+            x = x + self.positions(*size, x.device).to(x.dtype)
+        if self.registers is not None:
+            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)
+        return x, rope
+
+    def attend(self, x: Tensor) -> AttentionFunction:
+        """The attention that the config asks for, if it runs on x's device and dtype."""
+        return attention_backend(self.config.attention, x.device.type, x.dtype)
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        if self.config.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def compile_blocks(model: Any, fullgraph: bool = True, backend: Any = "inductor") -> None:
+    """torch.compile each block: one graph for all alike, minutes less than the whole network."""
+    for block in model.blocks:
+        block.compile(fullgraph=fullgraph, backend=backend)
+
+
+def initialise(model: nn.Module, zeros: list[nn.Module]) -> None:
+    """DiT's initialisation: Xavier for linears, 0.02 for conditions' embeddings, zero for `zeros`."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ConditionEmbedder):
+            for part in module.modules():
+                if isinstance(part, nn.Linear | nn.Embedding):
+                    nn.init.normal_(part.weight, std=0.02)
+    for module in zeros:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)

@@ -1,13 +1,16 @@
 """The config of a training run: every section from the module that it configures, and the checks between them."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import yaml
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from models.config import Config, InputError, parse_config
 from models.dit import DiTConfig
+from models.mmdit import MMDiTConfig
+from models.unet import UNetConfig
+from models.uvit import UViTConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.data import DataConfig
 from pipeline.ema import EMAConfig
@@ -18,6 +21,23 @@ from pipeline.sampling import SamplerConfig
 
 # Sections that change results: a resumed run may not change them unasked.
 RESULTS = ("seed", "data", "model", "objective", "training", "optimizer", "ema")
+
+
+def _kind(model: Any) -> str:
+    return cast(dict[str, Any], model).get("kind", "dit") if isinstance(model, dict) else model.kind
+
+
+ModelConfig = Annotated[
+    Annotated[DiTConfig, Tag("dit")]
+    | Annotated[MMDiTConfig, Tag("mmdit")]
+    | Annotated[UViTConfig, Tag("uvit")]
+    | Annotated[UNetConfig, Tag("unet")],
+    Discriminator(
+        _kind,
+        custom_error_type="kind",
+        custom_error_message="kind: expected one of dit, mmdit, uvit, unet",
+    ),
+]
 
 
 class TrainingConfig(Config):
@@ -46,7 +66,7 @@ class TrainConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     data: DataConfig
-    model: DiTConfig = DiTConfig()
+    model: ModelConfig = DiTConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()

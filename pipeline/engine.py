@@ -10,6 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from models.config import Config, InputError
+from models.layers import compile_blocks
 from pipeline import distributed
 from pipeline.ema import AdamWithEMA, WithEMA
 
@@ -40,7 +41,7 @@ class EngineConfig(Config):
     micro_batch: int | None = Field(
         default=None, gt=0
     )  # pictures a rank at once; null: all of its share
-    compile: bool = False
+    compile: bool = False  # each block
     cpu_threads: int | None = Field(
         default=None, gt=0
     )  # a rank, on CPU; null: its share of the cores
@@ -159,6 +160,8 @@ def build_engine(
     )
     if clips_itself(engine_config):
         optimizer.clip = optimizer_config.clip
+    if engine_config.compile:
+        compile_blocks(model, fullgraph=engine_config.zero_stage < 3)  # whose hooks break graphs
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,  # pyright: ignore[reportArgumentType]
@@ -172,6 +175,4 @@ def build_engine(
     )
     # Some stages step on zero gradients to allocate state, which counts in Adam's bias correction.
     optimizer.state.clear()
-    if engine_config.compile:
-        engine.compile()
     return engine, optimizer

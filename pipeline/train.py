@@ -75,15 +75,15 @@ def make_plan(config: TrainConfig) -> Plan:
         "latent_channels": manifest.codec.latent_channels,
         "text_dim": max((r.dim for r in records), default=0),
         "pooled_dim": sum(r.pooled_dim for r in records),
+        "latent_downscale": manifest.codec.downscale,
     }
-    missing = {k: v for k, v in sizes.items() if getattr(config.model, k) is None}
-    model = config.model.model_copy(update=missing)
+    model = config.model.with_sizes(sizes)
     config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
     check_dataset(
         manifest,
         ", ".join(source.path for source in config.data.sources.values()),
         latent_channels=model.latent_channels,
-        latent_multiple=model.patch_size,
+        latent_multiple=model.latent_multiple,
         text_dim=model.text_dim or None,
         pooled_dim=model.pooled_dim or None,
         labels=model.num_classes > 0,

@@ -1,0 +1,193 @@
+"""MMDiT (SD3, Esser 2403.03206): text and patches in two streams that meet in every attention.
+
+`qk_norm` and `dual_attention_layers` are SD3.5's. Unlike theirs, padded text can be masked. The last block
+has no text stream to go on with: there text gives keys and values only.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from models.config import InputError
+from models.layers import (
+    Attention,
+    AttentionFunction,
+    ConditionEmbedder,
+    FeedForward,
+    Modulation,
+    PatchTransformer,
+    given,
+    initialise,
+    modulate,
+    positions_2d,
+    qk_normalisation,
+    rotate,
+    unpatchify,
+)
+from models.networks import TransformerConfig
+
+
+class MMDiTConfig(TransformerConfig):
+    # Width 64 x depth, as the paper's; sd3 is SD3's and SD3.5's medium, sd3.5-large has depth 38.
+    SIZES: ClassVar = {
+        "debug": (64, 2, 2),
+        "tiny": (256, 6, 4),
+        "B": (768, 12, 12),
+        "L": (1152, 18, 18),
+        "sd3": (1536, 24, 24),
+        "sd3.5-large": (2432, 38, 38),
+    }
+    kind: Literal["mmdit"] = "mmdit"
+    size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
+    dual_attention_layers: int = Field(default=0, ge=0)  # first blocks; SD3.5 medium has 13
+    # Positions: the middle of a square of so many patches, numbered 0 to extent. Larger: an error.
+    position_grid: int = Field(default=192, gt=0)
+    position_extent: float = Field(default=64.0, gt=0)
+    learned_positions: bool = False  # trained from there; else fixed
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "MMDiTConfig":
+        if self.rope and self.learned_positions:
+            raise ValueError("learned_positions has no effect with rope. Remedy: remove one")
+        return self
+
+
+class JointAttention(Attention):
+    """Patches and text attend to both; text has projections of its own."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, last: bool):
+        super().__init__(dim, num_heads, qk_norm=qk_norm)
+        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_added_k = qk_normalisation(dim // num_heads, qk_norm)
+        self.add_q_proj = None if last else nn.Linear(dim, dim)
+        self.norm_added_q = nn.Identity() if last else qk_normalisation(dim // num_heads, qk_norm)
+        self.to_add_out = None if last else nn.Linear(dim, dim)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Float[Tensor, "B N D"],
+        text: Float[Tensor, "B L D"],
+        attend: AttentionFunction,
+        mask: Bool[Tensor, "B L"] | None,
+        rope: Float[Tensor, "R M e 2"] | None,
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
+        num = x.shape[1]
+        q = rotate(self.norm_q(self.split(self.to_q(x))), rope)
+        if self.add_q_proj is not None:
+            q = torch.cat([q, self.norm_added_q(self.split(self.add_q_proj(text)))], dim=1)
+        k = rotate(self.norm_k(self.split(self.to_k(x))), rope)
+        k = torch.cat([k, self.norm_added_k(self.split(self.add_k_proj(text)))], dim=1)
+        v = torch.cat([self.split(self.to_v(x)), self.split(self.add_v_proj(text))], dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (num, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
+        out = attend(q, k, v, mask).flatten(2)
+        text_out = None if self.to_add_out is None else self.to_add_out(out[:, num:])
+        return self.to_out[0](out[:, :num]), text_out
+
+
+class MMDiTBlock(nn.Module):
+    """Joint attention, with `dual` a second one of the patches alone, and an MLP for each stream."""
+
+    def __init__(self, config: MMDiTConfig, dual: bool, last: bool):
+        super().__init__()
+        dim, _, heads = config.shape()
+        hidden = int(dim * config.mlp_ratio)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm1 = Modulation(dim, 9 if dual else 6)
+        self.norm1_context = Modulation(dim, 2 if last else 6)
+        self.attn = JointAttention(dim, heads, config.qk_norm, last)
+        self.attn2 = Attention(dim, heads, qk_norm=config.qk_norm) if dual else None
+        self.ff = FeedForward(dim, hidden)
+        self.ff_context = None if last else FeedForward(dim, hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        text: Float[Tensor, "B L D"],
+        c: Float[Tensor, "B D"],
+        mask: Bool[Tensor, "B L"] | None,
+        rope: Float[Tensor, "R M e 2"] | None,
+        attend: AttentionFunction,
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
+        shift, scale, gate, shift_m, scale_m, gate_m, *dual = self.norm1(c).unsqueeze(2).unbind(1)
+        table = self.norm1_context(c).unsqueeze(2).unbind(1)
+        # SD3's order: scale first where there are two.
+        shift_t, scale_t = table[:2] if self.ff_context is not None else table[::-1]
+        normed, normed_text = self.norm(x), modulate(self.norm(text), shift_t, scale_t)
+        out, text_out = self.attn(modulate(normed, shift, scale), normed_text, attend, mask, rope)
+        x = torch.addcmul(x, gate, out)
+        if self.attn2 is not None:
+            shift, scale, gate = dual
+            out = self.attn2(modulate(normed, shift, scale), attend, rope=rope)
+            x = torch.addcmul(x, gate, out)
+        x = torch.addcmul(x, gate_m, self.ff(modulate(self.norm(x), shift_m, scale_m)))
+        if self.ff_context is not None:
+            _, _, gate, shift_m, scale_m, gate_m = table
+            text = torch.addcmul(text, gate, text_out)
+            out = self.ff_context(modulate(self.norm(text), shift_m, scale_m))
+            text = torch.addcmul(text, gate_m, out)
+        return x, text
+
+
+class MMDiT(PatchTransformer):
+    """Text-conditioned; untrained it returns exactly zero. Raises InputError without text."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__(config)
+        dim, self.config = self.dim, config
+        if not config.text_dim:
+            raise InputError(
+                "model.text_dim: got none, but mmdit needs text tokens. Remedy: kind dit"
+            )
+        self.time_text_embed = ConditionEmbedder(config, dim)
+        self.context_embedder = nn.Linear(config.text_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            MMDiTBlock(config, i < config.dual_attention_layers, i == self.depth - 1)
+            for i in range(self.depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_out = Modulation(dim, 2)
+        self.proj_out = nn.Linear(dim, self.patch_dim)
+        self.position_table = None
+        if config.learned_positions:
+            grid = config.position_grid
+            device = self.proj_in.weight.device
+            table = positions_2d(grid, grid, dim, device, config.position_extent, grid)
+            self.position_table = nn.Parameter(table.clone())
+        modulations = [m for m in self.modules() if isinstance(m, Modulation)]
+        initialise(self, [*modulations, self.proj_out])
+
+    def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
+        grid, extent = self.config.position_grid, self.config.position_extent
+        if self.position_table is None or max(height, width) > grid:
+            return positions_2d(height, width, self.dim, device, extent, grid)
+        top, left = (grid - height) // 2, (grid - width) // 2
+        table = self.position_table.view(grid, grid, -1)
+        return table[top : top + height, left : left + width].flatten(0, 1)
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: Float[Tensor, " B"],
+        text_emb: Float[Tensor, "B L E"] | None = None,
+        text_mask: Bool[Tensor, "B L"] | None = None,
+        pooled: Float[Tensor, "B P"] | None = None,
+        micro: Float[Tensor, "B 4"] | None = None,
+        label: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B C h w"]:
+        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        height, width = x_t.shape[-2:]
+        x, rope = self.embed(x_t)  # (B, N, D)
+        c = sum(self.time_text_embed(t, pooled, micro, label))
+        text = self.context_embedder(given("text_emb", text_emb).to(x.dtype))  # (B, L, D)
+        attend = self.attend(x)
+        for block in self.transformer_blocks:
+            x, text = self.run(block, x, text, c, text_mask, rope, attend)
+        scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
+        x = x[:, : height * width // self.config.patch_size**2]  # without registers
+        x = self.proj_out(modulate(self.norm(x), shift, scale))  # (B, N, p*p*C)
+        return unpatchify(x, self.config.patch_size, height, width)

@@ -1,0 +1,119 @@
+"""U-ViT (Bao 2209.12152): all conditions are tokens, and long skips join shallow blocks to deep ones.
+
+Positions are fixed sine-cosines (theirs: learned for one size), so that any latent shape goes.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from models.config import InputError
+from models.layers import (
+    Attention,
+    AttentionFunction,
+    ConditionEmbedder,
+    FeedForward,
+    PatchTransformer,
+    given,
+    initialise,
+    unpatchify,
+)
+from models.networks import TransformerConfig
+
+
+class UViTConfig(TransformerConfig):
+    # S to H are the paper's table 1; depth counts the middle block, so it is odd.
+    SIZES: ClassVar = {
+        "debug": (64, 3, 2),
+        "tiny": (256, 7, 4),
+        "S": (512, 13, 8),
+        "M": (768, 17, 12),
+        "L": (1024, 21, 16),
+        "H": (1152, 29, 16),
+    }
+    kind: Literal["uvit"] = "uvit"
+    size: Literal["debug", "tiny", "S", "M", "L", "H"] = "M"
+
+    def shape(self) -> tuple[int, int, int]:
+        hidden, depth, heads = super().shape()
+        if depth % 2 == 0:
+            raise InputError(f"model.depth: got {depth}, expected an odd number (2 n + 1)")
+        return hidden, depth, heads
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm attention and MLP; of the second half, a linear merges the long skip first."""
+
+    def __init__(self, config: UViTConfig, skip: bool):
+        super().__init__()
+        dim, _, heads = config.shape()
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, qk_norm=config.qk_norm, qkv_bias=False)
+        self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        skip: Float[Tensor, "B N D"] | None,
+        mask: Bool[Tensor, "B 1 1 N"] | None,
+        rope: Float[Tensor, "R M e 2"] | None,
+        attend: AttentionFunction,
+    ) -> Float[Tensor, "B N D"]:
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x), attend, mask=mask, rope=rope)
+        return x + self.ff(self.norm2(x))
+
+
+class UViT(PatchTransformer):
+    """Text- or class-conditioned; its last convolution starts at zero, so untrained it returns zero."""
+
+    def __init__(self, config: UViTConfig):
+        super().__init__(config)
+        dim, self.config = self.dim, config
+        self.time_text_embed = ConditionEmbedder(config, dim)
+        self.context_embedder = nn.Linear(config.text_dim, dim) if config.text_dim else None
+        half = self.depth // 2
+        self.transformer_blocks = nn.ModuleList(
+            UViTBlock(config, skip=i > half) for i in range(self.depth)
+        )
+        self.norm_out = nn.LayerNorm(dim)
+        self.proj_out = nn.Linear(dim, self.patch_dim)
+        channels = self.patch_dim // config.patch_size**2
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        initialise(self, [self.conv_out])
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: Float[Tensor, " B"],
+        text_emb: Float[Tensor, "B L E"] | None = None,
+        text_mask: Bool[Tensor, "B L"] | None = None,
+        pooled: Float[Tensor, "B P"] | None = None,
+        micro: Float[Tensor, "B 4"] | None = None,
+        label: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B C h w"]:
+        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        height, width = x_t.shape[-2:]
+        x, rope = self.embed(x_t)
+        tokens = [x, *(v[:, None] for v in self.time_text_embed(t, pooled, micro, label))]
+        x, mask = torch.cat(tokens, dim=1), None
+        if self.context_embedder is not None:
+            text = self.context_embedder(given("text_emb", text_emb).to(x.dtype))
+            if text_mask is not None:
+                mask = F.pad(text_mask, (x.shape[1], 0), value=True)[:, None, None]
+            x = torch.cat([x, text], dim=1)  # (B, patches, registers, conditions, text; D)
+        attend = self.attend(x)
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.transformer_blocks):
+            skip = skips.pop() if i > self.depth // 2 else None
+            x = self.run(block, x, skip, mask, rope, attend)
+            if i < self.depth // 2:
+                skips.append(x)
+        p = self.config.patch_size
+        x = self.proj_out(self.norm_out(x[:, : height * width // p**2]))  # (B, N, p*p*C)
+        return self.conv_out(unpatchify(x, p, height, width))

@@ -8,7 +8,6 @@ import transformers
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from models.config import InputError
 from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
@@ -142,7 +141,7 @@ def _load_tokenizer(path: Path) -> Any:
             f"{sibling}. Remedy: copy the model's tokenizer files into one of them."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folders[0], local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
@@ -38,6 +37,8 @@ class LatentCodec:
         cls, path: str | Path, dtype: Dtype = "fp32", device: str | torch.device = "cpu"
     ) -> "LatentCodec":
         """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
+        import diffusers  # takes seconds, and training without pictures does not need it
+
         path = Path(path)
         config = read_model_config(path, "a diffusers autoencoder")
         name = config.get("_class_name")

@@ -9,13 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteScheduler,
-)
-from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -139,19 +132,23 @@ def sample_flow(velocity: Velocity, x_t: Tensor, schedule: Schedule, name: str) 
 
 def flow_scheduler(name: str, tau: Tensor) -> Any:
     """A diffusers scheduler that takes velocity and steps through `tau` (n + 1,), as given."""
+    import diffusers  # takes seconds, and training without pictures does not need it
+
     levels, num_steps = tau[:-1].cpu().numpy(), len(tau) - 1
     if name == "euler":
-        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=levels)
     elif name == "heun":
-        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
         scheduler.set_timesteps(num_steps)
         scheduler.sigmas = torch.cat([tau[:1], tau[1:-1].repeat_interleave(2), tau[-1:]])
     elif name == "unipc":
-        scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        scheduler = diffusers.UniPCMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
         scheduler.set_timesteps(sigmas=levels)
     else:
-        scheduler = DPMSolverMultistepScheduler(
+        scheduler = diffusers.DPMSolverMultistepScheduler(
             use_flow_sigmas=True, prediction_type="flow_prediction"
         )
         scheduler.set_timesteps(num_steps)
@@ -166,9 +163,11 @@ def sample_ddim(velocity: Velocity, x_t: Tensor, schedule: Schedule) -> Tensor:
     The scheduler gets a table of exactly the levels to visit: its own walks k by 1000 // num_steps,
     which misses the levels that it announces wherever num_steps does not divide 1000.
     """
+    import diffusers
+
     power = torch.hypot(schedule.alpha, schedule.sigma)
     num_steps = len(schedule.times)
-    scheduler: Any = DDIMScheduler(
+    scheduler: Any = diffusers.DDIMScheduler(
         num_train_timesteps=num_steps, prediction_type="sample", clip_sample=False
     )
     scheduler.alphas_cumprod = (schedule.alpha / power).square()[:-1].flip(0)

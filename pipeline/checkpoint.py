@@ -7,7 +7,8 @@
       checkpoint.json       step, layout, and bytes and sha256 of every other file; written last
     RUN/checkpoints/latest  the newest one's name
 
-Flipped bits load silently in torch files and safetensors alike, so every hash is checked first.
+Training waits only for a copy in CPU memory; a thread of each rank writes it. All ranks having written,
+rank 0 commits. Flipped bits load silently in torch files and safetensors alike, so every hash is checked first.
 """
 
 import glob
@@ -15,23 +16,42 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.config import Config, InputError
-from pipeline import distributed
+from pipeline import distributed, universal
 from pipeline.ema import WithEMA, full_weights
 
 RECORD = "checkpoint.json"
+DEEPSPEED = "deepspeed"  # the folder within
+
+Writes = list[tuple[str, Callable[[Path], None]]]  # what is to be written, by name in the folder
 
 
 class CheckpointConfig(Config):
     every_steps: int = Field(default=1000, gt=0)
     keep: int = Field(default=3, gt=0)  # the newest so many
+    keep_every_steps: int | None = Field(default=None, gt=0)  # and for good those of such steps
+
+    @model_validator(mode="after")
+    def _some_are_kept(self) -> Self:
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps: got {self.keep_every_steps}, expected a multiple of every_steps, "
+                f"{self.every_steps}: no checkpoint is written at the others"
+            )
+        return self
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -61,56 +81,131 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(
-    run: Path,
-    step: int,
-    engine: Any,
-    optimizer: WithEMA,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `step`, then move `latest`; collective. `state` is JSON for the restart."""
-    folder = step_folder(run, step)
-    partial = folder.with_name(folder.name + ".partial")
-    if distributed.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    distributed.barrier()
-    engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
+def snapshot(folder: Path, engine: Any, optimizer: WithEMA) -> Writes:
+    """A copy in CPU memory of what this rank has to write; collective."""
+    from deepspeed.checkpoint.utils import clone_tensors_for_torch_save as to_cpu
+
+    writes: Writes = []
+
+    def keep(state_dict: Any, path: str) -> None:
+        name = str(Path(path).relative_to(folder))
+        writes.append((name, partial(torch.save, to_cpu(state_dict))))
+
+    # Nothing here touches the disk: neither files, folders nor the script that would read them.
+    files, nothing = engine.checkpoint_engine, lambda *_, **__: None
+    files.save, files.makedirs, engine._copy_recovery_script = keep, nothing, nothing
+    try:
+        engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
+    finally:
+        del files.save, files.makedirs, engine._copy_recovery_script
     for which in (*optimizer.decays, "raw"):
         weights = full_weights(engine, optimizer, which)
         if distributed.is_main():
-            save_file(weights, partial / f"{which}.safetensors", metadata={"step": str(step)})
-    distributed.barrier()
-    # Each rank hashes its share of the files, and syncs them.
-    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
-    mine = {}
-    for name in names[distributed.rank() :: distributed.world_size()]:
-        sync(partial / name)
-        mine[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
-    files = {
-        name: entry for part in distributed.gather_objects(mine) for name, entry in part.items()
-    }
-    if distributed.is_main():
-        record = state | {
-            "step": step,
-            "world_size": distributed.world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "files": dict(sorted(files.items())),
-        }
-        write_text(partial / RECORD, json.dumps(record, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
-        partial.rename(folder)
-        sync(folder.parent)
-        write_text(folder.parent / "latest", folder.name + "\n")
-        _prune(folder.parent, keep)
-    distributed.barrier()
+            writes.append((f"{which}.safetensors", partial(save_file, weights)))
+    return writes
+
+
+def write(folder: Path, writes: Writes) -> dict[str, dict[str, Any]]:
+    """Write files and force them to disk; their bytes and sha256 by name."""
+    written = {}
+    while writes:
+        name, put = writes.pop(0)  # its memory is free once it is written
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        put(folder / name)
+        sync(folder / name)
+        written[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return written
+
+
+def commit(unfinished: Path, record: dict[str, Any]) -> Path:
+    """Make a folder whose files are all on disk a checkpoint, in steps of which each is whole or absent."""
+    folder = unfinished.with_suffix("")
+    for path in [unfinished, *(p for p in unfinished.rglob("*") if p.is_dir())]:
+        sync(path)
+    write_text(unfinished / RECORD, json.dumps(record, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
+    unfinished.rename(folder)
+    sync(folder.parent)
+    write_text(folder.parent / "latest", folder.name + "\n")
     return folder
 
 
-def _prune(parent: Path, keep: int) -> None:
-    for old in sorted(p.parent for p in parent.glob(f"step_*[0-9]/{RECORD}"))[:-keep]:
-        shutil.rmtree(old)
+class Saver:
+    """Saves while training goes on, one checkpoint at a time."""
+
+    def __init__(self, run: Path, config: CheckpointConfig):
+        self.run, self.config = run, config
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[dict[str, dict[str, Any]]] | None = None
+        self.record: dict[str, Any] = {}
+        self.failed = False  # the last save
+        self.stall_s = 0.0  # that the last save kept training waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self.writing is not None and not self.writing.done()
+
+    def save(self, step: int, engine: Any, optimizer: WithEMA, state: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step`; `state` is JSON for the restart. Collective."""
+        begin = time.perf_counter()
+        self.finish()
+        unfinished = step_folder(self.run, step).with_suffix(".partial")
+        if distributed.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.record = state | {"step": step} | universal.layout(engine, optimizer)
+        writes = snapshot(unfinished, engine, optimizer)
+        self.writing = self.writer.submit(write, unfinished, writes)
+        self.stall_s = time.perf_counter() - begin
+
+    def finish(self) -> None:
+        """Wait for all ranks to have written, then commit; collective. `failed` tells how it went.
+
+        A save that failed leaves the previous checkpoint as it was, and training goes on.
+        """
+        if self.writing is None:
+            return
+        error = self.writing.exception()
+        if error is not None and not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise error
+        mine = None if error else self.writing.result()
+        message = error and f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
+        self.writing = None
+        everyone = distributed.gather_objects((mine, message))
+        if distributed.is_main():
+            message = next((text for _, text in everyone if text), None)
+            files = {name: entry for part, _ in everyone for name, entry in (part or {}).items()}
+            message = message or self._commit(self.record | {"files": dict(sorted(files.items()))})
+            if message:
+                shutil.rmtree(self._unfinished(), ignore_errors=True)
+                free = shutil.disk_usage(self.run).free >> 20
+                distributed.say(
+                    f"checkpoint of step {self.record['step']} NOT saved: {message} ({free:,} MiB free in "
+                    f"{self.run}); the previous one stays"
+                )
+        self.failed = any(distributed.gather_objects(message))
+
+    def _unfinished(self) -> Path:
+        return step_folder(self.run, self.record["step"]).with_suffix(".partial")
+
+    def _commit(self, record: dict[str, Any]) -> str | None:
+        """On rank 0; what went wrong, if anything."""
+        try:
+            folder = commit(self._unfinished(), record)
+        except OSError as error:
+            return str(error)
+        prune(folder.parent, self.config)
+        distributed.say(f"saved {folder}, for which training waited {self.stall_s:.2f} s")
+        return None
+
+
+def prune(parent: Path, config: CheckpointConfig) -> None:
+    """Delete all but the newest `keep` and those of every `keep_every_steps`."""
+    whole = sorted(p.parent for p in parent.glob(f"step_*[0-9]/{RECORD}"))
+    for old in whole[: -config.keep]:
+        step = int(old.name.removeprefix("step_"))
+        if not config.keep_every_steps or step % config.keep_every_steps:
+            shutil.rmtree(old)
 
 
 def candidates(run: Path) -> list[Path]:
@@ -162,22 +257,23 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
-def restore(run: Path, engine: Any) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective."""
+def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None:
+    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective.
+
+    One written on another number of ranks, at another stage or in another precision is converted.
+    """
+    if distributed.is_main():
+        for left_over in (run / "checkpoints").glob("step_*.*"):  # of a save or a conversion
+            shutil.rmtree(left_over)
     folder = newest_sound(run)
     if folder is None:
         return None
     record = json.loads((folder / RECORD).read_text())
-    for key, got, remedy in (
-        ("world_size", distributed.world_size(), "start as many ranks"),
-        ("zero_stage", engine.zero_optimization_stage(), "set engine.zero_stage back"),
-    ):
-        if record[key] != got:
-            raise InputError(
-                f"{folder}: written with {key} {record[key]}, got {got}. Remedy: {remedy}."
-            )
-    path, _ = engine.load_checkpoint(str(folder), tag="deepspeed")
-    assert path is not None, f"{folder}: DeepSpeed found nothing in it"
+    if universal.fits(record, engine):
+        path, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED)
+        assert path is not None, f"{folder}: DeepSpeed found nothing in it"
+    else:
+        universal.load(folder, DEEPSPEED, record, engine, optimizer)
     return record
 
 

@@ -17,10 +17,11 @@ from pipeline.ema import EMAConfig
 from pipeline.engine import EngineConfig, OptimizerConfig
 from pipeline.monitor import MonitorConfig
 from pipeline.objective import ObjectiveConfig
+from pipeline.rejection import RejectionConfig
 from pipeline.sampling import SamplerConfig
 
 # Sections that change results: a resumed run may not change them unasked.
-RESULTS = ("seed", "data", "model", "objective", "training", "optimizer", "ema")
+RESULTS = ("seed", "data", "model", "objective", "training", "optimizer", "ema", "rejection")
 
 
 def _kind(model: Any) -> str:
@@ -71,6 +72,7 @@ class TrainConfig(Config):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
+    rejection: RejectionConfig = RejectionConfig()
 
     engine: EngineConfig = EngineConfig()
 

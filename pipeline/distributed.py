@@ -7,7 +7,6 @@ import socket
 import sys
 import threading
 import time
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -83,42 +82,64 @@ def _die_with_parent() -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 to any rank ends the run on all of them after the step in hand.
+    """SIGTERM, SIGUSR1 or SIGINT to any rank asks for a stop after the step in hand; a second SIGINT leaves now.
 
-    `agreed(step)` starts an exchange that the next call completes, so that nobody waits: all ranks
-    see the same answer, at most one step later. It also checks that all ranks are at the same step:
-    ranks that are not would pair up the wrong collectives long before they hung.
+    A thread receives the signals: Python's own handlers wait for the main thread, which may hang in a
+    collective.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        # Signals travel by gloo: a reduction on the GPU would wait for the step in flight.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._receive, args=(reader,), name="signals", daemon=True).start()
+
+    def _receive(self, reader: int) -> None:
+        while number := os.read(reader, 1):
+            name = signal.Signals(number[0]).name
+            if name == self.name == "SIGINT":
+                sys.stderr.write(f"rank {rank()}: interrupted twice; leaving without saving\n")
+                os._exit(128 + signal.SIGINT)
+            self.name = name
+
+
+class Exchange:
+    """A yes or no of every rank on a few questions, once a step, without waiting.
+
+    A call starts an exchange that the next one completes: all ranks see the same answers, a step late. It
+    also checks that all ranks are at the same step: ranks that are not would pair up the wrong collectives
+    long before they hung.
+    """
+
+    def __init__(self) -> None:
+        # By gloo: a reduction on the GPU would wait for the step in flight.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+    def any(self, step: int, *mine: bool) -> tuple[bool, ...]:
+        """For each question whether a rank said yes at the last call. Collective.
 
-    def agreed(self, step: int) -> bool:
-        """True once any rank was told to stop. Collective. Raises RuntimeError on uneven steps."""
+        Alone, the answers are of now. Raises RuntimeError on uneven steps.
+        """
         if self.group is None:
-            return self.name is not None
-        stop = False
+            return mine
+        answers = (False,) * len(mine)
         if self.pending is not None:
             values, work = self.pending
             work.wait()
-            if values[1] != -values[2]:
+            if values[0] != -values[1]:
                 raise RuntimeError(
-                    f"ranks are at different steps: {-values[2]:.0f} to {values[1]:.0f}"
+                    f"ranks are at different steps: {-values[1]:.0f} to {values[0]:.0f}"
                 )
-            stop = bool(values[0])
-        values = torch.tensor([float(self.name is not None), step, -step], dtype=torch.float64)
+            answers = tuple(bool(value) for value in values[2:])
+        values = torch.tensor([step, -step, *map(float, mine)], dtype=torch.float64)
         work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
         self.pending = (values, work)
-        return stop
+        return answers
 
 
 def gather_objects(value: object) -> list:

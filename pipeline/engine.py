@@ -45,7 +45,8 @@ class EngineConfig(Config):
     cpu_threads: int | None = Field(
         default=None, gt=0
     )  # a rank, on CPU; null: its share of the cores
-    timeout_s: float = Field(default=1800, gt=0)  # of a collective
+    timeout_s: float = Field(default=1800, gt=0)  # of a collective, and of a step
+    heartbeat_timeout_s: float = Field(default=120, gt=0)  # a rank silent so long ends the run
 
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:

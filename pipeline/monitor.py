@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.config import Config
 from pipeline import distributed
+from pipeline.batch import Batch
 from pipeline.flops import ModelFlops, peak_flops
 from pipeline.objective import Objective
 
@@ -38,6 +39,7 @@ class MonitorConfig(Config):
     )
     block_norms: bool = True  # of gradient, update, weights, EMA distance; in logged steps only
     profile_steps: tuple[int, int] | None = None  # first and last to trace, for chrome://tracing
+    log_samples: bool = False  # write down the samples of every step, in RUN/samples_seen/
 
 
 class StepClock:
@@ -69,6 +71,20 @@ class StepClock:
             seconds[part] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
         self.reset()
         return seconds
+
+
+class SampleLog:
+    """RUN/samples_seen/rank_00000.txt: a line a sample, its step, place in the global batch and number."""
+
+    def __init__(self, run: Path):
+        folder = run / "samples_seen"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / f"rank_{distributed.rank():05d}.txt").open("a")
+
+    def write(self, batch: Batch) -> None:
+        places = zip(batch.indices.tolist(), batch.sample_ids.tolist(), strict=True)
+        self.file.writelines(f"{batch.step} {index} {number}\n" for index, number in places)
+        self.file.flush()
 
 
 class LossMeter:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tarfile
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -182,6 +183,19 @@ class Snapshot:
 
     def text(self, column: str, shard: int) -> str:
         return self.table[column][shard].as_py()
+
+    def describe(self, sample_id: int) -> dict[str, Any]:
+        """Dataset, shard and row of a sample, and its key where the shard is on this machine."""
+        shard = int(np.searchsorted(self.first_id, sample_id, "right")) - 1
+        row, path = sample_id - int(self.first_id[shard]), self.text("path", shard)
+        dataset = self.datasets[self.dataset[shard]]
+        found = {"dataset": dataset.name, "shard": path, "row": row}
+        local = dataset.home / path
+        if local.is_file():
+            with tarfile.open(local) as tar:
+                keys = dict.fromkeys(name.split(".", 1)[0] for name in tar.getnames())
+            found["key"] = list(keys)[row]
+        return found
 
     def bucket(self, shard: int) -> Bucket:
         return int(self.heights[shard]), int(self.widths[shard])

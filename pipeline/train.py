@@ -6,6 +6,7 @@ Run the same command again to resume; on several GPUs `torchrun --nproc-per-node
 import importlib.metadata
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ from pipeline.engine import (
     native_precision,
 )
 from pipeline.heldout import by_noise_level
-from pipeline.monitor import LossMeter, Monitor
+from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
 from pipeline.objective import Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
+from pipeline.rejection import Rejection
 from pipeline.snapshots import SNAPSHOTS, check_dataset
+from pipeline.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -249,11 +252,20 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     # --- setup: all that can fail fails here
     plan = make_plan(config)
     open_run(plan, override)
-    config, run, loader, manifest = plan.config, plan.run, plan.loader, plan.loader.manifest
+    config = plan.config
     device = distributed.start(config.engine.timeout_s)
+    with Watchdog(config.engine.heartbeat_timeout_s, config.engine.timeout_s) as watchdog:
+        yield from run_steps(plan, device, watchdog)
+        distributed.barrier()
+    distributed.stop()
+
+
+def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[int]:
+    """From where the run stands to its end or a signal."""
+    config, run, loader, manifest = plan.config, plan.run, plan.loader, plan.loader.manifest
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
-    stop_signal = distributed.StopSignal()
+    stop_signal, exchange = distributed.StopSignal(), distributed.Exchange()
     global_batch, num_steps = config.training.global_batch, config.training.num_steps
 
     # --- model, optimizer, where we left off
@@ -268,8 +280,12 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
     lr_of = lr_schedule(config.optimizer, global_batch, num_steps)
-    record = checkpoint.restore(run, engine)
+    saver = checkpoint.Saver(run, config.checkpoint)
+    rejection = Rejection(config.rejection, run, engine, optimizer)
+    record = checkpoint.restore(run, engine, optimizer)
     start = record["step"] if record else 0
+    if record:
+        rejection.load(record["rejection"])
     monitor = Monitor(run, config.monitor, start, num_steps, global_batch, device)
     monitor.measure_flops(config.model, config.engine.precision)
     samples = config.monitor.heldout_samples
@@ -289,15 +305,17 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
         if looking:
             look(plan, painter, heldout, engine, optimizer, objective, 0, monitor)
     monitor.restart_clock(start)
+    sample_log = SampleLog(run) if config.monitor.log_samples else None
     saved, step = start, start
     batches = loader.batches(start)
 
     while step < num_steps:
         # --- batch, noise, loss, step
-        lr = lr_of(step)
+        taken = step - rejection.total  # a rejected step moves neither schedule
+        lr = lr_of(taken)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.decays = ema_decays(config.ema, step * global_batch, global_batch)
+        optimizer.decays = ema_decays(config.ema, taken * global_batch, global_batch)
         logged = (step + 1) % config.monitor.every_steps == 0 or step + 1 == num_steps
         optimizer.watch = norms if logged else None
         monitor.mark("other")
@@ -305,21 +323,34 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
         batch = next(batches)
         monitor.data_wait_s += loader.wait_s - wait_s
         monitor.mark("data")
+        if sample_log is not None:
+            sample_log.write(batch)
         latent_size = (batch.moments.shape[-2], batch.moments.shape[-1])
         t = objective.draw_t(config.seed, step, global_batch, latent_size)
         dropped = draw_dropout(config.seed, step, global_batch, config.training.caption_dropout)
-        for micro_batch in batch.split(plan.micro_batch):
+        micro_batches = batch.split(plan.micro_batch)
+        done = []  # t, loss, x0_mse of each micro-batch
+        for number, micro_batch in enumerate(micro_batches, 1):
             own_t, terms = losses(plan, engine, objective, micro_batch, step, t, dropped, device)
+            done.append((own_t, terms.loss.detach(), terms.x0_mse))
             monitor.mark("forward")
             engine.backward(terms.loss.mean())
             monitor.mark("backward")
+            if number == len(micro_batches):
+                rejection.judge(torch.cat([loss for _, loss, _ in done]).mean())
             engine.step()
             monitor.mark("optimizer")
-            meter.add(own_t, terms.loss, terms.x0_mse)
+        sample_losses = torch.cat([loss for _, loss, _ in done])
+        accepted = rejection.settle(step, batch, loader.era_at(step).snapshot, sample_losses)
+        for part in done if accepted else ():
+            meter.add(*part)
         step += 1
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
         monitor.advance(step, t, latent_size, text_length)
-        stopping = stop_signal.agreed(step)
+        watchdog.alive(step)
+        stopping, saving = exchange.any(step, stop_signal.name is not None, saver.busy)
+        if not saving:
+            saver.finish()
         last = stopping or step == num_steps
 
         # --- log, draw, save
@@ -330,10 +361,10 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
                 values["data/skipped_samples"] = float(sum(skipped))
             values["optimizer/lr"] = lr
             values |= {f"optimizer/{name}_decay": d for name, d in optimizer.decays.items()}
-            values["optimizer/skipped_steps"] = float(engine.skipped_steps + optimizer.num_skipped)
+            values["optimizer/rejected_steps"] = float(rejection.total)
             if (norm := grad_norm(engine, optimizer)) is not None:
                 values["optimizer/grad_norm"] = norm
-            if norms is not None and optimizer.watch is not None:
+            if accepted and norms is not None and optimizer.watch is not None:
                 values |= norms.collect(norm)
             monitor.log(step, values, objective)
         if looking and (step % config.monitor.sample_every_steps == 0 or step == num_steps):
@@ -342,32 +373,30 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
         if config.ema.snapshot_images and (
             step % max(1, config.ema.snapshot_images // global_batch) == 0 or step == num_steps
         ):
-            store_snapshots(run, config.ema, step, step * global_batch, engine, optimizer)
+            images = (step - rejection.total) * global_batch
+            store_snapshots(run, config.ema, step, images, engine, optimizer)
             monitor.restart_clock(step)
         if step % config.checkpoint.every_steps == 0 or last:
-            checkpoint.save(
-                run,
-                step,
-                engine,
-                optimizer,
-                {"images_seen": step * global_batch},
-                config.checkpoint.keep,
-            )
+            state = {"images_seen": step * global_batch, "rejection": rejection.state()}
+            saver.save(step, engine, optimizer, state)
             saved = step
             monitor.restart_clock(step)
         yield step
         if stopping:
-            distributed.say(
-                f"stopped by {stop_signal.name or 'a signal to another rank'} at step {step}, saved; run again to resume"
-            )
             break
 
     # --- leave
     monitor.close()
     loader.close()
+    saver.finish()
+    if saver.failed:
+        sys.exit(f"{run}: step {step} could not be saved")
     if step == num_steps and saved == start:
         distributed.say(f"{run}: already at step {num_steps}; raise training.images to go on")
-    distributed.stop()
+    elif step < num_steps:
+        distributed.say(
+            f"stopped by {stop_signal.name or 'a signal to another rank'} at step {step}, saved; run again to resume"
+        )
 
 
 def describe(plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -44,10 +45,27 @@ def optimizer_state(run: Path, step: int) -> dict[str, bytes]:
     return {n: f["sha256"] for n, f in record["files"].items() if "optim_states" in n}
 
 
-def kill_at(tmp_path: Path, config: Path, step: int, ranks: int, *options: str) -> None:
-    """SIGKILL every process of a run after it logged `step`."""
+def unlike(resumed: Path, whole: Path, step: int = 24) -> list[str]:
+    """What a resumed run ends with that is not to the bit what an undisturbed one does."""
+    ours, theirs = weights(resumed, step), weights(whole, step)
+    found = [name for name in ours.keys() | theirs.keys() if not same(ours, theirs, name)]
+    if optimizer_state(resumed, step) != optimizer_state(whole, step):
+        found.append("optimizer")
+    for tag in ("loss/train", "optimizer/lr", "optimizer/ema_decay"):
+        # One point a step, in order: what a killed run logged beyond its checkpoint is gone.
+        if scalars(resumed, tag) != scalars(whole, tag):
+            found.append(tag)
+    return found
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], name: str) -> bool:
+    return name in ours and name in theirs and torch.equal(ours[name], theirs[name])
+
+
+def kill(tmp_path: Path, config: Path, after: str, ranks: int, *options: str) -> None:
+    """SIGKILL every process of a run after it said so."""
     process = train_factory.start("pipeline.train", str(config), *options, ranks=ranks)
-    train_factory.wait_for(process, f"step {step}/")
+    train_factory.wait_for(process, after)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
@@ -63,19 +81,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, stage, dtype, ranks):
     whole, killed = write_config(tmp_path, "whole"), write_config(tmp_path, "killed")
     done = train_factory.run("pipeline.train", str(whole), *options, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    kill_at(tmp_path, killed, 16, ranks, *options)
+    kill(tmp_path, killed, "step_00000012, for which", ranks, *options)
     done = train_factory.run("pipeline.train", str(killed), *options, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    assert "resuming at step 12 of 24" in done.stdout
-
-    ours, theirs = weights(tmp_path / "killed", 24), weights(tmp_path / "whole", 24)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-    assert optimizer_state(tmp_path / "killed", 24) == optimizer_state(tmp_path / "whole", 24)
-    for tag in ("loss/train", "optimizer/lr"):
-        # One point a step, in order: what the killed run logged beyond step 12 is gone.
-        assert scalars(tmp_path / "killed", tag) == scalars(tmp_path / "whole", tag)
+    assert re.search("resuming at step 1[28] of 24", done.stdout)
+    assert unlike(tmp_path / "killed", tmp_path / "whole") == []
     losses = [value for _, value in scalars(tmp_path / "whole", "loss/train")]
     assert len(losses) == 24
 
@@ -293,16 +303,6 @@ def test_with_every_checkpoint_damaged_nothing_starts_from_zero(copy, tmp_path):
     assert done.returncode == 2
     assert "none of 2 checkpoints is whole" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_another_number_of_ranks_is_refused_with_the_remedy(finished, tmp_path):
-    write_config(tmp_path)
-    shutil.copytree(finished / "run", tmp_path / "run")
-    done = train_factory.run(
-        "pipeline.train", str(tmp_path / "run.yaml"), "training.images=208", "--override", ranks=2
-    )
-    assert done.returncode != 0
-    assert "written with world_size 1, got 2" in done.stderr
 
 
 def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_path):

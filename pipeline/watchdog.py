@@ -1,0 +1,144 @@
+"""One rank dead, stopped or stuck ends all of them, with its name and where it was.
+
+Every rank beats in the rendezvous store and listens to the next rank. A beat carries the main thread's stack, so
+that a rank which no longer answers is named together with where it last was. What one rank finds, the others
+read at their next beat. Time is counted in beats: a whole run that was suspended goes on.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from types import TracebackType
+
+import torch.distributed as dist
+
+from models.config import InputError
+from pipeline import distributed
+
+DEPTH = 12  # calls of a stack that are shown
+
+
+class Watchdog:
+    """Around the training loop, which tells it by `alive(step)` that it gets on."""
+
+    def __init__(self, silence_s: float, stuck_s: float):
+        """A rank without a beat for silence_s is dead or stopped; one without a step for stuck_s is stuck."""
+        self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 5.0)
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.main = threading.get_ident()
+        self.step, self.idle_s, self.unanswered_s, self.silent_s = 0, 0.0, 0.0, 0.0
+        self.heard: dict[str, str | int] = {}
+        self.over, self.threads = threading.Event(), list[threading.Thread]()
+
+    def __enter__(self) -> "Watchdog":
+        if self.world_size > 1:
+            # A connection of its own, and a thread that nothing holds up beside the one that uses it.
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
+            store = dist.TCPStore(host, port, is_master=False)
+            self.store = dist.PrefixStore(f"watchdog/{attempt}", store)
+            for target in (self._beat, self._watch):
+                self.threads.append(threading.Thread(target=target, name="watchdog", daemon=True))
+                self.threads[-1].start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        # An InputError concerns all ranks, and each of them raises it.
+        if (
+            self.world_size > 1
+            and isinstance(error, Exception)
+            and not isinstance(error, InputError)
+        ):
+            text = "".join(traceback.format_exception(error))
+            silent = "" if not isinstance(error, RuntimeError) else self._silent_ranks()
+            self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
+            sys.stderr.write(silent)
+        self.over.set()
+        for thread in self.threads:  # one that is within the store aborts the interpreter's exit
+            thread.join(self.silence_s)
+
+    def alive(self, step: int) -> None:
+        self.step, self.idle_s = step, 0.0
+
+    def _name(self) -> str:
+        return f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
+
+    def _beat(self) -> None:
+        number = 0
+        try:
+            while not self.over.is_set():
+                number += 1
+                frame = sys._current_frames()[self.main]
+                stack = "".join(traceback.format_stack(frame, DEPTH))
+                beat = {"name": self._name(), "number": number, "step": self.step, "stack": stack}
+                self.store.set(f"beat/{self.rank}", json.dumps(beat))
+                self._listen()
+                self.unanswered_s = 0.0
+                self.over.wait(self.beat_s)
+        except dist.DistError as error:
+            if not self.over.is_set():
+                self._leave(f"the rendezvous store, at rank 0 or its launcher, is gone: {error}")
+
+    def _listen(self) -> None:
+        if self.store.check(["verdict"]):
+            self._leave(self.store.get("verdict").decode())
+        heard = self._heard((self.rank + 1) % self.world_size)
+        self.silent_s = 0.0 if heard != self.heard else self.silent_s + self.beat_s
+        self.heard = heard
+        if self.silent_s > self.silence_s:
+            self._leave(self._tell(f"no answer for {self.silent_s:.0f} s from {_describe(heard)}"))
+
+    def _heard(self, rank: int) -> dict[str, str | int]:
+        key = f"beat/{rank}"
+        if self.store.check([key]):
+            return json.loads(self.store.get(key))
+        return {"name": f"rank {rank}, never heard", "number": 0, "step": 0, "stack": ""}
+
+    def _watch(self) -> None:
+        while not self.over.wait(1.0):
+            self.idle_s, self.unanswered_s = self.idle_s + 1, self.unanswered_s + 1
+            if self.unanswered_s > self.silence_s + self.beat_s:
+                self._leave("the rendezvous store does not answer: rank 0 or its launcher hangs")
+            if self.idle_s > self.stuck_s:
+                ranks = [self._heard(rank) for rank in range(self.world_size)]
+                groups: dict[str, list[dict[str, str | int]]] = {}
+                for heard in ranks:
+                    groups.setdefault(str(heard["stack"]), []).append(heard)
+                # Those who wait for a rank wait in the same place; it is elsewhere.
+                odd = sorted(groups.values(), key=len)
+                shown = "\n".join(
+                    _describe(group[0]) + f"and {len(group) - 1} more ranks there" for group in odd
+                )
+                self._leave(
+                    self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}")
+                )
+
+    def _silent_ranks(self) -> str:
+        """A collective fails at once where another rank dies: those who miss two beats, and where they were."""
+        before = [self._heard(rank) for rank in range(self.world_size)]
+        self.over.wait(2.5 * self.beat_s)
+        silent = [heard for rank, heard in enumerate(before) if heard == self._heard(rank)]
+        return "".join(f"no answer from {_describe(heard)}" for heard in silent)
+
+    def _tell(self, verdict: str) -> str:
+        """All ranks; what the first one said is what counts."""
+        return self.store.compare_set("verdict", "", verdict).decode()
+
+    def _leave(self, verdict: str) -> None:
+        sys.stderr.write(f"\nrank {self.rank} stops at step {self.step}: {verdict}\n")
+        sys.stderr.flush()
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+
+def _describe(heard: dict[str, str | int]) -> str:
+    return f"{heard['name']}, at step {heard['step']}, last in:\n{heard['stack']}"

@@ -1,0 +1,341 @@
+"""Weights to and from diffusers' classes and the original DiT's layout.
+
+    network = to_diffusers(model, sample_size=32); network.save_pretrained(folder)
+    load_weights(model, folder_or_file)
+
+Names are ours but for the rules below; a rule's `*` stands for every block, `@i` for the i-th third of a
+tensor. What a class cannot compute is refused, never dropped.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.config import InputError
+from models.dit import DiTConfig
+from models.layers import positions_2d
+from models.mmdit import MMDiTConfig
+from models.networks import NetworkConfig, TransformerConfig
+from models.unet import UNetConfig
+from models.weights import brief, read_model_config
+
+FACEBOOK, OWN = "facebookresearch/DiT", "flowmill"
+# Layout -> (our prefix or infix, theirs); the first that matches is taken.
+RULES: dict[str, list[tuple[str, str]]] = {
+    "DiTTransformer2DModel": [
+        (r"^proj_in", "pos_embed.proj"),
+        (
+            r"^time_text_embed\.class_embedder",
+            "transformer_blocks.*.norm1.emb.class_embedder.embedding_table",
+        ),
+        (r"^time_text_embed", "transformer_blocks.*.norm1.emb"),
+        (r"^modulation_out\.linear", "proj_out_1"),
+        (r"^proj_out", "proj_out_2"),
+    ],
+    "PixArtTransformer2DModel": [
+        (r"^proj_in", "pos_embed.proj"),
+        (r"^time_text_embed", "adaln_single.emb"),
+    ],
+    "SD3Transformer2DModel": [
+        (r"^proj_in", "pos_embed.proj"),
+        (r"^position_table", "pos_embed.pos_embed"),
+    ],
+    "UNet2DConditionModel": [(r"^unet\.", "")],
+    OWN: [],
+    FACEBOOK: [
+        (r"^proj_in", "x_embedder.proj"),
+        (r"^time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+        (r"^time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+        (r"^time_text_embed\.class_embedder", "y_embedder.embedding_table"),
+        (r"^transformer_(.*)norm1\.linear", r"\1adaLN_modulation.1"),
+        (r"^transformer_(.*)attn1\.to_q", r"\1attn.qkv@0"),
+        (r"^transformer_(.*)attn1\.to_k", r"\1attn.qkv@1"),
+        (r"^transformer_(.*)attn1\.to_v", r"\1attn.qkv@2"),
+        (r"^transformer_(.*)attn1\.to_out\.0", r"\1attn.proj"),
+        (r"^transformer_(.*)ff\.net\.0\.proj", r"\1mlp.fc1"),
+        (r"^transformer_(.*)ff\.net\.2", r"\1mlp.fc2"),
+        (r"^modulation_out\.linear", "final_layer.adaLN_modulation.1"),
+        (r"^proj_out", "final_layer.linear"),
+    ],
+}
+# What a layout has no place for, and what it cannot be without.
+LACKS = {
+    "DiTTransformer2DModel": ("text_dim", "pooled_dim"),
+    "PixArtTransformer2DModel": ("pooled_dim", "num_classes", "timestep_shift"),
+    "SD3Transformer2DModel": ("num_classes",),
+    FACEBOOK: ("text_dim", "pooled_dim", "timestep_shift", "position_extent"),
+}
+NEEDS = {
+    "DiTTransformer2DModel": ("num_classes", "timestep_shift"),
+    "PixArtTransformer2DModel": ("text_dim", "position_extent"),
+    "SD3Transformer2DModel": ("pooled_dim",),
+    FACEBOOK: ("num_classes",),
+}
+# Arguments of theirs that decide nothing here, or are looked at apart.
+IGNORED = ("sample_size", "interpolation_scale", "norm_eps", "out_channels", "num_embeds_ada_norm")
+
+
+def layout_of(config: NetworkConfig) -> str:
+    """The diffusers class that computes what this network does; raises InputError naming what none can."""
+    if isinstance(config, DiTConfig):
+        shared = config.modulation == "shared"
+        layout = "PixArtTransformer2DModel" if shared else "DiTTransformer2DModel"
+    elif isinstance(config, MMDiTConfig):
+        layout = "SD3Transformer2DModel"
+    elif isinstance(config, UNetConfig):
+        return "UNet2DConditionModel"
+    else:
+        raise InputError("model.kind: got uvit, which diffusers has no class for")
+    check_layout(config, layout)
+    return layout
+
+
+def check_layout(config: NetworkConfig, layout: str) -> None:
+    """Raises InputError naming each option that the layout has no place for, or needs."""
+    never = ["size_conditioning", "rope", "register_tokens"]
+    if layout != "SD3Transformer2DModel":
+        never.append("qk_norm")
+    values = {name: getattr(config, name, None) for name in type(config).model_fields}
+    lines = [
+        f"model.{name}: got {values[name]}, which {layout} has no place for"
+        for name in (*never, *LACKS[layout])
+        if values[name]
+    ]
+    lines += [
+        f"model.{name}: got {values[name]}, but {layout} needs it"
+        for name in NEEDS[layout]
+        if not values[name]
+    ]
+    if values["mlp_ratio"] != 4:
+        lines.append(f"model.mlp_ratio: got {values['mlp_ratio']}, but {layout}'s is 4")
+    if lines:
+        raise InputError("\n".join(lines))
+
+
+def diffusers_config(config: NetworkConfig, sample_size: int | None = None) -> dict[str, Any]:
+    """Arguments of the diffusers class; `sample_size`, a latent's side, is its pipeline's default."""
+    layout = layout_of(config)
+    if isinstance(config, UNetConfig):
+        return config.diffusers() | {"sample_size": sample_size}
+    assert isinstance(config, TransformerConfig)
+    dim, depth, heads = config.shape()
+    arguments: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "num_layers": depth,
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
+        "patch_size": config.patch_size,
+    }
+    if isinstance(config, MMDiTConfig):
+        return arguments | {
+            "sample_size": round(config.position_extent * config.patch_size),
+            "pos_embed_max_size": config.position_grid,
+            "joint_attention_dim": config.text_dim,
+            "caption_projection_dim": dim,
+            "pooled_projection_dim": config.pooled_dim,
+            "dual_attention_layers": tuple(range(config.dual_attention_layers)),
+            "qk_norm": "rms_norm" if config.qk_norm else None,
+        }
+    assert isinstance(config, DiTConfig)
+    side = round(config.position_extent or 16)
+    if sample_size is not None:
+        side = sample_size // config.patch_size
+    arguments |= {"sample_size": side * config.patch_size, "norm_eps": 1e-6}
+    if layout == "DiTTransformer2DModel":
+        if config.position_extent not in (None, side):
+            raise InputError(
+                f"sample_size: got {sample_size}, but model.position_extent={config.position_extent} "
+                f"is that of {config.position_extent * config.patch_size:g}"
+            )
+        return arguments | {"num_embeds_ada_norm": config.num_classes}
+    return arguments | {
+        "cross_attention_dim": dim,
+        "caption_channels": config.text_dim,
+        "interpolation_scale": side / (config.position_extent or side),
+        "use_additional_conditions": False,
+    }
+
+
+def places(name: str, layout: str, depth: int) -> list[tuple[str, int | None]]:
+    """Where our parameter lies in the layout: keys, each with the third of it or None for all."""
+    key = name
+    for ours, theirs in RULES[layout]:
+        if re.search(ours, name):
+            key = re.sub(ours, theirs, name)
+            break
+    key, _, rest = key.partition("@")
+    third = int(rest[0]) if rest else None
+    key += rest[1:]
+    return [(key.replace("*", str(i)), third) for i in range(depth if "*" in key else 1)]
+
+
+def to_theirs(name: str, tensor: Tensor, key: str, channels: int) -> Tensor:
+    """Patches are a linear here and a convolution there."""
+    if name == "proj_in.weight":
+        side = round((tensor.shape[1] / channels) ** 0.5)
+        return tensor.view(-1, side, side, channels).permute(0, 3, 1, 2)
+    return tensor[None] if key == "pos_embed.pos_embed" else tensor
+
+
+def to_ours(name: str, tensor: Tensor, own: Tensor, channels: int) -> Tensor:
+    """Inverse of `to_theirs`; of an output with learned variances (2102.09672) the prediction alone."""
+    if name == "proj_in.weight":
+        tensor = tensor.permute(0, 2, 3, 1).flatten(1)
+    elif name == "position_table":
+        tensor = tensor.flatten(0, 1)
+    elif name.startswith("proj_out.") and len(tensor) == 2 * len(own):
+        tensor = tensor.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+    return tensor
+
+
+def export_weights(
+    model: nn.Module, layout: str, sample_size: int | None = None
+) -> dict[str, Tensor]:
+    """The model's weights under the layout's names, those included that it has and we compute."""
+    config: Any = model.config
+    parts: dict[str, dict[int | None, Tensor]] = {}
+    weights = model.state_dict()
+    for name, tensor in weights.items():
+        for key, third in places(name, layout, len(model.blocks)):  # pyright: ignore[reportArgumentType]
+            converted = to_theirs(name, tensor, key, config.latent_channels)
+            parts.setdefault(key, {})[third] = converted
+    theirs = {key: torch.cat(list(part.values())) for key, part in parts.items()}
+    dtype = next(iter(weights.values())).dtype
+    theirs = computed(config, layout, sample_size, dtype) | theirs
+    return {key: tensor.contiguous() for key, tensor in theirs.items()}
+
+
+def computed(
+    config: Any, layout: str, sample_size: int | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors of the layout that no parameter here stands for: fixed positions, unused projections."""
+    cpu = torch.device("cpu")
+    if layout == FACEBOOK:
+        side = (sample_size or 32) // config.patch_size
+        return {"pos_embed": positions_2d(side, side, config.shape()[0], cpu)[None].to(dtype)}
+    if layout != "SD3Transformer2DModel":
+        return {}
+    dim, depth, heads = config.shape()
+    last = f"transformer_blocks.{depth - 1}.attn."
+    extra = {  # the last block's text queries, whose results go nowhere
+        f"{last}add_q_proj.weight": torch.zeros(dim, dim, dtype=dtype),
+        f"{last}add_q_proj.bias": torch.zeros(dim, dtype=dtype),
+    }
+    if config.qk_norm:
+        extra[f"{last}norm_added_q.weight"] = torch.ones(dim // heads, dtype=dtype)
+    grid = config.position_grid
+    table = positions_2d(grid, grid, dim, cpu, config.position_extent, grid)
+    return extra | {"pos_embed.pos_embed": table[None].to(dtype)}
+
+
+def to_diffusers(model: nn.Module, sample_size: int | None = None) -> Any:
+    """The diffusers network with this model's weights, fp32 or whatever they are, ready to save."""
+    config: Any = model.config
+    layout = layout_of(config)
+    network = getattr(diffusers, layout)(**diffusers_config(config, sample_size))
+    network.load_state_dict(export_weights(model, layout, sample_size), assign=True)
+    return network.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Weights from a diffusers folder, or a file in our names or the original DiT's; all of them, or InputError."""
+    path, config = Path(path), model.config
+    if path.is_dir():
+        name = read_model_config(path, "a diffusers network").get("_class_name")
+        layout = layout_of(config)  # pyright: ignore[reportArgumentType]
+        if name != layout:
+            raise InputError(f"{path}: _class_name got {name!r}, expected {layout} for this model")
+        try:
+            network = getattr(diffusers, layout).from_pretrained(
+                path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot load {layout}: {brief(error)}") from error
+        check_config(config, network.config, path)
+        import_weights(model, network.state_dict(), layout, path)
+        return
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot read weights: {brief(error)}") from error
+    layout = FACEBOOK if "blocks.0.attn.qkv.weight" in weights else OWN
+    if layout == FACEBOOK:
+        check_layout(config, layout)  # pyright: ignore[reportArgumentType]
+    import_weights(model, weights, layout, path)
+
+
+def check_config(config: Any, theirs: Any, path: Path) -> None:
+    """Raises InputError with each argument in which the checkpoint is another network than the config's."""
+    with torch.device("meta"):
+        ours = getattr(diffusers, layout_of(config))(**diffusers_config(config)).config
+
+    def plain(value: Any) -> str:
+        return json.dumps(value or None)
+
+    names = [name for name in ours if not name.startswith("_") and name not in IGNORED]
+    lines = [
+        f"{path}: {name} got {theirs[name]}, the model section's is {ours[name]}"
+        for name in names
+        if plain(theirs[name]) != plain(ours[name])
+    ]
+    if isinstance(config, DiTConfig) and config.position_extent:
+        extent = theirs["sample_size"] // config.patch_size
+        if config.modulation == "shared":
+            extent /= theirs["interpolation_scale"] or max(theirs["sample_size"] // 64, 1)
+        if extent != config.position_extent:
+            lines.append(f"{path}: its positions need model.position_extent={extent}")
+    if isinstance(config, MMDiTConfig):
+        side = theirs["sample_size"] // config.patch_size
+        if side != config.position_extent:
+            lines.append(f"{path}: its positions need model.position_extent={side}")
+    if lines:
+        raise InputError("\n".join(lines))
+
+
+def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, path: Path) -> None:
+    """Copy every weight into the model; raises InputError for any that lacks, is left over or does not fit."""
+    config: Any = model.config
+    channels, loaded = config.latent_channels, {}
+    own = model.state_dict()
+    known: set[str] = set()
+    for name, tensor in own.items():
+        keys = places(name, layout, len(model.blocks))  # pyright: ignore[reportArgumentType]
+        known |= {key for key, _ in keys}
+        if lacks := [key for key, _ in keys if key not in weights]:
+            raise InputError(f"{path}: lacks {lacks[0]}, which the model section needs")
+        whole = [
+            weights[key].chunk(3)[part] if part is not None else weights[key] for key, part in keys
+        ]
+        if any(not torch.equal(whole[0], other) for other in whole[1:]):
+            raise InputError(f"{path}: {keys[0][0]} differs from block to block; here it is one")
+        value = whole[0] if layout == OWN else to_ours(name, whole[0], tensor, channels)
+        if value.shape != tensor.shape:
+            raise InputError(
+                f"{path}: {keys[0][0]} got shape {tuple(whole[0].shape)}, the model section's {name} "
+                f"has {tuple(tensor.shape)}"
+            )
+        loaded[name] = value
+    side = round(weights["pos_embed"].shape[1] ** 0.5) if "pos_embed" in weights else 0
+    extra = computed(config, layout, side * getattr(config, "patch_size", 1), torch.float32)
+    for key in weights.keys() - known:
+        if key not in extra:
+            raise InputError(
+                f"{path}: {key} has no place in this model. Remedy: another model section"
+            )
+        fixed = "pos_embed" in key
+        if fixed and not torch.allclose(weights[key].float(), extra[key], atol=1e-3):
+            raise InputError(
+                f"{path}: {key} is not the fixed table. Remedy: model.learned_positions=true"
+            )
+    model.load_state_dict(loaded)

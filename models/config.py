@@ -128,10 +128,10 @@ def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]
     return parse_config(config_class, read_yaml(path, overrides), str(path))
 
 
-def run_command(function: Callable[..., None]) -> None:
+def run_command(function: Callable[..., None], **settings: Any) -> None:
     """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(function)
+    app.command(**settings)(function)
     try:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
     except InputError as error:

@@ -23,6 +23,10 @@ STAGES = {
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
     "ema": ("pipeline.posthoc_ema", "an EMA of any width after training, from a run's snapshots"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
+    "submit": (
+        "cluster.submit",
+        "prepare, train or evaluate as a Ray job or on Slurm; its logs, stop",
+    ),
 }
 # Stage -> a key that its configs alone have, and the class.
 CONFIGS = {

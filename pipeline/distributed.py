@@ -90,6 +90,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        if threading.current_thread() is not threading.main_thread():
+            return  # a rank of Ray Train's, which has no signals: its job is stopped at a checkpoint
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

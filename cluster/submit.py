@@ -1,0 +1,375 @@
+"""Stages on a cluster: `flowmill submit prepare|train|evaluate CONFIG.yaml [section.key=value ...] --address URL`.
+
+The working directory is uploaded, so that nothing of flowmill need be installed there; its dependencies
+must be. `flowmill submit logs|status|stop JOB` attends to a job. `--launcher slurm` calls sbatch instead.
+"""
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+import yaml
+
+from models.config import InputError, load_config, run_command
+
+PACKAGES = ("models", "data_prep", "pipeline", "cluster")
+UPLOAD_LIMIT_BYTES = 100 << 20  # of one request to Ray's dashboard
+SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "ACCESS_KEY", "API_KEY")
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy inside typer
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+class Launcher(StrEnum):
+    RAY = "ray"
+    SLURM = "slurm"
+
+
+class Action(StrEnum):
+    PREPARE = "prepare"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    LOGS = "logs"
+    STATUS = "status"
+    STOP = "stop"
+
+
+MODULES = {
+    Action.PREPARE: "data_prep.prepare",
+    Action.TRAIN: "cluster.train_job",
+    Action.EVALUATE: "pipeline.evaluate",
+}
+
+
+SLURM_MODULES = {Action.PREPARE: "data_prep.prepare", Action.TRAIN: "pipeline.train"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Ray is asked to run."""
+
+    entrypoint: list[str]
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    gpus: float = 0.0
+
+    def command_line(self, address: str) -> str:
+        """The `ray job submit` that asks for the same."""
+        # Ray lets these variables win over --address.
+        unset = [f"-u {name}" for name in ADDRESS_VARIABLES if os.environ.get(name)]
+        environment = {k: v for k, v in self.runtime_env.items() if k != "working_dir"}
+        return " ".join(
+            [
+                *(["env", *unset] if unset else []),
+                f"ray job submit --address {shlex.quote(address)}",
+                f"--working-dir {shlex.quote(self.runtime_env['working_dir'])}",
+                *([f"--runtime-env-json {_quoted(environment)}"] if environment else []),
+                *([f"--entrypoint-num-gpus {self.gpus:g}"] if self.gpus else []),
+                f"--metadata-json {_quoted(self.metadata)}",
+                f"-- {shlex.join(self.entrypoint)}",
+            ]
+        )
+
+
+def _quoted(value: dict[str, Any]) -> str:
+    return shlex.quote(json.dumps(value))
+
+
+def check_stage(
+    action: Action, module: str, arguments: list[str], folder: Path
+) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """The stage's config file, and its paths, {key: path}: what it reads, what it writes; raises InputError."""
+    given = parse_arguments(module, arguments)
+    if action is Action.EVALUATE:
+        return None, {}, {"RUN": str(given["run"])}
+    file, overrides = str(given["config"]), given["overrides"] or []
+    if not (folder / file).resolve().is_relative_to(folder):
+        raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")
+    if action is Action.PREPARE:
+        from data_prep.prepare import PrepareConfig
+
+        prepare = load_config(PrepareConfig, folder / file, overrides)
+        inputs = {f"sources.{n}.path": source.path for n, source in prepare.sources.items()}
+        inputs |= {f"text_encoders.{n}.path": e.path for n, e in prepare.text_encoders.items()}
+        return file, inputs | {"vae.path": prepare.vae.path}, {"output": prepare.output}
+    from cluster.train_job import valid_sizes
+    from pipeline.config import TrainConfig
+
+    train = load_config(TrainConfig, folder / file, overrides)
+    if "workers" in given:
+        valid_sizes(train, given["min_workers"] or given["workers"], given["workers"])
+    inputs = {f"data ({name})": source.path for name, source in train.data.sources.items()}
+    inputs |= {f"encoders.text.{name}": path for name, path in train.encoders.text.items()}
+    inputs |= {"encoders.vae": train.encoders.vae} if train.encoders.vae else {}
+    return file, inputs, {"run": train.run}
+
+
+def parse_arguments(module: str, arguments: list[str]) -> dict[str, Any]:
+    """Arguments as the stage's own command reads them; raises InputError where it would not."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(module).main)
+    try:
+        return typer.main.get_command(app).make_context(module, list(arguments)).params
+    except UsageError as error:
+        raise InputError(f"{module}: {error.format_message()}") from None  # pyright: ignore
+
+
+def check_paths(inputs: dict[str, str], outputs: dict[str, str], folder: Path, names: set[str]):
+    """Relative paths mean the uploaded folder: what is read must be in it, what is written be elsewhere."""
+    for key, path in outputs.items():
+        if "://" not in path and not os.path.isabs(path):
+            raise InputError(
+                f"{key}: got {path}, expected an absolute path on a disk that all nodes see: a relative one "
+                f"lies in Ray's copy of the working directory. Remedy: {key}=/shared/{path}"
+            )
+    for key, path in inputs.items():
+        if "://" in path or os.path.isabs(path):
+            continue
+        local = folder / path
+        files = [local] if local.is_file() else [p for p in local.rglob("*") if p.is_file()]
+        if not files:
+            raise InputError(f"{key}: {local}: nothing there to upload; expected files")
+        _require(key, files, folder, names)
+
+
+def _require(key: str, files: list[Path], folder: Path, names: set[str]) -> None:
+    left = [p for p in files if os.path.relpath(p, folder) not in names]
+    left = [p for p in left if "__pycache__" not in p.parts]
+    if left:
+        raise InputError(
+            f"{key}: {len(left)} files would not be uploaded ({left[0]}, ...), expected them in {folder} and "
+            "not left out by .gitignore, .rayignore or excludes. Remedy: take the ignore line away, or give an "
+            "absolute path on a disk that all nodes see"
+        )
+
+
+def uploaded(folder: Path, excludes: list[str]) -> set[str]:
+    """Names of the files that Ray uploads of a folder; raises InputError where they are too many bytes."""
+    from ray._private import ray_constants  # the packing itself, as the Jobs SDK calls it
+    from ray._private.runtime_env.packaging import create_package
+
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "package.zip"
+        ignored = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+        all_excludes = ray_constants.get_runtime_env_default_excludes() + excludes
+        create_package(
+            str(folder),
+            package,
+            include_gitignore=ignored,
+            excludes=all_excludes,
+            logger=logging.getLogger(__name__),  # Ray's own tells of every ignore file
+        )
+        size = package.stat().st_size
+        with zipfile.ZipFile(package) as archive:
+            members = sorted(archive.infolist(), key=lambda m: -m.compress_size)
+    if size > UPLOAD_LIMIT_BYTES:
+        largest = ", ".join(f"{m.filename} ({m.compress_size >> 20} MiB)" for m in members[:3])
+        raise InputError(
+            f"{folder}: an upload of {size >> 20} MiB, expected no more than {UPLOAD_LIMIT_BYTES >> 20}; "
+            f"largest: {largest}. Remedy: name them in {folder}/.rayignore"
+        )
+    return {member.filename for member in members}
+
+
+def read_runtime_env(path: Path | None, folder: Path) -> dict[str, Any]:
+    """Ray's runtime environment; raises InputError where it would carry a secret or another directory."""
+    data = (yaml.safe_load(path.read_text()) or {}) if path else {}
+    if "working_dir" in data:
+        raise InputError(f"{path}: working_dir: got a value, expected --working-dir instead")
+    for name in data.get("env_vars", {}):
+        if any(word in name.upper() for word in SECRET):
+            raise InputError(
+                f"{path}: env_vars.{name}: looks like a secret, which anyone who sees the job could read. "
+                "Remedy: set it on the nodes (a Kubernetes Secret, the scheduler's own store)"
+            )
+    return {**data, "working_dir": str(folder)}
+
+
+def make_job(
+    action: Action, arguments: list[str], folder: Path, runtime_env: dict[str, Any], gpus: float
+) -> Job:
+    """The job, once all that can be checked from here is right; raises InputError."""
+    module = folder / (MODULES[action].replace(".", "/") + ".py")
+    if not module.is_file():
+        raise InputError(
+            f"--working-dir: {folder} lacks {module.relative_to(folder)}, expected flowmill's checkout"
+        )
+    config, inputs, outputs = check_stage(action, MODULES[action], arguments, folder)
+    names = uploaded(folder, runtime_env.get("excludes") or [])
+    code = [path for package in PACKAGES for path in (folder / package).rglob("*.py")]
+    _require("--working-dir", code, folder, names)
+    if config is not None:
+        _require(config, [folder / config], folder, names)
+    check_paths(inputs, outputs, folder, names)
+    metadata = {"stage": action.value, "commit": _commit(folder)} | outputs
+    return Job(["python", "-m", MODULES[action], *arguments], runtime_env, metadata, gpus)
+
+
+def sbatch_line(action: Action, arguments: list[str], nodes: int) -> list[str]:
+    """The sbatch command of a stage, its arguments checked; raises InputError."""
+    script = Path(__file__).parent / "slurm" / f"{action.value}.sbatch"
+    if not script.is_file():
+        raise InputError(f"--launcher slurm: got {action.value}, expected prepare or train")
+    check_stage(action, SLURM_MODULES[action], arguments, Path.cwd())
+    return ["sbatch", f"--nodes={nodes}", str(script), *arguments]
+
+
+def _commit(folder: Path) -> str:
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+class Cluster:
+    """Ray's job server; its refusals as InputError."""
+
+    def __init__(self, address: str):
+        from ray.job_submission import JobSubmissionClient
+
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https"):
+            raise InputError(
+                f"--address: got {address}, expected the job server's URL, http://HEAD:8265"
+            )
+        if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+            print(
+                f"{address}: plain http, so that who listens on the way reads the token. Better: "
+                f"ssh -L 8265:127.0.0.1:8265 {parts.hostname}, and no --address",
+                file=sys.stderr,
+            )
+        for name in ADDRESS_VARIABLES:  # they would win over the address that was asked for
+            os.environ.pop(name, None)
+        self.address = address
+        self.client = self.call(JobSubmissionClient, address)
+
+    def call(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """The answer; raises InputError where the server is not there, refuses us or knows no such job."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            return function(*arguments, **options)
+        except AuthenticationError:
+            raise InputError(
+                f"{self.address}: refused the token. Remedy: RAY_AUTH_MODE=token and, in RAY_AUTH_TOKEN or the "
+                "file RAY_AUTH_TOKEN_PATH, what `ray get-auth-token` prints on the head"
+            ) from None
+        except ConnectionError:
+            raise InputError(
+                f"{self.address}: no job server answers. Remedy: start the cluster, or forward its port: "
+                "ssh -L 8265:127.0.0.1:8265 HEAD"
+            ) from None
+        except RuntimeError as error:
+            if "status code 404" in str(error):
+                raise InputError(f"{self.address}: no such job: {arguments[0]}") from None
+            raise
+
+    def submit(self, job: Job, name: str | None) -> str:
+        return self.call(
+            self.client.submit_job,
+            entrypoint=shlex.join(job.entrypoint),
+            submission_id=name,
+            runtime_env=job.runtime_env,
+            metadata=job.metadata,
+            entrypoint_num_gpus=job.gpus or None,
+        )
+
+    def follow(self, name: str) -> int:
+        """Print what the job prints to its end; returns its exit status. Ctrl-C leaves the job running."""
+        try:
+            asyncio.run(self._tail(name))
+        except KeyboardInterrupt:
+            print(
+                f"\n{name} goes on; flowmill submit logs {name} follows it again, stop ends it",
+                file=sys.stderr,
+            )
+            return 130
+        details = self.call(self.client.get_job_info, name)
+        print(f"{name}: {details.status.value}: {details.message}", file=sys.stderr)
+        if details.status.value == "SUCCEEDED":
+            return 0
+        return details.driver_exit_code or 1
+
+    async def _tail(self, name: str) -> None:
+        """A dropped connection is taken up where it broke: each begins with the whole log."""
+        shown, pause_s = 0, 1.0
+        while True:
+            seen = 0
+            try:
+                async for text in self.client.tail_job_logs(name):
+                    print(text[max(shown - seen, 0) :], end="", flush=True)
+                    seen += len(text)
+                    shown = max(shown, seen)
+            except (RuntimeError, OSError) as error:
+                print(f"log connection lost ({error}); trying again", file=sys.stderr)
+            if self.call(self.client.get_job_status, name).is_terminal():
+                return
+            await asyncio.sleep(pause_s)
+
+
+def attend(cluster: Cluster, action: Action, name: str) -> int:
+    """`logs`, `status` and `stop` of one job."""
+    details = cluster.call(cluster.client.get_job_info, name)
+    if action is Action.LOGS:
+        return cluster.follow(name)
+    if action is Action.STOP:
+        stopped = cluster.call(cluster.client.stop_job, name)
+        print(f"{name}: " + ("stopping" if stopped else f"had ended: {details.status.value}"))
+        return 0
+    print(f"{name}: {details.status.value}: {details.message}\n{details.entrypoint}")
+    for key, value in (details.metadata or {}).items():
+        print(f"  {key}: {value}")
+    return 0
+
+
+def main(
+    action: Annotated[Action, typer.Argument(help="a stage, or what to do with a job")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(help="the stage's own, such as CONFIG --workers 8; or a job's name"),
+    ],
+    address: Annotated[
+        str, typer.Option(envvar=ADDRESS_VARIABLES[0], help="of the job server")
+    ] = "http://127.0.0.1:8265",
+    name: Annotated[str | None, typer.Option(help="the job's name; default: Ray makes one")] = None,
+    working_dir: Annotated[Path, typer.Option(help="what is uploaded")] = Path(),
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="YAML of Ray's runtime environment")
+    ] = None,
+    gpus: Annotated[float, typer.Option(help="that the command itself needs (evaluate)")] = 0.0,
+    launcher: Annotated[Launcher, typer.Option(help="whom to ask")] = Launcher.RAY,
+    nodes: Annotated[int, typer.Option(help="of a Slurm job")] = 1,
+    follow: Annotated[bool, typer.Option(help="print what the job prints, to its end")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check; print the command")] = False,
+) -> None:
+    """Run a stage on a cluster, or attend to a job there: logs, status, stop."""
+    if action in (Action.LOGS, Action.STATUS, Action.STOP):
+        sys.exit(attend(Cluster(address), action, arguments[0]))
+    if launcher is Launcher.SLURM:
+        line = sbatch_line(action, arguments, nodes)
+        print(shlex.join(line), flush=True)
+        sys.exit(0 if dry_run else subprocess.run(line).returncode)
+    folder = working_dir.resolve()
+    job = make_job(action, arguments, folder, read_runtime_env(runtime_env, folder), gpus)
+    if dry_run:
+        print(job.command_line(address))
+        return
+    cluster = Cluster(address)
+    name = cluster.submit(job, name)
+    print(f"{name}: submitted to {address}", file=sys.stderr)
+    sys.exit(cluster.follow(name) if follow else 0)
+
+
+if __name__ == "__main__":
+    # What is not an option here is the stage's.
+    run_command(main, context_settings={"ignore_unknown_options": True})

@@ -1,0 +1,158 @@
+"""Training inside a Ray job: `python -m cluster.train_job CONFIG.yaml [section.key=value ...] --workers N`.
+
+Ray Train starts one rank a GPU and starts the group again from the last checkpoint when one of them fails.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+# Ray has no public way to say which sizes of an elastic group are good; `train` in the tests holds us to these.
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from models.config import InputError, load_config, parse_config, run_command
+from pipeline.config import TrainConfig
+from pipeline.order import choose_partitions
+from pipeline.train import make_plan, train
+
+
+def valid_sizes(config: TrainConfig, least: int, most: int) -> list[int]:
+    """Numbers of ranks from `least` to `most` that share the global batch equally, in the same order.
+
+    Raises InputError where `most` is not one of them, or `least` leaves no choice that it asks for.
+    """
+    batch, micro = config.training.global_batch, config.engine.micro_batch
+    partitions = choose_partitions(config.data.canonical_partitions, batch, 1)
+    sizes = [
+        n
+        for n in range(1, partitions + 1)
+        if partitions % n == 0 and batch // n % (micro or 1) == 0
+    ]
+    for option, size in (("--workers", most), ("--min-workers", least)):
+        if size not in sizes:
+            raise InputError(
+                f"{option}: got {size}, expected one of {', '.join(map(str, sizes))}: what divides "
+                f"data.canonical_partitions ({partitions}) and leaves each rank whole micro-batches of the "
+                f"global batch of {batch}"
+            )
+    if least > most:
+        raise InputError(f"--min-workers: got {least}, expected no more than --workers {most}")
+    return [size for size in sizes if least <= size <= most]
+
+
+class _ValidSizes(ElasticScalingPolicy):
+    """As many ranks as there is room for, rounded down to a number that the batch can be shared by."""
+
+    def __init__(self, scaling_config: ScalingConfig, sizes: list[int]):
+        super().__init__(scaling_config)
+        self._sizes = sizes
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((size for size in self._sizes if size <= possible), default=0)
+
+
+class _Trainer(TorchTrainer):
+    sizes: list[int]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            parts["scaling_policy"] = _ValidSizes(self.scaling_config, self.sizes)
+        return super()._initialize_and_run_controller(**parts)
+
+
+def _rank(job: dict[str, Any]) -> None:
+    """One rank's whole life; Ray has set RANK, WORLD_SIZE and the rest, and joined the group."""
+    train(parse_config(TrainConfig, job["config"], "the job"), job["override"])
+
+
+def fit(
+    config: TrainConfig,
+    sizes: list[int],
+    *,
+    cpu: bool = False,
+    cpus_per_worker: int = 1,
+    max_failures: int = 3,
+    resize_every_s: float = 600.0,
+    override: bool = False,
+) -> None:
+    """Train on a group of the largest of `sizes` that there is room for; raises InputError."""
+    # Ranks are to find relative paths where the job does: in the uploaded working directory.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    workers = (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[-1]
+    trainer = _Trainer(
+        _rank,
+        train_loop_config={"config": config.model_dump(mode="json"), "override": override},
+        torch_config=TorchConfig(
+            backend="gloo" if cpu else "nccl", timeout_s=int(config.engine.timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=not cpu,
+            resources_per_worker={"CPU": cpus_per_worker} | ({} if cpu else {"GPU": 1}),
+            elastic_resize_monitor_interval_s=resize_every_s,
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=config.run,
+            failure_config=FailureConfig(max_failures=max_failures),
+        ),
+    )
+    trainer.sizes = sizes
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        causes = list(error.worker_failures.values())
+        user = [c for c in (getattr(e, "cause", e) for e in causes) if isinstance(c, InputError)]
+        if user:
+            raise InputError(str(user[0])) from None
+        raise
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    workers: Annotated[int, typer.Option(help="ranks, one a GPU")] = 1,
+    min_workers: Annotated[
+        int | None, typer.Option(help="go on with as few after a loss; default: --workers")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="ranks on CPUs")] = False,
+    cpus_per_worker: Annotated[int, typer.Option(help="CPUs that each rank reserves")] = 1,
+    max_failures: Annotated[int, typer.Option(help="restarts of the group; -1: no end")] = 3,
+    resize_every_s: Annotated[
+        float, typer.Option(help="how often a shrunk group may grow, from its last checkpoint")
+    ] = 600.0,
+    override: Annotated[
+        bool, typer.Option("--override", help="resume with changed values that change results")
+    ] = False,
+) -> None:
+    """Train as a Ray job; run again to resume."""
+    parsed = load_config(TrainConfig, config, overrides or [])
+    if not os.path.isabs(parsed.run):
+        raise InputError(
+            f"run: got {parsed.run}, expected an absolute path on a disk that all nodes see: in a Ray job a "
+            "relative one lies in a node's own copy of the working directory"
+        )
+    sizes = valid_sizes(parsed, min_workers or workers, workers)
+    make_plan(parsed).loader.close()  # the user's errors, before anything is started
+    if not ray.is_initialized():
+        ray.init()
+    fit(
+        parsed,
+        sizes,
+        cpu=cpu,
+        cpus_per_worker=cpus_per_worker,
+        max_failures=max_failures,
+        resize_every_s=resize_every_s,
+        override=override,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

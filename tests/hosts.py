@@ -1,0 +1,81 @@
+"""Two hosts on one machine: network, process and host-name namespaces joined by one cable that can be cut."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAMES, ADDRESSES = ("flowmill-a", "flowmill-b"), ("10.213.7.1", "10.213.7.2")
+CABLE = ("fm-cable-a", "fm-cable-b")
+
+
+def why_not() -> str | None:
+    """Why this machine cannot have them, or None where it can."""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "needs iproute2 and util-linux"
+    done = subprocess.run(
+        ["unshare", "--net", "--pid", "--uts", "--fork", "--mount-proc", "true"],
+        capture_output=True,
+        text=True,
+    )
+    return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
+
+
+def _ip(*arguments: str, check: bool = True) -> None:
+    subprocess.run(["ip", *arguments], check=check, capture_output=True)
+
+
+class Hosts:
+    """`start` runs a command on host 0 or 1; `stop` ends all that runs on both."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, host: int, command: list[str], **options) -> subprocess.Popen:
+        """A process tree of its own on a host: when its first process ends, the kernel ends all of it."""
+        name = NAMES[host]
+        inner = 'hostname "$0" && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"'
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", name, "unshare", "--pid", "--uts", "--fork", "--kill-child",
+             "--mount-proc", "sh", "-c", inner, name, *command],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def cut(self) -> None:
+        _ip("-n", NAMES[0], "link", "set", CABLE[0], "down")
+
+    def mend(self) -> None:
+        _ip("-n", NAMES[0], "link", "set", CABLE[0], "up")
+
+    def stop(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def two_hosts() -> Iterator[Hosts]:
+    hosts = Hosts()
+    try:
+        for name in NAMES:
+            _ip("netns", "del", name, check=False)
+            _ip("netns", "add", name)
+            # `ip netns exec` shows a command these as its /etc/hosts.
+            folder = Path("/etc/netns") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [f"{a} {n}" for a, n in zip(ADDRESSES, NAMES, strict=True)]
+            (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+        _ip("link", "add", CABLE[0], "netns", NAMES[0], "type", "veth", "peer", "name", CABLE[1], "netns", NAMES[1])  # fmt: skip
+        for name, cable, address in zip(NAMES, CABLE, ADDRESSES, strict=True):
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
+            _ip("-n", name, "link", "set", cable, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        hosts.stop()
+        for name in NAMES:
+            _ip("netns", "del", name, check=False)
+            shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)

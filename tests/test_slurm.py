@@ -1,0 +1,204 @@
+"""Real Slurm on two hosts of one machine: limits, requeues and cancellations leave what can be resumed."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.schema import read_manifest
+from data_prep.verify import verify
+from pipeline.checkpoint import candidates, faults
+from tests import prep_factory, train_factory
+from tests.hosts import ADDRESSES, NAMES, Hosts, two_hosts, why_not
+from tests.ray_cluster import BIN, copy_checkout
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+ClusterName=flowmill
+SlurmctldHost={a}({a_address})
+SlurmctldPort=17001
+SlurmdPort=17002
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+ReturnToService=2
+NodeName={a} NodeAddr={a_address} CPUs=2
+NodeName={b} NodeAddr={b_address} CPUs=2
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+def shellcheck() -> str:
+    found = BIN / "shellcheck"
+    return str(found) if found.exists() else "shellcheck"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").rglob("*.s[bh]*")), ids=lambda p: p.name)
+def test_shellcheck_has_nothing_to_say(path):
+    done = subprocess.run([shellcheck(), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def lacking() -> str | None:
+    """Why Slurm cannot be started here, after trying to install it."""
+    if os.geteuid():
+        return "needs root, for namespaces and Slurm's daemons"
+    if reason := why_not():
+        return reason
+    if not shutil.which("slurmctld") or not shutil.which("munged"):
+        if not shutil.which("apt-get"):
+            return "no slurmctld and munged, nor apt-get to install them"
+        install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
+        if subprocess.run(install, capture_output=True).returncode:
+            return "apt-get could not install slurm-wlm and munge"
+    return None
+
+
+class Slurm:
+    """Two nodes, one of them also the controller; `run` is a command on it."""
+
+    def __init__(self, hosts: Hosts, folder: Path):
+        self.hosts, self.folder = hosts, folder
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.environment.pop("PYTHONPATH", None)
+        (folder / "state").mkdir()
+        fields = {
+            "a": NAMES[0],
+            "b": NAMES[1],
+            "a_address": ADDRESSES[0],
+            "b_address": ADDRESSES[1],
+        }
+        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, **fields))
+        subprocess.run(
+            ["mungekey", "--create", f"--keyfile={folder}/munge.key"],
+            check=True,
+            capture_output=True,
+        )
+        self._daemon(0, "munged", "--foreground", "--force", f"--key-file={folder}/munge.key",
+                     f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid",
+                     f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")  # fmt: skip
+        self.wait(lambda: (folder / "munge.socket").exists(), 30)
+        self._daemon(0, "slurmctld", "-D", "-c")
+        for host, name in enumerate(NAMES):
+            self._daemon(host, "slurmd", "-D", "-N", name)
+        self.wait(lambda: self.run("sinfo", "-h", "-o", "%D %t").strip() == "2 idle", 60)
+
+    def _daemon(self, host: int, *command: str) -> None:
+        log = (self.folder / f"{command[0]}-{host}.log").open("w")
+        self.hosts.start(host, list(command), env=self.environment, stdout=log, stderr=log)
+
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        process = self.hosts.start(0, list(command), env=self.environment, cwd=cwd)
+        return process.communicate()[0]
+
+    def submit(self, checkout: Path, *arguments: str) -> str:
+        """sbatch; the job's number."""
+        shown = self.run("sbatch", "--nodes=2", "--cpus-per-task=2", *arguments, cwd=checkout)
+        assert shown.startswith("Submitted batch job"), shown
+        return shown.split()[-1]
+
+    def state(self, job: str) -> str:
+        """Such as RUNNING, and how often it was requeued."""
+        shown = self.run("scontrol", "show", "job", job)
+        fields = dict(item.split("=", 1) for item in shown.split() if "=" in item)
+        return f"{fields['JobState']} {fields['Restarts']}"
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(1)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.folder.glob("*.log")
+        )
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory) -> Iterator[Slurm]:
+    if reason := lacking():
+        pytest.skip(reason)
+    with two_hosts() as hosts:
+        yield Slurm(hosts, tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("checkout") / "flowmill")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_time_limit_saves_and_requeues_and_cancelling_leaves_a_sound_checkpoint(
+    slurm, checkout, tmp_path
+):
+    config = train_factory.write_config(tmp_path)
+    log = tmp_path / "job.log"
+    job = slurm.submit(
+        checkout, "--time=3", "--signal=B:USR1@90", f"--output={log}", "cluster/slurm/train.sbatch",
+        str(config), "training.images=8000000", "engine.zero_stage=2", "checkpoint.every_steps=100000",
+    )  # fmt: skip
+    slurm.wait(lambda: log.exists() and "stopped by SIGUSR1 at step" in log.read_text(), 240)
+    (saved,) = candidates(tmp_path / "run")
+    step = int(saved.name.removeprefix("step_"))
+    slurm.wait(lambda: f"resuming at step {step} of" in log.read_text(), 240)
+    assert slurm.state(job) == "RUNNING 1"
+    slurm.wait(lambda: f"step {step + 20}/" in log.read_text(), 120)
+    slurm.run("scancel", job)
+    slurm.wait(lambda: slurm.state(job) == "CANCELLED 1", 90)
+    newest = candidates(tmp_path / "run")[0]
+    assert newest.name > saved.name
+    assert faults(newest) == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_preparation_on_two_nodes_is_requeued_at_its_limit_and_ends_whole(
+    slurm, checkout, tmp_path, vae_folder, text_folder
+):
+    prep_factory.fill_folder(tmp_path / "pictures", 40)
+    config = prep_factory.write_config(
+        tmp_path / "c.yaml", {"p": tmp_path / "pictures"}, vae_folder, text_folder
+    )
+    log = tmp_path / "job.log"
+    job = slurm.submit(
+        checkout, "--time=10", f"--output={log}", "cluster/slurm/prepare.sbatch", str(config),
+        "ray.num_actors=3",
+    )  # fmt: skip
+    dataset = tmp_path / "dataset"
+    slurm.wait(lambda: any((dataset / "work" / "commits").rglob("*.json")), 240)
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what the limit sends
+    slurm.wait(lambda: slurm.state(job) == "COMPLETED 1", 400)
+    assert read_manifest(dataset).counts.kept == 40
+    assert verify(dataset) == []
+
+
+@pytest.mark.slow
+def test_a_wrong_config_fails_at_once_and_is_not_requeued(slurm, checkout, tmp_path):
+    log = tmp_path / "job.log"
+    job = slurm.submit(
+        checkout, f"--output={log}", "cluster/slurm/train.sbatch", "configs/train_dit_b.yaml",
+        "data.path=/nowhere",
+    )  # fmt: skip
+    slurm.wait(lambda: slurm.state(job) == "FAILED 0", 120)
+    assert "error /nowhere" in log.read_text()

@@ -1,0 +1,143 @@
+"""Submitting: what is refused before anything is sent, and the command that is printed instead."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.submit import Action, main, make_job, read_runtime_env
+from models.config import InputError, run_command
+from tests.ray_cluster import copy_checkout, free_port
+
+TRAIN = "data: {path: /shared/data}\ntraining: {images: 1000, global_batch: 24}\nrun: /shared/run\n"
+PREPARE = """
+sources: {p: {kind: folder, path: /shared/pictures}}
+vae: {path: models/demo_vae}
+output: /shared/prepared
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    folder = copy_checkout(tmp_path_factory.mktemp("checkout") / "flowmill")
+    (folder / "train.yaml").write_text(TRAIN)
+    (folder / "prepare.yaml").write_text(PREPARE)
+    (folder / "outputs").mkdir()
+    (folder / "outputs" / "hidden.yaml").write_text(TRAIN)
+    return folder.resolve()
+
+
+def refuse(checkout: Path, action: str, *arguments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        make_job(Action(action), list(arguments), checkout, read_runtime_env(None, checkout), 0.0)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train train.yaml run=runs/here", "run: got runs/here, expected an absolute path"),
+        ("prepare prepare.yaml output=here", "output: got here, expected an absolute path"),
+        ("train train.yaml data.path=tests/nothing", "nothing there to upload"),
+        ("train train.yaml data.path=outputs", "1 files would not be uploaded"),
+        ("prepare prepare.yaml vae.path=models/no", "vae.path: "),
+        ("train outputs/hidden.yaml", "would not be uploaded"),
+        ("train ../elsewhere.yaml", "lies outside"),
+        ("train train.yaml modle.size=L", "did you mean 'model'"),
+        ("train train.yaml --workers 5", "--workers: got 5, expected one of 1, 2, 4, 8: what divides"),
+        ("train train.yaml --workers 4 --min-workers 3", "--min-workers: got 3, expected one of"),
+        ("train train.yaml --workers 4 --min-workers 8", "expected no more than --workers 4"),
+        ("train train.yaml --wrokers 8", "No such option: --wrokers"),
+        ("train", "Missing argument 'CONFIG'"),
+    ],
+)  # fmt: skip
+def test_what_could_not_run_is_refused_before_it_is_sent(checkout, arguments, message):
+    action, *rest = arguments.split()
+    assert message in refuse(checkout, action, *rest)
+
+
+def test_code_that_an_ignore_line_would_keep_back_is_missed(tmp_path):
+    folder = copy_checkout(tmp_path / "flowmill").resolve()
+    (folder / "train.yaml").write_text(TRAIN)
+    (folder / ".rayignore").write_text("models/\n")
+    message = refuse(folder, "train", "train.yaml")
+    assert "--working-dir: " in message
+    assert "models/" in message
+
+
+def test_an_upload_that_ray_would_not_take_is_refused_with_its_largest_files(checkout, monkeypatch):
+    monkeypatch.setattr("cluster.submit.UPLOAD_LIMIT_BYTES", 1 << 20)  # the VAE alone has 1.5 MB
+    message = refuse(checkout, "train", "train.yaml")
+    assert "largest: models/demo_vae/diffusion_pytorch_model.safetensors" in message
+
+
+def test_another_folder_than_a_checkout_is_refused(tmp_path):
+    assert "lacks cluster/train_job.py, expected flowmill's checkout" in refuse(
+        tmp_path.resolve(), "train", "train.yaml"
+    )
+
+
+def test_secrets_do_not_travel_in_the_runtime_environment(tmp_path):
+    path = tmp_path / "env.yaml"
+    path.write_text(yaml.safe_dump({"env_vars": {"AWS_SECRET_ACCESS_KEY": "x", "A": "b"}}))
+    with pytest.raises(InputError, match=r"env_vars\.AWS_SECRET_ACCESS_KEY: looks like a secret"):
+        read_runtime_env(path, tmp_path)
+    path.write_text("working_dir: .\n")
+    with pytest.raises(InputError, match="--working-dir instead"):
+        read_runtime_env(path, tmp_path)
+
+
+def run(monkeypatch, *arguments: str) -> int | str | None:
+    """The command's exit status."""
+    monkeypatch.setattr(sys, "argv", ["submit", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, context_settings={"ignore_unknown_options": True})
+    return caught.value.code
+
+
+def test_the_printed_command_asks_for_the_same_job(checkout, tmp_path, monkeypatch, capsys):
+    environment = tmp_path / "env.yaml"
+    environment.write_text("env_vars: {NCCL_DEBUG: 'WARN it'}\n")
+    arguments = ["train.yaml", "model.size=S", "--workers", "4", "--min-workers", "2"]
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
+    status = run(
+        monkeypatch, "train", *arguments, "--dry-run", "--address", "http://head:8265",
+        "--working-dir", str(checkout), "--runtime-env", str(environment),
+    )  # fmt: skip
+    assert status == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:7] == ["env", "-u", "RAY_ADDRESS", "ray", "job", "submit", "--address"]
+    options, entrypoint = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert entrypoint == ["python", "-m", "cluster.train_job", *arguments]
+    assert options[options.index("--working-dir") + 1] == str(checkout)
+    given = json.loads(options[options.index("--runtime-env-json") + 1])
+    assert given == {"env_vars": {"NCCL_DEBUG": "WARN it"}}
+    metadata = json.loads(options[options.index("--metadata-json") + 1])
+    assert metadata["stage"] == "train"
+    assert metadata["run"] == "/shared/run"
+
+
+def test_where_no_job_server_answers_the_message_says_so(monkeypatch, capsys):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    address = f"http://127.0.0.1:{free_port()}"
+    assert run(monkeypatch, "status", "job", "--address", address) == 2
+    assert f"{address}: no job server answers" in capsys.readouterr().err
+    assert run(monkeypatch, "status", "job", "--address", "127.0.0.1:6379") == 2
+    assert "expected the job server's URL" in capsys.readouterr().err
+
+
+def test_slurms_command_is_printed_once_the_config_is_right(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    slurm = ["--launcher", "slurm", "--nodes", "4", "--dry-run"]
+    assert run(monkeypatch, "train", "train.yaml", "seed=1", *slurm) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:2] == ["sbatch", "--nodes=4"]
+    assert words[3:] == ["train.yaml", "seed=1"]
+    assert subprocess.run(["bash", "-n", words[2]]).returncode == 0
+    assert run(monkeypatch, "train", "train.yaml", "sead=1", *slurm) == 2
+    assert run(monkeypatch, "evaluate", "/run", *slurm) == 2

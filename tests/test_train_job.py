@@ -1,0 +1,119 @@
+"""Stages as Ray jobs on two raylets behind a token: submitted, followed, a node killed in the midst."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from data_prep.schema import read_manifest
+from data_prep.verify import verify
+from tests import prep_factory, train_factory
+from tests.ray_cluster import RayCluster, copy_checkout, ray_cluster
+from tests.test_train import scalars, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("checkout") / "flowmill")
+
+
+@pytest.fixture(scope="module")
+def whole_cluster(tmp_path_factory) -> Iterator[RayCluster]:
+    with ray_cluster(tmp_path_factory.mktemp("ray"), [2]) as started:
+        yield started
+
+
+@pytest.fixture
+def cluster(whole_cluster) -> RayCluster:
+    """The head and another raylet, two CPUs each."""
+    if len(whole_cluster.nodes) == 1 or whole_cluster.nodes[-1].poll() is not None:
+        whole_cluster.start(2)
+    return whole_cluster
+
+
+def submit(cluster: RayCluster, checkout: Path, *arguments: str, **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.submit", *arguments],
+        cwd=checkout,
+        env={**cluster.environment, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_wrong_token_and_a_missing_one_are_refused_and_not_shown(cluster, checkout):
+    wrong = {"RAY_AUTH_TOKEN": "f" * 64}
+    for environment in (wrong, {"RAY_AUTH_TOKEN_PATH": "/nowhere"}, {"RAY_AUTH_MODE": "disabled"}):
+        job = submit(cluster, checkout, "status", "any", **environment)
+        output, _ = job.communicate()
+        assert job.returncode == 2, output
+        assert "refused the token" in output
+        assert "f" * 64 not in output
+        assert "Traceback" not in output
+
+
+def test_a_preparation_outlives_a_killed_node(tmp_path, cluster, checkout, vae_folder, text_folder):
+    prep_factory.fill_folder(tmp_path / "pictures", 240)
+    config = prep_factory.write_config(
+        tmp_path / "job.yaml", {"p": tmp_path / "pictures"}, vae_folder, text_folder
+    )
+    shutil.copy(config, checkout / "job.yaml")
+    dataset = tmp_path / "dataset"
+    job = submit(
+        cluster, checkout, "prepare", "job.yaml", f"output={dataset}", "ray.num_actors=3",
+        "--name", "prepare-1",
+    )  # fmt: skip
+    node = cluster.nodes[-1]
+    while len(list((dataset / "work" / "commits").rglob("*.json"))) < 4 or not _actors(node):
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.2)
+    cluster.kill_raylet(node)
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    assert "prepare-1: SUCCEEDED" in output
+    assert read_manifest(dataset).counts.kept == 240
+    assert verify(dataset) == []
+    status, _ = submit(cluster, checkout, "status", "prepare-1").communicate()
+    assert f"output: {dataset}" in status
+
+
+def _actors(node: subprocess.Popen) -> list[psutil.Process]:
+    children = psutil.Process(node.pid).children(recursive=True)
+    return [p for p in children if p.name().startswith("ray::ShardEncod")]
+
+
+def begin_training(tmp_path: Path, cluster: RayCluster, checkout: Path, *options: str):
+    """A followed training job at its 14th step, two ranks on two nodes; its output so far."""
+    config = train_factory.write_config(tmp_path, "job")
+    shutil.copy(config, checkout / "train.yaml")
+    job = submit(
+        cluster, checkout, "train", "train.yaml", "engine.zero_stage=2", "--cpu", "--workers", "2",
+        "--cpus-per-worker", "2", *options,
+    )  # fmt: skip
+    return job, train_factory.wait_for(job, "step 14/")
+
+
+def test_training_with_a_killed_node_ends_with_the_bits_of_an_undisturbed_run(
+    tmp_path, cluster, checkout
+):
+    job, _ = begin_training(tmp_path, cluster, checkout)
+    cluster.kill_raylet(cluster.nodes[-1])
+    cluster.start(2)
+    output, _ = job.communicate()
+    assert job.returncode == 0, output
+    assert "resuming at step 12 of 24" in output
+    whole = train_factory.write_config(tmp_path, "whole")
+    done = train_factory.run("pipeline.train", str(whole), "engine.zero_stage=2", ranks=2)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(tmp_path / "job", 24), weights(tmp_path / "whole", 24)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert scalars(tmp_path / "job", "loss/train") == scalars(tmp_path / "whole", "loss/train")

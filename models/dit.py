@@ -26,10 +26,10 @@ from models.layers import (
     positions_2d,
     unpatchify,
 )
-from models.networks import TransformerConfig
+from models.networks import RoutedConfig
 
 
-class DiTConfig(TransformerConfig):
+class DiTConfig(RoutedConfig):
     # S to XL are the paper's table 1.
     SIZES: ClassVar = {
         "debug": (64, 2, 2),
@@ -127,8 +127,12 @@ class DiT(PatchTransformer):
         pooled: Float[Tensor, "B P"] | None = None,
         micro: Float[Tensor, "B 4"] | None = None,
         label: Int[Tensor, " B"] | None = None,
+        token_scores: Float[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
+
+        `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
+        """
         height, width = x_t.shape[-2:]
         p = self.config.patch_size
         x, rope = self.embed(x_t)  # (B, N, D)
@@ -139,8 +143,11 @@ class DiT(PatchTransformer):
             mask = None if text_mask is None else text_mask[:, None, None, :]
         shared = None if self.adaln_single is None else self.adaln_single(c)
         attend = self.attend(x)
-        for block in self.transformer_blocks:
-            x = self.run(block, x, c, shared, text, mask, rope, attend)
+
+        def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+            return self.run(block, x, c, shared, text, mask, rope, attend)
+
+        x = self.through(x, rope, token_scores, step)
         if self.modulation_out is not None:
             table = self.modulation_out(c)  # (B, 2, D)
         else:

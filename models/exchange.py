@@ -237,7 +237,7 @@ def computed(
 
 
 def to_diffusers(model: nn.Module, sample_size: int | None = None) -> Any:
-    """The diffusers network with this model's weights, fp32 or whatever they are, ready to save."""
+    """The diffusers network with this model's weights, which the two share, ready to save."""
     config: Any = model.config
     layout = layout_of(config)
     network = getattr(diffusers, layout)(**diffusers_config(config, sample_size))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import InputError
-from models.networks import NetworkConfig, TransformerConfig
+from models.networks import NetworkConfig, Span, TransformerConfig
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -315,6 +315,35 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def kept_patches(scores: Float[Tensor, "B M"], span: Span) -> Int[Tensor, "B K"]:
+    """The patches of the lowest scores, in order: a random part of fixed size, if scores are random."""
+    kept = scores.argsort(dim=1)[:, : span.num_kept(scores.shape[1])]
+    return kept.sort(dim=1).values
+
+
+def kept_pixels(
+    scores: Float[Tensor, "B M"], span: Span, patch_size: int, height: int, width: int
+) -> Bool[Tensor, "B 1 h w"]:
+    """Where `kept_patches` lie in the latent."""
+    mask = torch.zeros_like(scores).scatter_(1, kept_patches(scores, span), 1.0)
+    tokens = mask[..., None].expand(-1, -1, patch_size**2)
+    return unpatchify(tokens, patch_size, height, width).bool()
+
+
+def take(x: Float[Tensor, "B N D"], places: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def put_back(
+    whole: Float[Tensor, "B N D"], places: Int[Tensor, "B K"], x: Float[Tensor, "B M D"]
+) -> Float[Tensor, "B N D"]:
+    """`whole` with x's first K tokens at `places` and its registers, the rest, at the end."""
+    num, registers = places.shape[1], x.shape[1] - places.shape[1]
+    index = places[..., None].expand(-1, -1, x.shape[-1])
+    patches = whole[:, : whole.shape[1] - registers].scatter(1, index, x[:, :num])
+    return torch.cat([patches, x[:, num:]], dim=1)
+
+
 class PatchTransformer(nn.Module):
     """What the transformers share: patches in and out, positions, registers, how blocks are run."""
 
@@ -354,6 +383,27 @@ class PatchTransformer(nn.Module):
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)
         return x, rope
 
+    def through(
+        self,
+        x: Float[Tensor, "B N D"],
+        rope: Float[Tensor, "1 M e 2"] | None,
+        token_scores: Float[Tensor, "B M"] | None,
+        step: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+    ) -> Float[Tensor, "B N D"]:
+        """All blocks in turn by `step`; given scores, those of the config's span on the kept patches alone."""
+        span = self.config.span if token_scores is not None else None
+        whole, whole_rope, kept = x, rope, None
+        for number, block in enumerate(self.transformer_blocks):
+            if span and token_scores is not None and number == span.start:
+                whole, whole_rope = x, rope
+                kept = kept_patches(token_scores, span)  # (B, K)
+                x = torch.cat([take(x, kept), x[:, token_scores.shape[1] :]], dim=1)
+                rope = None if rope is None else rope[0, kept]
+            if span and kept is not None and number == span.end:
+                x, rope, kept = put_back(whole, kept, x), whole_rope, None
+            x = step(block, x, rope)
+        return x if kept is None else put_back(whole, kept, x)
+
     def attend(self, x: Tensor) -> AttentionFunction:
         """The attention that the config asks for, if it runs on x's device and dtype."""
         return attention_backend(self.config.attention, x.device.type, x.dtype)
@@ -370,18 +420,24 @@ def compile_blocks(model: Any, fullgraph: bool = True, backend: Any = "inductor"
         block.compile(fullgraph=fullgraph, backend=backend)
 
 
-def initialise(model: nn.Module, zeros: list[nn.Module]) -> None:
-    """DiT's initialisation: Xavier for linears, 0.02 for conditions' embeddings, zero for `zeros`."""
+def initialise(model: PatchTransformer, zeros: list[nn.Module]) -> None:
+    """DiT's initialisation: Xavier for linears, 0.02 for conditions' embeddings, zero for `zeros`.
+
+    Under muP every linear has the variance 1 / fan_in (2203.03466, table 8).
+    """
+    mup = model.config.mup_base_width is not None
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            if mup:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            else:
+                nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, ConditionEmbedder):
-            for part in module.modules():
-                if isinstance(part, nn.Linear | nn.Embedding):
-                    nn.init.normal_(part.weight, std=0.02)
+    for embedder in (m for m in model.modules() if isinstance(m, ConditionEmbedder)):
+        for part in embedder.modules():
+            if isinstance(part, nn.Embedding if mup else nn.Linear | nn.Embedding):
+                nn.init.normal_(part.weight, std=0.02)
     for module in zeros:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)

@@ -28,10 +28,10 @@ from models.layers import (
     rotate,
     unpatchify,
 )
-from models.networks import TransformerConfig
+from models.networks import RoutedConfig
 
 
-class MMDiTConfig(TransformerConfig):
+class MMDiTConfig(RoutedConfig):
     # Width 64 x depth, as the paper's; sd3 is SD3's and SD3.5's medium, sd3.5-large has depth 38.
     SIZES: ClassVar = {
         "debug": (64, 2, 2),
@@ -178,15 +178,24 @@ class MMDiT(PatchTransformer):
         pooled: Float[Tensor, "B P"] | None = None,
         micro: Float[Tensor, "B 4"] | None = None,
         label: Int[Tensor, " B"] | None = None,
+        token_scores: Float[Tensor, "B M"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
+
+        `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
+        """
         height, width = x_t.shape[-2:]
         x, rope = self.embed(x_t)  # (B, N, D)
         c = sum(self.time_text_embed(t, pooled, micro, label))
         text = self.context_embedder(given("text_emb", text_emb).to(x.dtype))  # (B, L, D)
         attend = self.attend(x)
-        for block in self.transformer_blocks:
+
+        def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+            nonlocal text
             x, text = self.run(block, x, text, c, text_mask, rope, attend)
+            return x
+
+        x = self.through(x, rope, token_scores, step)
         scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
         x = x[:, : height * width // self.config.patch_size**2]  # without registers
         x = self.proj_out(modulate(self.norm(x), shift, scale))  # (B, N, p*p*C)

@@ -1,8 +1,8 @@
 """What the config of every network has, whatever its architecture. Torch-free."""
 
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.config import Config, InputError
 
@@ -12,6 +12,8 @@ NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 class NetworkConfig(Config):
     """Sizes that the data fixes default to the dataset's."""
 
+    # Weights to begin with: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT.
+    init_from: str | None = None
     size_conditioning: bool = False  # original size and crop, as SDXL (2307.01952, 2.2)
     gradient_checkpointing: bool = False
     # The dataset's, where left out.
@@ -46,10 +48,24 @@ class TransformerConfig(NetworkConfig):
     rope: bool = False  # instead of fixed positions
     register_tokens: int = Field(default=0, ge=0)  # 2309.16588
     attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    # muP (2203.03466) for Adam: tune at this width, train at another with the same lr and heads as wide.
+    mup_base_width: int | None = Field(default=None, gt=0)
 
     @property
     def latent_multiple(self) -> int:
         return self.patch_size
+
+    def at_base_width(self) -> "TransformerConfig":
+        """The same network at `mup_base_width`; raises InputError where its heads would differ in width."""
+        assert self.mup_base_width is not None
+        hidden, _, heads = self.shape()
+        base_heads, rest = divmod(heads * self.mup_base_width, hidden)
+        if rest or not base_heads:
+            raise InputError(
+                f"model.mup_base_width: got {self.mup_base_width}, expected a multiple of {hidden // heads}, "
+                "the width of a head"
+            )
+        return self.model_copy(update={"hidden_size": self.mup_base_width, "num_heads": base_heads})
 
     def shape(self) -> tuple[int, int, int]:
         """hidden_size, depth, num_heads, checked."""
@@ -61,3 +77,65 @@ class TransformerConfig(NetworkConfig):
                 f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
             )
         return hidden, depth, heads
+
+
+class RoutingConfig(Config):
+    """TREAD (2501.04765): in training, a random part of the tokens goes around some blocks unchanged."""
+
+    ratio: float = Field(default=0.5, gt=0, lt=1)  # of tokens that go around
+    start: int = Field(default=2, ge=0)  # first block gone around
+    end: int = -4  # first block of all tokens again; negative from the last
+
+
+class MaskingConfig(Config):
+    """Deferred masking (2407.15811): the first blocks mix all patches, then training drops most of them.
+
+    The loss is over the kept ones. Fine-tune without it at the end, as the paper does.
+    """
+
+    ratio: float = Field(default=0.75, gt=0, lt=1)  # of patches dropped
+    mixer_depth: int = Field(default=4, gt=0)  # blocks beside `depth`
+
+
+class Span(NamedTuple):
+    """Blocks start to end run on 1 - ratio of the patches."""
+
+    start: int
+    end: int
+    ratio: float
+
+    def num_kept(self, num_patches: int) -> int:
+        return num_patches - int(num_patches * self.ratio)
+
+
+class RoutedConfig(TransformerConfig):
+    """Of networks whose blocks may run on a part of the patches; both need `token_scores` in forward."""
+
+    routing: RoutingConfig | None = None
+    masking: MaskingConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "RoutedConfig":
+        if self.routing and self.masking:
+            raise ValueError("routing and masking: expected one of them, got both")
+        return self
+
+    def shape(self) -> tuple[int, int, int]:
+        hidden, depth, heads = super().shape()
+        return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
+
+    @property
+    def span(self) -> Span | None:
+        """Which blocks do not see all patches; raises InputError where there are no such."""
+        depth = self.shape()[1]
+        if self.masking:
+            return Span(self.masking.mixer_depth, depth, self.masking.ratio)
+        if self.routing is None:
+            return None
+        start, end = self.routing.start, self.routing.end
+        end += depth if end < 0 else 0
+        if not start < end <= depth:
+            raise InputError(
+                f"model.routing: got blocks {start} to {end}, expected some of {depth}"
+            )
+        return Span(start, end, self.routing.ratio)

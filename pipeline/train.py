@@ -20,6 +20,7 @@ from torch import nn
 
 from models import build_model
 from models.config import InputError, load_config, run_command
+from models.layers import kept_pixels
 from models.vae import sample_latents
 from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
@@ -36,7 +37,7 @@ from pipeline.engine import (
 from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
-from pipeline.objective import Objective, draw_dropout, draw_noise
+from pipeline.objective import LossTerms, Objective, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
@@ -229,6 +230,11 @@ def losses(
     latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
     t = t[indices].to(device)
     x_t = objective.add_noise(latents, noise, t)
+    model, routed = plan.config.model, {}
+    span = getattr(model, "span", None)
+    if span is not None:
+        num_patches = shape[1] * shape[2] // model.latent_multiple**2
+        routed["token_scores"] = draw_noise(seed, step, indices, (num_patches,), device, "tokens")
     pred = engine(
         x_t,
         t,
@@ -237,8 +243,15 @@ def losses(
         pooled=batch.pooled,
         micro=batch.micro,
         label=batch.label,
+        **routed,
     )
-    return t, objective.loss(pred, latents, noise, t)
+    if span is None or not model.masking:
+        return t, objective.loss(pred, latents, noise, t)
+    # Over the patches that the network kept: no error where it dropped one.
+    kept = kept_pixels(routed["token_scores"], span, model.patch_size, *shape[1:])
+    pred = torch.where(kept, pred, objective.target(latents, noise, t))
+    terms, share = objective.loss(pred, latents, noise, t), kept.float().mean()
+    return t, LossTerms(terms.loss / share, terms.x0_mse / share)
 
 
 def train(config: TrainConfig, override: bool = False) -> None:
@@ -272,6 +285,11 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
     objective = Objective(config.objective)
     torch.manual_seed(config.seed)  # the initial weights, the same on all ranks
     model = build_model(config.model)
+    if config.model.init_from and not checkpoint.candidates(run):
+        from models.exchange import load_weights  # and diffusers with it
+
+        distributed.say(f"{run}: begins with the weights of {config.model.init_from}")
+        load_weights(model, config.model.init_from)
     num_parameters = sum(p.numel() for p in model.parameters())
     painter = None
     if config.monitor.prompts and distributed.is_main():

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -124,17 +124,22 @@ class ActorPool:
         todo, again = iter(work), deque[tuple[tuple[Any, ...], int]]()
         flying: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
         while True:
+            busy = Counter(id(actor) for actor, _, _ in flying.values())
             for slot in [*range(self.num_actors)] * CALLS_PER_ACTOR:
                 actor = self._actors[slot]
-                if sum(other is actor for other, _, _ in flying.values()) == CALLS_PER_ACTOR:
+                if busy[id(actor)] == CALLS_PER_ACTOR:
                     continue
                 arguments, attempts = again.popleft() if again else (next(todo, None), 0)
                 if arguments is None:
                     break
                 flying[getattr(actor, method).remote(*arguments)] = (actor, arguments, attempts + 1)
+                busy[id(actor)] += 1
             if not flying:
                 return
-            for reference in ray.wait(list(flying), timeout=1.0)[0]:
+            ready, others = ray.wait(list(flying), timeout=1.0)
+            if ready and others:  # with hundreds of actors several end while one is dealt with
+                ready += ray.wait(others, num_returns=len(others), timeout=0)[0]
+            for reference in ready:
                 actor, arguments, attempts = flying.pop(reference)
                 try:
                     yield result(reference)

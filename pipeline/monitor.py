@@ -252,7 +252,7 @@ class Monitor:
         self.restart_clock(step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.writer is not None and self.config.mfu:
+        if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 

@@ -79,6 +79,13 @@ class RayCluster:
     def wait(self, timeout_s: float = 300) -> None:
         """Until the job server takes jobs."""
         deadline = time.monotonic() + timeout_s
+        port = int(self.address.rsplit(":", 1)[1])
+        while socket.socket().connect_ex(
+            ("127.0.0.1", port)
+        ):  # cheaper than the probe that follows
+            assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(1)
         probe = [RAY, "job", "submit", "--", "true"]
         while (done := subprocess.run(probe, env=self.environment, capture_output=True)).returncode:
             assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()

@@ -1,25 +1,25 @@
-"""Which pictures there are, which are taken, and into which shard each goes.
+"""Which pictures there are: one catalog Parquet part a partition of the sources, its rows what is known."""
 
-Scan writes one catalog Parquet part a partition of the sources; plan reads them all, filters, finds
-duplicates, and cuts every bucket into shards. Both are pure functions of the sources and the config.
-"""
-
+import hashlib
+import json
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.decoder import Address, Answer, DecodePool, Probe, ProbeRequest
-from data_prep.images import ImagesConfig, Rejected, list_buckets, nearest_bucket
-from data_prep.schema import REJECT_SCHEMA, SPLITS
-from data_prep.shards import write_atomic, write_table
-from data_prep.sources import Entry, Item, read_entries, sample_key
+from data_prep.expression import Unknown, names_in, parse_condition, value_of
+from data_prep.images import Rejected
+from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
+from data_prep.storage import publish, temporary_for
 from models.config import Config
 
 CATALOG_SCHEMA = pa.schema(
@@ -31,25 +31,19 @@ CATALOG_SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("content_hash", pa.binary(32)),  # sha256 of the picture's bytes
+        ("perceptual_hash", pa.uint64()),  # null unless near duplicates are looked for
         ("height", pa.int32()),  # as seen, EXIF orientation applied
         ("width", pa.int32()),
-        ("caption", pa.large_string()),
+        ("captions", pa.list_(pa.large_string())),  # drawn by weight, one may be there twice
         ("metadata", pa.large_string()),  # JSON object, or empty
         ("label", pa.int64()),
         ("reason", pa.string()),  # of rejection; null where taken
         ("detail", pa.string()),
     ]
 )
-SHARD_LIST_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("split", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("num_planned", pa.int64()),
-    ]
-)
 PROBES_IN_FLIGHT = 16
+ROWS_AT_ONCE = 8192
+STAGED = "staged"  # of the working folder
 
 
 class CaptionsConfig(Config):
@@ -58,9 +52,19 @@ class CaptionsConfig(Config):
     empty: Literal["reject", "keep"] = (
         "reject"  # a picture of which nothing, or only blanks, is said
     )
+    min_chars: int = Field(default=1, ge=1)  # shorter ones are rejected, empty ones by `empty`
     max_chars: int = Field(
         default=4096, ge=1
     )  # longer ones are rejected; encoders cut at their max_length
+    per_picture: int = Field(
+        default=1, ge=1, le=64
+    )  # drawn by the sources' weights; each makes a sample of the picture
+
+    @model_validator(mode="after")
+    def _some_length_is_allowed(self) -> Self:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars {self.min_chars} is over max_chars {self.max_chars}")
+        return self
 
 
 class FiltersConfig(Config):
@@ -68,61 +72,161 @@ class FiltersConfig(Config):
 
     min_side: int | None = Field(default=None, ge=1)  # pixels of the shorter side, before resizing
     max_aspect: float | None = Field(default=None, ge=1)  # long over short side, before cropping
+    where: str | None = None  # a condition over metadata, as in aesthetic >= 5 and watermark < 0.5
     duplicates: Literal["reject", "keep"] = "reject"  # the same file again, in any source
+    # Bits of the 64-bit dHash in which a near duplicate may differ; 0: none, but looks alike to it.
+    near_duplicates: int | None = Field(default=None, ge=0, le=8)
+
+    @field_validator("where")
+    @classmethod
+    def _where_is_a_condition(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_condition(text)
+        return text
 
 
 def scan_partition(
-    part: Path,
+    work: Path,
+    name: str,
     entries: list[Entry],
-    images: ImagesConfig,
+    source: SourceConfig,
+    class_names: list[str],
     captions: CaptionsConfig,
+    filters: FiltersConfig,
     pool: DecodePool,
 ) -> int:
-    """Write the catalog part of some entries; returns its rows."""
-    rows = [
-        _row(item, entries[0].source, answer, captions) for item, answer in _probed(entries, pool)
-    ]
-    write_table(part, pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA))
-    return len(rows)
+    """Write the catalog part NAME.parquet of some entries; returns its rows.
 
-
-def _probed(entries: list[Entry], pool: DecodePool) -> Iterator[tuple[Item, Answer | None]]:
-    """Every item in order with its probe, None where the item is a rejection already."""
-    waiting: deque[tuple[Item, Future[Answer] | None]] = deque()
-    for item in read_entries(entries):
-        address = Address(item.path, item.offset, item.length)
-        waiting.append((item, None if item.reason else pool.submit(ProbeRequest(address))))
-        if len(waiting) >= PROBES_IN_FLIGHT:
-            first, future = waiting.popleft()
-            yield first, future.result() if future else None
-    for item, future in waiting:
-        yield item, future.result() if future else None
-
-
-def _row(item: Item, source: str, answer: Answer | None, config: CaptionsConfig) -> dict[str, Any]:
-    row = {
-        "key": sample_key(source, item.name),
-        "source": source,
-        "name": item.name,
-        "path": item.path,
-        "offset": item.offset,
-        "length": item.length,
-        "caption": "",
-        "metadata": item.metadata,
-        "label": item.label,
-        "reason": item.reason,
-        "detail": item.detail,
-    }
+    Pictures that came as bytes in a table are laid end to end in STAGED/NAME, for a row of a compressed
+    column has no address of its own; that file appears first, and the part is then NAME.staged.parquet.
+    """
+    staged = work / STAGED / name
+    temporary, staging, count = temporary_for(work / "catalog" / name), temporary_for(staged), 0
+    scan = _Scan(entries[0].source, captions, filters, pool, str(staging), str(staged))
     try:
-        if isinstance(answer, Rejected):
-            raise answer
-        if isinstance(answer, Probe):
-            row |= {"height": answer.height, "width": answer.width}
-            row["content_hash"] = answer.content_hash
-            row["caption"] = clean_caption(item.caption, config)
-    except Rejected as rejected:
-        row |= {"reason": rejected.reason, "detail": rejected.detail}
+        with pq.ParquetWriter(temporary, CATALOG_SCHEMA, compression="zstd") as writer:
+            rows = scan.rows(read_entries(entries, source, class_names))
+            while some := list(islice(rows, ROWS_AT_ONCE)):
+                writer.write_table(pa.Table.from_pylist(some, CATALOG_SCHEMA))
+                count += len(some)
+        kind = "parquet"
+        if staging.exists():
+            publish(staging, staged)
+            kind = "staged.parquet"
+        publish(temporary, work / "catalog" / f"{name}.{kind}")
+    finally:
+        temporary.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
+    return count
+
+
+class _Scan:
+    """The rows of one partition, in the order of its items, several probes ahead."""
+
+    def __init__(
+        self,
+        source: str,
+        captions: CaptionsConfig,
+        filters: FiltersConfig,
+        pool: DecodePool,
+        staging: str,
+        staged: str,
+    ):
+        self._source, self._captions, self._pool = source, captions, pool
+        self._staging, self._staged, self._staged_bytes = staging, staged, 0
+        self._text = filters.where
+        self._where = None if self._text is None else parse_condition(self._text)
+        self._looks = filters.near_duplicates is not None
+
+    def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
+        waiting: deque[tuple[dict[str, Any], Future[Answer] | None]] = deque()
+        for item in items:
+            waiting.append(self._begin(item))
+            # A copy may be gone with the next item.
+            while waiting and (len(waiting) >= PROBES_IN_FLIGHT or item.copy):
+                yield _finish(*waiting.popleft())
+        for row, future in waiting:
+            yield _finish(row, future)
+
+    def _begin(self, item: Item) -> tuple[dict[str, Any], Future[Answer] | None]:
+        """The item's row as far as it is known without the picture, and the question about that."""
+        row: dict[str, Any] = {
+            "key": sample_key(self._source, item.name),
+            "source": self._source,
+            "name": item.name,
+            "path": item.path,
+            "offset": item.offset,
+            "length": item.length,
+            "captions": [],
+            "metadata": json.dumps(item.metadata) if item.metadata else "",
+            "label": item.label,
+            "reason": item.reason,
+            "detail": item.detail,
+        }
+        if item.reason:
+            return row, None
+        try:
+            row["captions"] = draw_captions(row["key"], item.captions, self._captions)
+            self._check_metadata(item.metadata)
+        except Rejected as rejected:
+            return row | {"reason": rejected.reason, "detail": rejected.detail}, None
+        path = item.copy or item.path
+        if item.data is not None:
+            row |= {"path": self._staged, "offset": self._staged_bytes}
+            path = self._staging
+            with open(path, "ab") as file:
+                file.write(item.data)
+            self._staged_bytes += len(item.data)
+        address = Address(path, row["offset"], item.length)
+        return row, self._pool.submit(ProbeRequest(address, self._looks))
+
+    def _check_metadata(self, facts: dict[str, Any]) -> None:
+        """Raises Rejected where the condition does not hold, or cannot be decided."""
+        if self._where is None:
+            return
+        try:
+            if value_of(self._where, facts):
+                return
+            found = ", ".join(f"{n}={facts.get(n)!r}" for n in dict.fromkeys(names_in(self._where)))
+        except Unknown as unknown:
+            found = str(unknown)
+        raise Rejected("where", f"{found}; wanted {self._text}"[:300])
+
+
+def _finish(row: dict[str, Any], future: "Future[Answer] | None") -> dict[str, Any]:
+    answer = future.result() if future else None
+    if isinstance(answer, Rejected):
+        return row | {"reason": answer.reason, "detail": answer.detail}
+    if isinstance(answer, Probe):
+        row |= {"height": answer.height, "width": answer.width}
+        row |= {"content_hash": answer.content_hash, "perceptual_hash": answer.perceptual_hash}
     return row
+
+
+def draw_captions(
+    key: str, said: tuple[tuple[bytes, float], ...], config: CaptionsConfig
+) -> list[str]:
+    """`per_picture` captions: each as often as its weight says, the rest decided by the key.
+
+    Systematic sampling: points 1/n apart from a random first one, on the weights laid end to end.
+    Captions that cannot be used give way to those that can; raises Rejected where there are none.
+    """
+    texts, weights, why = list[str](), list[float](), None
+    for data, weight in said or ((None, 1.0),):
+        try:
+            texts.append(clean_caption(data, config))
+            weights.append(weight)
+        except Rejected as rejected:
+            why = why or rejected
+    if why and not texts:
+        raise why
+    count = config.per_picture
+    digest = hashlib.sha256(f"caption\0{key}".encode()).digest()
+    first = int.from_bytes(digest[:4], "big") / 2**32
+    ends = np.cumsum(weights) / math.fsum(weights)
+    points = (first + np.arange(count)) / count
+    chosen = np.minimum(np.searchsorted(ends, points, side="right"), len(texts) - 1)
+    return [texts[i] for i in chosen]
 
 
 def clean_caption(data: bytes | None, config: CaptionsConfig) -> str:
@@ -135,111 +239,6 @@ def clean_caption(data: bytes | None, config: CaptionsConfig) -> str:
         raise Rejected("caption_too_long", f"over {config.max_chars} characters")
     if not text and config.empty == "reject":
         raise Rejected("caption_empty", "no caption" if data is None else "only blanks")
+    if text and len(text) < config.min_chars:
+        raise Rejected("caption_too_short", f"under {config.min_chars} characters")
     return text
-
-
-def plan(
-    work: Path,
-    images: ImagesConfig,
-    filters: FiltersConfig,
-    samples_per_shard: int,
-    heldout_fraction: float,
-) -> None:
-    """Write plan.parquet (a row a sample, a row group a shard), its rejects, and last the list of shards.
-
-    Holds the catalog in memory, some 300 bytes a picture: 10^8 pictures want a machine with 64 GiB,
-    more want a sort on disk here.
-    """
-    parts = sorted((work / "catalog").glob("part-*.parquet"))
-    table = pa.concat_tables([pq.read_table(part, schema=CATALOG_SCHEMA) for part in parts])
-    kept, rejects = apply_filters(table, filters)
-    write_table(work / "plan_rejects.parquet", rejects)
-    buckets = list_buckets(images)
-    bucket = nearest_bucket(_numbers(kept["height"]), _numbers(kept["width"]), buckets)
-    split = _heldout(kept["key"], heldout_fraction).astype(np.int64)
-    group = bucket * len(SPLITS) + split
-    # Keys are hashes: in their order every shard is a random sample of its bucket.
-    kept = kept.append_column("group", pa.array(group))
-    kept = kept.sort_by([("group", "ascending"), ("key", "ascending")])
-    group, kept = kept["group"].to_numpy(), kept.drop_columns(["group"])
-    shards = _cut(group, buckets, samples_per_shard)
-
-    def write(path: Path) -> None:
-        with pq.ParquetWriter(path, kept.schema, compression="zstd") as writer:
-            start = 0
-            for shard in shards:
-                writer.write_table(kept.slice(start, shard["num_planned"]).combine_chunks())
-                start += shard["num_planned"]
-
-    write_atomic(work / "plan.parquet", write)
-    write_table(work / "shard_list.parquet", pa.Table.from_pylist(shards, SHARD_LIST_SCHEMA))
-
-
-def _cut(group: np.ndarray, buckets: list[tuple[int, int]], size: int) -> list[dict[str, Any]]:
-    """The list of shards of samples sorted by group, `size` samples each but for a bucket's last."""
-    shards = []
-    for value, count in zip(*np.unique(group, return_counts=True), strict=True):
-        (height, width), split = buckets[value // len(SPLITS)], SPLITS[value % len(SPLITS)]
-        for number, start in enumerate(range(0, count, size)):
-            shards.append(
-                {
-                    "path": f"shards/{height}x{width}/{split}-{number:06d}.tar",
-                    "split": split,
-                    "height": height,
-                    "width": width,
-                    "num_planned": min(size, int(count) - start),
-                }
-            )
-    return shards
-
-
-def apply_filters(table: pa.Table, config: FiltersConfig) -> tuple[pa.Table, pa.Table]:
-    """Taken rows and rejects, each rejected by the first rule that applies; duplicates come last."""
-    scanned = table.filter(table["reason"].is_valid())
-    tables = [_rejects(scanned, scanned["reason"], scanned["detail"])]
-    table = table.filter(table["reason"].is_null())
-    height, width = _numbers(table["height"]), _numbers(table["width"])
-    short, long = np.minimum(height, width), np.maximum(height, width)
-    rules: list[tuple[str, np.ndarray]] = []
-    if config.min_side is not None:
-        rules.append(("too_small", short < config.min_side))
-    if config.max_aspect is not None:
-        rules.append(("aspect", long > config.max_aspect * short))
-    done = np.zeros(len(table), dtype=bool)
-    for reason, mask in rules:
-        rows = np.flatnonzero(mask & ~done)
-        done |= mask
-        details = [f"{w}x{h}" for h, w in zip(height[rows], width[rows], strict=True)]
-        tables.append(_rejects(table.take(rows), [reason] * len(rows), details))
-    table = table.filter(~done)
-    if config.duplicates == "reject":
-        first = _first_with_same(table["content_hash"])
-        again = first != np.arange(len(table))
-        originals = table["key"].take(first[again]).to_pylist()
-        details = [f"same file as {key}" for key in originals]
-        tables.append(_rejects(table.filter(again), ["duplicate"] * len(details), details))
-        table = table.filter(~again)
-    return table.drop_columns(["reason", "detail"]), pa.concat_tables(tables)
-
-
-def _rejects(table: pa.Table, reason: Any, detail: Any) -> pa.Table:
-    columns = [table["key"], table["source"], table["name"].cast(pa.string()), reason, detail]
-    arrays = [c if isinstance(c, pa.ChunkedArray) else pa.array(c, pa.string()) for c in columns]
-    return pa.Table.from_arrays(arrays, schema=REJECT_SCHEMA)
-
-
-def _first_with_same(values: pa.ChunkedArray) -> np.ndarray:
-    """For every row the first row that holds the same value."""
-    codes = values.combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first = np.unique(codes, return_index=True)
-    return first[codes]
-
-
-def _heldout(keys: pa.ChunkedArray, fraction: float) -> np.ndarray:
-    """True for a fixed pseudo-random fraction; from the key's last digits, as its first ones set the order."""
-    tail = np.array([int(key[-8:], 16) for key in keys.to_pylist()], dtype=np.float64)
-    return tail < fraction * 2**32
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    return column.to_numpy().astype(np.int64)

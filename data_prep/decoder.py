@@ -19,9 +19,18 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from data_prep.images import Bucket, ImagesConfig, Picture, Rejected, decode, probe
-from data_prep.sources import read_bytes
+from data_prep.images import (
+    Bucket,
+    ImagesConfig,
+    Picture,
+    Rejected,
+    decode,
+    perceptual_hash,
+    probe,
+)
+from data_prep.storage import is_remote, read_bytes
 
+READING_S = 60  # for attempts at a remote file, beside the time for decoding
 ATTEMPTS = 3  # an innocent picture may lose its child to an outside kill, hardly three times
 
 
@@ -36,16 +45,18 @@ class Address:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the scan learns of a picture: sha256 of its bytes, and its size as seen."""
+    """What the scan learns of a picture: sha256 of its bytes, its size as seen, its looks where asked."""
 
     content_hash: bytes
     height: int
     width: int
+    perceptual_hash: int | None = None
 
 
 @dataclass(frozen=True)
 class ProbeRequest:
     address: Address
+    perceptual_hash: bool = False  # needs decoding; the rest is in the header
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def serve(handle: int) -> None:
             request: Request = pipe.recv()
         except EOFError:
             return
-        signal.alarm(config.timeout_s)
+        signal.alarm(config.timeout_s + READING_S * is_remote(request.address.path))
         try:
             answer = _work(request, config)
         except Rejected as rejected:
@@ -151,10 +162,12 @@ def _work(request: Request, config: ImagesConfig) -> Answer:
         data = read_bytes(address.path, address.offset, address.length)
     except OSError as error:
         raise Rejected("unreadable", error.strerror or type(error).__name__) from error
+    signal.alarm(config.timeout_s)  # waiting for a store is no fault of the picture's
     content_hash = hashlib.sha256(data).digest()
     if isinstance(request, ProbeRequest):
         height, width = probe(data, config)
-        return Probe(content_hash, height, width)
+        looks = perceptual_hash(data, config) if request.perceptual_hash else None
+        return Probe(content_hash, height, width, looks)
     if content_hash != request.content_hash:
         raise Rejected("changed_since_scan", "its bytes are no longer those that were scanned")
     return decode(data, request.bucket, config, request.crop_at)

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
+from data_prep.plan import read_planned
 from data_prep.schema import CodecRecord, Member, TextEncoderRecord, index_path
 from data_prep.shards import WORK, ShardWriter, write_text
+from data_prep.storage import open_root
 from models.config import Config
 from models.weights import Dtype
+
+COMMITS = "commits"  # of the working folder
 
 # torch is imported by `load`: this module is also imported where only decoding is done.
 
@@ -57,7 +60,7 @@ class ShardSpec:
     split: str
     height: int
     width: int
-    num_planned: int
+    num_planned: int  # pictures
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,25 @@ class Encoders:
     empty_caption: dict[str, np.ndarray]
 
 
+def commit_name(shard: str) -> str:
+    return shard.removeprefix("shards/").removesuffix(".tar") + ".json"
+
+
 def commit_path(dataset: Path, shard: str) -> Path:
     """The record that says that a shard is whole: written last."""
-    return (
-        dataset / WORK / "commits" / (shard.removeprefix("shards/").removesuffix(".tar") + ".json")
-    )
+    return dataset / WORK / COMMITS / commit_name(shard)
 
 
 def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
     """The shard's commit record, or None where the shard must be made (again)."""
-    path = commit_path(dataset, shard)
-    if not path.is_file():
+    try:
+        commit = json.loads(commit_path(dataset, shard).read_text())
+        if commit["num_samples"]:
+            (dataset / index_path(shard)).stat()
+            if (dataset / shard).stat().st_size != commit["bytes"]:
+                return None
+    except FileNotFoundError:
         return None
-    commit = json.loads(path.read_text())
-    if commit["num_samples"]:
-        tar, index = dataset / shard, dataset / index_path(shard)
-        if not (index.is_file() and tar.is_file() and tar.stat().st_size == commit["bytes"]):
-            return None
     return commit
 
 
@@ -95,20 +100,23 @@ class ShardEncoder:
 
     def __init__(
         self,
-        dataset: Path,
+        dataset: str,
         vae: VaeConfig,
         text_encoders: dict[str, TextEncoderConfig],
         images: ImagesConfig,
         config: EncodeConfig,
+        has_labels: bool,
         num_decoders: int,
     ):
-        self._dataset, self._images, self._config = dataset, images, config
+        self._dataset = open_root(dataset, "output")
+        self._images, self._config, self._has_labels = images, config, has_labels
         self._vae, self._text_configs = vae, text_encoders
         self._pool = DecodePool(images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._codec: Any = None
         self._text: dict[str, Any] = {}
         self._in_flight: dict[str, int] = {}  # shard -> pictures decoded
+        self._metrics = _Metrics()
 
     def describe(self) -> Encoders:
         """What the encoders say of themselves; raises InputError."""
@@ -148,38 +156,47 @@ class ShardEncoder:
         for name, text in self._text.items():
             members.append(Member(name=name, dtype="float16", shape=(None, text.dim)))
             members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(text.pooled_dim,)))
-        return [*members, Member(name="micro", dtype="float32", shape=(4,))]
+        members.append(Member(name="micro", dtype="float32", shape=(4,)))
+        labels = [Member(name="label", dtype="int64", shape=())]
+        return members + labels * self._has_labels
 
     def num_in_flight(self) -> int:
         """Pictures decoded of shards not yet committed: for the progress bar."""
         return sum(list(self._in_flight.values()))
 
-    def encode_shard(self, spec: ShardSpec, rows: pa.Table) -> dict[str, Any]:
-        """Write and commit one shard, unless that is done; returns the commit record."""
+    def encode_shard(self, spec: ShardSpec, number: int) -> dict[str, Any]:
+        """Write and commit the shard that is the plan's `number`th, unless that is done; its commit record."""
         if commit := read_commit(self._dataset, spec.path):
             return commit
         self._load()
+        rows = read_planned(self._dataset / WORK, number).to_pylist()
         writer = ShardWriter(self._dataset, spec.path, [m.name for m in self._members()])
         sums = _LatentSums(self._codec.channels)
         rejects: list[dict[str, str]] = []
         try:
             for batch in self._batches(spec, rows, rejects):
-                for row, picture, arrays in self._encode_batch(batch, rejects):
-                    writer.add(row["key"], arrays, _facts(row, picture))
-                    sums.add(arrays["moments"])
+                for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
+                    variants = _variants(row["captions"], self._flips(spec), list(self._text))
+                    writer.add(row["key"], arrays, _facts(row, picture), variants)
+                    for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
+                        sums.add(arrays[name])
             commit = {**asdict(spec), **writer.commit(), **sums.record(), "rejects": rejects}
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()
             self._in_flight.pop(spec.path, None)
+        self._metrics.count(spec.num_planned - len(rejects), rejects, commit["bytes"])
         return commit
 
+    def _flips(self, spec: ShardSpec) -> bool:
+        return self._images.flip and spec.split == "train"
+
     def _batches(
-        self, spec: ShardSpec, rows: pa.Table, rejects: list[dict[str, str]]
+        self, spec: ShardSpec, rows: list[dict[str, Any]], rejects: list[dict[str, str]]
     ) -> Iterator[list[tuple[dict[str, Any], Picture]]]:
         """Decoded pictures in the plan's order, `batch_size` at a time; at most two batches are ahead."""
         waiting: deque[tuple[dict[str, Any], Future[Answer]]] = deque()
-        todo = iter(rows.to_pylist())
+        todo = iter(rows)
         batch: list[tuple[dict[str, Any], Picture]] = []
         while True:
             while len(waiting) < 2 * self._config.batch_size and (row := next(todo, None)):
@@ -206,23 +223,43 @@ class ShardEncoder:
         return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
 
     def _encode_batch(
-        self, batch: list[tuple[dict[str, Any], Picture]], rejects: list[dict[str, str]]
+        self,
+        batch: list[tuple[dict[str, Any], Picture]],
+        rejects: list[dict[str, str]],
+        flip: bool,
     ) -> Iterator[tuple[dict[str, Any], Picture, dict[str, np.ndarray]]]:
-        import torch
-
-        pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
+        """Every picture's arrays by name: of its distinct captions, the second's end in .2, and so on."""
+        captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
         with self._encoding:
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-            moments = self._codec.encode_moments(images).half().cpu().numpy()
-            text = self._encode_text([row["caption"] for row, _ in batch])
+            pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
+            moments = self._encode_pixels(pixels)
+            mirrored = self._encode_pixels(pixels[:, :, ::-1].copy()) if flip else []
+            text = self._encode_text([text for texts in captions for text in texts])
+        place = 0
         for i, (row, picture) in enumerate(batch):
-            arrays = {"moments": moments[i], "micro": picture.micro}
-            arrays |= {name: values[i] for name, values in text.items()}
+            arrays = {"moments": moments[i]}
+            if flip:
+                arrays["moments.flip"] = mirrored[i]
+            for number in range(len(captions[i])):
+                arrays |= {_numbered(n, number): v[place + number] for n, v in text.items()}
+            place += len(captions[i])
+            arrays["micro"] = picture.micro
+            if flip:
+                arrays["micro.flip"] = _mirrored(picture)
+            if self._has_labels:
+                arrays["label"] = np.array(row["label"], np.int64)
             if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                 detail = f"{', '.join(bad)}: NaN, or over 65504, what float16 holds"
                 rejects.append(_reject(row, "not_finite", detail))
             else:
                 yield row, picture, arrays
+
+    def _encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """float16 moments (B, M, h, w) of uint8 pictures (B, H, W, 3)."""
+        import torch
+
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return self._codec.encode_moments(images).half().cpu().numpy()
 
     def _encode_text(self, captions: list[str]) -> dict[str, list[np.ndarray]]:
         """Member name -> an array a caption; tokens (L, D) hold the real tokens alone."""
@@ -234,11 +271,12 @@ class ShardEncoder:
         return arrays
 
     def contact_pairs(
-        self, spec: ShardSpec, rows: pa.Table, moments: dict[str, np.ndarray]
+        self, spec: ShardSpec, number: int, moments: dict[str, np.ndarray]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Originals as they were encoded, beside what the codec makes of their stored moments."""
+        """Originals as they were encoded, beside what the codec makes of their stored moments, by key."""
         self._load()
-        batches = self._batches(spec, rows, [])
+        planned = read_planned(self._dataset / WORK, number).to_pylist()
+        batches = self._batches(spec, [row for row in planned if row["key"] in moments], [])
         pixels = {row["key"]: picture.pixels for batch in batches for row, picture in batch}
         keys = [key for key in moments if key in pixels]
         decoded = self._decode(np.stack([moments[key] for key in keys]))
@@ -280,9 +318,59 @@ class _LatentSums:
         }
 
 
+class _Metrics:
+    """Counters in Ray's dashboard and Prometheus endpoint: ray_flowmill_pictures_total and so on."""
+
+    def __init__(self):
+        from ray.util.metrics import Counter
+
+        self._pictures = Counter("flowmill_pictures", "pictures encoded and committed")
+        self._rejects = Counter("flowmill_rejects", "pictures rejected when encoding", ("reason",))
+        self._bytes = Counter("flowmill_bytes", "bytes of committed shards")
+
+    def count(self, pictures: int, rejects: list[dict[str, str]], num_bytes: int) -> None:
+        if pictures:
+            self._pictures.inc(pictures)
+            self._bytes.inc(num_bytes)
+        for reject in rejects:
+            self._rejects.inc(1, {"reason": reject["reason"]})
+
+
+def _variants(captions: list[str], flip: bool, encoders: list[str]) -> list[dict[str, str]]:
+    """The samples made of one picture, as the arrays that stand for a member: captions by mirror images."""
+    distinct = list(dict.fromkeys(captions))
+    variants = []
+    for mirrored in (False, True)[: 1 + flip]:
+        for caption in captions:
+            number = distinct.index(caption)
+            names = [name for encoder in encoders for name in (encoder, f"{encoder}_pooled")]
+            variant = {name: _numbered(name, number) for name in names}
+            if mirrored:
+                variant |= {"moments": "moments.flip", "micro": "micro.flip"}
+            variants.append(variant)
+    return variants
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name}.{number + 1}" if number else name
+
+
+def _mirrored(picture: Picture) -> np.ndarray:
+    """`micro` of the mirror image: its crop begins as far from the left as the other's ended from the right."""
+    height, width, top, left = picture.micro
+    crop_height, crop_width = picture.pixels.shape[:2]
+    resized = width * max(crop_height / height, crop_width / width)
+    right = max(resized - crop_width - left, 0)
+    return np.array([height, width, top, right], dtype=np.float32)
+
+
 def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
     """KEY.json: for people."""
-    facts = {name: row[name] for name in ("caption", "source", "name", "height", "width")}
+    facts = {name: row[name] for name in ("source", "name", "height", "width")}
+    captions = list(dict.fromkeys(row["captions"]))
+    facts["caption"] = captions[0]
+    if len(captions) > 1:
+        facts["captions"] = captions
     if row["metadata"]:
         facts["metadata"] = json.loads(row["metadata"])
     return facts | ({"notes": picture.notes} if picture.notes else {})

@@ -52,6 +52,7 @@ class ImagesConfig(Config):
     bucket_max_aspect: float = Field(default=2.0, ge=1)  # long over short side; 1: squares only
     crop: Literal["center", "random"] = "center"
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
+    flip: bool = False  # of the train split, store the mirrored picture's latent as well
     animated: Literal["first", "reject"] = "first"
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_bytes: int = Field(default=64 << 20, ge=1)
@@ -108,28 +109,48 @@ def decode(
     data: bytes, bucket: Bucket, config: ImagesConfig, crop_at: tuple[float, float] = (0.5, 0.5)
 ) -> Picture:
     """The picture resized to cover the bucket, then cropped at `crop_at` (0 top or left, 1 bottom or right)."""
+    notes: list[str] = []
+    rgb, (height, width) = _load_rgb(data, bucket, config, notes)
+    scale = max(bucket[0] / height, bucket[1] / width)
+    top = max(height * scale - bucket[0], 0.0) * crop_at[0]
+    left = max(width * scale - bucket[1], 0.0) * crop_at[1]
+    pixels = _crop_resized(rgb, bucket, top / (height * scale), left / (width * scale))
+    return Picture(pixels, np.array([height, width, top, left], dtype=np.float32), notes)
+
+
+def perceptual_hash(data: bytes, config: ImagesConfig) -> int:
+    """64-bit dHash (N. Krawetz, 2013): whether each pixel of the 9 x 8 grey miniature outshines its right
+    neighbour. Pictures that look alike differ in few bits. Raises Rejected."""
+    rgb, _ = _load_rgb(data, (72, 72), config, [])
+    grey = rgb.resize((72, 64), Image.Resampling.BOX, reducing_gap=REDUCING_GAP).convert("L")
+    values = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+    return int.from_bytes(np.packbits(values[:, :-1] > values[:, 1:]).tobytes(), "big")
+
+
+def _load_rgb(
+    data: bytes, cover: Bucket, config: ImagesConfig, notes: list[str]
+) -> tuple[Image.Image, Bucket]:
+    """sRGB pixels the right way up, and the picture's true height and width.
+
+    A JPEG is decoded no larger than covering `cover` well needs. Raises Rejected.
+    """
     with _open(data, config) as image:
         orientation = _orientation(image)
         width, height = image.size[::-1] if orientation >= 5 else image.size  # as seen
-        scale = max(bucket[0] / height, bucket[1] / width)
-        notes: list[str] = []
         try:
             if image.format in ("JPEG", "MPO"):
-                gap = scale * DRAFT_GAP
+                gap = max(cover[0] / height, cover[1] / width) * DRAFT_GAP
                 wanted = max(int(image.width * gap), 1), max(int(image.height * gap), 1)
                 image.draft(None, wanted)  # pyright: ignore[reportArgumentType] - None keeps the mode
             image.load()
             rgb = _to_rgb(image, config.background, notes)
             if orientation in TRANSPOSE:
                 rgb = rgb.transpose(TRANSPOSE[orientation])
-            top = max(height * scale - bucket[0], 0.0) * crop_at[0]
-            left = max(width * scale - bucket[1], 0.0) * crop_at[1]
-            pixels = _crop_resized(rgb, bucket, top / (height * scale), left / (width * scale))
         except (Rejected, MemoryError):
             raise
         except Exception as error:  # Pillow raises nearly anything on a broken file
             raise Rejected("undecodable", _describe(error)) from error
-    return Picture(pixels, np.array([height, width, top, left], dtype=np.float32), notes)
+    return rgb, (height, width)
 
 
 def _crop_resized(image: Image.Image, bucket: Bucket, top: float, left: float) -> np.ndarray:

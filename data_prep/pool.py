@@ -2,19 +2,21 @@
 
 import logging
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
 from pydantic import Field
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
 from models.config import Config, InputError
 
 ATTEMPTS = 5  # of one piece of work whose worker died
 CALLS_PER_ACTOR = 2  # one decodes while the other encodes
 OBJECT_STORE_BYTES = 256 << 20  # addresses and records pass through it, pictures never
+SAY_EVERY_S = 20.0  # what is waited for
 
 
 class RayConfig(Config):
@@ -59,19 +61,44 @@ def connect(config: RayConfig) -> None:
     )
 
 
-def run_tasks(function: Callable[..., Any], work: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """Results of function(*arguments) on the cluster's CPUs, in any order; a bounded number at a time."""
+def run_tasks(
+    function: Callable[..., Any],
+    work: Iterable[tuple[Any, ...]],
+    lost: Callable[..., bool],
+    say: Callable[[str], None],
+) -> Iterator[Any]:
+    """Results of function(*arguments) on the cluster's CPUs, in any order; a bounded number at a time.
+
+    Of work that killed all its workers, lost(attempts, *arguments) may say that it has dealt with it.
+    Where there is no CPU to work on, `say` is told.
+    """
     remote = ray.remote(function).options(max_retries=ATTEMPTS)
-    limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    waiting: list[Any] = []
-    for arguments in work:
-        waiting.append(remote.remote(*arguments))
-        if len(waiting) >= limit:
-            ready, waiting = ray.wait(waiting)
-            yield result(ready[0])
-    while waiting:
-        ready, waiting = ray.wait(waiting)
-        yield result(ready[0])
+    todo, flying = iter(work), dict[Any, tuple[Any, ...]]()
+    while True:
+        limit = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        while len(flying) < limit and (arguments := next(todo, None)) is not None:
+            flying[remote.remote(*arguments)] = arguments
+        if not flying:
+            return
+        ready, _ = ray.wait(list(flying), timeout=SAY_EVERY_S)
+        if not ready and ray.cluster_resources().get("CPU", 0) < 1:
+            say(f"waiting for a CPU to scan with; {_cluster()}")
+        for reference in ready:
+            arguments = flying.pop(reference)
+            try:
+                yield result(reference)
+            except WorkerCrashedError:
+                if not lost(ATTEMPTS + 1, *arguments):
+                    raise
+                yield None
+
+
+def _cluster() -> str:
+    """What the cluster has and what of it is free, in words."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{free.get(k, 0):g} of {total.get(k, 0):g} {k}s" for k in ("CPU", "GPU")]
+    return f"the cluster has {nodes} nodes, free are {' and '.join(parts)}"
 
 
 def result(reference: Any) -> Any:
@@ -95,7 +122,9 @@ class ActorPool:
         gpus = config.gpus_per_actor
         gpus = (1.0 if num_gpus else 0.0) if gpus is None else gpus
         places = num_gpus / gpus if gpus else num_cpus / threads
-        if gpus and (config.num_actors or 1) * gpus > num_gpus:
+        # A cluster's autoscaler may bring what is not there yet.
+        grows = "RAY_ADDRESS" in os.environ
+        if gpus and (config.num_actors or 1) * gpus > num_gpus and not grows:
             raise InputError(
                 f"ray: {config.num_actors or 1} actors of {gpus:g} GPUs each, expected no more than the "
                 f"{num_gpus:g} GPUs there are. Remedy: lower ray.num_actors or ray.gpus_per_actor."
@@ -109,18 +138,22 @@ class ActorPool:
             num_gpus=gpus,
             max_concurrency=CALLS_PER_ACTOR + 1,  # and a question about progress
         )
+        self._wanted = f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
         self._start: Callable[[], Any] = lambda: remote.remote(*arguments, decoders)
         self._actors = [self._start() for _ in range(self.num_actors)]
+        self._ready = [actor.__ray_ready__.remote() for actor in self._actors]
         self._polls: dict[int, tuple[Any, int]] = {}  # slot -> question asked, last answer
+        self._said = time.monotonic()
 
-    def ask(self, method: str, *arguments: Any) -> Any:
+    def ask(self, method: str, *arguments: Any, tick: Callable[[], None] = lambda: None) -> Any:
         """The answer of any one actor."""
-        return next(self.run(method, [arguments], tick=lambda: None))
+        return next(self.run(method, [arguments], tick))
 
     def run(
         self, method: str, work: Iterable[tuple[Any, ...]], tick: Callable[[], None]
     ) -> Iterator[Any]:
         """Results of actor.method(*arguments), in any order; `tick` is called about once a second."""
+        self._said = time.monotonic()
         todo, again = iter(work), deque[tuple[tuple[Any, ...], int]]()
         flying: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
         while True:
@@ -160,7 +193,21 @@ class ActorPool:
             slot = self._actors.index(actor)
             ray.kill(actor)
             self._actors[slot] = self._start()
+            self._ready[slot] = self._actors[slot].__ray_ready__.remote()
             self._polls.pop(slot, None)
+
+    def unscheduled(self) -> str | None:
+        """Every SAY_EVERY_S, what actors that have no place yet wait for; None where all have one."""
+        if time.monotonic() - self._said < SAY_EVERY_S:
+            return None
+        self._said = time.monotonic()
+        count = len(ray.wait(self._ready, num_returns=self.num_actors, timeout=0)[1])
+        if not count:
+            return None
+        return (
+            f"waiting for {count} of {self.num_actors} actors to be scheduled, each of which wants "
+            f"{self._wanted}; {_cluster()}"
+        )
 
     def poll(self, method: str) -> int:
         """Sum of the actors' last answers to `method`; asks again without waiting."""

@@ -2,47 +2,45 @@
 
 import json
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from rich.console import Console
 
 from data_prep import pool
-from data_prep.catalog import (
-    SHARD_LIST_SCHEMA,
-    CaptionsConfig,
-    FiltersConfig,
-    plan,
-    scan_partition,
-)
+from data_prep.catalog import STAGED, CaptionsConfig, FiltersConfig, scan_partition
 from data_prep.decoder import DecodePool
 from data_prep.encode import (
+    COMMITS,
     EncodeConfig,
     Encoders,
     ShardEncoder,
     ShardSpec,
     TextEncoderConfig,
     VaeConfig,
+    commit_name,
     read_commit,
 )
 from data_prep.images import ImagesConfig, list_buckets
+from data_prep.plan import SHARD_LIST_SCHEMA, plan
 from data_prep.pool import ActorPool, RayConfig
-from data_prep.report import Progress, contact_sheet, print_plan, print_result
+from data_prep.report import Progress, contact_sheet, html_report, print_plan, print_result
 from data_prep.schema import (
     CONTACT_SHEET,
     EMPTY_CAPTION,
     MANIFEST,
     REJECT_SCHEMA,
     REJECTS,
+    REPORT,
     SHARD_SCHEMA,
     SHARD_TABLE,
     BucketRecord,
@@ -50,8 +48,9 @@ from data_prep.schema import (
     Manifest,
     read_manifest,
 )
-from data_prep.shards import WORK, file_sha256, write_atomic, write_table, write_text
+from data_prep.shards import WORK, NewTable, file_sha256, read_table, write_table, write_text
 from data_prep.sources import FILES_PER_PARTITION, Entry, SourceConfig, list_source
+from data_prep.storage import delete, find_files, is_remote, open_root, patient, write_atomic
 from models.config import Config, InputError, load_config, run_command
 from models.weights import read_model_config, weights_sha256
 
@@ -59,7 +58,22 @@ SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 EncoderName = Annotated[
     str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(lambda name: _free_name(name))
 ]
-AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET)
+AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
+ENTRIES_AT_ONCE = 1 << 16
+READERS = 16  # of commits, which on an object store wait for each other's round trips
+LISTING_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("kind", pa.string()),
+        ("name", pa.large_string()),
+        ("path", pa.large_string()),
+        ("size", pa.int64()),
+        ("caption_path", pa.large_string()),
+        ("class_name", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -84,7 +98,25 @@ class PrepareConfig(Config):
     samples_per_shard: int = Field(default=1000, ge=1)
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
     ray: RayConfig = RayConfig()
-    output: str
+    output: str  # a local path, or any fsspec URL such as s3://bucket/folder
+
+    @model_validator(mode="after")
+    def _labels_are_of_one_kind(self) -> Self:
+        kinds = {
+            name: "classes" if source.kind == "classes" else "column" * has_labels(source)
+            for name, source in self.sources.items()
+        }
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{name}: {kind or 'none'}" for name, kind in kinds.items())
+            raise ValueError(
+                f"sources: got labels by {found}, expected all from classes' folders, all from a column "
+                "of integers, or none"
+            )
+        return self
+
+
+def has_labels(source: SourceConfig) -> bool:
+    return source.kind == "classes" or getattr(source, "label", None) is not None
 
 
 def main(
@@ -101,28 +133,55 @@ def main(
     prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart)
 
 
-def prepare(config: PrepareConfig, dry_run: bool = False, restart: bool = False) -> None:
-    """The whole preparation, doing only what is not done yet; raises InputError."""
-    started = time.monotonic()
+def prepare(
+    config: PrepareConfig, dry_run: bool = False, restart: bool = False
+) -> dict[str, float]:
+    """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
+    clock = _Clock()
     settings = check_settings(config)
-    entries = [e for name, source in config.sources.items() for e in list_source(name, source)]
+    listing = list_sources(config)
     if dry_run:
-        print_plan(console, config, entries, settings["weights"], list_buckets(config.images))
-        return
-    dataset = open_output(config, settings, entries, restart)
+        print_plan(console, config, listing, settings["weights"], list_buckets(config.images))
+        return {}
+    dataset = open_output(config, settings, listing, restart)
     if is_complete(dataset):
         console.print(f"{dataset} is complete; nothing to do.")
-        print_result(console, dataset, read_manifest(dataset), time.monotonic() - started)
-        return
-    pool.connect(config.ray)
-    scan(config, dataset, entries)
-    shards = make_plan(config, dataset)
-    actors = start_encoders(config, dataset, len(shards))
-    encoders: Encoders = actors.ask("describe")
-    check_buckets(config, encoders.codec.downscale)
-    encode(dataset, shards, actors)
-    finalise(config, dataset, shards, encoders, actors)
-    print_result(console, dataset, read_manifest(dataset), time.monotonic() - started)
+    else:
+        clock.mark("list")
+        pool.connect(config.ray)
+        clock.mark("start Ray")
+        scan(config, dataset, listing)
+        clock.mark("scan")
+        shards = make_plan(config, dataset)
+        clock.mark("plan")
+        actors = start_encoders(config, len(shards))
+        encoders: Encoders = actors.ask("describe", tick=lambda: _say(actors.unscheduled()))
+        check_buckets(config, encoders.codec.downscale)
+        clock.mark("load encoders")
+        commits = encode(dataset, shards, actors)
+        clock.mark("encode")
+        finalise(config, dataset, shards, commits, encoders, actors, class_names(listing))
+        clock.mark("finalise")
+    delete(dataset / WORK / STAGED)
+    print_result(console, dataset, read_manifest(dataset), clock.spent)
+    return clock.spent
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self._last, self.spent = time.monotonic(), dict[str, float]()
+
+    def mark(self, stage: str) -> None:
+        """What came since the last mark was this."""
+        now = time.monotonic()
+        self.spent[stage], self._last = now - self._last, now
+
+
+def _say(message: str | None) -> None:
+    if message:
+        console.print(message)
 
 
 def check_settings(config: PrepareConfig) -> dict[str, Any]:
@@ -150,23 +209,34 @@ def check_buckets(config: PrepareConfig, downscale: int) -> None:
         )
 
 
+def list_sources(config: PrepareConfig) -> pa.Table:
+    """Every file of every source, in a fixed order: the fields of an Entry."""
+    entries = (e for name, source in config.sources.items() for e in list_source(name, source))
+    names, batches = LISTING_SCHEMA.names, list[pa.RecordBatch]()
+    while rows := [{n: getattr(e, n) for n in names} for e in islice(entries, ENTRIES_AT_ONCE)]:
+        batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
+    return pa.Table.from_batches(batches, LISTING_SCHEMA)
+
+
+def class_names(listing: pa.Table) -> list[str]:
+    """Of class folders, in the order of their labels."""
+    return sorted(listing["class_name"].drop_null().unique().to_pylist())
+
+
 def open_output(
-    config: PrepareConfig, settings: dict[str, Any], entries: list[Entry], restart: bool
+    config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
 ) -> Path:
     """The output folder, ours and of these settings and sources; raises InputError where it is not."""
-    if pool.in_ray_job() and not os.path.isabs(config.output):
+    if pool.in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
         raise InputError(
             f"output: got {config.output}, expected an absolute path: in a Ray job a relative one lies in "
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
         )
-    dataset = Path(config.output).absolute()
+    dataset = open_root(config.output, "output")
     work = dataset / WORK
     try:
-        strangers = (
-            sorted(p.name for p in dataset.iterdir() if p.name not in OURS)
-            if dataset.exists()
-            else []
-        )
+        there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])
+        strangers = sorted(name for name in there if name not in OURS)
         if strangers and not (work / "config.json").exists():
             raise InputError(
                 f"output: {config.output} holds other files ({', '.join(strangers[:3])}), expected a folder "
@@ -174,12 +244,11 @@ def open_output(
             )
         if restart:
             _delete_earlier(dataset)
-        work.mkdir(parents=True, exist_ok=True)
         if (work / "config.json").exists():
             _refuse_other_settings(config.output, work, settings)
-            _refuse_other_sources(config.output, work, entries)
+            _refuse_other_sources(config.output, work, listing)
         else:
-            write_table(work / "listing.parquet", _listing(entries))
+            write_table(work / "listing.parquet", listing)
             write_text(work / "config.json", json.dumps(settings, indent=1))
     except OSError as error:
         raise InputError(
@@ -191,14 +260,8 @@ def open_output(
 def _delete_earlier(dataset: Path) -> None:
     # config.json, and with it the right to resume, goes first.
     for path in [dataset / WORK / "config.json", *(dataset / name for name in OURS)]:
-        if path.is_dir():
-            console.print(
-                f"deleting {path} ({sum(1 for p in path.rglob('*') if p.is_file())} files)"
-            )
-            shutil.rmtree(path)
-        elif path.exists():
-            console.print(f"deleting {path}")
-            path.unlink()
+        if count := delete(path):
+            console.print(f"deleted {path} ({count} files)")
 
 
 def _refuse_other_settings(output: str, work: Path, settings: dict[str, Any]) -> None:
@@ -215,8 +278,8 @@ def _refuse_other_settings(output: str, work: Path, settings: dict[str, Any]) ->
         )
 
 
-def _refuse_other_sources(output: str, work: Path, entries: list[Entry]) -> None:
-    before, now = pq.read_table(work / "listing.parquet"), _listing(entries)
+def _refuse_other_sources(output: str, work: Path, now: pa.Table) -> None:
+    before = read_table(work / "listing.parquet")
     if before.equals(now):
         return
     old = {(row["source"], row["name"]): row for row in before.to_pylist()}
@@ -230,12 +293,6 @@ def _refuse_other_sources(output: str, work: Path, entries: list[Entry]) -> None
     )
 
 
-def _listing(entries: list[Entry]) -> pa.Table:
-    names = ["source", "kind", "name", "path", "caption_path", "reason", "detail"]
-    schema = pa.schema([*((name, pa.string()) for name in names), ("size", pa.int64())])
-    return pa.Table.from_pylist([asdict(entry) for entry in entries], schema=schema)
-
-
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(data, dict) or not data:
         return {prefix: data}
@@ -247,19 +304,29 @@ def is_complete(dataset: Path) -> bool:
     if not (dataset / MANIFEST).is_file():
         return False
     read_manifest(dataset)
-    return not _missing(dataset, _shard_list(dataset))
+    return all(read_commits(dataset, _shard_list(dataset)))
 
 
-def scan(config: PrepareConfig, dataset: Path, entries: list[Entry]) -> None:
+def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
     """One catalog part a partition of the sources; parts that exist are not made again."""
-    work = []
-    for number, partition in enumerate(_partitions(entries)):
-        part = dataset / WORK / "catalog" / f"part-{number:06d}.parquet"
-        if not part.is_file():
-            work.append((part, partition, config.images, config.captions))
-    with Progress(console, "scan", len(work), "parts") as progress:
-        for done, _ in enumerate(pool.run_tasks(_scan_task, work)):
-            progress.update(done + 1)
+    names, partitions = class_names(listing), _partitions(config, listing)
+    done, staged = (find_files(dataset / WORK / name) for name in ("catalog", STAGED))
+    todo = []
+    for number, (source, begin, end) in enumerate(partitions):
+        name = f"part-{number:06d}"
+        # A part whose pictures were staged wants them there, so long as shards are to be made.
+        there = f"{name}.staged.parquet" in done and name in staged
+        if there or f"{name}.parquet" in done:
+            continue
+        todo.append((dataset / WORK, name, source, begin, end))
+    settings = (names, config.images, config.captions, config.filters)
+    work = (
+        (folder, name, listing.slice(begin, end - begin), config.sources[source], *settings)
+        for folder, name, source, begin, end in todo
+    )
+    with Progress(console, "scan", len(todo), "parts") as progress:
+        for count, _ in enumerate(pool.run_tasks(_scan_task, work, _scan_lost, console.print)):
+            progress.update(count + 1)
 
 
 _probes: dict[
@@ -268,33 +335,53 @@ _probes: dict[
 
 
 def _scan_task(
-    part: Path, entries: list[Entry], images: ImagesConfig, captions: CaptionsConfig
+    work: Path,
+    name: str,
+    rows: pa.Table,
+    source: SourceConfig,
+    names: list[str],
+    images: ImagesConfig,
+    captions: CaptionsConfig,
+    filters: FiltersConfig,
 ) -> None:
     probes = _probes.setdefault(images, DecodePool(images, num_children=1))
-    scan_partition(part, entries, images, captions, probes)
+    entries = [Entry(**row) for row in rows.to_pylist()]
+    scan_partition(work, name, entries, source, names, captions, filters, probes)
 
 
-def _partitions(entries: list[Entry]) -> Iterator[list[Entry]]:
-    """Neighbours of one source: many files, or one tar."""
-    batch: list[Entry] = []
-    for entry in entries:
-        size = 1 if entry.kind == "tars" else FILES_PER_PARTITION
-        if batch and (batch[0].source != entry.source or len(batch) >= size):
-            yield batch
-            batch = []
-        batch.append(entry)
-    if batch:
-        yield batch
+def _scan_lost(attempts: int, work: Path, name: str, rows: pa.Table, *settings: Any) -> bool:
+    """Reject a table that kills whoever reads it; other partitions do not, so theirs is another trouble."""
+    if settings[0].kind not in ("table", "imagefolder"):
+        return False
+    detail = f"its reader died {attempts} times"
+    columns = {"reason": "scan_crash", "detail": detail}
+    for column, value in columns.items():
+        place = rows.schema.get_field_index(column)
+        rows = rows.set_column(place, column, pa.array([value] * len(rows), pa.string()))
+    _scan_task(work, name, rows, *settings)
+    return True
+
+
+def _partitions(config: PrepareConfig, listing: pa.Table) -> list[tuple[str, int, int]]:
+    """Neighbours of one source in the listing: many files, or one tar or table."""
+    found, start = list[tuple[str, int, int]](), 0
+    for name, source in config.sources.items():
+        end = start + (pc.sum(pc.equal(listing["source"], name)).as_py() or 0)
+        size = FILES_PER_PARTITION if source.kind in ("folder", "classes") else 1
+        found += [(name, begin, min(begin + size, end)) for begin in range(start, end, size)]
+        start = end
+    return found
 
 
 def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     """The shards to be made; raises InputError if no picture is left to fill one."""
     work = dataset / WORK
     if not (work / "shard_list.parquet").is_file():
-        plan(work, config.images, config.filters, config.samples_per_shard, config.heldout_fraction)
+        buckets, size = list_buckets(config.images), config.samples_per_shard
+        plan(work, buckets, config.filters, size, config.heldout_fraction)
     shards = _shard_list(dataset)
     if not shards:
-        rejects = pq.read_table(work / "plan_rejects.parquet")
+        rejects = read_table(work / "plan_rejects.parquet")
         counts = Counter(rejects["reason"].to_pylist()).most_common()
         raise InputError(
             f"sources: of {len(rejects)} pictures none is left: "
@@ -305,84 +392,109 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
 
 
 def _shard_list(dataset: Path) -> list[ShardSpec]:
-    table = pq.read_table(dataset / WORK / "shard_list.parquet", schema=SHARD_LIST_SCHEMA)
+    table = read_table(dataset / WORK / "shard_list.parquet", SHARD_LIST_SCHEMA)
     return [ShardSpec(**row) for row in table.to_pylist()]
 
 
-def _missing(dataset: Path, shards: list[ShardSpec]) -> list[int]:
-    """Places in the list of the shards without a whole commit."""
-    return [i for i, spec in enumerate(shards) if read_commit(dataset, spec.path) is None]
+def read_commits(dataset: Path, shards: list[ShardSpec]) -> list[dict[str, Any] | None]:
+    """The commit of every shard, None where it is to be made."""
+    there = find_files(dataset / WORK / COMMITS)
+
+    def read(spec: ShardSpec) -> dict[str, Any] | None:
+        return read_commit(dataset, spec.path) if commit_name(spec.path) in there else None
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(read, shards))
 
 
-def start_encoders(config: PrepareConfig, dataset: Path, num_shards: int) -> ActorPool:
+def start_encoders(config: PrepareConfig, num_shards: int) -> ActorPool:
     """The actors; they open their encoders when they are first asked."""
     vae = config.vae.model_copy(update={"path": os.path.abspath(config.vae.path)})
     texts = {
         name: text.model_copy(update={"path": os.path.abspath(text.path)})
         for name, text in config.text_encoders.items()
     }
-    arguments = (dataset, vae, texts, config.images, config.encode)
+    output = config.output if is_remote(config.output) else os.path.abspath(config.output)
+    labels = any(has_labels(source) for source in config.sources.values())
+    arguments = (output, vae, texts, config.images, config.encode, labels)
     return ActorPool(ShardEncoder, arguments, config.ray, config.encode.threads, most=num_shards)
 
 
-def encode(dataset: Path, shards: list[ShardSpec], actors: ActorPool) -> None:
-    """Every shard that is not committed yet."""
-    missing = _missing(dataset, shards)
-    rows = pq.ParquetFile(dataset / WORK / "plan.parquet")
-    work = ((shards[i], rows.read_row_group(i)) for i in missing)
+def encode(dataset: Path, shards: list[ShardSpec], actors: ActorPool) -> list[dict[str, Any]]:
+    """Every shard that is not committed yet; returns all commits in the order of the list."""
+    commits = read_commits(dataset, shards)
+    places = {spec.path: i for i, spec in enumerate(shards)}
+    work = ((shards[i], i) for i, commit in enumerate(commits) if commit is None)
     total = sum(shard.num_planned for shard in shards)
-    done, rejected = total - sum(shards[i].num_planned for i in missing), 0
+    done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
     with Progress(console, "encode", total, "pictures", done) as progress:
 
         def tick() -> None:
             progress.update(done + actors.poll("num_in_flight"), rejected)
+            _say(actors.unscheduled())
 
         for commit in actors.run("encode_shard", work, tick):
-            done += commit["num_samples"] + len(commit["rejects"])
+            commits[places[commit["path"]]] = commit
+            done += commit["num_planned"]
             rejected += len(commit["rejects"])
+    whole = [commit for commit in commits if commit]
+    assert len(whole) == len(shards), "the actors returned before every shard was committed"
+    return whole
 
 
 def finalise(
     config: PrepareConfig,
     dataset: Path,
     shards: list[ShardSpec],
+    commits: list[dict[str, Any]],
     encoders: Encoders,
     actors: ActorPool,
+    names: list[str],
 ) -> None:
-    """Tables, the empty caption, the contact sheet, and last the manifest."""
+    """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
     from safetensors.numpy import save_file
 
-    commits = [read_commit(dataset, spec.path) for spec in shards]
-    assert all(commits), "encode returned before every shard was committed"
-    whole: list[dict[str, Any]] = [commit for commit in commits if commit]
-    rejects = _all_rejects(dataset, whole)
-    table = [c for c in sorted(whole, key=lambda c: c["path"]) if c["num_samples"]]
+    table = [c for c in sorted(commits, key=lambda c: c["path"]) if c["num_samples"]]
+    rejected = _write_rejects(dataset, commits)
     if not table:
         raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
-    write_table(dataset / REJECTS, rejects)
     write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
     if encoders.empty_caption:
         write_atomic(dataset / EMPTY_CAPTION, lambda path: save_file(encoders.empty_caption, path))
-    sheet = contact_sheet(dataset, shards, whole, encoders, actors)
+    sheet, psnr = contact_sheet(dataset, shards, commits, encoders, actors)
     write_atomic(dataset / CONTACT_SHEET, lambda path: sheet.save(path, format="PNG"))
-    for leftover in dataset.rglob(".*.tmp"):  # of killed processes
+    manifest = _manifest(config, table, rejected, encoders).model_copy(
+        update={"class_names": names, "reconstruction_psnr_db": psnr}
+    )
+    write_text(dataset / REPORT, html_report(dataset, manifest, table))
+    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):  # of killed processes
         leftover.unlink(missing_ok=True)
     files = [name for name in AUDITED if (dataset / name).is_file()]
-    manifest = _manifest(config, table, rejects, encoders).model_copy(
-        update={"files": {name: file_sha256(dataset / name) for name in files}}
-    )
-    write_text(dataset / MANIFEST, manifest.with_fingerprint().model_dump_json(indent=1))
+    hashes = {name: file_sha256(dataset / name) for name in files}
+    manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()
+    write_text(dataset / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def _all_rejects(dataset: Path, commits: list[dict[str, Any]]) -> pa.Table:
-    planned = pq.read_table(dataset / WORK / "plan_rejects.parquet", schema=REJECT_SCHEMA)
+def _write_rejects(dataset: Path, commits: list[dict[str, Any]]) -> dict[str, int]:
+    """Those of scan and plan in the order of the sources, then those of encoding; returns counts by reason."""
+    counts: Counter[str] = Counter()
     encoded = [reject for commit in commits for reject in commit["rejects"]]
-    table = pa.concat_tables([planned, pa.Table.from_pylist(encoded, schema=REJECT_SCHEMA)])
-    return table.sort_by([("source", "ascending"), ("name", "ascending"), ("key", "ascending")])
+    with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
+        planned = (
+            pa.Table.from_batches([b], REJECT_SCHEMA) for b in pq.ParquetFile(file).iter_batches()
+        )
+        with NewTable(dataset / REJECTS, REJECT_SCHEMA) as writer:
+            for table in (*planned, pa.Table.from_pylist(encoded, schema=REJECT_SCHEMA)):
+                writer.write(table)
+                counts.update(table["reason"].to_pylist())
+    return dict(sorted(counts.items()))
 
 
 def _manifest(
-    config: PrepareConfig, commits: list[dict[str, Any]], rejects: pa.Table, encoders: Encoders
+    config: PrepareConfig,
+    commits: list[dict[str, Any]],
+    rejected: dict[str, int],
+    encoders: Encoders,
 ) -> Manifest:
     train = [commit for commit in commits if commit["split"] == "train"] or commits
     count = sum(commit["latent_count"] for commit in train)
@@ -393,7 +505,7 @@ def _manifest(
     buckets: Counter[tuple[int, int]] = Counter()
     for commit in train:
         buckets[commit["height"], commit["width"]] += commit["num_samples"]
-    kept = sum(commit["num_samples"] for commit in commits)
+    kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
     return Manifest(
         codec=encoders.codec.model_copy(update={"path": config.vae.path}),
         text_encoders={
@@ -406,11 +518,7 @@ def _manifest(
         buckets=[
             BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in sorted(buckets.items())
         ],
-        counts=Counts(
-            seen=kept + len(rejects),
-            kept=kept,
-            rejected=dict(sorted(Counter(rejects["reason"].to_pylist()).items())),
-        ),
+        counts=Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected),
         prepare_config=config.model_dump(mode="json", exclude={"ray", "output"}),
     )
 

@@ -1,14 +1,18 @@
 """What people see of a preparation: the dry run, progress, tables, and the contact sheet."""
 
+import base64
+import html
 import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from rich import progress
 from rich.console import Console
@@ -16,10 +20,11 @@ from rich.table import Table
 
 from data_prep.encode import Encoders, ShardSpec
 from data_prep.images import Bucket
+from data_prep.plan import read_planned
 from data_prep.pool import ActorPool
-from data_prep.schema import Manifest, index_path, read_index, read_shard_table
+from data_prep.schema import CONTACT_SHEET, SPLITS, Manifest, index_path, read_shard_table
 from data_prep.shards import WORK
-from data_prep.sources import Entry
+from data_prep.storage import is_remote
 
 SHEET_PAIRS, SHEET_COLUMNS, SHEET_CELL = 24, 8, 192
 LINE_EVERY_S = 30.0  # where there is no terminal to draw a bar on
@@ -66,16 +71,18 @@ class Progress:
 def print_plan(
     console: Console,
     config: Any,
-    entries: list[Entry],
+    listing: pa.Table,
     weights: dict[str, str],
     buckets: list[Bucket],
 ) -> None:
     """The dry run's answer: what is there and what would be made of it."""
     table = Table("source", "kind", "path", "files", "MiB", title="Sources")
     for name, source in config.sources.items():
-        ours = [entry for entry in entries if entry.source == name and not entry.reason]
-        mib = sum(entry.size for entry in ours) / 2**20
-        table.add_row(name, source.kind, source.path, str(len(ours)), f"{mib:.1f}")
+        sizes = listing["size"].filter(
+            pc.and_(pc.equal(listing["source"], name), pc.is_null(listing["reason"]))
+        )
+        mib = (pc.sum(sizes).as_py() or 0) / 2**20
+        table.add_row(name, source.kind, source.path, str(len(sizes)), f"{mib:.1f}")
     console.print(table)
     table = Table("encoder", "path", "dtype", "weights sha256", title="Encoders")
     for name, sha256 in weights.items():
@@ -86,14 +93,18 @@ def print_plan(
     for height, width in buckets:
         table.add_row(str(height), str(width), f"{width / height:.2f}")
     console.print(table)
-    folder = Path(config.output).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 2**30
-    console.print(f"Output {config.output}, {free:.1f} GiB free there. Nothing was written.")
+    room = ""
+    if not is_remote(config.output):
+        folder = Path(config.output).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        room = f", {shutil.disk_usage(folder).free / 2**30:.1f} GiB free there"
+    console.print(f"Output {config.output}{room}. Nothing was written.")
 
 
-def print_result(console: Console, dataset: Path, manifest: Manifest, seconds: float) -> None:
+def print_result(
+    console: Console, dataset: Path, manifest: Manifest, spent: dict[str, float]
+) -> None:
     """Counts and buckets of a finished dataset."""
     counts = manifest.counts
     table = Table("pictures", "count", title="Counts")
@@ -103,20 +114,34 @@ def print_result(console: Console, dataset: Path, manifest: Manifest, seconds: f
         table.add_row(f"rejected: {reason}", str(count))
     console.print(table)
     rows = read_shard_table(dataset).to_pylist()
+    table = Table(*BUCKET_COLUMNS, title="Buckets")
+    for line in bucket_lines(rows):
+        table.add_row(*line)
+    console.print(table)
+    size = sum(row["bytes"] for row in rows) / 2**20
+    where = str(dataset)
+    if not is_remote(dataset):
+        where = min(os.path.relpath(dataset), where, key=len)
+    console.print(
+        f"{where}: {counts.kept} pictures, {len(rows)} shards, {size:.1f} MiB; "
+        + (", ".join(f"{what} {s:.1f} s" for what, s in spent.items()) or "0 s")
+    )
+
+
+BUCKET_COLUMNS = ("bucket", "aspect", "train", "held out", "shards")
+
+
+def bucket_lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Of the shard table: samples and shards of every bucket, from the tallest to the widest."""
     shards, samples = Counter[Bucket](), Counter[tuple[Bucket, str]]()
     for row in rows:
         shards[row["height"], row["width"]] += 1
         samples[(row["height"], row["width"]), row["split"]] += row["num_samples"]
-    table = Table("bucket", "aspect", "train", "held out", "shards", title="Buckets")
+    lines = []
     for (height, width), count in sorted(shards.items(), key=lambda item: item[0][1] / item[0][0]):
-        numbers = (samples[(height, width), split] for split in ("train", "heldout"))
-        table.add_row(f"{height}x{width}", f"{width / height:.2f}", *map(str, numbers), str(count))
-    console.print(table)
-    size = sum(row["bytes"] for row in rows) / 2**20
-    where = min(os.path.relpath(dataset), str(dataset), key=len)
-    console.print(
-        f"{where}: {counts.kept} samples, {len(rows)} shards, {size:.1f} MiB; {seconds:.0f} s."
-    )
+        numbers = [str(samples[(height, width), split]) for split in SPLITS]
+        lines.append((f"{height}x{width}", f"{width / height:.2f}", *numbers, str(count)))
+    return lines
 
 
 def contact_sheet(
@@ -125,9 +150,8 @@ def contact_sheet(
     commits: list[dict[str, Any]],
     encoders: Encoders,
     actors: ActorPool,
-) -> Image.Image:
-    """Some originals, each above what the codec makes of its stored latents, of every bucket in turn."""
-    plan = pq.ParquetFile(dataset / WORK / "plan.parquet")
+) -> tuple[Image.Image, float]:
+    """Some originals of every bucket, each above what the codec makes of its stored latents, and their PSNR in dB."""
     first: dict[Bucket, int] = {}
     for i, commit in enumerate(commits):
         if commit["num_samples"]:
@@ -136,23 +160,31 @@ def contact_sheet(
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for i in list(first.values())[:SHEET_PAIRS]:
         rejected = {reject["key"] for reject in commits[i]["rejects"]}
-        rows = plan.read_row_group(i)
-        kept = [n for n, key in enumerate(rows["key"].to_pylist()) if key not in rejected][:each]
-        rows = rows.take(kept)
-        moments = _read_moments(dataset, shards[i], encoders, len(kept))
-        stored = dict(zip(rows["key"].to_pylist(), moments, strict=True))
-        pairs += actors.ask("contact_pairs", shards[i], rows, stored)
-    return _draw_pairs(pairs)
+        keys = read_planned(dataset / WORK, i)["key"].to_pylist()
+        keys = [key for key in keys if key not in rejected]
+        step = commits[i]["num_samples"] // len(keys)  # samples of a picture
+        moments = _read_moments(dataset, shards[i], encoders, step, min(each, len(keys)))
+        stored = dict(zip(keys, moments, strict=False))
+        pairs += actors.ask("contact_pairs", shards[i], i, stored)
+    errors = [((a.astype(np.float64) - b) ** 2).mean() for a, b in pairs]
+    psnr = [10 * np.log10(255**2 / max(error, 1e-3)) for error in errors]
+    return _draw_pairs(pairs), round(float(np.mean(psnr)), 2)
 
 
-def _read_moments(dataset: Path, spec: ShardSpec, encoders: Encoders, count: int) -> np.ndarray:
-    """The first samples' moments, found through the index: (count, 2C, h, w)."""
-    index = read_index(dataset / index_path(spec.path))[:count, 0]
-    data = np.memmap(dataset / spec.path, dtype=np.uint8, mode="r")
-    moments, downscale = encoders.members[0], encoders.codec.downscale
+def _read_moments(
+    dataset: Path, spec: ShardSpec, encoders: Encoders, step: int, count: int
+) -> np.ndarray:
+    """The moments of the first pictures, found through the index: (count, 2C, h, w)."""
+    with (dataset / index_path(spec.path)).open("rb") as file:
+        index = np.lib.format.read_array(file, allow_pickle=False)
+    member, downscale = encoders.members[0], encoders.codec.downscale
+    moments = []
+    with (dataset / spec.path).open("rb") as file:
+        for offset, size in index[: count * step : step, 0].tolist():
+            file.seek(offset)
+            moments.append(np.frombuffer(file.read(size), member.dtype))
     shape = (count, -1, spec.height // downscale, spec.width // downscale)
-    values = [data[offset : offset + size].view(moments.dtype) for offset, size in index]
-    return np.stack(values).reshape(shape)
+    return np.stack(moments).reshape(shape)
 
 
 def _draw_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Image.Image:
@@ -167,3 +199,51 @@ def _draw_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Image.Image:
             x, y = i % columns * SHEET_CELL, (i // columns * 2 + j) * SHEET_CELL
             sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x + 2, y + 2))
     return sheet
+
+
+def html_report(dataset: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str:
+    """One page with the contact sheet in it, to be read offline; nothing on it runs."""
+    sheet = base64.b64encode((dataset / CONTACT_SHEET).read_bytes()).decode()
+    counts, codec = manifest.counts, manifest.codec
+    seen = max(counts.seen, 1)
+    kinds = {"seen": counts.seen, "kept": counts.kept} | {
+        f"rejected: {reason}": count for reason, count in counts.rejected.items()
+    }
+    encoders = {"vae": codec, **manifest.text_encoders}
+    stats = zip(manifest.latent_mean, manifest.latent_std, strict=True)
+    tables = [
+        (
+            "Pictures",
+            ("", "count", "%"),
+            [(k, n, f"{100 * n / seen:.2f}") for k, n in kinds.items()],
+        ),
+        ("Buckets", BUCKET_COLUMNS, bucket_lines(rows)),
+        (
+            "Latents, raw, by channel",
+            ("channel", "mean", "std"),
+            [(i, f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(stats)],
+        ),
+        (
+            "Encoders",
+            ("encoder", "path", "dtype", "weights sha256"),
+            [(n, e.path, e.dtype, e.weights_sha256[:12]) for n, e in encoders.items()],
+        ),
+    ]
+    parts = [f"<h2>{title}</h2>" + _html_table(head, lines) for title, head, lines in tables]
+    psnr = manifest.reconstruction_psnr_db
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>Prepared dataset</title><style>"
+        "body{font:15px sans-serif;margin:2em auto;max-width:1600px}"
+        "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}"
+        "td:first-child,th:first-child{text-align:left}</style><h1>Prepared dataset</h1>"
+        + "".join(parts)
+        + f"<h2>Originals above their decoded latents, PSNR {psnr} dB</h2>"
+        f'<img alt="contact sheet" src="data:image/png;base64,{sheet}"></html>\n'
+    )
+
+
+def _html_table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}' for cell in head)}"]
+    for line in lines:
+        rows.append(f"<tr>{''.join(f'<td>{html.escape(str(cell))}' for cell in line)}")
+    return f"<table>{''.join(rows)}</table>"

@@ -25,6 +25,7 @@ SHARD_TABLE = "shards.parquet"
 REJECTS = "rejects.parquet"
 EMPTY_CAPTION = "empty_caption.safetensors"
 CONTACT_SHEET = "contact_sheet.png"
+REPORT = "report.html"
 
 SPLITS = ("train", "heldout")
 
@@ -114,6 +115,9 @@ class Manifest(Config):
     files: dict[str, str] = Field(
         default_factory=dict
     )  # name -> sha256 of the tables and pictures beside the manifest
+    # Added since the first datasets were made; left out of the fingerprint where they say nothing.
+    class_names: list[str] = Field(default_factory=list)  # of class folders, by label
+    reconstruction_psnr_db: float | None = None  # of the contact sheet's pictures
     fingerprint: str = ""
 
     def with_fingerprint(self) -> "Manifest":
@@ -121,7 +125,8 @@ class Manifest(Config):
 
     def compute_fingerprint(self) -> str:
         """sha256 of everything else in the manifest, canonical JSON."""
-        return fingerprint(self.model_dump(mode="json", exclude={"fingerprint"}))
+        later = {n for n in ("class_names", "reconstruction_psnr_db") if not getattr(self, n)}
+        return fingerprint(self.model_dump(mode="json", exclude={"fingerprint", *later}))
 
 
 def fingerprint(data: dict[str, Any]) -> str:
@@ -156,7 +161,8 @@ def read_manifest(dataset: Path) -> Manifest:
 
 def read_shard_table(dataset: Path) -> pa.Table:
     """shards.parquet, in the order of `path`."""
-    return pq.read_table(dataset / SHARD_TABLE, schema=SHARD_SCHEMA)
+    with (dataset / SHARD_TABLE).open("rb") as file:
+        return pq.read_table(file, schema=SHARD_SCHEMA)
 
 
 def index_path(shard: str) -> str:

@@ -3,34 +3,18 @@
 import hashlib
 import io
 import json
-import os
 import tarfile
-import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.schema import index_path
+from data_prep.storage import publish, temporary_for, write_atomic
 
 WORK = "work"  # of the dataset: everything needed to resume
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there whole, durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,28 +25,61 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
+class NewTable:
+    """A Parquet file written piece by piece, a row group each, that appears when it is whole."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._path, self._temporary = path, temporary_for(path)
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
+
+    def write(self, table: pa.Table) -> None:
+        if len(table):
+            self._writer.write_table(table.combine_chunks(), row_group_size=len(table))
+
+    def commit(self) -> None:
+        self._writer.close()
+        publish(self._temporary, self._path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed:
+            self._writer.close()
+            self._temporary.unlink()
+        else:
+            self.commit()
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
     return buffer.getvalue()
 
 
+def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
+    with path.open("rb") as file:
+        return pq.read_table(file, schema=schema)
+
+
 def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class ShardWriter:
     """A shard being written under a temporary name; `commit` makes it and its index appear.
 
     The tar is plain WebDataset in USTAR with times and owners zero. Two writers of one shard write the
-    same bytes, so it does not matter whose rename comes last.
+    same bytes, so it does not matter whose commit comes last.
     """
 
     def __init__(self, dataset: Path, path: str, members: list[str]):
         self._target, self._members = dataset / path, members
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex}.tmp")
+        self._temporary = temporary_for(self._target)
         self._file = _HashingFile(self._temporary)
         self._tar = tarfile.TarFile(
             fileobj=self._file,  # pyright: ignore[reportArgumentType]
@@ -71,16 +88,25 @@ class ShardWriter:
         )
         self._index: list[list[tuple[int, int]]] = []
 
-    def add(self, key: str, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-        """Append a sample: every member's array, and KEY.json."""
-        places = []
-        for name in self._members:
-            array = arrays[name]
+    def add(
+        self,
+        key: str,
+        arrays: dict[str, np.ndarray],
+        facts: dict[str, Any],
+        variants: list[dict[str, str]] | None = None,
+    ) -> None:
+        """Append a picture: KEY.NAME.npy of every array, KEY.json, and a row of the index a variant.
+
+        A variant says which array stands for a member, where it is not the one of the member's own name.
+        """
+        places = {}
+        for name, array in arrays.items():
             end = self._append(f"{key}.{name}.npy", npy_bytes(array))
-            places.append((end - array.nbytes, array.nbytes))
+            places[name] = (end - array.nbytes, array.nbytes)
         text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
         self._append(f"{key}.json", text.encode())
-        self._index.append(places)
+        for variant in variants or [{}]:
+            self._index.append([places[variant.get(name, name)] for name in self._members])
 
     def _append(self, name: str, data: bytes) -> int:
         """Offset just past the data."""
@@ -105,8 +131,7 @@ class ShardWriter:
             self._target.parent / index_path(self._target.name),
             lambda path: path.write_bytes(index_data),
         )
-        os.replace(self._temporary, self._target)
-        _sync_folder(self._target.parent)
+        publish(self._temporary, self._target)
         return {
             "num_samples": len(self._index),
             "bytes": self._file.num_bytes,
@@ -116,7 +141,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close(sync=False)
+        self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -135,16 +160,5 @@ class _HashingFile:
     def tell(self) -> int:
         return self.num_bytes
 
-    def close(self, sync: bool = True) -> None:
-        if sync and not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+    def close(self) -> None:
         self._file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -34,7 +33,8 @@ from data_prep.schema import (
     read_manifest,
     read_shard_table,
 )
-from data_prep.shards import file_sha256
+from data_prep.shards import file_sha256, read_table
+from data_prep.storage import find_files, local_copy, open_root
 from models.config import InputError, run_command
 
 KEY = re.compile(r"[0-9a-f]{20}")
@@ -46,13 +46,13 @@ class Wrong(Exception):
 
 
 def main(
-    dataset: Annotated[Path, typer.Argument(help="A folder that flowmill prepare wrote.")],
+    dataset: Annotated[str, typer.Argument(help="A folder or URL that flowmill prepare wrote.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes that read shards.")] = (
         os.cpu_count() or 1
     ),
 ) -> None:
     """Audit a prepared dataset; exit status 1 and what is wrong, if anything is."""
-    problems = verify(dataset, workers)
+    problems = verify(open_root(dataset, "dataset"), workers)
     for problem in problems:
         console.print("wrong", problem, style="red")
     if problems:
@@ -74,12 +74,12 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     ]
     try:
         rows = read_shard_table(dataset).to_pylist()
-        rejects = pq.read_table(dataset / REJECTS, schema=REJECT_SCHEMA)
+        rejects = read_table(dataset / REJECTS, REJECT_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         return [*problems, f"{SHARD_TABLE} or {REJECTS}: {error}"]
     answers = list(_audit_all(dataset, manifest, rows, workers))
-    problems += [f"{row['path']}: {w}" for row, (w, *_) in zip(rows, answers, strict=True) if w]
-    problems += _order_problems(rows, [keys for _, *keys in answers])
+    wrong = [f"{row['path']}: {w}" for row, (w, *_) in zip(rows, answers, strict=True) if w]
+    problems += wrong + _order_problems(rows, [keys for _, *keys in answers])
     problems += _count_problems(manifest, rows, rejects)
     problems += _strangers(dataset, rows)
     if manifest.text_encoders:
@@ -109,14 +109,17 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
     """What is wrong with the shard ("" if nothing), its first and its last key."""
     tar, index = dataset / row["path"], dataset / index_path(row["path"])
     try:
-        for path, sha256 in ((tar, row["sha256"]), (index, row["index_sha256"])):
+        for path in (tar, index):
             if not path.is_file():
                 raise Wrong(f"{path.name} is missing")
-            if path == tar and path.stat().st_size != row["bytes"]:
-                raise Wrong(f"has {path.stat().st_size} bytes, expected {row['bytes']}")
-            if file_sha256(path) != sha256:
-                raise Wrong(f"{path.name} is not what the table says (sha256)")
-        keys = _audit_samples(tar, read_index(index), manifest, row)
+        if tar.stat().st_size != row["bytes"]:
+            raise Wrong(f"has {tar.stat().st_size} bytes, expected {row['bytes']}")
+        with local_copy(str(tar)) as shard, local_copy(str(index)) as places:
+            for path, sha256 in ((shard, row["sha256"]), (places, row["index_sha256"])):
+                if file_sha256(Path(path)) != sha256:
+                    name = (tar if path == shard else index).name
+                    raise Wrong(f"{name} is not what the table says (sha256)")
+            keys = _audit_samples(Path(shard), read_index(Path(places)), manifest, row)
     except Wrong as wrong:
         return str(wrong), "", ""
     except (OSError, ValueError, tarfile.TarError) as error:
@@ -128,43 +131,76 @@ def _audit_samples(
     path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any]
 ) -> list[str]:
     """The keys in order; raises Wrong at the first member that is not as it should be."""
-    members = manifest.members
+    members = [member.name for member in manifest.members]
+    each = _samples_a_picture(manifest, row["split"])
     if index.shape[:2] != (row["num_samples"], len(members)):
         raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
     keys: list[str] = []
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for places in index:
-            key = ""
-            for member, place in zip([*members, None], [*places, None], strict=True):
-                info = tar.next()
-                if info is None:
-                    raise Wrong(f"ends after {len(keys)} samples, expected {len(index)}")
-                name = f"{member.name}.npy" if member else "json"
-                key = key or info.name.split(".")[0]
-                if info.name != f"{key}.{name}" or not KEY.fullmatch(key):
-                    raise Wrong(f"member {info.name!r} where KEY.{name} was expected")
-                file.seek(info.offset_data)
-                if member and place is not None:
-                    _audit_array(file, info, member, place, manifest, row)
-                elif not isinstance(json.loads(file.read(info.size)).get("caption"), str):
-                    raise Wrong(f"{info.name}: no caption")
+        for begin in range(0, len(index), each):
+            key, places = _audit_picture(tar, file, manifest, row)
+            if not key:
+                raise Wrong(f"ends after {len(keys)} pictures, expected {len(index) // each}")
+            _audit_index(index[begin : begin + each], key, places, members)
             keys.append(key)
         if tar.next() is not None:
-            raise Wrong(f"holds more than {len(index)} samples")
+            raise Wrong(f"holds more than {len(keys)} pictures")
     for before, after in pairwise(keys):
         if after <= before:
             raise Wrong(f"key {after} is out of order or there twice")
     return keys
 
 
-def _audit_array(
-    file: Any,
-    info: tarfile.TarInfo,
-    member: Member,
-    place: np.ndarray,
-    manifest: Manifest,
-    row: dict[str, Any],
+def _audit_picture(
+    tar: tarfile.TarFile, file: Any, manifest: Manifest, row: dict[str, Any]
+) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The next key and where its arrays lie, KEY.json being the last member of it; "" at the end."""
+    members, key = {member.name: member for member in manifest.members}, ""
+    places: dict[str, tuple[int, int]] = {}
+    while info := tar.next():
+        key = key or info.name.split(".")[0]
+        name = info.name.removeprefix(f"{key}.")
+        file.seek(info.offset_data)
+        if not KEY.fullmatch(key) or not info.name.startswith(f"{key}."):
+            raise Wrong(f"member {info.name!r} where one of {key!r} was expected")
+        if name == "json":
+            if not isinstance(json.loads(file.read(info.size)).get("caption"), str):
+                raise Wrong(f"{info.name}: no caption")
+            return key, places
+        member = members.get(name.split(".")[0])
+        if member is None or not name.endswith(".npy"):
+            raise Wrong(f"member {info.name!r} is none of {', '.join(members)}")
+        places[name.removesuffix(".npy")] = _audit_array(file, info, member, manifest, row)
+    return "", places
+
+
+def _samples_a_picture(manifest: Manifest, split: str) -> int:
+    """Captions drawn for a picture, and as many again of its mirror image in the train split."""
+    config = manifest.prepare_config
+    flips = config.get("images", {}).get("flip", False) and split == "train"
+    return config.get("captions", {}).get("per_picture", 1) * (1 + flips)
+
+
+def _audit_index(
+    rows: np.ndarray, key: str, places: dict[str, tuple[int, int]], members: list[str]
 ) -> None:
+    """The samples of a picture lead to its arrays, each to one of every member, and none is left out."""
+    found = {place: name for name, place in places.items()}
+    used = set[str]()
+    for row in rows.tolist():
+        for member, place in zip(members, map(tuple, row), strict=True):
+            name = found.get(place, "")
+            if name.split(".")[0] != member:
+                raise Wrong(f"{key}.{member}.npy: index says {place}, the tar {places.get(member)}")
+            used.add(name)
+    if unused := sorted(places.keys() - used):
+        raise Wrong(f"{key}.{unused[0]}: the index leads nowhere to it")
+
+
+def _audit_array(
+    file: Any, info: tarfile.TarInfo, member: Member, manifest: Manifest, row: dict[str, Any]
+) -> tuple[int, int]:
+    """Offset and bytes of the numbers, which are of the right kind, number and finite."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise Wrong(f"{info.name}: not an .npy file of version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -178,13 +214,12 @@ def _audit_array(
     if dtype != np.dtype(member.dtype) or fortran or not fits:
         raise Wrong(f"{info.name}: got {dtype} {shape}, expected {member.dtype} {expected}")
     offset, size = file.tell(), info.offset_data + info.size - file.tell()
-    if (offset, size) != tuple(place):
-        raise Wrong(f"{info.name}: index says {tuple(place)}, the tar {(offset, size)}")
     values = np.frombuffer(file.read(size), dtype)
     if len(values) != np.prod(shape):
         raise Wrong(f"{info.name}: got {len(values)} values, expected {shape}")
     if not np.isfinite(values).all():
         raise Wrong(f"{info.name}: holds NaN or infinity")
+    return offset, size
 
 
 def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
@@ -204,10 +239,11 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
     for row in rows:
         if row["split"] == "train" or only_heldout:
             buckets[row["height"], row["width"]] += row["num_samples"]
+    kept = sum(r["num_samples"] // _samples_a_picture(manifest, r["split"]) for r in rows)
     rejected = dict(Counter(rejects["reason"].to_pylist()))
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
     checks = {
-        "kept": (counts.kept, sum(row["num_samples"] for row in rows)),
+        "kept": (counts.kept, kept),
         "rejected": (counts.rejected, rejected),
         "seen": (counts.seen, counts.kept + len(rejects)),
         "buckets": (said, dict(buckets)),
@@ -221,17 +257,16 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
 
 def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:
     known = {name for row in rows for name in (row["path"], index_path(row["path"]))}
-    files = (p for p in (dataset / "shards").rglob("*") if p.is_file())
-    names = sorted(str(path.relative_to(dataset)) for path in files)
+    names = sorted(f"shards/{name}" for name in find_files(dataset / "shards"))
     return [f"{name}: not in {SHARD_TABLE}" for name in names if name not in known]
 
 
 def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        arrays = load_file(path)
+        arrays = load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         return [f"{EMPTY_CAPTION}: {error}"]
     problems = []

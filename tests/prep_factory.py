@@ -63,18 +63,21 @@ def sample_members(i: int, **facts: Any) -> list[tuple[str, bytes]]:
     ]
 
 
-def write_config(path: Path, sources: dict[str, Path], vae: Path, text: Path, **more: Any) -> Path:
-    """A YAML file for prepare; a source that ends in .tar or tars is one of tars."""
+def write_config(path: Path, sources: dict[str, Any], vae: Path, text: Path, **more: Any) -> Path:
+    """A YAML file for prepare; a path that ends in .tar or tars is one of tars."""
     config = {
         "sources": {
-            name: {"kind": "tars" if "tar" in folder.name else "folder", "path": str(folder)}
-            for name, folder in sources.items()
+            name: source
+            if isinstance(source, dict)
+            else {"kind": "tars" if "tar" in source.name else "folder", "path": str(source)}
+            for name, source in sources.items()
         },
         "images": {"resolution": 32, "bucket_multiple": 8},
         "vae": {"path": str(vae)},
         "text_encoders": {"bert": {"path": str(text), "max_length": 8}},
         "encode": {"batch_size": 4},
         "samples_per_shard": 8,
+        "ray": {"num_actors": 1},
         "output": str(path.parent / "dataset"),
         **more,
     }

@@ -32,12 +32,13 @@ from data_prep.prepare import (
     PrepareConfig,
     check_buckets,
     check_settings,
+    list_sources,
     main,
     open_output,
     prepare,
 )
 from data_prep.schema import read_index, read_manifest, read_shard_table
-from data_prep.sources import list_source
+from data_prep.shards import write_table
 from data_prep.verify import verify
 from models.config import InputError, load_config, run_command
 from models.text_encoder import TextEncoder
@@ -132,7 +133,7 @@ def test_every_input_is_kept_or_rejected_with_a_reason(reference):
     }
     rejects = {r["name"]: r for r in pq.read_table(reference / "rejects.parquet").to_pylist()}
     assert rejects["cut.jpg"]["reason"] == "undecodable"
-    assert rejects["twin.png"]["detail"].startswith("same file as")
+    assert rejects["even/0000.png"]["detail"].startswith("same file as")
     assert rejects["00000.tar/000000300"]["source"] == "web"
     assert verify(reference) == []
 
@@ -294,20 +295,23 @@ def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
         "content_hash": hashlib.sha256(data).digest(),
         "height": 40,
         "width": 40,
-        "caption": "volcano",
+        "captions": ["volcano"],
         "metadata": "",
     }
     encoder = ShardEncoder(
-        tmp_path / "dataset",
+        str(tmp_path / "dataset"),
         VaeConfig(path=str(vae)),
         {"bert": TextEncoderConfig(path=str(text_folder), max_length=8)},
         ImagesConfig(resolution=32, bucket_multiple=8),
         EncodeConfig(),
-        1,
+        has_labels=False,
+        num_decoders=1,
     )
     spec = ShardSpec("shards/32x32/train-000000.tar", "train", 32, 32, 1)
     try:
-        commit = encoder.encode_shard(spec, pa.Table.from_pylist([row], CATALOG_SCHEMA))
+        plan = tmp_path / "dataset" / "work" / "plan" / "000000.parquet"
+        write_table(plan, pa.Table.from_pylist([row], CATALOG_SCHEMA))
+        commit = encoder.encode_shard(spec, 0)
     finally:
         torch.use_deterministic_algorithms(False)
     assert commit["num_samples"] == 0
@@ -402,8 +406,7 @@ def test_another_way_to_be_fast_is_no_other_config(reference, messy, capsys):
 def begin(config: Path, *overrides: str, restart: bool = False) -> Path:
     """All of a preparation that comes before the work."""
     settings = load_config(PrepareConfig, config, list(overrides))
-    entries = list_source("p", settings.sources["p"])
-    return open_output(settings, check_settings(settings), entries, restart)
+    return open_output(settings, check_settings(settings), list_sources(settings), restart)
 
 
 def test_other_weights_under_the_same_path_are_refused(small, tmp_path):
@@ -425,7 +428,7 @@ def test_sources_that_changed_are_refused_until_a_restart(small, tmp_path, capsy
         begin(small)
     assert "2 added (p/even/0004.png, ...), 1 gone (p/odd/0001.jpg, ...)" in str(caught.value)
     begin(small, restart=True)
-    assert f"deleting {dataset / 'manifest.json'}" in capsys.readouterr().out
+    assert f"deleted {dataset / 'manifest.json'}" in capsys.readouterr().out
     assert not (dataset / "manifest.json").exists()
     begin(small)
 

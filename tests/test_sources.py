@@ -1,7 +1,6 @@
 """What is found in folders and tars, and that nothing found is lost without a word."""
 
 import io
-import json
 import os
 import tarfile
 
@@ -10,24 +9,28 @@ import pytest
 from data_prep.sources import (
     Entry,
     FolderSource,
+    Item,
+    SourceConfig,
     TarSource,
     list_source,
-    read_bytes,
     read_entries,
     sample_key,
 )
+from data_prep.storage import read_bytes
 from models.config import InputError
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 
 
+def items(config: SourceConfig) -> list[Item]:
+    return list(read_entries(list(list_source("s", config)), config))
+
+
 def folder_items(folder):
-    entries = list_source("s", FolderSource(kind="folder", path=str(folder)))
-    return list(read_entries(entries))
+    return items(FolderSource(kind="folder", path=str(folder)))
 
 
 def tar_items(path):
-    entries = list_source("s", TarSource(kind="tars", path=str(path)))
-    return list(read_entries(entries))
+    return items(TarSource(kind="tars", path=str(path)))
 
 
 def reasons(items):
@@ -47,8 +50,8 @@ def test_pictures_are_found_in_all_folders_with_the_captions_beside_them(tmp_pat
         "odd/0003.jpg",
         "odd/0005.jpg",
     ]
-    assert items[1].caption == b"volcano\n"
-    assert items[3].caption is None
+    assert items[1].captions == ((b"volcano\n", 1.0),)
+    assert items[3].captions == ()
     for item in items:
         with open(tmp_path / item.name, "rb") as file:
             assert read_bytes(item.path, item.offset, item.length) == file.read()
@@ -98,23 +101,23 @@ def test_a_name_that_is_not_utf8_is_a_reject(tmp_path):
 
 def test_a_missing_folder_is_an_error_that_says_so(tmp_path):
     with pytest.raises(InputError, match=r"sources\.s\.path: .*gone: no such folder"):
-        list_source("s", FolderSource(kind="folder", path=str(tmp_path / "gone")))
+        list(list_source("s", FolderSource(kind="folder", path=str(tmp_path / "gone"))))
 
 
 def test_a_folder_without_pictures_is_an_error_that_says_what_is_there(tmp_path):
     for name in ("a.pdf", "b.pdf", "c.txt", "README"):
         (tmp_path / name).write_text("x")
     with pytest.raises(InputError) as caught:
-        list_source("s", FolderSource(kind="folder", path=str(tmp_path)))
-    assert "2 .pdf, 1 .txt, 1 without extension" in str(caught.value)
+        list(list_source("s", FolderSource(kind="folder", path=str(tmp_path))))
+    assert "2 .pdf, 1 without extension, 1 .txt" in str(caught.value)
     assert ".jpg" in str(caught.value)
     with pytest.raises(InputError, match=r"no tars there; got 2 \.pdf"):
-        list_source("s", TarSource(kind="tars", path=str(tmp_path)))
+        list(list_source("s", TarSource(kind="tars", path=str(tmp_path))))
 
 
 def test_a_pipe_is_no_path(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        list_source("s", TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar"))
+        list(list_source("s", TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar")))
     assert not (tmp_path / "run.tar").exists()
 
 
@@ -124,21 +127,21 @@ def test_samples_of_a_tar_have_the_bytes_of_their_members(tmp_path):
     assert [item.name for item in items] == ["0.tar/000000000", "0.tar/000000001"]
     for i, item in enumerate(items):
         assert read_bytes(item.path, item.offset, item.length) == encoded(pixels(i))
-        assert item.caption == dict(sample_members(i))[f"{i:09d}.txt"]
-    assert json.loads(items[1].metadata)["nsfw"] == 0.2
+        assert item.captions == ((dict(sample_members(i))[f"{i:09d}.txt"], 1.0),)
+    assert items[1].metadata["nsfw"] == 0.2
     assert [item.name for item in tar_items(tmp_path / "0.tar")] == [item.name for item in items]
 
 
 def test_members_of_a_key_are_found_wherever_they_lie(tmp_path):
     (a, b, c), (d, e, f) = sample_members(0), sample_members(1)
     (tmp_path / "0.tar").write_bytes(tar_bytes([a, d, b, f, e, c]))
-    assert [item.caption for item in tar_items(tmp_path)] == [b[1], e[1]]
+    assert [item.captions[0][0] for item in tar_items(tmp_path)] == [b[1], e[1]]
 
 
 def test_a_caption_is_taken_from_json_where_there_is_no_txt(tmp_path):
     picture, _, record = sample_members(2)
     (tmp_path / "0.tar").write_bytes(tar_bytes([picture, record]))
-    assert tar_items(tmp_path)[0].caption == b"volcano"
+    assert tar_items(tmp_path)[0].captions == ((b"volcano", 1.0),)
 
 
 def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
@@ -198,7 +201,7 @@ def test_a_tar_cut_at_any_block_loses_nothing_silently(tmp_path):
         for item in taken:
             i = expected[item.name]
             assert read_bytes(item.path, item.offset, item.length) == encoded(pixels(i))
-            assert item.caption == dict(sample_members(i))[f"{i:09d}.txt"]
+            assert item.captions == ((dict(sample_members(i))[f"{i:09d}.txt"], 1.0),)
             assert item.metadata
         if len(taken) < 4:
             assert reasons(items).get("0.tar") == "broken_tar", cut
@@ -234,5 +237,6 @@ def test_what_is_no_tar_is_one_reject(tmp_path, data):
 
 
 def test_a_tar_that_has_gone_is_one_reject(tmp_path):
-    items = list(read_entries([Entry("s", "tars", "0.tar", str(tmp_path / "0.tar"), 10)]))
-    assert reasons(items) == {"0.tar": "unreadable"}
+    config = TarSource(kind="tars", path=str(tmp_path))
+    entry = Entry("s", "tars", "0.tar", str(tmp_path / "0.tar"), 10)
+    assert reasons(read_entries([entry], config)) == {"0.tar": "unreadable"}

@@ -1,0 +1,344 @@
+"""Into which shard each picture goes: filters, duplicates, buckets, cuts. A pure function of the catalog.
+
+Streams: the catalog is read twice, column by column and batch by batch, and sorted on disk by ranges of the
+keys. In memory are one range, 17 bytes a duplicate and, where near duplicates are looked for, 16 a picture.
+"""
+
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
+from data_prep.images import Bucket, nearest_bucket
+from data_prep.schema import REJECT_SCHEMA, SPLITS
+from data_prep.shards import NewTable, write_table
+from data_prep.storage import find_files, is_remote
+
+SHARD_LIST_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("split", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("num_planned", pa.int64()),  # pictures
+    ]
+)
+REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
+NOT_PLANNED = ("perceptual_hash", "reason", "detail")
+ROWS_AT_ONCE = 1 << 16
+ROWS_PER_RANGE = 400_000  # of full rows, sorted in memory
+HASHES_PER_RANGE = 8_000_000
+MAX_RANGES = 256  # open files
+SHARDS_PER_FILE = 256  # of the plan: whoever makes one reads the footer of so many
+TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)  # what becomes of a row
+REASONS = {TOO_SMALL: "too_small", ASPECT: "aspect", DUPLICATE: "duplicate", NEAR: "near_duplicate"}
+HASHED = np.dtype([("hash", "u8", 2), ("row", "i8")])
+DROP = np.dtype([("row", "i8"), ("original", "i8"), ("distance", "i1")])  # -1: the same file
+CHANCE_PAIRS = 16  # of near duplicates that a table may bring by chance, a picture
+
+
+def plan(
+    work: Path,
+    buckets: list[Bucket],
+    filters: FiltersConfig,
+    samples_per_shard: int,
+    heldout_fraction: float,
+) -> None:
+    """Write plan/NNNNNN.parquet (a row a picture, a row group a shard), the rejects, and last the shard list."""
+    names = sorted(name for name in find_files(work / "catalog") if name.endswith(".parquet"))
+    parts = [work / "catalog" / name for name in names]
+    local = not is_remote(work)
+    for leftover in work.glob("plan-*.tmp") if local else ():  # of a killed run
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
+        drops = find_duplicates(parts, filters, Path(folder))
+        spill = Spill(Path(folder), sum(_num_rows(part) for part in parts))
+        with NewTable(work / "plan_rejects.parquet", REJECT_SCHEMA) as rejects, spill:
+            for kept, rejected in sift(parts, filters, drops):
+                rejects.write(rejected)
+                bucket = nearest_bucket(_numbers(kept["height"]), _numbers(kept["width"]), buckets)
+                heldout = hex_digits(kept["key"], 12, 20) < heldout_fraction * 2**32
+                group = pa.array(bucket * len(SPLITS) + heldout, pa.int64())
+                spill.add(kept.append_column("group", group))
+        shards = _write_shards(work / "plan", spill.ranges(), buckets, samples_per_shard)
+    write_table(work / "shard_list.parquet", pa.Table.from_pylist(shards, SHARD_LIST_SCHEMA))
+
+
+def read_planned(work: Path, number: int) -> pa.Table:
+    """The pictures of the shard at this place in the list."""
+    name = f"{number // SHARDS_PER_FILE:06d}.parquet"
+    with (work / "plan" / name).open("rb") as file:
+        return pq.ParquetFile(file).read_row_group(number % SHARDS_PER_FILE)
+
+
+def sift(
+    parts: list[Path], filters: FiltersConfig, drops: np.ndarray
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Taken rows and rejects, batch by batch; each is rejected by the first rule that applies."""
+    originals = np.unique(drops["original"])
+    keys = np.zeros(len(originals), dtype="S20")
+    for first, table in _batches(parts, CATALOG_SCHEMA.names):
+        fate = _fate(table, filters)
+        begin, end = np.searchsorted(drops["row"], [first, first + len(table)])
+        mine = drops[begin:end]
+        fate[mine["row"] - first] = np.where(mine["distance"] < 0, DUPLICATE, NEAR)
+        # An original comes before its duplicates, so its key is known by then.
+        low, high = np.searchsorted(originals, [first, first + len(table)])
+        keys[low:high] = table["key"].take(originals[low:high] - first).to_pylist()
+        same = keys[np.searchsorted(originals, mine["original"])].astype(str)
+        pairs = zip(same, mine["distance"], strict=True)
+        said = dict(zip((mine["row"] - first).tolist(), pairs, strict=True))
+        rejected = table.select(REJECTED).filter(fate != TAKEN).to_pylist()
+        rejects = [
+            _reject(row, int(fate[i]), said.get(i))
+            for i, row in zip(np.flatnonzero(fate).tolist(), rejected, strict=True)
+        ]
+        taken = table.filter(fate == TAKEN).drop_columns(list(NOT_PLANNED))
+        yield taken, pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
+
+
+def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
+    """What the rules that look at one row alone make of each."""
+    height, width = _numbers(table["height"]), _numbers(table["width"])
+    short, long = np.minimum(height, width), np.maximum(height, width)
+    fate = np.zeros(len(table), dtype=np.int8)
+    if filters.max_aspect is not None:
+        fate[long > filters.max_aspect * short] = ASPECT
+    if filters.min_side is not None:
+        fate[short < filters.min_side] = TOO_SMALL
+    fate[table["reason"].is_valid().to_numpy()] = SCANNED
+    return fate
+
+
+def _reject(row: dict[str, Any], fate: int, same: tuple[str, int] | None) -> dict[str, Any]:
+    reason, detail = REASONS.get(fate, row["reason"]), row["detail"]
+    if fate in (TOO_SMALL, ASPECT):
+        detail = f"{row['width']}x{row['height']}"
+    elif same:
+        key, distance = same
+        detail = f"same file as {key}" if distance < 0 else f"{distance} of 64 bits from {key}"
+    return {**{n: row[n] for n in ("key", "source", "name")}, "reason": reason, "detail": detail}
+
+
+def find_duplicates(parts: list[Path], filters: FiltersConfig, folder: Path) -> np.ndarray:
+    """DROP of every row that an earlier one makes superfluous, by row."""
+    drops = [np.zeros(0, DROP)]
+    if filters.duplicates == "reject":
+        drops += _same_files(parts, filters, folder)
+    exact = np.sort(np.concatenate(drops), order="row")
+    if filters.near_duplicates is None:
+        return exact
+    rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    columns = ["perceptual_hash", "height", "width", "reason"]
+    for first, table in _batches(parts, columns):
+        taken = _fate(table, filters) == TAKEN
+        begin, end = np.searchsorted(exact["row"], [first, first + len(table)])
+        taken[exact["row"][begin:end] - first] = False
+        rows.append(np.flatnonzero(taken) + first)
+        hashes.append(table["perceptual_hash"].filter(taken).to_numpy())
+    near = near_duplicates(np.concatenate(rows), np.concatenate(hashes), filters.near_duplicates)
+    return np.sort(np.concatenate([exact, near]), order="row")
+
+
+def _same_files(parts: list[Path], filters: FiltersConfig, folder: Path) -> Iterator[np.ndarray]:
+    """Rows with the content hash of an earlier row; half of sha256 is compared, range by range of it."""
+    count = _num_ranges(sum(_num_rows(part) for part in parts), HASHES_PER_RANGE)
+    files = [(folder / f"hashes-{number}").open("wb") for number in range(count)]
+    for first, table in _batches(parts, ["content_hash", "height", "width", "reason"]):
+        rows = np.flatnonzero(_fate(table, filters) == TAKEN)
+        column = table["content_hash"].take(rows).combine_chunks()
+        found = np.zeros(len(rows), HASHED)
+        words = np.frombuffer(column.buffers()[1] or b"", "u8").reshape(-1, 4)
+        found["hash"] = words[column.offset : column.offset + len(rows), :2]
+        found["row"] = rows + first
+        place = (found["hash"][:, 0] >> np.uint64(48)) * np.uint64(count) >> np.uint64(16)
+        for number in np.unique(place).tolist():
+            found[place == number].tofile(files[number])
+    for file in files:
+        file.close()
+        found = np.fromfile(file.name, HASHED)
+        found = found[np.lexsort((found["row"], found["hash"][:, 1], found["hash"][:, 0]))]
+        again = np.zeros(len(found), bool)
+        again[1:] = (found["hash"][1:] == found["hash"][:-1]).all(axis=1)
+        first_row = found["row"][np.maximum.accumulate(np.where(again, 0, np.arange(len(found))))]
+        yield _drops(found["row"][again], first_row[again], -1)
+
+
+def near_duplicates(rows: np.ndarray, hashes: np.ndarray, most: int) -> np.ndarray:
+    """DROP of every row whose hash is within `most` bits of that of an earlier row that is kept."""
+    order = np.lexsort((rows, hashes))
+    rows, hashes = rows[order], hashes[order]
+    again = np.zeros(len(rows), bool)
+    again[1:] = hashes[1:] == hashes[:-1]
+    group = np.cumsum(~again) - 1  # of rows with one hash, led by the earliest
+    lead_rows, lead_hashes = rows[~again], hashes[~again]
+    kept_for = np.arange(len(lead_rows))  # the group whose leader is kept in its place
+    for earlier, later in _close_pairs(lead_rows, lead_hashes, most):
+        if kept_for[later] == later and kept_for[earlier] == earlier:
+            kept_for[later] = earlier
+    stays = kept_for[group]
+    dropped = again | (stays != group)
+    distance = np.bitwise_count(hashes ^ lead_hashes[stays])
+    return _drops(rows[dropped], lead_rows[stays][dropped], distance[dropped])
+
+
+def _close_pairs(rows: np.ndarray, hashes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Pairs (earlier, later) of distinct hashes within `most` bits, in the order of the later's row.
+
+    Cut into most + k blocks, two such hashes agree in k of them (Manku et al. 2007): each choice of k
+    makes a table, in which only neighbours with the same bits are compared.
+    """
+    if most == 0 or len(rows) < 2:
+        return
+    found = [np.zeros((0, 2), np.int64)]
+    for mask in _tables(len(rows), most):
+        order = np.argsort(hashes & mask, kind="stable")
+        bits, ordered = (hashes & mask)[order], hashes[order]
+        places, step = np.arange(len(rows) - 1), 1
+        while len(places := places[places + step < len(rows)]):
+            places = places[bits[places] == bits[places + step]]
+            close = np.bitwise_count(ordered[places] ^ ordered[places + step]) <= most
+            found.append(np.stack([order[places[close]], order[places[close] + step]], axis=1))
+            step += 1
+    pairs = np.concatenate(found)
+    swapped = rows[pairs[:, 0]] > rows[pairs[:, 1]]
+    pairs[swapped] = pairs[swapped, ::-1]
+    pairs = pairs[np.lexsort((rows[pairs[:, 0]], rows[pairs[:, 1]]))]
+    for begin in range(0, len(pairs), ROWS_AT_ONCE):
+        yield from pairs[begin : begin + ROWS_AT_ONCE].tolist()
+
+
+def _tables(count: int, most: int) -> list[np.uint64]:
+    """The masks of the tables: k just large enough that few pairs meet by chance."""
+    k = 1
+    while k < 6 and count / 2 ** (64 * k // (most + k)) > CHANCE_PAIRS:
+        k += 1
+    edges = np.linspace(0, 64, most + k + 1).astype(int).tolist()
+    blocks = [(1 << end) - (1 << begin) for begin, end in pairwise(edges)]
+    return [np.uint64(sum(chosen)) for chosen in combinations(blocks, k)]
+
+
+def _drops(rows: np.ndarray, originals: np.ndarray, distance: np.ndarray | int) -> np.ndarray:
+    found = np.zeros(len(rows), DROP)
+    found["row"], found["original"], found["distance"] = rows, originals, distance
+    return found
+
+
+class Spill:
+    """Rows on disk by ranges of their key, so that each range can be sorted in memory."""
+
+    def __init__(self, folder: Path, num_rows: int):
+        self._count = _num_ranges(num_rows, ROWS_PER_RANGE)
+        self._paths = [folder / f"range-{number}.arrow" for number in range(self._count)]
+        self._writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def add(self, table: pa.Table) -> None:
+        place = hex_digits(table["key"], 0, 4) * self._count >> 16
+        for number in np.unique(place).tolist():
+            if number not in self._writers:
+                options = pa.ipc.IpcWriteOptions(compression="lz4")
+                path = str(self._paths[number])
+                self._writers[number] = pa.ipc.new_file(path, table.schema, options=options)
+            self._writers[number].write_table(table.filter(place == number))
+
+    def ranges(self) -> Iterator[pa.Table]:
+        """In the order of their keys, each sorted by group and key."""
+        for number in sorted(self._writers):
+            with pa.ipc.open_file(str(self._paths[number])) as reader:
+                table = reader.read_all()
+            yield table.sort_by([("group", "ascending"), ("key", "ascending")])
+            self._paths[number].unlink()
+
+
+def _write_shards(
+    folder: Path, ranges: Iterator[pa.Table], buckets: list[Bucket], size: int
+) -> list[dict[str, Any]]:
+    """Cut every group into shards of `size` in the order of keys; keys are hashes, so each is a random sample."""
+    shards: list[dict[str, Any]] = []
+    counts, rest = Counter[int](), dict[int, pa.Table]()
+    writer: NewTable | None = None
+
+    def emit(group: int, table: pa.Table) -> None:
+        nonlocal writer
+        if len(shards) % SHARDS_PER_FILE == 0:
+            if writer:
+                writer.commit()
+            name = f"{len(shards) // SHARDS_PER_FILE:06d}.parquet"
+            writer = NewTable(folder / name, table.schema)
+        assert writer
+        writer.write(table)
+        (height, width), split = buckets[group // len(SPLITS)], SPLITS[group % len(SPLITS)]
+        path = f"shards/{height}x{width}/{split}-{counts[group]:06d}.tar"
+        sides = {"height": height, "width": width}
+        shards.append({"path": path, "split": split, **sides, "num_planned": len(table)})
+        counts[group] += 1
+
+    for table in ranges:
+        groups, starts = np.unique(_numbers(table["group"]), return_index=True)
+        table = table.drop_columns(["group"])
+        for group, begin, end in zip(
+            groups.tolist(), starts, [*starts[1:], len(table)], strict=True
+        ):
+            rows = table.slice(begin, end - begin)
+            rows = pa.concat_tables([rest.pop(group), rows]) if group in rest else rows
+            for start in range(0, len(rows) - size + 1, size):
+                emit(group, rows.slice(start, size))
+            if over := len(rows) % size:
+                rest[group] = rows.take(np.arange(len(rows) - over, len(rows)))  # a copy
+    for group in sorted(rest):
+        emit(group, rest[group])
+    if writer:
+        writer.commit()
+    return shards
+
+
+def _batches(parts: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The number of the first row of a batch, counted through all parts, and the batch."""
+    row = 0
+    for part in parts:
+        with part.open("rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=columns):
+                yield row, pa.Table.from_batches([batch])
+                row += len(batch)
+
+
+def _num_rows(part: Path) -> int:
+    with part.open("rb") as file:
+        return pq.read_metadata(file).num_rows
+
+
+def _num_ranges(num_rows: int, size: int) -> int:
+    return min(max(math.ceil(num_rows / size), 1), MAX_RANGES)
+
+
+def hex_digits(keys: pa.ChunkedArray, begin: int, end: int) -> np.ndarray:
+    """The numbers that digits begin to end of the keys are, int64 (n,)."""
+    array = pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], keys.type)
+    _, offsets, data = array.buffers()
+    if not len(array) or data is None:
+        return np.zeros(0, np.int64)
+    start = np.frombuffer(offsets, np.int32)[array.offset]
+    digits = np.frombuffer(data, np.uint8)[start : start + 20 * len(array)].reshape(-1, 20)
+    values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
+    places = 16 ** np.arange(end - begin - 1, -1, -1, dtype=np.int64)
+    return values[:, begin:end].astype(np.int64) @ places
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    return column.fill_null(0).to_numpy().astype(np.int64)

@@ -1,0 +1,149 @@
+"""Files on a local disk or behind any fsspec URL: read with patience, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from upath import UPath
+
+from models.config import InputError
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 5  # at reading or putting a file, 1, 2, 4 and 8 s apart
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)  # no store's, but bugs
+
+
+def is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def open_root(url: str, where: str) -> Path:
+    """A local folder as an absolute Path, any other as a UPath; raises InputError naming the option."""
+    if not is_remote(url):
+        return Path(url).absolute()
+    try:
+        # A listing remembered from before another process wrote would hide what it wrote.
+        path = UPath(url.rstrip("/"), use_listings_cache=False)
+        path.fs  # noqa: B018 - imports the protocol's package
+    except (ImportError, ValueError, OSError) as error:
+        raise InputError(f"{where}: {url}: {error}") from error
+    return path  # pyright: ignore[reportReturnType] - a UPath does what a Path does
+
+
+def patient(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result, asked for again where the failure may pass: an I/O error, a store that is away.
+
+    Raises OSError, whatever the package that speaks to the store raises.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return function(*arguments)
+        except (*PERMANENT, *OURS):
+            raise
+        except Exception as error:
+            if attempt == ATTEMPTS - 1:
+                why = getattr(error, "strerror", None) or type(error).__name__
+                raise OSError(0, f"{ATTEMPTS} attempts failed: {why}") from error
+            time.sleep(2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def read_bytes(path: str, offset: int, length: int) -> bytes:
+    """Exactly those bytes; raises OSError where there are fewer, or where no attempt succeeds."""
+    data = patient(_read_remote if is_remote(path) else _read_local, path, offset, length)
+    if len(data) != length:
+        raise OSError(0, f"got {len(data)} bytes of {length}")
+    return data
+
+
+def _read_local(path: str, offset: int, length: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def _read_remote(path: str, offset: int, length: int) -> bytes:
+    filesystem, name = fsspec.url_to_fs(path)
+    return filesystem.cat_file(name, offset, offset + length)
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """The file itself, or a temporary copy of a remote one."""
+    if not is_remote(path):
+        yield path
+        return
+    filesystem, name = fsspec.url_to_fs(path)
+    with tempfile.TemporaryDirectory() as folder:
+        target = os.path.join(folder, "copy")
+        patient(filesystem.get_file, name, target)
+        yield target
+
+
+def find_files(folder: Path) -> dict[str, int]:
+    """Name relative to the folder -> size, of all files below that are not temporary ones."""
+    if not is_remote(folder):
+        found = (Path(top) / name for top, _, names in os.walk(folder) for name in names)
+        whole = (path for path in found if not path.name.startswith("."))
+        return {str(path.relative_to(folder)): path.stat().st_size for path in whole}
+    root: Any = folder
+    listed = patient(lambda: root.fs.find(root.path, detail=True))
+    cut = len(root.path.rstrip("/")) + 1
+    return {name[cut:]: info["size"] or 0 for name, info in listed.items()}
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then put it at `path` whole, durably."""
+    temporary = temporary_for(path)
+    try:
+        write(temporary)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_for(path: Path) -> Path:
+    """A new local name for what will become `path`: beside it, or in the temporary folder of a remote one."""
+    if is_remote(path):
+        return Path(tempfile.gettempdir()) / f"flowmill-{uuid.uuid4().hex}.tmp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a local file appear at `path`: by fsync and rename, on an object store by one put."""
+    if is_remote(path):
+        target: Any = path
+        patient(target.fs.put_file, str(temporary), target.path)
+        return
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(path: Path) -> int:
+    """Delete a file or a folder with all in it; returns how many files that were."""
+    count = 1 if path.is_file() else len(find_files(path)) if path.exists() else 0
+    if is_remote(path):
+        target: Any = path
+        if count:
+            patient(lambda: target.fs.rm(target.path, recursive=True))
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return count

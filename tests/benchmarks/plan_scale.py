@@ -1,0 +1,132 @@
+"""Time and memory of planning at scale: `python -m tests.benchmarks.plan_scale --rows 10000000`.
+
+The catalog is synthetic: rows as a scan writes them, a tenth of them rejects, a tenth the same file as
+another. Each size and each filter runs in a process of its own, whose peak memory is what is told.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
+from data_prep.images import ImagesConfig, list_buckets
+from data_prep.plan import plan
+
+ROWS_PER_PART = 10_000  # as of a tar
+HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
+
+
+def strings(digits: np.ndarray) -> pa.Array:
+    """Rows of characters as an array of strings."""
+    count, width = digits.shape
+    offsets = np.arange(0, (count + 1) * width, width, dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(digits.tobytes())]
+    return pa.Array.from_buffers(pa.string(), count, buffers)
+
+
+def write_part(path: Path, rng: np.random.Generator, total: int) -> None:
+    count = ROWS_PER_PART
+    original = rng.integers(0, total, count)
+    hashes = rng.integers(0, 256, (count, 32), dtype=np.uint8)
+    again = rng.random(count) < 0.1  # the same file as that of a number drawn from a few
+    words = (original[again] % (total // 20)).astype("u8") * np.uint64(0x9E3779B97F4A7C15)
+    hashes[again] = np.repeat(words[:, None], 4, axis=1).view(np.uint8)
+    looks = rng.integers(0, 2**64, count, dtype=np.uint64)
+    rejected = rng.random(count) < 0.1
+    numbers = np.arange(count)
+    columns = {
+        "key": strings(HEX[rng.integers(0, 16, (count, 20))]),
+        "source": pa.array(["web"] * count),
+        "name": pa.array([f"{path.stem}.tar/{i:09d}" for i in numbers]),
+        "path": pa.array([f"/data/laion/{path.stem}.tar"] * count),
+        "offset": pa.array(numbers * 100_000),
+        "length": pa.array(rng.integers(20_000, 300_000, count)),
+        "content_hash": pa.array([h.tobytes() for h in hashes], pa.binary(32)),
+        "perceptual_hash": pa.array(looks),
+        "height": pa.array(rng.integers(200, 2000, count), pa.int32()),
+        "width": pa.array(rng.integers(200, 2000, count), pa.int32()),
+        "captions": pa.array(
+            [[f"a caption of some sixty characters, of picture number {i}"] for i in original]
+        ),
+        "metadata": pa.array([f'{{"aesthetic": {a:.2f}}}' for a in rng.random(count) * 10]),
+        "label": pa.nulls(count, pa.int64()),
+        "reason": pa.array(["undecodable" if r else None for r in rejected]),
+        "detail": pa.array([""] * count),
+    }
+    arrays = [columns[field.name].cast(field.type) for field in CATALOG_SCHEMA]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=CATALOG_SCHEMA), path, compression="zstd")
+
+
+def one(work: Path, near: int | None) -> None:
+    """Plan the catalog in this process; prints seconds and peak MiB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    started, cpu = time.perf_counter(), time.process_time()
+    images = ImagesConfig(resolution=256)
+    plan(work, list_buckets(images), FiltersConfig(min_side=256, near_duplicates=near), 2000, 0.001)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    shards = pq.read_metadata(work / "shard_list.parquet").num_rows
+    rejects = pq.read_metadata(work / "plan_rejects.parquet").num_rows
+    wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    found = {"wall_s": wall, "cpu_s": cpu, "peak_mib": peak, "before_mib": before}
+    print(json.dumps(found | {"shards": shards, "rejects": rejects}))
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="sizes")] = None,
+    near: Annotated[int, typer.Option(help="bits, of the case with near duplicates")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="where 1 GB per 10^7 rows has room")] = None,
+    work: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    side: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Measure the plan."""
+    if work:
+        one(work, side if side >= 0 else None)
+        return
+    table = Table(
+        "rows", "near duplicates", "s", "CPU s", "us a row", "peak MiB", "shards", "rejects"
+    )
+    flat: dict[str, float] = {}
+    for size in rows or [1_000_000, 10_000_000]:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            catalog, rng = Path(temporary) / "catalog", np.random.default_rng(0)
+            catalog.mkdir()
+            for number in range(size // ROWS_PER_PART):
+                write_part(catalog / f"part-{number:06d}.parquet", rng, size)
+            for bits in (-1, near):
+                command = [sys.executable, "-m", "tests.benchmarks.plan_scale"]
+                command += ["--work", temporary, "--side", str(bits)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                got = json.loads(done.stdout)
+                name = f"{size:.0e}".replace("+0", "") + ("" if bits < 0 else f"_near{bits}")
+                flat |= {f"wall_s_{name}": got["wall_s"], f"peak_mib_{name}": got["peak_mib"]}
+                flat[f"cpu_s_{name}"] = got["cpu_s"]
+                table.add_row(
+                    f"{size:,}",
+                    "off" if bits < 0 else f"within {bits} bits",
+                    f"{got['wall_s']:.1f}",
+                    f"{got['cpu_s']:.1f}",
+                    f"{1e6 * got['wall_s'] / size:.1f}",
+                    f"{got['peak_mib']} ({got['before_mib']} before)",
+                    f"{got['shards']:,}",
+                    f"{got['rejects']:,}",
+                )
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps({k: round(v, 2) for k, v in flat.items()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

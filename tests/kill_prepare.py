@@ -1,0 +1,289 @@
+"""Kill test: `python -m tests.kill_prepare --kills 30`. Runs prepare on two raylets and kills at random.
+
+Victims are an actor, a process that decodes or scans, the second raylet with all its workers, and the
+driver, which is then started again. Each run ends only when the dataset is whole, and is compared with an
+undisturbed one of one actor on one raylet: every byte of every file, so no sample is lost or doubled.
+"""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from data_prep.schema import read_shard_table
+from tests.prep_factory import encoded, fill_folder, pixels, tar_bytes, write_config
+
+ROOT = Path(__file__).parent.parent
+EMOJI = ROOT.parent / "shared" / "data" / "fluent-emoji"  # a real set, where there is one
+TOKEN = "0123456789abcdef" * 4
+VICTIMS = ("actor", "decoder", "scanner", "raylet", "driver")
+CMDLINES = {"actor": "ray::ShardEncoder", "decoder": "data_prep.decoder", "scanner": "ray::_scan"}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class TwoRaylets:
+    """A head and a second node of one CPU cluster on loopback, both started with `ray start`."""
+
+    def __init__(self, folder: Path, num_cpus: int = 2):
+        (folder / "token").write_text(TOKEN)
+        self._cpus = num_cpus
+        self._temporary = Path(
+            tempfile.mkdtemp(prefix="ray-")
+        )  # a short path, for the sockets in it
+        self.address = f"127.0.0.1:{free_port()}"
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_ADDRESS": self.address,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        port = self.address.split(":")[1]
+        self._head = self._start("--head", "--port", port, "--temp-dir", str(self._temporary))
+        self._other = self._start("--address", self.address)
+
+    def _start(self, *arguments: str) -> subprocess.Popen:
+        ports = ("node-manager", "object-manager", "dashboard-agent-listen", "metrics-export")
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments]
+        command += [f"--{name}-port={free_port()}" for name in ports]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"]
+        command += ["--include-dashboard=false"] * ("--head" in arguments)
+        command += [f"--num-cpus={self._cpus}", f"--object-store-memory={100 << 20}"]
+        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        started = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=self._temporary,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 300
+        while not any(p.name() == "raylet" for p in below(started.pid)):
+            assert started.poll() is None, f"{' '.join(command)}: status {started.poll()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        return started
+
+    def victims(self, kind: str) -> list[psutil.Process]:
+        if kind == "raylet":
+            return [p for p in below(self._other.pid) if p.name() == "raylet"]
+        found = below(self._head.pid) + below(self._other.pid)
+        return [p for p in found if CMDLINES[kind] in command_line(p)]
+
+    def replace_other(self) -> None:
+        """After its raylet was killed: nothing of the node is left, and a new one joins."""
+        self._end(self._other)
+        self._other = self._start("--address", self.address)
+
+    def _end(self, node: subprocess.Popen) -> None:
+        started = below(node.pid)
+        node.kill()
+        node.wait()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=30)
+
+    def stop(self) -> None:
+        self._end(self._other)
+        self._end(self._head)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def drive(config: Path, environment: dict[str, str], *overrides: str) -> subprocess.Popen:
+    """A driver of its own; what it says is in its `log` beside the config."""
+    with (config.parent / "driver.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "data_prep.prepare", str(config), *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def commit_times(dataset: Path) -> dict[str, float]:
+    """When each shard was committed: another time where one was written again."""
+    found = dataset.rglob("*.tar") if dataset.exists() else []
+    return {str(path.relative_to(dataset)): path.stat().st_mtime for path in found}
+
+
+def disturbed_run(
+    cluster: TwoRaylets,
+    config: Path,
+    overrides: list[str],
+    choose: Callable[[list[str]], str | None],
+) -> Counter[str]:
+    """Prepare to the end, killing whom `choose` names of those that are alive; returns the kills by kind."""
+    killed: Counter[str] = Counter()
+    driver = drive(config, cluster.environment, *overrides)
+    try:
+        while (status := driver.poll()) != 0:
+            if status is not None:  # killed by us, or fallen with its raylet or actors: start again
+                killed["driver ended"] += 1
+                driver = drive(config, cluster.environment, *overrides)
+            alive = [kind for kind in VICTIMS[:-1] if cluster.victims(kind)]
+            kind = choose([*alive, "driver"])
+            if kind == "driver":
+                driver.kill()
+                driver.wait()
+            elif kind and (victims := cluster.victims(kind)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    random.choice(victims).send_signal(signal.SIGKILL)
+                if kind == "raylet":
+                    cluster.replace_other()
+            if kind:
+                killed[kind] += 1
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    driver.wait(timeout=0.2)
+    finally:
+        driver.kill()
+        driver.wait()
+    return killed
+
+
+def sample_keys(dataset: Path) -> list[str]:
+    """The keys of all samples in the dataset's tars, in order."""
+    keys = []
+    for row in read_shard_table(dataset).to_pylist():
+        with tarfile.open(fileobj=io.BytesIO((dataset / row["path"]).read_bytes())) as tar:
+            keys += [name.split(".")[0] for name in tar.getnames() if name.endswith(".json")]
+    return keys
+
+
+def real_pictures(folder: Path, count: int) -> Path:
+    """Captioned emoji in tars, where the set is there, else drawn pictures in a folder; some of them broken."""
+    if not EMOJI.is_dir():
+        return fill_folder(folder / "pictures", count)
+    (folder / "tars").mkdir()
+    taken = 0
+    for tar in sorted(EMOJI.glob("*.tar")):
+        with tarfile.open(tar) as source:
+            members = [(m.name, source.extractfile(m).read()) for m in source if m.isfile()]  # pyright: ignore
+        members = members[: 3 * (count - taken)]
+        taken += len(members) // 3
+        for i in range(0, len(members), 120):
+            piece = [*members[i : i + 120], (f"cut{i}.png", encoded(pixels(i))[:-100])]
+            name = f"{tar.stem}-{i:05d}.tar"
+            (folder / "tars" / name).write_bytes(tar_bytes([*piece, (f"cut{i}.txt", b"cut")]))
+        if taken == count:
+            break
+    return folder / "tars"
+
+
+def at_random(rng: random.Random, budget: int, mean_s: float) -> Callable[[list[str]], str | None]:
+    """Choose a victim about every `mean_s`, `budget` times."""
+    due, left = time.monotonic() + rng.expovariate(1 / mean_s), budget
+
+    def choose(alive: list[str]) -> str | None:
+        nonlocal due, left
+        if left == 0 or time.monotonic() < due:
+            return None
+        due, left = time.monotonic() + rng.expovariate(1 / mean_s), left - 1
+        return rng.choice(alive)
+
+    return choose
+
+
+def all_files(dataset: Path) -> Iterator[tuple[str, bytes]]:
+    for path in sorted(p for p in dataset.rglob("*") if p.is_file()):
+        if "work" not in path.relative_to(dataset).parts:
+            yield str(path.relative_to(dataset)), path.read_bytes()
+
+
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="how many in all")] = 30,
+    a_run: Annotated[int, typer.Option(min=1, help="how many a run, before it is left alone")] = 8,
+    pictures: Annotated[int, typer.Option(min=50)] = 1200,
+    every_s: Annotated[float, typer.Option(help="mean time between kills")] = 4.0,
+    seed: int = 0,
+) -> None:
+    """Kill, resume, compare; exit status 1 where a byte differs."""
+    from tests.test_text_encoder import save_encoder
+    from tests.test_vae import save_kl
+
+    rng, total = random.Random(seed), Counter[str]()
+    random.seed(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = {"pictures": real_pictures(folder, pictures)}
+        config = write_config(
+            folder / "c.yaml",
+            sources,
+            save_kl(folder / "vae"),
+            save_encoder(folder / "text", "bert"),
+            images={"resolution": 64, "bucket_multiple": 8},
+            samples_per_shard=40,
+        )
+        alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        output = folder / "reference"
+        assert drive(config, alone, f"output={output}", "ray.num_actors=1").wait() == 0
+        expected = dict(all_files(output))
+        keys = sample_keys(output)
+        print(f"undisturbed: {len(keys)} samples, {len(expected)} files", flush=True)
+        cluster = TwoRaylets(folder)
+        try:
+            while sum(total[kind] for kind in VICTIMS) < kills:
+                left = kills - sum(total[kind] for kind in VICTIMS)
+                output = folder / f"run-{total['runs']}"
+                overrides = [f"output={output}", "ray.num_actors=3", "ray.decoders_per_actor=1"]
+                choose = at_random(rng, min(a_run, left), every_s)
+                killed = disturbed_run(cluster, config, overrides, choose)
+                found, now = dict(all_files(output)), Counter(sample_keys(output))
+                same = sum(found.get(name) == data for name, data in expected.items())
+                lost, doubled = set(keys) - now.keys(), [k for k, n in now.items() if n > 1]
+                print(
+                    f"run {total['runs']}: {dict(killed)}; {same} of {len(expected)} files identical, "
+                    f"{len(found.keys() - expected.keys())} others, {len(lost)} lost, {len(doubled)} doubled",
+                    flush=True,
+                )
+                total += killed
+                total["runs"] += 1
+                if found != expected or lost or doubled:
+                    sys.exit(1)
+                shutil.rmtree(output)
+        finally:
+            cluster.stop()
+    print(f"all the same after {dict(total)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,108 @@
+"""Preparation on two raylets under kills: the bytes are those of an undisturbed run of one actor on one raylet."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from data_prep.prepare import PrepareConfig, prepare
+from data_prep.schema import read_manifest
+from data_prep.storage import find_files, open_root
+from data_prep.verify import verify
+from models.config import load_config
+from tests.kill_prepare import ROOT, TwoRaylets, disturbed_run, sample_keys
+from tests.prep_factory import dataset_bytes, fill_folder, sample_members, tar_bytes, write_config
+
+IN_TURN = ("actor", "decoder", "raylet", "driver")
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """s3://bucket of a real server on loopback, empty."""
+    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
+def each_in_turn():
+    """Choose every kind of victim once, as soon as there is one."""
+    waiting = list(IN_TURN)
+
+    def choose(alive: list[str]) -> str | None:
+        return waiting.pop(0) if waiting and waiting[0] in alive else None
+
+    return choose
+
+
+@pytest.mark.distributed
+def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_disk_does(
+    tmp_path, bucket, ray_address, vae_folder, text_folder
+):
+    import s3fs
+
+    fill_folder(tmp_path / "pictures", 30)
+    (tmp_path / "pictures" / "bad.jpg").write_bytes(b"<html>")
+    (tmp_path / "pictures" / "bad.txt").write_bytes(b"a page")
+    (tmp_path / "tars").mkdir()
+    for number in range(3):
+        members = [m for i in range(10) for m in sample_members(100 * number + i)]
+        (tmp_path / "tars" / f"{number}.tar").write_bytes(tar_bytes(members))
+    sources = {"pictures": tmp_path / "pictures", "web": tmp_path / "tars"}
+    config = write_config(tmp_path / "c.yaml", sources, vae_folder, text_folder)
+    prepare(load_config(PrepareConfig, config, []))
+    reference = tmp_path / "dataset"
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    for folder in sources.values():
+        store.put(str(folder), f"bucket/{folder.name}", recursive=True)
+    overrides = [f"sources.{name}.path={bucket}/{f.name}" for name, f in sources.items()]
+    overrides += [f"output={bucket}/dataset", "ray.num_actors=2", "ray.decoders_per_actor=1"]
+    cluster = TwoRaylets(tmp_path)
+    try:
+        killed = disturbed_run(cluster, config, overrides, each_in_turn())
+    finally:
+        cluster.stop()
+    assert {kind: killed[kind] for kind in IN_TURN} == dict.fromkeys(IN_TURN, 1)
+    dataset = open_root(f"{bucket}/dataset", "output")
+    names = [n for n in find_files(dataset) if not n.startswith("work/")]
+    found = {name: (dataset / name).read_bytes() for name in names}
+    expected = dataset_bytes(reference)
+    a, b = (json.loads(files.pop("manifest.json")) for files in (found, expected))
+    assert found == expected
+    for manifest in (a, b):
+        del manifest["prepare_config"]["sources"], manifest["fingerprint"]
+    assert a == b
+    assert verify(dataset) == []
+    keys = sample_keys(dataset)
+    counts = read_manifest(dataset).counts
+    assert len(set(keys)) == len(keys) == counts.kept == counts.seen - 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_thirty_random_kills_over_repeated_runs_change_no_byte(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_prepare", "--kills", "30"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all the same after" in done.stdout

@@ -1,0 +1,220 @@
+"""Tables of pictures: every row a sample or a reject with a true reason."""
+
+import base64
+import csv
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.catalog import CaptionsConfig, FiltersConfig
+from data_prep.sources import ClassesSource, ImageFolderSource, TableSource, list_source
+from data_prep.storage import read_bytes
+from models.config import InputError
+from tests.prep_factory import encoded, fill_folder, pixels
+from tests.test_catalog import scanned
+from tests.test_sources import items, reasons
+
+PICTURES = [encoded(pixels(i)) for i in range(4)]
+
+
+def save_pictures(folder):
+    folder.mkdir(exist_ok=True)
+    for i, data in enumerate(PICTURES):
+        (folder / f"{i}.png").write_bytes(data)
+
+
+def write_csv(path, rows, names=("image", "caption", "score")):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([names, *rows])
+
+
+def table(path, **options) -> TableSource:
+    return TableSource(kind="table", path=str(path), **options)
+
+
+def test_a_csv_of_paths_gives_pictures_captions_and_metadata(tmp_path):
+    save_pictures(tmp_path / "p")
+    write_csv(tmp_path / "t.csv", [(f"p/{i}.png", f"two\nlines {i}", i / 2) for i in range(4)])
+    found = items(table(tmp_path))
+    assert [item.name for item in found] == [f"t.csv/{i:09d}" for i in range(4)]
+    for i, item in enumerate(found):
+        assert read_bytes(item.path, item.offset, item.length) == PICTURES[i]
+        assert item.captions == ((f"two\nlines {i}".encode(), 1.0),)
+        assert item.metadata["score"] == i / 2
+
+
+def test_jsonl_rows_may_hold_base64_and_lists_of_captions(tmp_path):
+    text = base64.b64encode(PICTURES[0]).decode()
+    rows = [{"image": text, "a": ["x", "y"], "b": "z"}, {"image": "?" + text, "a": "x"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    first, second = items(table(tmp_path, strings="base64", captions={"a": 3, "b": 1}))
+    assert first.data == PICTURES[0]
+    assert first.captions == ((b"x", 1.5), (b"y", 1.5), (b"z", 1.0))
+    assert "image" not in first.metadata
+    assert second.reason == "broken_base64"
+
+
+def test_bytes_in_parquet_are_staged_and_read_back_from_their_address(tmp_path):
+    """Hugging Face's image column, compressed in row groups of two, beside a plain bytes column."""
+    image = [{"bytes": data, "path": None} for data in PICTURES]
+    columns = {"image": image, "caption": list("abcd"), "label": [3, 1, 2, 0]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
+    rows = scanned(tmp_path, table(tmp_path / "a.parquet", label="label"))
+    assert [row["label"] for row in rows] == [3, 1, 2, 0]
+    for row, data in zip(rows, PICTURES, strict=True):
+        assert row["path"] == str(tmp_path / "staged" / "part")
+        assert read_bytes(row["path"], row["offset"], row["length"]) == data
+        assert (row["height"], row["width"], row["reason"]) == (40, 40, None)
+    pq.write_table(pa.table({"jpg": PICTURES, "caption": list("abcd")}), tmp_path / "b.parquet")
+    again = scanned(tmp_path, table(tmp_path / "b.parquet", image="jpg"))
+    assert [row["content_hash"] for row in again] == [row["content_hash"] for row in rows]
+
+
+def test_hugging_faces_image_folder_is_read_and_pictures_without_a_row_are_rejects(tmp_path):
+    for part in ("train", "test"):
+        save_pictures(tmp_path / part)
+        rows = [(f"{i}.png", f"{part} {i}") for i in range(3)]
+        write_csv(tmp_path / part / "metadata.csv", rows, ("file_name", "text"))
+    save_pictures(tmp_path / "train" / "more")
+    found = items(ImageFolderSource(kind="imagefolder", path=str(tmp_path)))
+    taken = [item for item in found if not item.reason]
+    assert {item.captions[0][0] for item in taken} == {
+        f"{part} {i}".encode() for part in ("train", "test") for i in range(3)
+    }
+    assert reasons(found) == {
+        "test/3.png": "no_metadata",
+        "train/3.png": "no_metadata",
+        **{f"train/more/{i}.png": "no_metadata" for i in range(4)},
+    }
+    above = tmp_path / "metadata.jsonl"
+    above.write_text(json.dumps({"file_name": "train/more/0.png", "text": "x"}))
+    found = items(ImageFolderSource(kind="imagefolder", path=str(tmp_path)))
+    assert len([item for item in found if not item.reason]) == 7
+    assert "train/3.png" in reasons(found)
+
+
+def test_what_is_wrong_with_a_row_is_its_reason(tmp_path):
+    save_pictures(tmp_path / "p")
+    rows = [
+        {"image": "p/0.png", "caption": "x", "n": 1},
+        {"image": "p/gone.png", "caption": "x"},
+        {"image": None, "caption": "x"},
+        {"image": 7},
+        {"image": "http://host/x.png"},
+        {"image": "pipe:touch run"},
+        {"image": "a\0b"},
+        {"image": "\ud800"},
+        {"image": "p/1.png", "caption": None},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines, "{", "[1]", "[" * 100_000]) + "\n\n")
+    found = [item.reason for item in items(table(tmp_path))]
+    assert found == [
+        None,
+        "unreadable",
+        "no_picture",
+        "no_picture",
+        "foreign_url",
+        "unreadable",
+        "name_not_utf8",
+        "name_not_utf8",
+        None,
+        "broken_json",
+        "broken_json",
+        "broken_json",
+    ]
+
+
+def test_a_row_of_an_image_folder_cannot_point_out_of_it(tmp_path):
+    save_pictures(tmp_path / "secret")
+    (tmp_path / "data").mkdir()
+    outside = ["../secret/0.png", str(tmp_path / "secret" / "1.png"), "x/../../secret/2.png"]
+    write_csv(
+        tmp_path / "data" / "metadata.csv", [(p, "x") for p in outside], ("file_name", "text")
+    )
+    found = items(ImageFolderSource(kind="imagefolder", path=str(tmp_path / "data")))
+    assert [item.reason for item in found] == ["path_outside"] * 3
+
+
+def test_broken_tables_are_rejects_and_what_was_read_before_the_break_is_kept(tmp_path):
+    save_pictures(tmp_path / "p")
+    rows = "".join(f"p/{i}.png,x{i},1\n" for i in range(4))
+    (tmp_path / "a.csv").write_text(f"image,caption,n\n{rows}p/0.png,only two\np/0.png,x,1,2\n")
+    (tmp_path / "b.csv").write_text(f'image,caption,n\n{rows}p/0.png,"x\n')
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
+    found = items(table(tmp_path))
+    assert len([item for item in found if not item.reason]) == 8
+    assert reasons(found) == {
+        "a.csv/000000004": "broken_row",
+        "a.csv/000000005": "broken_row",
+        "b.csv": "broken_table",
+        "c.parquet": "broken_table",
+    }
+
+
+def test_a_parquet_file_cut_anywhere_is_whole_or_a_reject(tmp_path):
+    columns = {"image": PICTURES, "caption": list("abcd")}
+    pq.write_table(pa.table(columns), tmp_path / "whole.parquet", row_group_size=2)
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "whole.parquet").unlink()
+    for cut in range(0, len(whole), max(len(whole) // 40, 1)):
+        (tmp_path / "t.parquet").write_bytes(whole[:cut])
+        assert [item.reason for item in items(table(tmp_path))] == ["broken_table"]
+
+
+def test_a_column_that_is_not_there_is_an_error_that_names_those_that_are(tmp_path):
+    write_csv(tmp_path / "t.csv", [])
+    with pytest.raises(
+        InputError, match=r"sources\.s\.image: .* no column 'jpg', got image, caption"
+    ):
+        items(table(tmp_path, image="jpg"))
+    with pytest.raises(InputError, match=r"sources\.s\.captions\.text: .* no column 'text'"):
+        items(table(tmp_path, captions={"text": 1}))
+
+
+def test_labels_that_are_no_integers_are_rejects(tmp_path):
+    save_pictures(tmp_path / "p")
+    write_csv(
+        tmp_path / "t.csv", [("p/0.png", "x", 4), ("p/1.png", "x", "cat"), ("p/2.png", "x", -1)]
+    )
+    found = items(table(tmp_path, label="score"))
+    assert [(item.label, item.reason) for item in found] == [
+        (4, None),
+        (None, "no_label"),
+        (None, "no_label"),
+    ]
+
+
+def test_class_folders_give_labels_by_name_and_captions_by_the_template(tmp_path):
+    for name in ("red_fox", "cat"):
+        fill_folder(tmp_path / name, 2)
+    (tmp_path / "alone.png").write_bytes(PICTURES[0])
+    source = ClassesSource(kind="classes", path=str(tmp_path), caption="a photo of a {name}")
+    entries = list(list_source("s", source))
+    assert {e.class_name for e in entries} == {None, "cat", "red_fox"}
+    from data_prep.sources import read_entries
+
+    found = list(read_entries(entries, source, ["cat", "red_fox"]))
+    assert reasons(found) == {"alone.png": "no_class"}
+    said = {(item.label, item.captions[0][0]) for item in found if not item.reason}
+    assert said == {(0, b"a photo of a cat"), (1, b"a photo of a red fox")}
+
+
+def test_a_broken_picture_in_a_table_is_rejected_for_what_it_is(tmp_path):
+    columns = {"image": [PICTURES[0], b"<html>", b""], "caption": list("abc")}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    rows = scanned(tmp_path, table(tmp_path), CaptionsConfig(), FiltersConfig())
+    assert [row["reason"] for row in rows] == [None, "undecodable", "empty_file"]
+
+
+def test_an_unreadable_table_is_a_reject(tmp_path):
+    write_csv(tmp_path / "t.csv", [])
+    entries = list(list_source("s", table(tmp_path)))
+    os.unlink(tmp_path / "t.csv")
+    from data_prep.sources import read_entries
+
+    assert reasons(read_entries(entries, table(tmp_path))) == {"t.csv": "unreadable"}

@@ -1,0 +1,79 @@
+"""Run alone or under torchrun: 200 steps of each architecture and prediction on a dataset; prints a line each.
+
+python -m tests.ranks_networks DATASET ZERO_STAGE KIND[:OPTIONS]...
+"""
+
+import sys
+import tempfile
+
+import torch
+import yaml
+
+from models import build_model
+from models.config import parse_config
+from pipeline import distributed
+from pipeline.config import TrainConfig
+from pipeline.engine import build_engine
+from pipeline.objective import Objective, draw_dropout
+from pipeline.train import losses, make_plan
+
+STEPS, BATCH = 200, 8
+VP = {"path": {"kind": "vp_discrete"}, "timesteps": {"kind": "uniform"}}
+OBJECTIVES = {
+    "epsilon": {"preset": "sd15-epsilon"},
+    "v": {"preset": "sd2-v"},
+    "sample": {**VP, "prediction": "sample"},
+    "flow": {"preset": "sd3-rf-logit-normal"},
+    "edm": {"preset": "edm"},
+}
+
+
+def run(dataset: str, stage: int, model: dict, objective_section: dict) -> list[float]:
+    """Each step's loss, of all ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = {
+            "data": {"path": dataset},
+            "model": {"size": "debug", **model},
+            "objective": objective_section,
+            "training": {"images": STEPS * BATCH, "global_batch": BATCH},
+            "engine": {"zero_stage": stage, "precision": "fp32"},
+            "run": folder,
+        }
+        plan = make_plan(parse_config(TrainConfig, data, "test"))
+    config, objective = plan.config, Objective(plan.config.objective)
+    torch.manual_seed(0)
+    engine, optimizer = build_engine(
+        build_model(config.model), config.engine, config.optimizer, BATCH
+    )
+    values, batches = [], plan.loader.batches(0)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+        batch = next(batches)
+        t = objective.draw_t(0, step, BATCH, tuple(batch.moments.shape[-2:]))
+        dropped = draw_dropout(0, step, BATCH, 0.1)
+        device = torch.device("cpu")
+        _, terms = losses(plan, engine, objective, batch, step, t, dropped, device)
+        loss = terms.loss.mean()
+        engine.backward(loss)
+        engine.step()
+        values.append(sum(distributed.gather_objects(float(loss.detach()))))
+    plan.loader.close()
+    return [value / distributed.world_size() for value in values]
+
+
+def main() -> None:
+    dataset, stage, *models = sys.argv[1:]
+    distributed.start(120)
+    for model in models:
+        kind, _, options = model.partition(":")
+        section = {"kind": kind, **(yaml.safe_load(options) or {})}
+        for prediction, objective in OBJECTIVES.items():
+            losses_seen = run(dataset, int(stage), section, objective)
+            first, last = sum(losses_seen[:20]) / 20, sum(losses_seen[-20:]) / 20
+            distributed.say(f"trained {kind} {prediction} {first:.4f} {last:.4f}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Run under torchrun: steps that must be rejected, at every ZeRO stage and precision; prints a line each."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipeline import distributed
+from pipeline.batch import Batch
+from pipeline.data import DataConfig, Loader
+from pipeline.ema import full_weights
+from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.rejection import Rejection, RejectionConfig
+from tests.ranks_engine import BATCH, DECAY, batches, fresh_model
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, clip=0.5)
+CONFIG = RejectionConfig(spike_factor=3.0, window=2, max_in_a_row=3)
+
+
+def spoil(harm: str, batch: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The batch with something wrong in the last rank's share."""
+    batch = [tensor.clone() for tensor in batch]
+    if harm == "nan":
+        batch[1][-1, 0, 0, 0] = float("nan")
+    if harm == "inf":
+        batch[4][-1] = float("inf")
+    if harm == "spike":
+        batch[4][-1] *= 100
+    return batch
+
+
+def take(
+    stage: int, precision: str, harms: list[str], place: Batch, loader: Loader, run: Path
+) -> str:
+    """One step per harm ("" is none); what was rejected, and the weights of before and after it."""
+    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
+    engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
+    rejection = Rejection(CONFIG, run, engine, optimizer)
+    share = BATCH // distributed.world_size()
+    begin, log = distributed.rank() * share, []
+    for step, (harm, batch) in enumerate(zip(harms, batches() * 2, strict=False)):
+        before = [full_weights(engine, optimizer, which) for which in ("raw", "ema")]
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIMIZER.lr
+        optimizer.decays = {"ema": DECAY}
+        losses = []
+        for start in range(begin, begin + share, 2):
+            t, x_t, text, pooled, target = (x[start : start + 2] for x in spoil(harm, batch))
+            pred = engine(x_t, t, text, None, pooled).float()
+            loss = (pred - target).square().mean(dim=(1, 2, 3))
+            losses.append(loss.detach())
+            if harm == "gradient" and start == BATCH - 2:
+                pred.register_hook(lambda gradient: gradient * float("nan"))
+            engine.backward(loss.mean())
+            if start == begin + share - 2:
+                rejection.judge(torch.cat(losses).mean())
+            engine.step()
+        taken = rejection.settle(step, place, loader.first.snapshot, torch.cat(losses))
+        after = [full_weights(engine, optimizer, which) for which in ("raw", "ema")]
+        pairs = [(x[n], y[n]) for x, y in zip(before, after, strict=True) for n in x]
+        finite = all(bool(y.isfinite().all()) for _, y in pairs)
+        moved = any(not torch.equal(x, y) for x, y in pairs)
+        log.append(f"{harm or 'fine'}:{taken:d}{moved:d}{finite:d}")
+    counts = {int(s["step"]) for s in optimizer.state.values()}
+    return " ".join([*log, f"adam:{sorted(counts)}", f"total:{rejection.total}"])
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    distributed.start(60)
+    loader = Loader(
+        DataConfig(path=str(run / "dataset")),
+        global_batch=BATCH,
+        seed=0,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    place = next(loader.batches())
+    harms = ["", "", "nan", "", "gradient", "spike", "", "inf"]
+    for layout in sys.argv[2:]:
+        stage, precision = layout.split(":")
+        line = take(int(stage), precision, harms, place, loader, run)
+        if distributed.is_main():
+            print("reject", layout, line, flush=True)
+    loader.close()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A rank killed, stopped, hung or failed: all end, with its name and where it was; without a launcher's help."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests import train_factory
+
+pytestmark = pytest.mark.distributed
+Ranks = list[subprocess.Popen[str]]
+
+
+def launch(harm: str, where: int) -> Ranks:
+    """Two ranks by hand, so that nobody but the watchdog ends them; rank 0 holds the store."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks_watchdog", harm, str(where)],
+            env=train_factory.environment() | address | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    processes = launch(*request.param)
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What a rank said at its end, which must come soon and not be a success."""
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode not in (0, -signal.SIGKILL)
+    return errors
+
+
+@pytest.mark.parametrize("ranks", [("stop", 1)], indirect=True)
+def test_a_stopped_rank_ends_the_others_with_its_name_and_its_stack(ranks):
+    train_factory.wait_for(ranks[0], "step 10/")
+    ranks[1].send_signal(signal.SIGSTOP)
+    said = ended(ranks[0])
+    assert re.search(rf"no answer for \d+ s from rank 1 \(pid {ranks[1].pid} on ", said)
+    assert "ranks_watchdog.py" in said.split("last in:")[1].split("Current thread")[0]
+    ranks[1].send_signal(signal.SIGCONT)  # it finds itself accused
+    assert f"from rank 1 (pid {ranks[1].pid}" in ended(ranks[1]) or ranks[1].returncode == 1
+
+
+@pytest.mark.parametrize("ranks", [("stop", 0)], indirect=True)
+def test_the_rank_that_holds_the_store_may_be_the_stopped_one(ranks):
+    train_factory.wait_for(ranks[0], "step 10/")
+    ranks[0].send_signal(signal.SIGSTOP)
+    assert "the rendezvous store does not answer: rank 0" in ended(ranks[1])
+
+
+@pytest.mark.parametrize("ranks", [("kill", 1)], indirect=True)
+def test_a_killed_rank_ends_the_others_with_its_name(ranks):
+    train_factory.wait_for(ranks[0], "step 10/")
+    ranks[1].kill()
+    said = ended(ranks[0])
+    assert f"no answer from rank 1 (pid {ranks[1].pid} on " in said
+
+
+@pytest.mark.parametrize("ranks", [("hang", 1)], indirect=True)
+def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
+    said = [ended(process) for process in ranks]
+    for text in said:
+        assert "no step in 4 s. The ranks are at:" in text
+        places = text.split("The ranks are at:")[1].split("Current thread")[0]
+        own = places.split(f"rank 1 (pid {ranks[1].pid} on ")[1].split("rank 0")[0]
+        assert "in sleep_for_ever" in own
+
+
+@pytest.mark.parametrize("ranks", [("raise", 1)], indirect=True)
+def test_what_one_rank_raises_all_ranks_say(ranks):
+    said = [ended(process) for process in ranks]
+    assert "ValueError: no good" in said[1]
+    assert "rank 1 (pid" in said[0]
+    assert "ValueError: no good" in said[0]
+
+
+@pytest.mark.parametrize("ranks", [("none", 0)], indirect=True)
+def test_ranks_that_are_suspended_together_go_on(ranks):
+    train_factory.wait_for(ranks[0], "step 10/")
+    for process in ranks:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(5)  # longer than the silence that ends a run
+    for process in ranks:
+        process.send_signal(signal.SIGCONT)
+    for process in ranks:
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors

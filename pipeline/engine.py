@@ -1,23 +1,27 @@
-"""The DeepSpeed engine: its config built here in Python, parameter groups, AdamW, the LR schedule."""
+"""The DeepSpeed engine: its config built here in Python, parameter groups, optimizer, the LR schedule."""
 
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import get_scheduler
 
 from models.config import Config, InputError
 from models.layers import compile_blocks
+from models.roles import parameter_roles
 from pipeline import distributed
 from pipeline.ema import AdamWithEMA, WithEMA
+from pipeline.optimizers import MuonWithEMA, adamw_8bit
 
 
 class OptimizerConfig(Config):
-    """AdamW; lr is for this global batch, nothing rescales it."""
+    """lr is for this global batch, nothing rescales it."""
 
+    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr; adamw_8bit: needs a GPU, bitsandbytes
+    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -41,12 +45,24 @@ class EngineConfig(Config):
     micro_batch: int | None = Field(
         default=None, gt=0
     )  # pictures a rank at once; null: all of its share
+    # Of ZeRO's partitions to the host's memory; parameters with stage 3 alone
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
     compile: bool = False  # each block
     cpu_threads: int | None = Field(
         default=None, gt=0
     )  # a rank, on CPU; null: its share of the cores
     timeout_s: float = Field(default=1800, gt=0)  # of a collective, and of a step
     heartbeat_timeout_s: float = Field(default=120, gt=0)  # a rank silent so long ends the run
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "EngineConfig":
+        for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
+            if getattr(self, name) != "none" and self.zero_stage not in stages:
+                raise ValueError(
+                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {stages}"
+                )
+        return self
 
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
@@ -75,20 +91,47 @@ def native_precision() -> Literal["fp32", "bf16"]:
     return "bf16" if native else "fp32"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases, norm scales, tables and embeddings without."""
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    decay, plain = [], []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and "table" not in name
-        (decay if is_matrix else plain).append(parameter)
-    groups = [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: int) -> None:
+    """Raises InputError where the two do not fit each other."""
+    if optimizer.kind == "muon" and engine.zero_stage > 0:
+        raise InputError(
+            f"optimizer.kind: muon needs whole matrices, and ZeRO {engine.zero_stage} cuts them. Remedy: "
+            "engine.zero_stage=0, or optimizer.kind=adamw"
+        )
+    if engine.precision == "bf16" and engine.zero_stage == 0 and micro_steps > 1:
+        raise InputError(
+            f"engine.micro_batch: {micro_steps} micro-batches a step would be summed in bf16 at zero_stage 0. "
+            "Remedy: engine.zero_stage=1, which sums in fp32 and on one rank needs no more memory"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, norm scales, tables and embeddings without; Muon's apart."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    parameters = dict(model.named_parameters())
+    for name, role in sorted(parameter_roles(model).items(), key=lambda item: not item[1].decay):
+        by_muon = role.hidden and muon  # whose step has a width-free size of its own
+        key = (by_muon, role.decay, 1.0 if by_muon else role.lr_scale)
+        groups.setdefault(key, []).append(parameters[name])
+    return [
+        {"params": p, "muon": m, "weight_decay": weight_decay * decays, "lr_scale": scale}
+        for (m, decays, scale), p in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
+    """The optimizer that DeepSpeed drives; raises InputError where it cannot run here."""
+    groups = parameter_groups(model, config.weight_decay, config.kind == "muon")
+    # DeepSpeed may step once while it sets up, hence no LR.
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if config.kind == "adamw_8bit":
+        return adamw_8bit(groups, **options)
+    return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
+
+
+def set_lr(optimizer: WithEMA, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def lr_schedule(
@@ -121,8 +164,20 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_clipping": 0.0 if clips_itself(engine) else clip,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+        }
+        | {
+            key: {"device": device}
+            for key, device in (
+                ("offload_optimizer", engine.offload_optimizer),
+                ("offload_param", engine.offload_parameters),
+            )
+            if device != "none"
+        },
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW steps on the host as well, and has the averages.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
     }
     if bf16 and engine.zero_stage:
@@ -152,13 +207,7 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    optimizer = AdamWithEMA(
-        parameter_groups(model, optimizer_config.weight_decay),
-        lr=0.0,  # DeepSpeed may step once while it sets up
-        betas=optimizer_config.betas,
-        eps=optimizer_config.eps,
-        fused=True,
-    )
+    optimizer = build_optimizer(model, optimizer_config)
     if clips_itself(engine_config):
         optimizer.clip = optimizer_config.clip
     if engine_config.compile:

@@ -62,6 +62,9 @@ class ModelFlops:
                 given["pooled"] = torch.zeros(1, config.pooled_dim)
             given["micro"] = torch.zeros(1, 4)
             given["label"] = torch.zeros(1, dtype=torch.long)
+            if getattr(config, "span", None) is not None:  # some blocks see some of the patches
+                patches = height * width // config.latent_multiple**2
+                given["token_scores"] = torch.zeros(1, patches)
             x_t = torch.zeros(1, config.latent_channels, height, width)
             network(x_t, torch.zeros(1), **given).sum().backward()
         return float(counter.get_total_flops())

@@ -29,10 +29,12 @@ from pipeline.ema import WithEMA, ema_decays, full_weights
 from pipeline.engine import (
     EngineConfig,
     build_engine,
+    check_engine,
     grad_norm,
     lr_schedule,
     micro_batch_size,
     native_precision,
+    set_lr,
 )
 from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor, SampleLog
@@ -83,6 +85,8 @@ def make_plan(config: TrainConfig) -> Plan:
     }
     model = config.model.with_sizes(sizes)
     config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
+    micro_steps = config.training.global_batch // micro_batch // distributed.world_size()
+    check_engine(config.engine, config.optimizer, micro_steps)
     check_dataset(
         manifest,
         ", ".join(source.path for source in config.data.sources.values()),
@@ -331,8 +335,7 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
         # --- batch, noise, loss, step
         taken = step - rejection.total  # a rejected step moves neither schedule
         lr = lr_of(taken)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.decays = ema_decays(config.ema, taken * global_batch, global_batch)
         logged = (step + 1) % config.monitor.every_steps == 0 or step + 1 == num_steps
         optimizer.watch = norms if logged else None

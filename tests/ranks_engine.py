@@ -14,6 +14,7 @@ from pipeline.engine import (
     build_engine,
     grad_norm,
     parameter_groups,
+    set_lr,
 )
 from pipeline.norms import BlockNorms, block_of
 
@@ -47,25 +48,44 @@ Result = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, dict[str
 def block_norms(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     squares: dict[str, float] = defaultdict(float)
     for name, tensor in tensors.items():
-        squares[f"{kind}_norm/{block_of(name)}"] += float(tensor.double().square().sum())
+        squares[f"{kind}_norm/{block_of(name)}"] += float(tensor.detach().double().square().sum())
     return {name: value**0.5 for name, value in squares.items()}
 
 
-def reference() -> Result:
+def plain_optimizers(model: DiT, kind: str) -> list[torch.optim.Optimizer]:
+    """Torch's own: AdamW, and Muon on what it is for."""
+    groups = parameter_groups(model, OPTIMIZER.weight_decay, muon=kind == "muon")
+    adamw = [g for g in groups if not g["muon"]]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adamw, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    ]
+    if kind == "muon":
+        matrices = [p for g in groups if g["muon"] for p in g["params"]]
+        assert (
+            len(matrices) == 2 * 10
+        )  # q, k, v, out of both attentions and two of the MLP, in 2 blocks
+        decay, scale = OPTIMIZER.weight_decay, "match_rms_adamw"
+        optimizers.append(
+            torch.optim.Muon(matrices, OPTIMIZER.lr, weight_decay=decay, adjust_lr_fn=scale)
+        )
+    return optimizers
+
+
+def reference(kind: str) -> Result:
     """Weights, their average, the last gradient's norm and norms by block of plain torch in fp32."""
     model = fresh_model()
-    groups = parameter_groups(model, OPTIMIZER.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+    optimizers = plain_optimizers(model, kind)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     norm, norms = torch.zeros(()), {}
     for t, x_t, text, pooled, target in batches():
-        optimizer.zero_grad()
+        model.zero_grad()
         (model(x_t, t, text, None, pooled) - target).square().mean().backward()
         named = dict(model.named_parameters())
         norms = block_norms("gradient", {n: p.grad for n, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
         before = {n: p.detach().clone() for n, p in named.items()}
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for name, p in named.items():
             average[name].lerp_(p.detach(), 1 - DECAY)
         norms |= block_norms("update", {n: p - before[n] for n, p in named.items()})
@@ -74,12 +94,18 @@ def reference() -> Result:
     return {n: p.detach() for n, p in model.named_parameters()}, average, float(norm), norms
 
 
-def ours(stage: int, precision: str) -> Result:
-    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
-    engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
+def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
+    config = EngineConfig(
+        zero_stage=stage,  # pyright: ignore[reportArgumentType]
+        precision=precision,  # pyright: ignore[reportArgumentType]
+        micro_batch=2,
+        offload_optimizer="none" if offload == "none" else "cpu",
+        offload_parameters="cpu" if offload == "both" else "none",
+    )
+    settings = OPTIMIZER.model_copy(update={"kind": kind})
+    engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
     optimizer.decays = {"ema": DECAY}
-    for group in optimizer.param_groups:
-        group["lr"] = OPTIMIZER.lr
+    set_lr(optimizer, OPTIMIZER.lr)
     share = BATCH // distributed.world_size()
     begin = distributed.rank() * share
     watch = BlockNorms(engine, torch.device("cpu"))
@@ -97,21 +123,30 @@ def ours(stage: int, precision: str) -> Result:
     return raw, ema, norm, norms
 
 
+CASES = [
+    *((stage, precision, "adamw", "none") for stage in range(4) for precision in ("fp32", "bf16")),
+    (0, "fp32", "muon", "none"),
+    (0, "bf16", "muon", "none"),
+    (1, "fp32", "adamw", "optimizer"),
+    (2, "bf16", "adamw", "optimizer"),
+    (3, "bf16", "adamw", "both"),
+]
+
+
 def main() -> None:
     distributed.start(60)
-    expected = reference()
-    for stage in (0, 1, 2, 3):
-        for precision in ("fp32", "bf16"):
-            raw, ema, norm, norms = ours(stage, precision)
-            if distributed.is_main():
-                errors = [
-                    max(float((got[name] - want[name]).abs().max()) for name in want)
-                    for got, want in ((raw, expected[0]), (ema, expected[1]))
-                ]
-                assert norms.keys() == expected[3].keys()
-                blocks = max(abs(norms[name] / want - 1) for name, want in expected[3].items())
-                change = abs(norm / expected[2] - 1)
-                print("engine", stage, precision, *errors, change, blocks, flush=True)
+    expected = {kind: reference(kind) for kind in ("adamw", "muon")}
+    for case in CASES:
+        raw, ema, norm, norms = ours(*case)
+        if distributed.is_main():
+            wanted = expected[case[2]]
+            errors = [
+                max(float((got[name] - want[name]).abs().max()) for name in want)
+                for got, want in ((raw, wanted[0]), (ema, wanted[1]))
+            ]
+            assert norms.keys() == wanted[3].keys()
+            blocks = max(abs(norms[name] / want - 1) for name, want in wanted[3].items())
+            print("engine", *case, *errors, abs(norm / wanted[2] - 1), blocks, flush=True)
     distributed.stop()
 
 

@@ -77,7 +77,9 @@ def kill(tmp_path: Path, config: Path, after: str, ranks: int, *options: str) ->
     [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)],
 )
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, stage, dtype, ranks):
-    options = [f"engine.zero_stage={stage}", f"engine.precision={dtype}", "engine.micro_batch=2"]
+    # Stage 0 in bf16 sums no micro-batches.
+    options = [f"engine.zero_stage={stage}", f"engine.precision={dtype}"]
+    options += [f"engine.micro_batch={4 if (stage, dtype) == (0, 'bf16') else 2}"]
     whole, killed = write_config(tmp_path, "whole"), write_config(tmp_path, "killed")
     done = train_factory.run("pipeline.train", str(whole), *options, ranks=ranks)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ medians. What a log costs is measured at every tenth step and counted at every 5
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -39,13 +40,13 @@ WARM = 4
 LOGGED, SAVED, DEFAULT_LOGGED = 10, 25, 50  # every so many steps here, and by default
 
 
-def run_config(folder: Path, stage: int, batch: int, size: str) -> TrainConfig:
+def run_config(folder: Path, stage: int, batch: int, size: str, threads: int) -> TrainConfig:
     """A run that is watched as by default, but logs and saves oftener."""
     data = {
         "data": {"path": str(folder / "dataset")},
         "model": {"kind": "dit", "size": size},
         "training": {"images": 10**9, "global_batch": batch},
-        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "engine": {"zero_stage": stage, "precision": "fp32", "cpu_threads": threads},
         "run": str(folder / f"run_{stage}"),
         "checkpoint": {"every_steps": SAVED, "keep": 1},
         "monitor": {"every_steps": LOGGED},
@@ -84,7 +85,7 @@ def bare_deepspeed(config: TrainConfig, model: DiTConfig, batch: dict) -> Callab
 
     torch.manual_seed(0)
     network = build_model(model)
-    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0, muon=False), lr=1e-4, fused=True)
     size = config.training.global_batch
     settings = deepspeed_config(config.engine, 1.0, size, size) | {"gradient_clipping": 1.0}
     engine, *_ = deepspeed.initialize(
@@ -105,7 +106,7 @@ def bare_deepspeed(config: TrainConfig, model: DiTConfig, batch: dict) -> Callab
 def bare_torch(model: DiTConfig, batch: dict) -> Callable[[], None]:
     torch.manual_seed(0)
     network = build_model(model)
-    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0, muon=False), lr=1e-4, fused=True)
     given, target = {k: v for k, v in batch.items() if k != "target"}, batch["target"]
 
     def step() -> None:
@@ -177,14 +178,14 @@ def main(
     size: Annotated[str, typer.Option(help="of the DiT")] = "tiny",
     rounds: Annotated[int, typer.Option(min=25, help="steps of each side at each stage")] = 50,
     stages: Annotated[str, typer.Option(help="of ZeRO")] = "0,1,2,3",
+    threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
     output: Annotated[Path | None, typer.Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Table the cost of a step over bare DeepSpeed and bare torch, and of its parts."""
     distributed.start(600)
+    torch.set_num_threads(threads)
     figures: dict[str, float] = {}
-    table = Table(
-        title=f"DiT-{size}, batch {batch}, fp32, {torch.get_num_threads()} threads: ms a step"
-    )
+    table = Table(title=f"DiT-{size}, batch {batch}, fp32, {threads} threads: ms a step")
     for column in (
         "ZeRO",
         "torch",
@@ -199,12 +200,12 @@ def main(
         folder = Path(name)
         kind = Kind(encoders={"mini": TEXT}, channels=4, ragged=False)
         make_dataset(folder / "dataset", [((256, 256), 256)], kind)
-        config = run_config(folder, 0, batch, size)
+        config = run_config(folder, 0, batch, size, threads)
         loader = Loader(config.data, global_batch=batch, seed=0)
         model = DiTConfig(size=size, latent_channels=4, text_dim=TEXT[1], pooled_dim=TEXT[1])  # pyright: ignore[reportArgumentType]
         fixed = fixed_batch(loader, Objective(config.objective))
         for stage in map(int, stages.split(",")):
-            config = run_config(folder, stage, batch, size)
+            config = run_config(folder, stage, batch, size, threads)
             others = {"deepspeed": bare_deepspeed(config, model, fixed)}
             if stage == 0:
                 others["torch"] = bare_torch(model, fixed)

@@ -21,7 +21,10 @@ from pipeline.rejection import RejectionConfig
 from pipeline.sampling import SamplerConfig
 
 # Sections that change results: a resumed run may not change them unasked.
-RESULTS = ("seed", "data", "model", "objective", "training", "optimizer", "ema", "rejection")
+RESULTS = (
+    *("seed", "data", "model", "objective", "training", "optimizer", "ema", "start_from"),
+    "rejection",
+)
 
 
 def _kind(model: Any) -> str:
@@ -55,6 +58,14 @@ class TrainingConfig(Config):
         return -(-self.images // self.global_batch)
 
 
+class StartConfig(Config):
+    """A run whose weights are this run's first; `model.init_from` takes those of other programs."""
+
+    run: str
+    weights: str = "ema"  # or raw, or another average
+    step: int | None = None  # of its checkpoint; null: the newest
+
+
 class EncodersConfig(Config):
     """Where the dataset's encoders are on this machine, where not at the path that prepare recorded."""
 
@@ -72,6 +83,7 @@ class TrainConfig(Config):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
+    start_from: StartConfig | None = None
     rejection: RejectionConfig = RejectionConfig()
 
     engine: EngineConfig = EngineConfig()

@@ -19,7 +19,7 @@ import typer
 from torch import nn
 
 from models import build_model
-from models.config import InputError, load_config, run_command
+from models.config import InputError, run_command
 from models.layers import kept_pixels
 from models.vae import sample_latents
 from pipeline import checkpoint, distributed
@@ -44,6 +44,7 @@ from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
 from pipeline.snapshots import SNAPSHOTS, check_dataset
+from pipeline.stages import finished, load_stages, load_start
 from pipeline.watchdog import Watchdog
 
 
@@ -260,12 +261,26 @@ def losses(
 
 def train(config: TrainConfig, override: bool = False) -> None:
     """One run, from wherever it stands to `training.images` pictures or a signal."""
-    for _ in steps(config, override):
-        pass
+    train_stages([config], override)
+
+
+def train_stages(stages: list[TrainConfig], override: bool = False) -> None:
+    """Runs one after another, each from wherever it stands; a signal ends all."""
+    for config in stages[1:]:
+        make_plan(config)  # what is wrong with a later stage is found now
+    for config in stages:
+        if len(stages) > 1 and finished(config):
+            distributed.say(f"{config.run}: finished before")
+            continue
+        for _ in steps(config, override):
+            pass
+        if not finished(config):
+            break
+    distributed.stop()
 
 
 def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
-    """The same step by step: yields each step's number once all that belongs to it is done."""
+    """A run step by step: yields each step's number once all that belongs to it is done."""
     # --- setup: all that can fail fails here
     plan = make_plan(config)
     open_run(plan, override)
@@ -274,7 +289,6 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     with Watchdog(config.engine.heartbeat_timeout_s, config.engine.timeout_s) as watchdog:
         yield from run_steps(plan, device, watchdog)
         distributed.barrier()
-    distributed.stop()
 
 
 def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[int]:
@@ -289,7 +303,12 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
     objective = Objective(config.objective)
     torch.manual_seed(config.seed)  # the initial weights, the same on all ranks
     model = build_model(config.model)
-    if config.model.init_from and not checkpoint.candidates(run):
+    if config.start_from and not checkpoint.candidates(run):
+        distributed.say(
+            f"{run}: begins with the {config.start_from.weights} weights of {config.start_from.run}"
+        )
+        load_start(model, config.start_from)
+    elif config.model.init_from and not checkpoint.candidates(run):
         from models.exchange import load_weights  # and diffusers with it
 
         distributed.say(f"{run}: begins with the weights of {config.model.init_from}")
@@ -450,11 +469,11 @@ def main(
     ] = False,
 ) -> None:
     """Train a model on a prepared dataset; run again to resume."""
-    parsed = load_config(TrainConfig, config, overrides or [])
+    stages = load_stages(config, overrides or [])
     if dry_run:
-        distributed.say(describe(make_plan(parsed)))
+        distributed.say("\n\n".join(describe(make_plan(stage)) for stage in stages))
     else:
-        train(parsed, override)
+        train_stages(stages, override)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ class Hosts:
     def start(self, host: int, command: list[str], **options) -> subprocess.Popen:
         """A process tree of its own on a host: when its first process ends, the kernel ends all of it."""
         name = NAMES[host]
-        inner = 'hostname "$0" && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"'
+        # A folder of Ray's and a /sys/fs/cgroup of its own; `ip netns exec` has hidden the real one.
+        inner = (
+            'hostname "$0" && mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && '
+            'mount -t tmpfs none /sys/fs/cgroup && exec "$@"'
+        )
         process = subprocess.Popen(
             ["ip", "netns", "exec", name, "unshare", "--pid", "--uts", "--fork", "--kill-child",
              "--mount-proc", "sh", "-c", inner, name, *command],

@@ -1,5 +1,6 @@
 """Real Ray clusters for tests: a head and further raylets on loopback, each on its own ports, behind a token."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -46,8 +49,8 @@ class RayCluster:
         }
         self.nodes: list[subprocess.Popen] = []
 
-    def start(self, num_cpus: int, head: bool = False) -> subprocess.Popen:
-        """A raylet, with the cluster's services if it is the head."""
+    def start(self, num_cpus: int, head: bool = False, tries: int = 3) -> subprocess.Popen:
+        """A raylet, with the cluster's services if it is the head; on a busy machine Ray may give up once."""
         ports = {name: free_port() for name in (*NODE_PORTS, *(HEAD_PORTS if head else ()))}
         command = [RAY, "start", "--block", "--node-ip-address", "127.0.0.1", "--num-gpus", "0"]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(100 << 20)]
@@ -74,23 +77,36 @@ class RayCluster:
             start_new_session=True,
         )
         self.nodes.append(node)
+        if not head:
+            running = sum(node.poll() is None for node in self.nodes)
+            self._until(lambda: node.poll() is not None or self._num_alive() >= running)
+            if node.poll() is not None:
+                assert tries, "no raylet starts"
+                return self.start(num_cpus, tries=tries - 1)
         return node
 
-    def wait(self, timeout_s: float = 300) -> None:
-        """Until the job server takes jobs."""
+    def _num_alive(self) -> int:
+        """Nodes that the head counts on."""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        request = urllib.request.Request(f"{self.address}/api/v0/nodes", headers=headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            nodes = json.load(answer)["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in nodes)
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()
+            assert time.monotonic() < deadline, "the cluster does not come up"
+            time.sleep(1)
+
+    def wait(self) -> None:
+        """Until the job server takes jobs."""
         port = int(self.address.rsplit(":", 1)[1])
-        while socket.socket().connect_ex(
-            ("127.0.0.1", port)
-        ):  # cheaper than the probe that follows
-            assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(1)
+        self._until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
         probe = [RAY, "job", "submit", "--", "true"]
-        while (done := subprocess.run(probe, env=self.environment, capture_output=True)).returncode:
-            assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()
-            assert time.monotonic() < deadline, done.stdout + done.stderr
-            time.sleep(1)
+        run = partial(subprocess.run, probe, env=self.environment, capture_output=True)
+        self._until(lambda: run().returncode == 0)
 
     def kill_raylet(self, node: subprocess.Popen) -> None:
         """SIGKILL to what makes it a node; the rest of it follows by itself."""

@@ -30,6 +30,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+MpiDefault=none
+MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
@@ -80,13 +82,15 @@ class Slurm:
             "PYTHONUNBUFFERED": "1",
         }
         self.environment.pop("PYTHONPATH", None)
-        (folder / "state").mkdir()
+        for name in ("state", *(f"spool.{name}" for name in NAMES)):
+            (folder / name).mkdir()
         fields = {
             "a": NAMES[0],
             "b": NAMES[1],
             "a_address": ADDRESSES[0],
             "b_address": ADDRESSES[1],
         }
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, **fields))
         subprocess.run(
             ["mungekey", "--create", f"--keyfile={folder}/munge.key"],
@@ -155,15 +159,15 @@ def test_the_time_limit_saves_and_requeues_and_cancelling_leaves_a_sound_checkpo
     config = train_factory.write_config(tmp_path)
     log = tmp_path / "job.log"
     job = slurm.submit(
-        checkout, "--time=3", "--signal=B:USR1@90", f"--output={log}", "cluster/slurm/train.sbatch",
+        checkout, "--time=7", "--signal=B:USR1@180", f"--output={log}", "cluster/slurm/train.sbatch",
         str(config), "training.images=8000000", "engine.zero_stage=2", "checkpoint.every_steps=100000",
     )  # fmt: skip
-    slurm.wait(lambda: log.exists() and "stopped by SIGUSR1 at step" in log.read_text(), 240)
+    slurm.wait(lambda: log.exists() and "stopped by SIGUSR1 at step" in log.read_text(), 480)
     (saved,) = candidates(tmp_path / "run")
     step = int(saved.name.removeprefix("step_"))
-    slurm.wait(lambda: f"resuming at step {step} of" in log.read_text(), 240)
+    slurm.wait(lambda: f"resuming at step {step} of" in log.read_text(), 480)
     assert slurm.state(job) == "RUNNING 1"
-    slurm.wait(lambda: f"step {step + 20}/" in log.read_text(), 120)
+    slurm.wait(lambda: f"step {step + 20}/" in log.read_text(), 240)
     slurm.run("scancel", job)
     slurm.wait(lambda: slurm.state(job) == "CANCELLED 1", 90)
     newest = candidates(tmp_path / "run")[0]

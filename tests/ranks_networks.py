@@ -1,6 +1,6 @@
-"""Run alone or under torchrun: 200 steps of each architecture and prediction on a dataset; prints a line each.
+"""Run alone or under torchrun: 200 steps of a network with each prediction on a dataset; prints a line each.
 
-python -m tests.ranks_networks DATASET ZERO_STAGE KIND[:OPTIONS]...
+python -m tests.ranks_networks DATASET ZERO_STAGE KIND[:OPTIONS] PREDICTION...
 """
 
 import sys
@@ -63,15 +63,14 @@ def run(dataset: str, stage: int, model: dict, objective_section: dict) -> list[
 
 
 def main() -> None:
-    dataset, stage, *models = sys.argv[1:]
+    dataset, stage, model, *predictions = sys.argv[1:]
     distributed.start(120)
-    for model in models:
-        kind, _, options = model.partition(":")
-        section = {"kind": kind, **(yaml.safe_load(options) or {})}
-        for prediction, objective in OBJECTIVES.items():
-            losses_seen = run(dataset, int(stage), section, objective)
-            first, last = sum(losses_seen[:20]) / 20, sum(losses_seen[-20:]) / 20
-            distributed.say(f"trained {kind} {prediction} {first:.4f} {last:.4f}")
+    kind, _, options = model.partition(":")
+    section = {"kind": kind, **(yaml.safe_load(options) or {})}
+    for prediction in predictions:
+        seen = run(dataset, int(stage), section, OBJECTIVES[prediction])
+        first, last = sum(seen[:20]) / 20, sum(seen[-20:]) / 20
+        distributed.say(f"trained {prediction} {first:.4f} {last:.4f}")
     distributed.stop()
 
 

@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from cluster.submit import Action, main, make_job, read_runtime_env
-from models.config import InputError, run_command
+from models.config import InputError, load_config, run_command
+from pipeline.config import TrainConfig
+from pipeline.train import make_plan, open_run
+from tests import train_factory
 from tests.ray_cluster import copy_checkout, free_port
 
 TRAIN = "data: {path: /shared/data}\ntraining: {images: 1000, global_batch: 24}\nrun: /shared/run\n"
@@ -141,3 +144,16 @@ def test_slurms_command_is_printed_once_the_config_is_right(checkout, monkeypatc
     assert subprocess.run(["bash", "-n", words[2]]).returncode == 0
     assert run(monkeypatch, "train", "train.yaml", "sead=1", *slurm) == 2
     assert run(monkeypatch, "evaluate", "/run", *slurm) == 2
+
+
+def test_a_runs_folder_holds_no_secret_of_the_environment(tmp_path, monkeypatch):
+    secrets = {"RAY_AUTH_TOKEN": "f00d" * 16, "AWS_SECRET_ACCESS_KEY": "beef" * 10}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    plan = make_plan(load_config(TrainConfig, train_factory.write_config(tmp_path), []))
+    open_run(plan, override=False)
+    plan.loader.close()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"config.yaml", "environment.txt", "git.txt"}
+    for path in files:
+        assert not [name for name, value in secrets.items() if value.encode() in path.read_bytes()]

@@ -1,5 +1,7 @@
 """Stages as Ray jobs on two raylets behind a token: submitted, followed, a node killed in the midst."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,10 @@ import torch
 from data_prep.schema import read_manifest
 from data_prep.verify import verify
 from tests import prep_factory, train_factory
-from tests.ray_cluster import RayCluster, copy_checkout, ray_cluster
+from tests.ray_cluster import BIN, TOKEN, RayCluster, copy_checkout, ray_cluster
 from tests.test_train import scalars, weights
 
+ROOT = Path(__file__).parent.parent
 LONG = ("engine.zero_stage=2", "training.images=1200")  # 150 steps, so that a kill falls among them
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -62,6 +65,14 @@ def test_a_wrong_token_and_a_missing_one_are_refused_and_not_shown(cluster, chec
         assert "Traceback" not in output
 
 
+def expect_no_secret(folder: Path, *outputs: str) -> None:
+    """The cluster's token is in no file that the job wrote, nor in what was shown of it."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert not [text for text in outputs if TOKEN in text]
+
+
 def test_a_preparation_outlives_a_killed_node(tmp_path, cluster, checkout, vae_folder, text_folder):
     prep_factory.fill_folder(tmp_path / "pictures", 240)
     config = prep_factory.write_config(
@@ -85,6 +96,7 @@ def test_a_preparation_outlives_a_killed_node(tmp_path, cluster, checkout, vae_f
     assert verify(dataset) == []
     status, _ = submit(cluster, checkout, "status", "prepare-1").communicate()
     assert f"output: {dataset}" in status
+    expect_no_secret(dataset, output, status)
 
 
 def _actors(node: subprocess.Popen) -> list[psutil.Process]:
@@ -112,6 +124,7 @@ def test_training_with_a_killed_node_ends_with_the_bits_of_an_undisturbed_run(
     output, _ = job.communicate()
     assert job.returncode == 0, output
     assert "resuming at step" in output
+    expect_no_secret(tmp_path / "job", output)
     whole = train_factory.write_config(tmp_path, "whole")
     done = train_factory.run("pipeline.train", str(whole), *LONG, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -135,3 +148,20 @@ def test_a_lost_node_leaves_a_smaller_group_with_the_same_batches(tmp_path, clus
         assert ours[step] == pytest.approx(loss, rel=1e-3), (
             step
         )  # another order of summing, 150 steps
+
+
+def test_the_deepspeed_launcher_trains_from_a_hostfile(tmp_path):
+    config = train_factory.write_config(tmp_path)
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    done = subprocess.run(
+        [ROOT / "cluster" / "ssh" / "train.sh", str(config), "engine.zero_stage=2"],
+        env=train_factory.environment() | {
+            "HOSTFILE": str(tmp_path / "hostfile"), "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1",
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        },
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "run/checkpoints/step_00000024/checkpoint.json").read_text())
+    assert record["world_size"] == 2

@@ -22,6 +22,8 @@ STAGES = {
     ),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
     "ema": ("pipeline.posthoc_ema", "an EMA of any width after training, from a run's snapshots"),
+    "evaluate": ("pipeline.evaluate", "held-out error by noise level, FID, KID, CLIP score"),
+    "export": ("pipeline.export", "a diffusers pipeline folder, and one safetensors file"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
     "submit": (
         "cluster.submit",

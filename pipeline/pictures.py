@@ -1,19 +1,25 @@
 """Prompts to pictures with a trained network: used by the trainer's grids, `sample` and `evaluate`."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
 
 from data_prep.schema import Manifest
 from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.weights import weights_sha256
+from pipeline import distributed
 from pipeline.objective import Objective, draw_noise
 from pipeline.sampling import SamplerConfig, generate
 
@@ -42,30 +48,45 @@ def encoder_folder(recorded: str, given: str | None, sha256: str, key: str) -> P
     return folder
 
 
-def encode_captions(
-    manifest: Manifest, folders: dict[str, str], captions: list[str], device: torch.device
-) -> Conditioning | None:
-    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; None without text."""
-    if not manifest.text_encoders:
-        return None
-    tokens, masks, pooled = [], [], []
+def load_encoders(
+    manifest: Manifest, folders: dict[str, str], device: torch.device
+) -> list[TextEncoder]:
+    """The dataset's text encoders in its order, each checked to be the one that prepared the data."""
+    encoders = []
     for name, record in manifest.text_encoders.items():
         folder = encoder_folder(
             record.path, folders.get(name), record.weights_sha256, f"encoders.text.{name}"
         )
-        encoder = TextEncoder.load(folder, record.max_length, record.dtype, device)  # pyright: ignore[reportArgumentType]
-        parts = encoder.encode(captions)
-        tokens.append(parts[0])
-        masks.append(parts[1])
-        pooled.append(parts[2])
+        encoders.append(TextEncoder.load(folder, record.max_length, record.dtype, device))  # pyright: ignore[reportArgumentType]
+    return encoders
+
+
+def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditioning | None:
+    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; None without text."""
+    if not encoders:
+        return None
+    tokens, masks, pooled = zip(*(encoder.encode(captions) for encoder in encoders), strict=True)
     width = max(part.shape[-1] for part in tokens)
     padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in tokens]
     text_emb, text_mask = torch.cat(padded, dim=1), torch.cat(masks, dim=1)
     return Conditioning(text_emb.half().float(), text_mask, torch.cat(pooled, dim=1).half().float())
 
 
+def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:
+    """Class and text of "207" or "207: a retriever"; raises InputError."""
+    match = re.fullmatch(r"(\d+)(?:: *(.*))?", prompt.strip())
+    if not match or int(match[1]) >= num_classes:
+        raise InputError(
+            f'prompt {prompt!r}: expected a class from 0 to {num_classes - 1}, alone or before ": TEXT"'
+        )
+    return int(match[1]), match[2] or ""
+
+
 class Painter:
-    """Draws the same prompts at the same noise with any network: prompts are encoded once, here."""
+    """Draws prompts with any network. They are encoded once; the text encoders are then let go, unless kept.
+
+    Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
+    """
 
     def __init__(
         self,
@@ -74,53 +95,128 @@ class Painter:
         vae: str | None,
         text: dict[str, str],
         device: torch.device,
+        num_classes: int = 0,
+        keep_encoders: bool = False,
     ):
-        self.manifest, self.prompts, self.device = manifest, prompts, device
+        self.manifest, self.device, self.num_classes = manifest, device, num_classes
         codec = manifest.codec
         folder = encoder_folder(codec.path, vae, codec.weights_sha256, "encoders.vae")
         self.codec = LatentCodec.load(folder, codec.dtype, device)  # pyright: ignore[reportArgumentType]
-        # The empty caption goes last and makes the unconditional half.
-        self.encoded = encode_captions(manifest, text, [*prompts, ""], device)
+        self.encoders = load_encoders(manifest, text, device)
+        self.set_prompts(prompts)
+        if not keep_encoders:
+            self.encoders = []
+
+    def set_prompts(self, prompts: list[str]) -> None:
+        """Encode other prompts; the encoders must have been kept."""
+        self.prompts, texts = prompts, prompts
+        # The empty caption, and no class, go last and make the unconditional half.
+        if self.num_classes:
+            labels, texts = zip(*(parse_class(p, self.num_classes) for p in prompts), strict=True)
+            self.labels = torch.tensor([*labels, self.num_classes], device=self.device)
+        self.encoded = encode_captions(self.encoders, [*texts, ""])
 
     def _conditioning(self, rows: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
         """Arguments of a network's forward, for `rows` of the encoded prompts."""
         micro = torch.tensor([[*size, 0.0, 0.0]], device=self.device).expand(len(rows), 4)
-        if self.encoded is None:
-            return {"micro": micro}
-        encoded = self.encoded
-        return {
-            "text_emb": encoded.text_emb[rows],
-            "text_mask": encoded.text_mask[rows],
-            "pooled": encoded.pooled[rows],
-            "micro": micro,
-        }
+        given = {"micro": micro}
+        if self.num_classes:
+            given["label"] = self.labels[rows]
+        if self.encoded is not None:
+            names = ("text_emb", "text_mask", "pooled")
+            given |= {name: getattr(self.encoded, name)[rows] for name in names}
+        return given
 
     @torch.no_grad()
+    def draw_batch(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        sampler: SamplerConfig,
+        size: tuple[int, int],
+        rows: list[int],
+        places: list[int],
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
+        down, channels = self.manifest.codec.downscale, self.manifest.codec.latent_channels
+        multiple = down * network.config.latent_multiple  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        if any(side % multiple for side in size):
+            raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")
+        shape = (channels, size[0] // down, size[1] // down)
+        noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
+        cond = self._conditioning(rows, size)
+        uncond = self._conditioning([len(self.prompts)] * len(rows), size)
+        latents = generate(network, objective, noise, cond, uncond, sampler, places)
+        return self.codec.decode(latents).cpu()
+
     def draw(
         self,
-        network: Callable[..., Tensor],
+        network: nn.Module,
         objective: Objective,
         sampler: SamplerConfig,
         size: tuple[int, int],
         batch_size: int = 16,
-        images_per_prompt: int = 1,
     ) -> UInt8[Tensor, "B 3 H W"]:
-        """Pictures of `size` (height, width) pixels, prompt by prompt; noise i is that of (seed, i)."""
-        down, channels = self.manifest.codec.downscale, self.manifest.codec.latent_channels
-        if any(side % down for side in size):
-            raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {down}")
-        shape = (channels, size[0] // down, size[1] // down)
-        prompts = [i for i in range(len(self.prompts)) for _ in range(images_per_prompt)]
-        pictures = []
-        for begin in range(0, len(prompts), batch_size):
-            rows = prompts[begin : begin + batch_size]
-            places = range(begin, begin + len(rows))
-            noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
-            cond = self._conditioning(rows, size)
-            uncond = self._conditioning([len(self.prompts)] * len(rows), size)
-            latents = generate(network, objective, noise, cond, uncond, sampler)
-            pictures.append(self.codec.decode(latents).cpu())
-        return torch.cat(pictures)
+        """A picture a prompt; picture i from the noise of place i."""
+        every = list(range(len(self.prompts)))
+        parts = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
+        return torch.cat(
+            [self.draw_batch(network, objective, sampler, size, part, part) for part in parts]
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw to a file, from the noise of (sampler.seed, place)."""
+
+    path: Path
+    prompt: str
+    place: int
+    size: tuple[int, int]
+    sampler: SamplerConfig
+
+
+Draw = Callable[[list[Request]], UInt8[Tensor, "B 3 H W"]]
+
+
+def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch_size: int) -> None:
+    """Write this rank's share of the pictures, what made each in its chunk `flowmill`.
+
+    `draw` gets requests of one size and sampler. A file is whole or absent.
+    """
+    groups: dict[Any, list[Request]] = {}
+    for request in requests[distributed.rank() :: distributed.world_size()]:
+        groups.setdefault((request.size, request.sampler), []).append(request)
+    for group in groups.values():
+        for begin in range(0, len(group), batch_size):
+            batch = group[begin : begin + batch_size]
+            for request, picture in zip(batch, draw(batch), strict=True):
+                size = f"{request.size[0]}x{request.size[1]}"
+                made = {"prompt": request.prompt, "index": request.place, "size": size}
+                info = PngInfo()
+                sampler = request.sampler.model_dump(mode="json")
+                info.add_itxt("flowmill", json.dumps(facts | sampler | made))
+                partial = request.path.with_suffix(".partial")
+                to_pil(picture).save(partial, "PNG", pnginfo=info)
+                partial.replace(request.path)
+
+
+def drawer(painter: Painter, network: nn.Module, objective: Objective) -> Draw:
+    """Draws requests with a painter that has kept its encoders."""
+
+    def draw(requests: list[Request]) -> Tensor:
+        painter.set_prompts([request.prompt for request in requests])
+        places = [request.place for request in requests]
+        sampler, size = requests[0].sampler, requests[0].size
+        rows = list(range(len(requests)))
+        return painter.draw_batch(network, objective, sampler, size, rows, places)
+
+    return draw
+
+
+def read_picture(path: Path) -> UInt8[Tensor, "3 H W"]:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def largest_bucket(manifest: Manifest) -> tuple[int, int]:

@@ -2,21 +2,30 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from jaxtyping import UInt8
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from data_prep.schema import read_manifest
+from data_prep.schema import Manifest, read_manifest
 from models.config import InputError, parse_config, run_command
+from pipeline import distributed
 from pipeline.checkpoint import load_weights
-from pipeline.config import load_run_config
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.objective import Objective
-from pipeline.pictures import Painter, grid, largest_bucket, to_pil
+from pipeline.pictures import (
+    Painter,
+    Request,
+    draw_files,
+    drawer,
+    grid,
+    largest_bucket,
+    read_picture,
+)
 from pipeline.sampling import SamplerConfig
 from pipeline.train import network_for_sampling
 
@@ -42,12 +51,133 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, SamplerConfig]:
+    """A sampler a column of "KEY=VALUE,VALUE...", KEY one of the sampler's, by label; without text one."""
+    if text is None:
+        return {"": sampler}
+    key, _, values = text.partition("=")
+    if not key or not values:
+        raise InputError(f"--columns: got {text!r}, expected such as seed=0,1,2 or num_steps=10,50")
+    return {f"{key} {v}": parse_sampler(sampler, [f"sampler.{key}={v}"]) for v in values.split(",")}
+
+
+def read_recipe(picture: Path) -> dict[str, Any]:
+    """What a picture's chunk `flowmill` says; raises InputError where it has none."""
+    try:
+        with Image.open(picture) as image:
+            return json.loads(image.info["flowmill"])
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run at one checkpoint."""
+
+    run: Path
+    config: TrainConfig
+    manifest: Manifest
+    weights: str
+    state: dict[str, Tensor]
+    step: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"run": str(self.run), "step": self.step, "weights": self.weights}
+
+    def network(self, device: torch.device) -> nn.Module:
+        return network_for_sampling(self.config, self.state, device)
+
+    def painter(self, device: torch.device) -> Painter:
+        """One that takes any prompts."""
+        encoders, model = self.config.encoders, self.config.model
+        prompts = ["0"] if model.num_classes else [""]
+        where = encoders.vae, encoders.text, device
+        return Painter(self.manifest, prompts, *where, model.num_classes, keep_encoders=True)
+
+
+def open_trained(run: Path, weights: str, step: int | None) -> Trained:
+    """The newest sound checkpoint of a run, or that of `step`; raises InputError. Collective."""
+    config = load_run_config(run)
+    manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
+    state, at_step = load_weights(run, weights, step)
+    return Trained(run, config, manifest, weights, state, at_step)
+
+
+def join(timeout_s: float) -> torch.device:
+    """This rank's device; under a launcher, in the group of its ranks."""
+    if distributed.world_size() > 1:
+        return distributed.start(timeout_s)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_folder(folder: Path, overwrite: bool) -> None:
+    """A folder for pictures; raises InputError on every rank if it holds anything, unless our pictures may go."""
+    old = sorted(folder.glob("*")) if distributed.is_main() else []
+    if distributed.gather_objects(bool(old))[0] and not overwrite:
+        raise InputError(
+            f"{folder}: holds pictures already. Remedy: --output FOLDER, or --overwrite."
+        )
+    if distributed.is_main():
+        for path in old:
+            if re.fullmatch(r"\d{5}_.*\.png", path.name):
+                path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of the sheet: its prompt, the place of its noise, its sampler and what is said of that."""
+
+    prompt: str
+    place: int
+    label: str
+    sampler: SamplerConfig
+
+
+def cells_like(recipe: dict[str, Any]) -> list[Cell]:
+    fields = {key: value for key, value in recipe.items() if key in SamplerConfig.model_fields}
+    sampler = parse_config(SamplerConfig, fields, "--like")
+    return [Cell(recipe["prompt"], recipe["index"], "", sampler)]
+
+
+def draw_cells(
+    trained: Trained,
+    cells: list[Cell],
+    size: tuple[int, int],
+    folder: Path,
+    across: int,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """A PNG a cell, drawn by all ranks, and grid.png of all. Collective."""
+    requests = [
+        Request(folder / f"{i:05d}_{_slug(c.prompt)}.png", c.prompt, c.place, size, c.sampler)
+        for i, c in enumerate(cells)
+    ]
+    objective = Objective(trained.config.objective)
+    draw = drawer(trained.painter(device), trained.network(device), objective)
+    draw_files(requests, draw, trained.facts, batch_size)
+    distributed.barrier()
+    if distributed.is_main():
+        pictures = torch.stack([read_picture(request.path) for request in requests])
+        labels = [f"{cell.prompt} {cell.label}" for cell in cells]
+        grid(pictures, labels, columns=across).save(folder / "grid.png")
+        distributed.say(f"{folder / 'grid.png'}: all {len(pictures)}")
+
+
 def main(
     run: Annotated[Path, typer.Argument(help="folder of a training run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="sampler.key=value")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="a row a prompt, a column a value: seed=0,1,2, num_steps=10,50"),
+    ] = None,
+    like: Annotated[Path | None, typer.Option(help="draw this PNG of ours again")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; the most common bucket's")] = None,
     weights: Annotated[str, typer.Option(help="raw, ema, or another average")] = "ema",
     step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest")] = None,
@@ -60,59 +190,37 @@ def main(
         bool, typer.Option("--dry-run", help="check and describe; write nothing")
     ] = False,
 ) -> None:
-    """Draw pictures from prompts with a run's newest checkpoint, EMA weights by default."""
+    """Draw pictures from prompts with a run's newest checkpoint, EMA weights by default.
+
+    Under torchrun every rank draws its share.
+    """
     config = load_run_config(run)
-    sampler = parse_sampler(config.sampler, overrides or [])
-    prompts = read_prompts(prompt or [], prompts_file)
-    manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
-    height, width = parse_size(size) if size else largest_bucket(manifest)
-    state, at_step = load_weights(run, weights, step)
-    folder = output or run / "samples" / f"step_{at_step:08d}_{weights}"
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise InputError(
-            f"{folder}: holds pictures already. Remedy: --output FOLDER, or --overwrite."
-        )
-    settings = sampler.model_dump(mode="json") | {
-        "run": str(run),
-        "step": at_step,
-        "weights": weights,
-        "size": f"{height}x{width}",
-    }
-    typer.echo(
-        f"{len(prompts) * images_per_prompt} pictures of {height}x{width} to {folder}: {json.dumps(settings)}"
-    )
-    if dry_run:
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    painter = Painter(manifest, prompts, config.encoders.vae, config.encoders.text, device)
-    network = network_for_sampling(config, state, device)
-    pictures = painter.draw(
-        network,
-        Objective(config.objective),
-        sampler,
-        (height, width),
-        batch_size,
-        images_per_prompt,
-    )
-    labels = [p for p in prompts for _ in range(images_per_prompt)]
-    save_pictures(folder, pictures, labels, settings)
-    sheet = grid(pictures, labels, columns=images_per_prompt if images_per_prompt > 1 else 5)
-    sheet.save(folder / "grid.png")
-    typer.echo(f"{folder / 'grid.png'}: all {len(pictures)}")
-
-
-def save_pictures(
-    folder: Path,
-    pictures: UInt8[Tensor, "B 3 H W"],
-    prompts: list[str],
-    settings: dict[str, Any],
-) -> None:
-    """A PNG a picture, what made it in its text chunk `flowmill`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (picture, text) in enumerate(zip(pictures, prompts, strict=True)):
-        info = PngInfo()
-        info.add_itxt("flowmill", json.dumps(settings | {"prompt": text, "index": number}))
-        to_pil(picture).save(folder / f"{number:05d}_{_slug(text)}.png", pnginfo=info)
+    device = join(config.engine.timeout_s)
+    across = 5
+    if like is not None:
+        if prompt or prompts_file or columns or overrides or size or images_per_prompt > 1:
+            raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
+        recipe = read_recipe(like)
+        weights, step, size = recipe["weights"], recipe["step"], recipe["size"]
+        cells = cells_like(recipe)
+    else:
+        variants = parse_columns(columns, parse_sampler(config.sampler, overrides or []))
+        rows = [
+            p for p in read_prompts(prompt or [], prompts_file) for _ in range(images_per_prompt)
+        ]
+        cells = [Cell(p, i, *v) for i, p in enumerate(rows) for v in variants.items()]
+        if columns or images_per_prompt > 1:
+            across = len(variants) if columns else images_per_prompt
+    trained = open_trained(run, weights, step)
+    pixels = parse_size(size) if size else largest_bucket(trained.manifest)
+    folder = output or run / "samples" / f"step_{trained.step:08d}_{weights}"
+    settings = cells[0].sampler.model_dump(mode="json") | trained.facts
+    what = f"{len(cells)} pictures of {pixels[0]}x{pixels[1]} to {folder}"
+    distributed.say(f"{what}: {json.dumps(settings)}")
+    if not dry_run:
+        make_folder(folder, overwrite)
+        draw_cells(trained, cells, pixels, folder, across, batch_size, device)
+    distributed.stop()
 
 
 def parse_sampler(saved: SamplerConfig, overrides: list[str]) -> SamplerConfig:

@@ -317,7 +317,12 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
     painter = None
     if config.monitor.prompts and distributed.is_main():
         painter = Painter(
-            manifest, config.monitor.prompts, config.encoders.vae, config.encoders.text, device
+            manifest,
+            config.monitor.prompts,
+            config.encoders.vae,
+            config.encoders.text,
+            device,
+            config.model.num_classes,
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
     lr_of = lr_schedule(config.optimizer, global_batch, num_steps)

@@ -35,3 +35,45 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.test_text_encoder import save_encoder
 
     return save_encoder(tmp_path_factory.mktemp("text"), "bert")
+
+
+RUN = """
+data: {{path: {data}}}
+model: {{size: debug, size_conditioning: true}}
+training: {{images: 960, global_batch: 8}}
+optimizer: {{lr: 3e-3}}
+ema: {{halflife_images: 80}}
+engine: {{zero_stage: 1, precision: fp32, cpu_threads: 1}}
+run: {run}
+checkpoint: {{every_steps: 60}}
+monitor: {{every_steps: 20, sample_every_steps: 60, heldout_samples: 4, prompts: [one, two]}}
+"""
+
+
+@pytest.fixture(scope="session")
+def trained_run(
+    tmp_path_factory: pytest.TempPathFactory, ray_address: str, vae_folder: Path, text_folder: Path
+) -> Path:
+    """A run of 120 steps on 48 prepared pictures, a quarter of them held out."""
+    from tests import prep_factory, train_factory
+
+    folder = tmp_path_factory.mktemp("end_to_end")
+    pictures = prep_factory.fill_folder(folder / "pictures", 48)
+    config = folder / "prepare.yaml"
+    prep_factory.write_config(
+        config,
+        {"mine": pictures},
+        vae_folder,
+        text_folder,
+        output=str(folder / "dataset"),
+        heldout_fraction=0.25,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", ray_address)
+        done = train_factory.run("data_prep.prepare", str(config))
+    assert done.returncode == 0, done.stderr
+    config = folder / "train.yaml"
+    config.write_text(RUN.format(data=folder / "dataset", run=folder / "run"))
+    done = train_factory.run("pipeline.train", str(config))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"

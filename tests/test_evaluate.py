@@ -1,12 +1,35 @@
 """Held-out error, picture metrics against torchmetrics on the same files, and the whole command."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+import typer
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Config, Dinov2Model
+from typer.testing import CliRunner
 
+from data_prep.schema import read_shard_table
+from models import build_model
+from models.config import InputError
 from pipeline.data import DataConfig, Loader
+from pipeline.evaluate import Options, evaluate, main, parse_features, run_subject
 from pipeline.heldout import LOG_SNR, time_at, x0_errors
+from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare, precision_recall
 from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.pictures import read_picture
+from pipeline.reference import FolderPictures, features_of
+from pipeline.sample import open_trained
+from tests import prep_factory, train_factory
 from tests.shard_factory import Kind, make_dataset
+from tests.test_text_encoder import CLIP, save_tokenizer
 
 PRESETS = ("sd15-epsilon", "nai3-v-ztsnr", "min-snr-v", "sd3-rf-logit-normal", "flux-shift", "edm")
 
@@ -58,3 +81,281 @@ def test_any_cut_of_the_heldout_batch_gives_the_same_errors(loader):
         x0_errors(network, objective, codec, batch.rows(i, i + 1), rounds=2) for i in range(2, 5)
     ]
     assert torch.allclose(whole, torch.cat(parts, 1), rtol=1e-6)
+
+
+# --- distances between sets of pictures -----------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+class Convolutions(nn.Module):
+    """A fixed feature network as its file has it: uint8 in, 16 features out, whatever the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 5, stride=2), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Tanh()
+        )
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features  # NVIDIA's Inception file gives class scores unless asked
+        found = self.layers(images.float() / 127.5 - 1).flatten(2)
+        return 20 * torch.cat([found.mean(2), found.std(2)], dim=1)
+
+
+@pytest.fixture(scope="module")
+def network_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("features") / "inception.pt"
+    torch.jit.script(Convolutions()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict[str, Path]:
+    """60 smooth pictures, 60 more of the same kind, and noise."""
+    folder = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    for name in ("real", "more", "noise"):
+        (folder / name).mkdir()
+        for i in range(60):
+            pixels = prep_factory.pixels(i + 1000 * (name == "more"), 24, 24)
+            if name == "noise":
+                pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+    return {name: folder / name for name in ("real", "more", "noise")}
+
+
+def measured(network_file: Path, sets: dict[str, Path], a: str, b: str) -> dict[str, float]:
+    network = FeatureNetwork.load("inception", network_file, CPU)
+    cache = sets[a].parent / "cache"
+    pictures = (FolderPictures(sets[name], None) for name in (a, b))
+    return compare(*(features_of(network, p, 7, CPU, cache) for p in pictures), CPU)
+
+
+def test_fid_and_kid_from_files_and_from_the_cache_are_torchmetrics_own(network_file, sets):
+    module = torch.jit.load(network_file)
+    frechet = FrechetInceptionDistance(AskedForFeatures(module))
+    kernel = KernelInceptionDistance(AskedForFeatures(module), subset_size=60)
+    for name in ("real", "noise"):
+        images = torch.stack([read_picture(path) for path in sorted(sets[name].iterdir())])
+        for metric in (frechet, kernel):
+            metric.update(images, real=name == "real")
+    for _ in range(2):  # computed, then read back
+        found = measured(network_file, sets, "real", "noise")
+        # They keep float32 features where we compare in float64.
+        assert found["fd"] == pytest.approx(float(frechet.compute()), rel=1e-4)
+        assert found["kid"] == pytest.approx(float(kernel.compute()[0]), rel=1e-3)
+    assert len(list((sets["real"].parent / "cache").glob("inception_*.safetensors"))) >= 2
+
+
+class AskedForFeatures(nn.Module):
+    num_features = 16
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module(images, return_features=True)
+
+
+def test_real_against_itself_is_nothing_against_its_like_little_and_against_noise_much(
+    network_file, sets
+):
+    same = measured(network_file, sets, "real", "real")
+    like = measured(network_file, sets, "real", "more")
+    noise = measured(network_file, sets, "real", "noise")
+    assert abs(same["fd"]) < 1e-5 * noise["fd"]  # the root of a product of covariances
+    assert same["precision"] == same["recall"] == 1
+    assert like["fd"] < 0.1 * noise["fd"]  # of so few pictures it is biased upwards, KID is not
+    assert abs(like["kid"]) < 0.05 * noise["kid"]
+    assert like["precision"] > 0.7
+    assert like["recall"] > 0.7
+    assert noise["precision"] == noise["recall"] == 0
+
+
+def test_a_changed_picture_or_network_is_not_taken_from_the_cache(tmp_path, network_file, sets):
+    network = FeatureNetwork.load("inception", network_file, CPU)
+    (tmp_path / "set").mkdir()
+    for i, path in enumerate(sorted(sets["real"].iterdir())[:3]):
+        (tmp_path / "set" / f"{i}.png").write_bytes(path.read_bytes())
+    first = features_of(network, FolderPictures(tmp_path / "set", None), 2, CPU, tmp_path / "cache")
+    (tmp_path / "set" / "1.png").write_bytes((sets["noise"] / "000.png").read_bytes())
+    second = features_of(
+        network, FolderPictures(tmp_path / "set", None), 2, CPU, tmp_path / "cache"
+    )
+    assert torch.equal(first[[0, 2]], second[[0, 2]])
+    assert not torch.equal(first[1], second[1])
+    other = replace(network, sha256="other", module=nn.Flatten())
+    wide = features_of(other, FolderPictures(tmp_path / "set", (4, 4)), 2, CPU, tmp_path / "cache")
+    assert wide.shape == (3, 48)
+
+
+def test_precision_and_recall_are_the_paper_s_definition_counted_point_by_point():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.8 + 1.2
+
+    def inside(points, manifold):
+        radii = [np.sort(np.linalg.norm(manifold - m, axis=1))[3] for m in manifold]  # 0: itself
+        hits = [
+            any(np.linalg.norm(p - m) <= r for m, r in zip(manifold, radii, strict=True))
+            for p in points
+        ]
+        return np.mean(hits)
+
+    found = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
+    assert found == pytest.approx((inside(fake, real), inside(real, fake)))
+    assert 0.2 < found[1] < found[0] < 1.0
+
+
+def save_clip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = sizes | {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_clip_score_is_a_hundred_times_the_mean_cosine_of_clip_s_own_embeddings(tmp_path, sets):
+    clip = ClipNetwork(save_clip(tmp_path / "clip"), CPU)
+    pictures = [read_picture(path) for path in sorted(sets["real"].iterdir())[:5]]
+    captions = ["a red apple", "volcano", "", "a green apple", "a red apple " * 20]  # one too long
+    score = clip_score(clip, pictures, captions, 2, CPU)
+    texts = clip.tokenizer(
+        captions, padding=True, truncation=True, max_length=12, return_tensors="pt"
+    )
+    pixels = clip.images(images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        output = clip.model(**texts, **pixels)
+    cosines = torch.nn.functional.cosine_similarity(output.text_embeds, output.image_embeds)
+    assert score == pytest.approx(max(0.0, 100 * float(cosines.mean())), rel=1e-4)
+    assert abs(float(cosines.mean())) > 1e-3
+
+
+def test_a_transformers_folder_s_features_are_its_pooled_output(tmp_path, sets):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path)
+    crop = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop).save_pretrained(tmp_path)
+    network = FeatureNetwork.load("dinov2", tmp_path, CPU)
+    pictures = [read_picture(path) for path in sorted(sets["real"].iterdir())[:3]]
+    pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        expected = Dinov2Model.from_pretrained(tmp_path)(**pixels).pooler_output
+    found = network.features(pictures, 2, CPU)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def call(*arguments: object) -> str:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
+
+
+def figures_of(output: str) -> tuple[Path, dict[str, dict]]:
+    path = Path(output.split("wrote ")[1].strip())
+    return path, {f["metric"]: f for f in json.loads(path.read_text())["figures"]}
+
+
+def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_nothing(
+    trained_run, network_file, tmp_path
+):
+    clip = save_clip(tmp_path / "clip")
+    arguments = (trained_run, f"--features=inception={network_file}", f"--clip={clip}")
+    more = ("--num-pictures=14", "sampler.num_steps=3", "sampler.guidance_scale=2", "--heldout=6")
+    output = call(*arguments, *more, f"--output={tmp_path / 'out'}")
+    path, figures = figures_of(output)
+    drawn = {"fid", "kid_inception", "precision_inception", "recall_inception", "clip_score"}
+    errors = {f"x0_error_at_log_snr_{level:+d}" for level in LOG_SNR}
+    assert figures.keys() == drawn | errors
+    for name in drawn:
+        figure = figures[name]
+        assert (figure["sampler"], figure["num_steps"], figure["guidance_scale"]) == ("euler", 3, 2)
+        assert figure["num_pictures"] == 14
+        assert figure["weights"] == "ema"
+        assert len(figure["network_sha256"]) == 64
+    table = read_shard_table(trained_run.parent / "dataset").to_pylist()
+    heldout = sum(row["num_samples"] for row in table if row["split"] == "heldout")
+    assert figures["fid"]["num_reference"] == heldout > 4
+    assert "heldout, decoded" in figures["fid"]["reference"]
+    for name in (*drawn, *errors):
+        assert name in output
+    for condition in ("14", "inception", "euler", "guidance", "sampler", "pictures"):
+        assert condition in output
+    events = EventAccumulator(str(trained_run / "tensorboard"))
+    events.Reload()
+    (point,) = events.Scalars("evaluate/fid/ema_14_pictures_euler_3_cfg_2")
+    assert (point.step, point.value) == (120, pytest.approx(figures["fid"]["value"]))
+    # Half of the pictures and the features of the rest are lost: only those are made again.
+    pictures = sorted((path.parent / "pictures").glob("*.png"))
+    assert len(pictures) == 14
+    kept = {p: p.stat().st_mtime_ns for p in pictures[7:]}
+    for lost in pictures[:7]:
+        lost.unlink()
+    again = call(*arguments, *more, f"--output={tmp_path / 'out'}")
+    assert "14 pictures" in again
+    assert "7 to draw" in again
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert figures_of(again)[1]["fid"]["value"] == pytest.approx(figures["fid"]["value"], rel=0.05)
+
+
+def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network_file, tmp_path):
+    features = {"inception": network_file}
+    options = Options(features, None, 24, None, "train", 36, None, None, 6, 16, tmp_path)
+    trained = open_trained(trained_run, "ema", None)
+    torch.manual_seed(0)
+    untrained = build_model(trained.config.model).state_dict()
+    values = []
+    for subject in (replace(trained, state=untrained, step=0), trained):
+        drawn = run_subject(subject, ["sampler.num_steps=8"], CPU)
+        _, figures = evaluate(drawn, subject, options, CPU)
+        values.append({figure.metric: figure.value for figure in figures})
+    print(*(f"{k} {a:.4g} -> {values[1][k]:.4g}" for k, a in values[0].items()), sep="\n")
+    assert values[1]["fid"] < 0.9 * values[0]["fid"]
+    assert values[1]["kid_inception"] < values[0]["kid_inception"]
+    for level in (-5, -4, -2):  # where so short a training is felt
+        name = f"x0_error_at_log_snr_{level:+d}"
+        assert values[1][name] < 0.8 * values[0][name]
+
+
+@pytest.mark.distributed
+def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
+    arguments = (str(trained_run), f"--features=inception={network_file}", "--num-pictures=9")
+    more = (f"--clip={save_clip(tmp_path / 'clip')}", "sampler.num_steps=3", "--heldout=5")
+    _, one = figures_of(call(*arguments, *more, f"--output={tmp_path / 'one'}"))
+    output = f"--output={tmp_path / 'two'}"
+    done = train_factory.run("pipeline.evaluate", *arguments, *more, output, ranks=2)
+    assert done.returncode == 0, done.stderr
+    _, two = figures_of(done.stdout)
+    assert one.keys() == two.keys()
+    for name in one:
+        # Pictures drawn in other batches may differ by a level here and there.
+        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features=inception"], "expected NAME=PATH"),
+        (["--features=inception=/absent.pt"], "no such file or folder"),
+        (["--clip=/absent"], "no such folder"),
+        (["--heldout=0"], "nothing to measure"),
+        (["model.size=B"], "sampler.key=value"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said(trained_run, arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        call(trained_run, *arguments, "--num-pictures=2", f"--output={tmp_path}")
+
+
+def test_features_are_given_by_name():
+    assert parse_features(["a=/x=y", "b=z"]) == {"a": Path("/x=y"), "b": Path("z")}

@@ -1,60 +1,44 @@
 """From a folder of pictures to drawn ones, through every stage's own command."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
 from models.config import InputError
-from pipeline.pictures import grid
-from pipeline.sample import parse_sampler, parse_size, read_prompts
+from pipeline.pictures import grid, parse_class
+from pipeline.sample import (
+    main,
+    parse_columns,
+    parse_sampler,
+    parse_size,
+    read_prompts,
+    read_recipe,
+)
 from pipeline.sampling import SamplerConfig
-from tests import prep_factory, train_factory
-
-CONFIG = """
-data: {{path: {data}}}
-model: {{size: debug, size_conditioning: true}}
-training: {{images: 64, global_batch: 8}}
-optimizer: {{lr: 3e-3}}
-engine: {{zero_stage: 1, precision: fp32, cpu_threads: 1}}
-run: {run}
-checkpoint: {{every_steps: 4}}
-monitor: {{every_steps: 4, sample_every_steps: 4, prompts: [one, two]}}
-"""
+from tests import train_factory
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, ray_address, vae_folder, text_folder) -> Path:
-    """A run on 24 prepared pictures."""
-    folder = tmp_path_factory.mktemp("end_to_end")
-    pictures = prep_factory.fill_folder(folder / "pictures", 24)
-    config = folder / "prepare.yaml"
-    prep_factory.write_config(
-        config, {"mine": pictures}, vae_folder, text_folder, output=str(folder / "dataset")
-    )
-    os.environ["RAY_ADDRESS"] = ray_address
-    try:
-        done = train_factory.run("data_prep.prepare", str(config))
-    finally:
-        del os.environ["RAY_ADDRESS"]
-    assert done.returncode == 0, done.stderr
-    config = folder / "train.yaml"
-    config.write_text(CONFIG.format(data=folder / "dataset", run=folder / "run"))
-    done = train_factory.run("pipeline.train", str(config))
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
-
-
-def sample(run: Path, *arguments: str) -> Path:
-    """The folder that `sample` wrote."""
-    done = train_factory.run("pipeline.sample", str(run), *arguments, "sampler.num_steps=4")
-    assert done.returncode == 0, done.stderr
-    return Path(done.stdout.split(" to ")[1].split(": {")[0])
+def sample(run: Path, *arguments: str, ranks: int = 1) -> Path:
+    """The folder that `sample` wrote; alone, in this process, for a new one takes seconds to import."""
+    steps = [] if "--like" in arguments else ["sampler.num_steps=4"]
+    if ranks > 1:
+        done = train_factory.run("pipeline.sample", str(run), *arguments, *steps, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        output = done.stdout
+    else:
+        app = typer.Typer()
+        app.command()(main)
+        output = (
+            CliRunner().invoke(app, [str(run), *arguments, *steps], catch_exceptions=False).stdout
+        )
+    return Path(output.split(" to ")[1].split(": {")[0])
 
 
 def read(folder: Path, prefix: str) -> np.ndarray:
@@ -62,54 +46,93 @@ def read(folder: Path, prefix: str) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_training_draws_its_prompts_as_it_goes(run):
-    names = [f"step_{step:08d}.png" for step in (0, 4, 8)]
-    assert sorted(p.name for p in (run / "samples").glob("step_*.png")) == names
-    events = EventAccumulator(str(run / "tensorboard"))
+def test_training_draws_its_prompts_as_it_goes(trained_run):
+    names = [f"step_{step:08d}.png" for step in (0, 60, 120)]
+    assert sorted(p.name for p in (trained_run / "samples").glob("step_*.png")) == names
+    events = EventAccumulator(str(trained_run / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Images("samples/ema")] == [0, 4, 8]
+    assert [event.step for event in events.Images("samples/ema")] == [0, 60, 120]
 
 
-def test_a_picture_says_how_it_was_made_and_is_made_again_from_that(run, tmp_path):
+def test_a_picture_says_how_it_was_made_and_is_made_again_from_that(trained_run, tmp_path):
     first = sample(
-        run, "--prompt", "red square", "--prompt", "a dog", "--output", str(tmp_path / "a")
+        trained_run, "--prompt", "red square", "--prompt", "a dog", "--output", str(tmp_path / "a")
     )
     info = json.loads(Image.open(next(first.glob("00001_a-dog.png"))).info["flowmill"])
     assert info["prompt"] == "a dog"
-    assert (info["step"], info["weights"], info["num_steps"]) == (8, "ema", 4)
+    assert (info["step"], info["weights"], info["num_steps"]) == (120, "ema", 4)
     again = sample(
-        run, "--prompt", "red square", "--prompt", "a dog", "--output", str(tmp_path / "b")
+        trained_run, "--prompt", "red square", "--prompt", "a dog", "--output", str(tmp_path / "b")
     )
     assert np.array_equal(read(first, "00001"), read(again, "00001"))
     assert Image.open(first / "grid.png").size[0] > 2 * 32
 
 
-def test_prompts_weights_guidance_size_and_seed_reach_the_picture(run, tmp_path):
-    base = read(sample(run, "--prompt", "red square", "--output", str(tmp_path / "base")), "00000")
+def test_prompts_weights_guidance_size_and_seed_reach_the_picture(trained_run, tmp_path):
+    base = read(
+        sample(trained_run, "--prompt", "red square", "--output", str(tmp_path / "base")), "00000"
+    )
     changes = {
         "prompt": ["--prompt", "a dog"],
         "weights": ["--prompt", "red square", "--weights", "raw"],
-        "step": ["--prompt", "red square", "--step", "4"],
+        "step": ["--prompt", "red square", "--step", "60"],
         "guidance": ["--prompt", "red square", "sampler.guidance_scale=7"],
         "seed": ["--prompt", "red square", "sampler.seed=1"],
     }
     for name, arguments in changes.items():
-        other = read(sample(run, *arguments, "--output", str(tmp_path / name)), "00000")
+        other = read(sample(trained_run, *arguments, "--output", str(tmp_path / name)), "00000")
         assert other.shape == base.shape
         assert not np.array_equal(other, base), name
     wide = sample(
-        run, "--prompt", "red square", "--size", "24x48", "--output", str(tmp_path / "wide")
+        trained_run, "--prompt", "red square", "--size", "24x48", "--output", str(tmp_path / "wide")
     )
     assert read(wide, "00000").shape == (24, 48, 3)
 
 
-def test_drawn_pictures_are_not_overwritten_unasked(run, tmp_path):
+def test_a_sheet_has_a_row_a_prompt_and_a_column_a_value_from_the_same_noise(trained_run, tmp_path):
+    prompts = ("--prompt", "red square", "--prompt", "a dog")
+    plain = sample(trained_run, *prompts, "--output", str(tmp_path / "plain"))
+    columns = ("--columns", "guidance_scale=1,7", "--output", str(tmp_path / "sheet"))
+    sheet = sample(trained_run, *prompts, *columns)
+    paths = sorted(sheet.glob("0*.png"))
+    recipes = [json.loads(Image.open(path).info["flowmill"]) for path in paths]
+    cells = [("red square", 0, 1), ("red square", 0, 7), ("a dog", 1, 1), ("a dog", 1, 7)]
+    assert [(r["prompt"], r["index"], r["guidance_scale"]) for r in recipes] == cells
+    # Batches of another size round otherwise: one level at most.
+    assert np.allclose(read(sheet, "00002"), read(plain, "00001"), atol=1)
+    assert not np.allclose(read(sheet, "00003"), read(plain, "00001"), atol=1)
+    width, height = Image.open(sheet / "grid.png").size
+    assert width == 2 * (128 + 6) + 6  # two columns
+    assert height > 2 * 128
+
+
+def test_a_picture_is_drawn_again_alone_from_what_it_says_of_itself(trained_run, tmp_path):
+    options = ("--step", "60", "--size", "24x48", "sampler.name=euler_ancestral", "sampler.seed=5")
+    prompts = ("--prompt", "red square", "--prompt", "a dog", "--weights", "raw")
+    first = sample(trained_run, *prompts, *options, "--output", str(tmp_path / "first"))
+    (picture,) = first.glob("00001_*.png")
+    again = sample(trained_run, "--like", str(picture), "--output", str(tmp_path / "again"))
+    assert np.allclose(read(again, "00000"), read(first, "00001"), atol=1)  # in a batch of one
+    assert not np.allclose(read(first, "00000"), read(first, "00001"), atol=1)
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_pictures_and_draw_the_same_ones(trained_run, tmp_path):
+    prompts = [f"--prompt=picture {i}" for i in range(3)]
+    one = sample(trained_run, *prompts, "--output", str(tmp_path / "one"))
+    two = sample(trained_run, *prompts, "--output", str(tmp_path / "two"), ranks=2)
+    assert [p.name for p in sorted(two.iterdir())] == [p.name for p in sorted(one.iterdir())]
+    for i in range(3):
+        assert np.allclose(read(one, f"{i:05d}"), read(two, f"{i:05d}"), atol=1)
+
+
+def test_drawn_pictures_are_not_overwritten_unasked(trained_run, tmp_path):
     arguments = ("--prompt", "x", "--output", str(tmp_path / "out"))
-    sample(run, *arguments)
-    done = train_factory.run("pipeline.sample", str(run), *arguments)
+    sample(trained_run, *arguments)
+    done = train_factory.run("pipeline.sample", str(trained_run), *arguments)
     assert done.returncode == 2
     assert "holds pictures already" in done.stderr
-    sample(run, *arguments, "--overwrite")
+    sample(trained_run, *arguments, "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +143,11 @@ def test_drawn_pictures_are_not_overwritten_unasked(run, tmp_path):
         (lambda tmp: parse_size("12"), "HEIGHTxWIDTH"),
         (lambda tmp: parse_sampler(SamplerConfig(), ["model.size=B"]), "sampler.key=value"),
         (lambda tmp: parse_sampler(SamplerConfig(), ["sampler.num_step=3"]), "'num_steps'"),
+        (lambda tmp: parse_columns("seed", SamplerConfig()), "--columns"),
+        (lambda tmp: parse_columns("sed=0,1", SamplerConfig()), "'seed'"),
+        (lambda tmp: read_recipe(tmp / "absent.png"), "flowmill sample wrote"),
+        (lambda tmp: parse_class("dog", 10), "a class from 0 to 9"),
+        (lambda tmp: parse_class("10: dog", 10), "a class from 0 to 9"),
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_said(call, message, tmp_path):

@@ -1,0 +1,448 @@
+"""A trained model for others: `python -m pipeline.export RUN FOLDER`.
+
+    FOLDER/
+      model_index.json         stock DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True) opens it
+      flowmill_pipeline.py     the pipeline: no stock one masks padded text as training did
+      network/ vae/ scheduler/ text_encoder/ tokenizer/ (text_encoder_2/ ...)
+      NAME.safetensors         the network alone under flowmill's own names, with modelspec metadata
+      README.md                the model card, with curves.png and samples.png
+
+The network is of diffusers' own class where one computes the same, else of flowmill's source beside it.
+"""
+
+import ast
+import datetime
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+import typer
+from huggingface_hub import save_torch_state_dict
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from models import MODELS, build_model
+from models.config import InputError, run_command
+from models.exchange import layout_of, to_diffusers
+from models.vae import LatentCodec
+from models.weights import TORCH_DTYPES, Dtype
+from pipeline import distributed
+from pipeline.config import dump_config
+from pipeline.objective import ConstantShift, ObjectiveConfig, Shift
+from pipeline.objective_report import COLOURS, Panel, draw_panel, nice_limit
+from pipeline.pictures import encoder_folder, largest_bucket, load_encoders
+from pipeline.sample import Trained, open_trained
+
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
+MAX_SHARD = "5GB"
+PIPELINE = Path(__file__).parent / "diffusers_pipeline.py"
+SCHEDULES = {
+    "scaled_linear": ("scaled_linear", 0.00085, 0.012),
+    "linear": ("linear", 1e-4, 0.02),
+    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),  # which has no use for the ends
+}
+# In front of the network's source: what it takes from packages that torch and diffusers do not bring.
+PRELUDE = '''"""The network of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+
+class InputError(ValueError):
+    pass
+
+
+class Config:
+    """The fields below are defaults; a saved config gives every value."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+def Field(default=None, **_):
+    return default
+
+
+def model_validator(**_):
+    return lambda method: method
+
+
+class _Shape:
+    def __class_getitem__(cls, item):
+        return cls
+
+
+Bool = Float = Int = _Shape
+
+'''
+NETWORK = '''
+
+class FlowmillNetwork(ModelMixin, ConfigMixin):
+    """`{model}` under diffusers' loading and saving."""
+
+    @register_to_config
+    def __init__(self, model: dict):
+        super().__init__()
+        self.network = {model}({config}(**model))
+
+    def forward(self, x_t, t, **conditions):
+        """The prediction for x_t (B, C, h, w) at t (B,) in [0, 1], fp32."""
+        return self.network(x_t, t, **conditions)
+'''
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+def network_source(kind: str) -> str:
+    """One Python file with an architecture and all of ours that it imports, as written."""
+    module, model = MODELS[kind]
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for node in ast.walk(_parse(name)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("models."):
+                assert node.module is not None
+                if node.module not in (*order, "models.config"):
+                    visit(node.module)
+        order.append(name)
+
+    visit(module)
+    parts = []
+    for name in order:
+        tree = _parse(name)
+        lines = inspect.cleandoc("\n" + _text(name)).splitlines()
+        for node in tree.body:
+            ours = isinstance(node, ast.ImportFrom) and (
+                str(node.module).startswith("models.") or node.module in ("jaxtyping", "pydantic")
+            )
+            if ours or node is tree.body[0]:  # the docstring
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = ""
+        parts.append("\n".join(lines).strip())
+    return PRELUDE + "\n\n\n".join(parts) + NETWORK.format(model=model, config=f"{model}Config")
+
+
+def _text(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text()
+
+
+def _parse(module: str) -> ast.Module:
+    return ast.parse(_text(module))
+
+
+def stock_class(trained: Trained) -> str | None:
+    """diffusers' class that computes what the network does at every size of the data, if there is one."""
+    square = all(bucket.height == bucket.width for bucket in trained.manifest.buckets)
+    try:
+        layout = layout_of(trained.config.model)
+    except InputError:
+        return None
+    # Of other latents diffusers' DiT returns a wrong shape, silently.
+    return layout if square or layout != "DiTTransformer2DModel" else None
+
+
+def save_network(
+    trained: Trained, folder: Path, dtype: torch.dtype, max_shard: str = MAX_SHARD
+) -> list[str]:
+    """Write network/ and return its entry in model_index.json: library or file, and class."""
+    config = trained.config.model
+    model = build_model(config)
+    model.load_state_dict(trained.state)
+    model.to(dtype)
+    layout = stock_class(trained)
+    if layout is not None:
+        side = max(largest_bucket(trained.manifest)) // trained.manifest.codec.downscale
+        network = to_diffusers(model, sample_size=side)
+        network.save_config(folder)
+        weights: dict[str, Tensor] = network.state_dict()
+    else:
+        folder.mkdir()
+        saved = {"_class_name": "FlowmillNetwork", "_diffusers_version": diffusers.__version__}
+        saved["model"] = config.model_dump(mode="json") | {"gradient_checkpointing": False}
+        (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+        (folder / f"flowmill_{config.kind}.py").write_text(network_source(config.kind))
+        weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt"}
+    save_torch_state_dict(
+        weights, folder, filename_pattern=WEIGHTS, max_shard_size=max_shard, metadata=metadata
+    )
+    return ["diffusers", layout] if layout else [f"flowmill_{config.kind}", "FlowmillNetwork"]
+
+
+def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
+    """All weights in one file under our names; modelspec (Stability AI, 1.0.0), the config and the data in it."""
+    weights = {k: v.to(dtype).contiguous() for k, v in sorted(trained.state.items())}
+    digest = hashlib.sha256()
+    for tensor in weights.values():  # one dtype, so the file's order is that of the names
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    height, width = largest_bucket(trained.manifest)
+    data = trained.manifest.model_dump(
+        mode="json", include={"codec", "text_encoders", "counts", "fingerprint"}
+    )
+    config = trained.config
+    save_file(
+        weights,
+        path,
+        metadata={
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"flowmill-{config.model.kind}-{config.model.size}",
+            "modelspec.implementation": "flowmill",
+            "modelspec.title": path.stem,
+            "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "modelspec.resolution": f"{width}x{height}",
+            "modelspec.prediction_type": config.objective.prediction,
+            "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
+            "flowmill.config": json.dumps(config.model_dump(mode="json")),
+            "flowmill.data": json.dumps(data),
+            "flowmill.weights": f"{trained.weights} at step {trained.step}",
+        },
+    )
+
+
+# --- scheduler and pipeline -----------------------------------------------------------------------
+
+
+def make_scheduler(objective: ObjectiveConfig, shift: Shift | None) -> Any:
+    """diffusers' scheduler of the objective's path: DDIM of a discrete one, else Euler on the straight line."""
+    path = objective.path
+    if path.kind == "vp_discrete":
+        schedule, start, end = SCHEDULES[path.betas]
+        kinds = {"epsilon": "epsilon", "v": "v_prediction"}
+        return diffusers.DDIMScheduler(
+            beta_schedule=schedule,
+            beta_start=start,
+            beta_end=end,
+            # The pipeline turns what DDIM does not know into the sample.
+            prediction_type=kinds.get(objective.prediction, "sample"),
+            clip_sample=False,
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=path.zero_terminal_snr,
+        )
+    if shift is None or isinstance(shift, ConstantShift):
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift.value if shift else 1.0)
+    options: dict[str, Any] = {}
+    if shift.kind == "flux":
+        options = {"base_shift": shift.base_mu, "max_shift": shift.max_mu}
+    return diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+
+
+def make_recipe(trained: Trained, shift: Shift | None) -> dict[str, Any]:
+    """What flowmill_pipeline.py must know besides its components."""
+    config, manifest = trained.config, trained.manifest
+    codec, (height, width) = manifest.codec, largest_bucket(manifest)
+    return {
+        "objective": config.objective.model_dump(mode="json", include={"path", "prediction"}),
+        "shift": shift.model_dump(mode="json") if shift else None,
+        "sampler": config.sampler.model_dump(
+            mode="json",
+            include={"num_steps", "guidance_scale", "guidance_rescale", "guidance_interval"},
+        ),
+        "max_lengths": [record.max_length for record in manifest.text_encoders.values()],
+        "num_classes": config.model.num_classes,
+        "channels": codec.latent_channels,
+        "downscale": codec.downscale,
+        "scaling_factor": codec.scaling_factor,
+        "shift_factor": codec.shift_factor,
+        "multiple": codec.downscale * config.model.latent_multiple,
+        "height": height,
+        "width": width,
+    }
+
+
+def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, list[str]]:
+    """VAE, text encoders and tokenizers, copied or as links to where they are here; their index entries."""
+    manifest, given = trained.manifest, trained.config.encoders
+    record, cpu = manifest.codec, torch.device("cpu")
+    where = encoder_folder(record.path, given.vae, record.weights_sha256, "encoders.vae")
+    codec = LatentCodec.load(where, record.dtype)  # pyright: ignore[reportArgumentType]
+    parts = [("vae", "diffusers", codec.network, where)]
+    encoders = load_encoders(manifest, given.text, cpu)
+    if len(encoders) > 3:
+        raise InputError(f"{len(encoders)} text encoders: the exported pipeline holds at most 3")
+    entries = {}
+    for number, encoder in enumerate(encoders, start=1):
+        suffix = f"_{number}" if number > 1 else ""
+        parts.append((f"text_encoder{suffix}", "transformers", encoder.network, encoder.path))
+        encoder.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
+        entries[f"tokenizer{suffix}"] = ["transformers", type(encoder.tokenizer).__name__]
+    for name, library, network, source in parts:
+        if how == "link":
+            (folder / name).symlink_to(source.resolve(), target_is_directory=True)
+        else:
+            network.to(memory_format=torch.contiguous_format).save_pretrained(folder / name)
+        entries[name] = [library, type(network).__name__]
+    return entries
+
+
+# --- the model card -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class History:
+    """A run's curves from TensorBoard: tag -> steps and values; and the hours that its steps took."""
+
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    hours: float
+
+
+def read_history(run: Path, global_batch: int) -> History:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags, curves = events.Tags()["scalars"], {}
+    for tag in ("loss/train", "loss/x0_mse", "heldout_ema/loss", "heldout_ema/x0_mse"):
+        if tag in tags:
+            points = {event.step: event.value for event in events.Scalars(tag)}
+            steps = sorted(points)
+            curves[tag] = (np.array(steps), np.array([points[step] for step in steps]))
+    seconds, last = 0.0, 0
+    for event in events.Scalars("speed/images_per_s") if "speed/images_per_s" in tags else []:
+        seconds += max(0, event.step - last) * global_batch / event.value
+        last = max(last, event.step)
+    return History(curves, seconds / 3600)
+
+
+def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Image.Image:
+    """Every curve in a panel of its own, by step."""
+    scale, width, height = 2, 560, 320
+    sheet = Image.new("RGB", (2 * width * scale, -(-len(curves) // 2) * height * scale), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (tag, (steps, values)) in enumerate(curves.items()):
+        top = nice_limit(max(float(np.max(values)), 1e-12))
+        panel = Panel(tag, (0, float(max(steps[-1], 1))), (0, top), [(steps, values)])
+        corner = (number % 2 * width * scale, number // 2 * height * scale)
+        draw_panel(pen, panel, corner, (width * scale, height * scale), scale, [COLOURS[1]])
+    return sheet.resize((sheet.width // scale, sheet.height // scale), Image.Resampling.LANCZOS)
+
+
+def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> str:
+    """README.md's text; draws its curves and copies its pictures beside it."""
+    config, manifest, run = trained.config, trained.manifest, trained.run
+    history = read_history(run, config.training.global_batch)
+    parameters = sum(tensor.numel() for tensor in trained.state.values())
+    ranks = 1
+    if (run / "environment.txt").is_file():
+        lines = (run / "environment.txt").read_text().splitlines()
+        ranks = next((int(x.split("==")[1]) for x in lines if x.startswith("ranks==")), 1)
+    seen = trained.step * config.training.global_batch
+    rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
+    buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
+    encoders = ", ".join(f"{n} ({r.path})" for n, r in manifest.text_encoders.items())
+    pictures = ""
+    if history.curves:
+        draw_curves(history.curves).save(folder / "curves.png")
+        pictures += "\n## Curves\n\n![loss by step](curves.png)\n"
+    if grids := sorted(run.glob("samples/step_*[0-9].png")):
+        shutil.copy(grids[-1], folder / "samples.png")
+        prompts = "; ".join(config.monitor.prompts)
+        name = grids[-1].stem.replace("_", " ")
+        pictures += f"\n## Pictures\n\nDrawn at {name}: {prompts}\n\n![samples](samples.png)\n"
+    shape = f"{config.model.kind}, {config.model.size}, {parameters / 1e6:,.1f} M parameters"
+    sizes = config.sampler
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [flowmill, {config.model.kind}]
+---
+
+# {folder.name.removesuffix(".partial")}
+
+{shape}, stored in {dtype}: {trained.weights} weights at step {trained.step:,}. Trained with flowmill.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{folder.name.removesuffix(".partial")}", trust_remote_code=True)
+pipeline("{(config.monitor.prompts or ["a picture"])[0]}", num_inference_steps={sizes.num_steps}, guidance_scale={sizes.guidance_scale:g}).images[0]
+```
+
+`flowmill_pipeline.py` runs the network (`{entry[-1]}`), whose padded text is masked as in training. Of a discrete
+schedule DDIM takes the very steps of `flowmill sample` where num_inference_steps divides 1000.
+
+## Data
+
+{manifest.counts.kept:,} pictures kept of {manifest.counts.seen:,}{f" (rejected: {rejected})" if rejected else ""}, fingerprint
+{manifest.fingerprint[:16]}. Sizes: {buckets}. Text encoders: {encoders or "none"}. VAE: {manifest.codec.path}.
+
+## Compute
+
+{trained.step:,} steps of {config.training.global_batch} pictures, {seen:,} seen, {seen / max(manifest.counts.kept, 1):.1f} epochs;
+{history.hours:.2f} hours on {ranks} rank{"s" if ranks > 1 else ""}, {history.hours * ranks:.2f} rank-hours, {config.engine.precision}.
+{pictures}
+## Config
+
+```yaml
+{dump_config(config)}```
+"""
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
+    """Write the whole folder, or nothing under its name."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
+    shift = trained.config.sampler.shift or trained.config.objective.shift
+    entry = save_network(trained, partial / "network", torch_dtype)
+    scheduler = make_scheduler(trained.config.objective, shift)
+    scheduler.save_pretrained(partial / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": ["flowmill_pipeline", "FlowmillPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "network": entry,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        **save_encoders(trained, partial, encoders),
+        "recipe": make_recipe(trained, shift),
+    }
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.copy(PIPELINE, partial / "flowmill_pipeline.py")
+    save_single(trained, partial / f"{folder.name}.safetensors", torch_dtype)
+    (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
+    os.rename(partial, folder)
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="folder of a training run")],
+    folder: Annotated[Path, typer.Argument(help="to write; must not exist")],
+    weights: Annotated[str, typer.Option(help="raw, ema, or another average")] = "ema",
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest")] = None,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of the network")] = "fp32",
+    encoders: Annotated[
+        Literal["copy", "link"],
+        typer.Option(help="VAE and text encoders copied, or links to where they are here"),
+    ] = "copy",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check and describe; write nothing")
+    ] = False,
+) -> None:
+    """Write a run's checkpoint as a diffusers pipeline folder, a single file and a model card."""
+    folder = folder.absolute()
+    if folder.exists():
+        raise InputError(f"{folder}: exists already. Remedy: another name, or remove it.")
+    trained = open_trained(run, weights, step)
+    what = stock_class(trained) or f"flowmill's {trained.config.model.kind}, its source beside it"
+    distributed.say(f"{weights} at step {trained.step} as {dtype} to {folder}: {what}")
+    if not dry_run:
+        export(trained, folder, dtype, encoders)
+        distributed.say(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)

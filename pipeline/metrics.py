@@ -1,0 +1,220 @@
+"""Distances between sets of pictures in the features of frozen networks, and CLIP score.
+
+torchmetrics computes FID, KID and CLIP score; features come from networks in local files. Their values depend
+on the number of pictures, the network's very weights and how pictures are resized, so all of that is reported.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from models.config import InputError
+from models.weights import brief, read_model_config, weights_sha256
+
+KID_SUBSET = 1000  # pictures; torchmetrics' own, of 100 subsets
+NEIGHBOURS = 3  # k of precision and recall
+
+
+class TorchScript(nn.Module):
+    """A TorchScript file that takes uint8 (B, 3, H, W), resizes itself and returns (B, D).
+
+    Such is NVIDIA's inception-2015-12-05.pt, which returns features when asked so.
+    """
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__()
+        try:
+            self.network = torch.jit.load(path, map_location=device).eval()
+        except RuntimeError as error:
+            raise InputError(f"{path}: not a TorchScript file: {brief(error)}") from error
+        names = [argument.name for argument in self.network.forward.schema.arguments]
+        self.options = {"return_features": True} if "return_features" in names else {}
+
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        return self.network(images, **self.options).flatten(1)
+
+
+class Transformer(nn.Module):
+    """A transformers vision model in a folder, safetensors: CLIP's image embedding, of others the pooled output."""
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__()
+        read_model_config(path, "a transformers vision model")
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            model: Any = transformers.AutoModel.from_pretrained(path, use_safetensors=True, **local)
+            self.processor = transformers.AutoImageProcessor.from_pretrained(path, **local)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot load a vision model: {brief(error)}") from error
+        self.network = model.eval().requires_grad_(False).to(device)
+        self.of_images = getattr(model, "get_image_features", model)
+
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
+        pixels = self.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        return self.of_images(pixel_values=pixels.to(images.device)).pooler_output
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A frozen network under the name that its figures go by; "inception" makes FID of the distance."""
+
+    name: str
+    module: nn.Module
+    sha256: str
+
+    @classmethod
+    def load(cls, name: str, path: Path, device: torch.device) -> "FeatureNetwork":
+        """A TorchScript file or a transformers folder; raises InputError."""
+        if path.is_dir():
+            return cls(name, Transformer(path, device), weights_sha256(path))
+        if not path.is_file():
+            raise InputError(
+                f"--features {name}: {path}: no such file or folder, expected a TorchScript file or a transformers "
+                "folder; nothing is fetched by name"
+            )
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(name, TorchScript(path, device), sha256)
+
+    @torch.inference_mode()
+    def features(
+        self, pictures: Iterable[UInt8[Tensor, "3 H W"]], batch_size: int, device: torch.device
+    ) -> Float[Tensor, "n D"]:
+        """fp32, in order; neighbours of one size go through together."""
+        parts: list[Tensor] = []
+        waiting: list[Tensor] = []
+
+        def flush() -> None:
+            if waiting:
+                parts.append(self.module(torch.stack(waiting).to(device)).float().cpu())
+                waiting.clear()
+
+        for picture in pictures:
+            if len(waiting) == batch_size or (waiting and picture.shape != waiting[0].shape):
+                flush()
+            waiting.append(picture)
+        flush()
+        return torch.cat(parts) if parts else torch.zeros(0, 0)
+
+
+class _Given(nn.Module):
+    """Features are given to torchmetrics as they are."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def compare(
+    real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"], device: torch.device
+) -> dict[str, float]:
+    """Frechet distance (1706.08500), KID (1801.01401) with its deviation over subsets, precision and recall.
+
+    torchmetrics draws KID's subsets; the seed is fixed, so a figure comes out again.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # optional
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    given = _Given(real.shape[1])
+    frechet = FrechetInceptionDistance(given, sync_on_compute=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features
+        size = min(KID_SUBSET, len(real), len(fake))
+        kernel = KernelInceptionDistance(given, subset_size=size, sync_on_compute=False)
+    for metric in (frechet, kernel):
+        metric.update(real.double(), real=True)
+        metric.update(fake.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mean, std = kernel.compute()
+    precision, recall = precision_recall(real.double().to(device), fake.double().to(device))
+    return {
+        "fd": float(frechet.compute()),
+        "kid": float(mean),
+        "kid_std": float(std),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def precision_recall(
+    real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"], k: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Share of fake within the real manifold, and of real within the fake (Kynkaanniemi 1904.06991, eq. 1).
+
+    A manifold is the union of balls around its points that reach their k-th neighbours.
+    """
+
+    def inside(points: Tensor, manifold: Tensor) -> float:
+        near = min(k, len(manifold) - 1)
+        radii = torch.cat(
+            [torch.cdist(p, manifold).kthvalue(near + 1).values for p in manifold.split(1000)]
+        )
+        covered = [(torch.cdist(p, manifold) <= radii).any(1) for p in points.split(1000)]
+        return float(torch.cat(covered).float().mean())
+
+    return inside(fake, real), inside(real, fake)
+
+
+class ClipNetwork(nn.Module):
+    """A CLIP folder as torchmetrics wants it: transformers 5 returns objects where it expects tensors."""
+
+    def __init__(self, path: Path, device: torch.device):
+        super().__init__()
+        kind = read_model_config(path, "a CLIP model").get("model_type")
+        if kind != "clip":
+            raise InputError(f"--clip {path}: model_type got {kind!r}, expected clip")
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            model: Any = transformers.CLIPModel.from_pretrained(path, use_safetensors=True, **local)
+            self.images = transformers.AutoImageProcessor.from_pretrained(path, **local)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--clip {path}: cannot load it: {brief(error)}") from error
+        self.model, self.config = model.eval().requires_grad_(False).to(device), model.config
+        self.max_length = model.config.text_config.max_position_embeddings
+        self.sha256 = weights_sha256(path)
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+    def process(self, images: Any = None, text: Any = None, **_: Any) -> Any:
+        """Longer captions are cut at what the model reads, their end token kept."""
+        if images is not None:
+            return self.images(images=images, return_tensors="pt")
+        return self.tokenizer(
+            text, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+
+
+@torch.inference_mode()
+def clip_score(
+    clip: ClipNetwork,
+    pictures: Iterable[UInt8[Tensor, "3 H W"]],
+    captions: list[str],
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """100 cos between picture and caption, averaged (2104.08718), over the pictures of all ranks. Collective."""
+    from torchmetrics.multimodal.clip_score import CLIPScore
+
+    metric = CLIPScore(lambda: (clip, clip.process)).to(device)
+    paired = list(zip(pictures, captions, strict=True))
+    for begin in range(0, len(paired), batch_size):
+        images, texts = zip(*paired[begin : begin + batch_size], strict=True)
+        metric.update([image.to(device) for image in images], list(texts))
+    return float(metric.compute())

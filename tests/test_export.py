@@ -1,0 +1,269 @@
+"""Exported folders, opened by stock diffusers where flowmill cannot be imported."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import typer
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from models import build_model
+from models.config import InputError, parse_config
+from pipeline.config import TrainConfig
+from pipeline.export import export, main, network_source, save_network
+from pipeline.objective import Objective, draw_noise
+from pipeline.sample import Trained, open_trained
+
+CPU = torch.device("cpu")
+TEXT = ("a red apple", "volcano")  # of two lengths, so that one is padded
+SHARED = {"modulation": "shared", "position_extent": 4.0, "pooled_dim": 0}
+CLASSES = {"num_classes": 5, "timestep_shift": 1}
+SQUARE = ("3", "0")
+# Name -> model section, objective, sampler beside 10 steps, prompts, and the class of network/.
+CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
+    "dit": (
+        {"kind": "dit", "size_conditioning": True},
+        {"preset": "sd3-rf-logit-normal", "shift": {"kind": "constant", "value": 3.0}},
+        {"guidance_scale": 3.0, "guidance_interval": [0.2, 0.9]},
+        TEXT,
+        "FlowmillNetwork",
+    ),
+    "dit_of_classes_and_text": (
+        {"kind": "dit", "num_classes": 5, "rope": True, "register_tokens": 2, "qk_norm": True},
+        {
+            "path": "vp_cosine",
+            "prediction": "v",
+            "shift": {"kind": "resolution", "base_pixels": 20},
+        },
+        {"guidance_scale": 2.0},
+        ("3: a red apple", "0: volcano"),
+        "FlowmillNetwork",
+    ),
+    "dit_of_classes": (
+        {"kind": "dit", **CLASSES},
+        {"preset": "min-snr-v"},
+        {"name": "ddim", "guidance_scale": 2.0},
+        SQUARE,
+        "DiTTransformer2DModel",
+    ),
+    "pixart": (
+        {"kind": "dit", **SHARED},
+        {"preset": "sd15-epsilon"},
+        {"name": "ddim", "guidance_scale": 2.0},
+        TEXT,
+        "PixArtTransformer2DModel",
+    ),
+    "mmdit": (
+        {"kind": "mmdit", "qk_norm": True},
+        {"preset": "flux-shift"},
+        {"guidance_scale": 2.0},
+        TEXT,
+        "SD3Transformer2DModel",
+    ),
+    "uvit": ({"kind": "uvit"}, {"preset": "edm"}, {}, TEXT, "FlowmillNetwork"),
+    "uvit_flow_on_a_table": (
+        {"kind": "uvit"},
+        {"path": "vp_discrete", "prediction": "flow", "timesteps": "uniform"},
+        {"name": "ddim"},
+        TEXT,
+        "FlowmillNetwork",
+    ),
+    "unet": (
+        {"kind": "unet", "size_conditioning": True},
+        {"preset": "nai3-v-ztsnr"},
+        {"name": "ddim", "guidance_scale": 3.0, "guidance_rescale": 0.7},
+        TEXT,
+        "UNet2DConditionModel",
+    ),
+}
+# Opens every folder named, draws its prompts from its noise, and fails if anything of ours is imported.
+STOCK = """
+import json, sys
+from pathlib import Path
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("models", "pipeline", "data_prep", "cluster"):
+            raise ImportError(f"{name}: flowmill is not here")
+
+sys.meta_path.insert(0, Blocked())
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+for folder in sys.argv[1:]:
+    case = json.loads((Path(folder).parent / "case.json").read_text())
+    noise = torch.from_numpy(np.load(Path(folder).parent / "noise.npy"))
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = case["size"]
+    out = pipeline(case["prompts"], height=height, width=width, latents=noise, output_type="np")
+    np.save(Path(folder).parent / "stock.npy", out.images)
+assert not {"models", "pipeline", "data_prep"} & {name.split(".")[0] for name in sys.modules}
+"""
+
+
+def make_trained(run: Path, name: str) -> Trained:
+    """The run with another network, of random weights none of which is zero, and another objective."""
+    trained = open_trained(run, "ema", None)
+    model, objective, sampler, prompts, _ = CASES[name]
+    manifest, sizes = trained.manifest, {"text_dim": 16, "pooled_dim": 16, "latent_downscale": 4}
+    if prompts == SQUARE:
+        bucket = manifest.buckets[0].model_copy(update={"height": 32, "width": 32})
+        manifest = manifest.model_copy(update={"text_encoders": {}, "buckets": [bucket]})
+        sizes |= {"text_dim": 0, "pooled_dim": 0}
+    data = trained.config.model_dump(mode="json")
+    data["model"] = {"size": "debug", "latent_channels": 4, **model}
+    data |= {"objective": objective, "sampler": {"num_steps": 10, **sampler}}
+    config = parse_config(TrainConfig, data, name)
+    config = config.model_copy(update={"model": config.model.with_sizes(sizes)})
+    torch.manual_seed(1)
+    network = build_model(config.model)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05 + 0.3 / parameter.shape[-1] ** 0.5)
+    return replace(trained, config=config, manifest=manifest, state=network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
+    """Every case exported, and drawn by stock diffusers in one process of its own."""
+    home, folders = tmp_path_factory.mktemp("exported"), {}
+    for name, (*_, prompts, _) in CASES.items():
+        trained = make_trained(trained_run, name)
+        folder = home / name / "model"
+        folder.parent.mkdir()
+        export(trained, folder, "fp32", "link" if name == "uvit" else "copy")
+        size = (32, 32) if prompts == SQUARE else (24, 40)
+        case = {"prompts": prompts, "size": size}
+        (home / name / "case.json").write_text(json.dumps(case))
+        noise = draw_noise(7, 0, [0, 1], (4, size[0] // 4, size[1] // 4), purpose="pictures")
+        np.save(home / name / "noise.npy", noise.numpy())
+        folders[name] = folder
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *(str(folder) for folder in folders.values())],
+        cwd=home,
+        env=environment | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_diffusers_draws_the_picture_that_sample_draws(exported, trained_run, name):
+    trained, folder = make_trained(trained_run, name), exported[name]
+    case = json.loads((folder.parent / "case.json").read_text())
+    painter = trained.painter(CPU)
+    painter.set_prompts(case["prompts"])
+    sampler = trained.config.sampler.model_copy(update={"seed": 7})
+    network, objective = trained.network(CPU), Objective(trained.config.objective)
+    ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
+    stock = torch.from_numpy(np.load(folder.parent / "stock.npy") * 255).permute(0, 3, 1, 2)
+    # fp32 sums in another order; diffusers' tables are cumulative products in fp32, ours in float64.
+    assert (ours.float() - stock).abs().max() < 2.5  # of 255; rounding alone is 0.5
+    assert (ours.float() - stock).abs().mean() < 0.5
+    assert (ours[0].float() - ours[1].float()).abs().mean() > 1  # prompts and noise matter
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["network"][1] == CASES[name][-1]
+
+
+def test_the_comparison_notices_another_step_another_shift_and_a_lost_mask(exported, trained_run):
+    trained = make_trained(trained_run, "dit")
+    case = json.loads((exported["dit"].parent / "case.json").read_text())
+    stock = torch.from_numpy(np.load(exported["dit"].parent / "stock.npy") * 255).permute(
+        0, 3, 1, 2
+    )
+    painter = trained.painter(CPU)
+    network, objective = trained.network(CPU), Objective(trained.config.objective)
+    sampler = trained.config.sampler.model_copy(update={"seed": 7})
+    shift = {"shift": type(trained.config.objective.shift)(value=2.5)}
+    for changes in ({"num_steps": 9}, {"guidance_interval": (0.0, 1.0)}, shift):
+        painter.set_prompts(case["prompts"])
+        other = sampler.model_copy(update=changes)
+        ours = painter.draw_batch(network, objective, other, tuple(case["size"]), [0, 1], [0, 1])
+        assert (ours.float() - stock).abs().max() > 5, changes
+    painter.encoded.text_mask[:] = True
+    ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
+    assert (ours.float() - stock).abs().max() > 5
+
+
+def test_the_single_file_says_what_it_is_and_holds_the_weights_under_our_names(
+    exported, trained_run
+):
+    trained = make_trained(trained_run, "pixart")
+    path = exported["pixart"] / "model.safetensors"
+    weights = load_file(path)
+    assert weights.keys() == trained.state.keys()
+    assert all(torch.equal(weights[name], value) for name, value in trained.state.items())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.architecture"] == "flowmill-dit-debug"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    data = path.read_bytes()
+    body = data[8 + int.from_bytes(data[:8], "little") :]
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(body).hexdigest()
+    config = parse_config(TrainConfig, json.loads(metadata["flowmill.config"]), "metadata")
+    assert config == trained.config
+    assert json.loads(metadata["flowmill.data"])["counts"]["kept"] == 48
+
+
+def test_the_card_has_counts_objective_compute_curves_and_pictures(exported):
+    folder = exported["mmdit"]
+    card = (folder / "README.md").read_text()
+    for text in ("48 pictures kept of 48", "120 steps of 8", "960 seen", "flux", "fp32", "mmdit"):
+        assert text in card, text
+    assert diffusers.utils.load_image(str(folder / "curves.png")).size[0] == 2 * 560
+    assert diffusers.utils.load_image(str(folder / "samples.png")).size[0] > 100
+    assert (exported["uvit"] / "text_encoder").is_symlink()
+    assert not (folder / "text_encoder").is_symlink()
+
+
+def test_large_weights_are_cut_into_shards_of_the_type_asked_for(trained_run, tmp_path):
+    trained = make_trained(trained_run, "unet")
+    entry = save_network(trained, tmp_path / "network", torch.bfloat16, max_shard="200KB")
+    assert entry == ["diffusers", "UNet2DConditionModel"]
+    assert len(list((tmp_path / "network").glob("*-of-*.safetensors"))) > 1
+    network = diffusers.UNet2DConditionModel.from_pretrained(
+        tmp_path / "network", torch_dtype=torch.bfloat16
+    )
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, trained.state[f"unet.{name}"].bfloat16()), name
+
+
+@pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit"])
+def test_the_network_s_source_needs_torch_and_diffusers_alone(kind):
+    names = {
+        line.split()[1].split(".")[0]
+        for line in network_source(kind).splitlines()
+        if line.startswith(("import ", "from "))
+    }
+    assert names <= {"torch", "diffusers", "math", "warnings", "collections", "functools", "typing"}
+
+
+def test_a_folder_that_exists_is_not_written_over(trained_run, tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="exists already"):
+        app([str(trained_run), str(tmp_path / "there")], standalone_mode=False)
+    app([str(trained_run), str(tmp_path / "new"), "--dry-run"], standalone_mode=False)
+    assert not (tmp_path / "new").exists()
+    app(
+        [str(trained_run), str(tmp_path / "new"), "--dtype=fp16", "--weights=raw"],
+        standalone_mode=False,
+    )
+    with safe_open(tmp_path / "new" / "new.safetensors", "pt") as file:
+        assert file.metadata()["flowmill.weights"] == "raw at step 120"
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118

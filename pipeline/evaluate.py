@@ -6,7 +6,7 @@ share the work; run again, it goes on where it stopped. No figure is given witho
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +51,9 @@ class Figure:
     guidance_scale: float | None
     spread: float | None = None  # standard deviation, of KID over its subsets
 
+    def conditions(self) -> dict[str, Any]:
+        return asdict(replace(self, value=0.0, spread=None))
+
 
 def heldout_figures(
     trained: Trained, loader: Loader, size: int, batch_size: int, device: torch.device
@@ -68,7 +71,7 @@ def heldout_figures(
         errors = x0_errors(network, objective, loader.manifest.codec, part, ROUNDS)
         sums += errors.double().sum(1).cpu()
     means = sum(distributed.gather_objects(sums)) / len(batch.indices)
-    name, reference = trained.config.model.kind, f"held out, {ROUNDS} draws of noise each"
+    name, reference = trained.config.model.kind, f"held-out latents, {ROUNDS} draws of noise each"
     given = len(batch.indices), None, reference, name, None, trained.weights, None, None, None
     return [
         Figure(f"x0_error_at_log_snr_{level:+d}", float(mean), *given)
@@ -175,18 +178,30 @@ def draw_missing(
 
 
 def show(figures: list[Figure], console: Console) -> None:
-    table = Table(caption="weights: " + ", ".join(sorted({f.weights for f in figures})))
-    names = ("figure", "value", "pictures", "of reference", "reference", "network")
-    for name in (*names, "sampler", "steps", "guidance"):
-        table.add_column(name, overflow="fold")
+    table = Table("figure", "value", "measured with", show_lines=True)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for f in figures:
-        spread = f" ± {f.spread:.2g}" if f.spread is not None else ""
         network = f.network + (f" ({f.network_sha256[:8]})" if f.network_sha256 else "")
-        numbers = f.num_pictures, f.num_reference, f.reference, network
-        rest = *numbers, f.sampler, f.num_steps, f.guidance_scale
-        cells = ["-" if part is None else str(part) for part in rest]
-        table.add_row(f.metric, f"{f.value:.5g}{spread}", *cells)
+        against = f"{f.num_reference} of " if f.num_reference else ""
+        parts = [f"{f.num_pictures} pictures, weights {f.weights}"]
+        if f.sampler:
+            parts.append(f"sampler {f.sampler}, {f.num_steps} steps, guidance {f.guidance_scale:g}")
+        parts += [f"network {network}", f"against {against}{f.reference}"]
+        spread = f" ± {f.spread:.2g}" if f.spread is not None else ""
+        table.add_row(f.metric, f"{f.value:.5g}{spread}", "; ".join(parts))
     console.print(table)
+
+
+def record(path: Path, about: dict[str, Any], figures: list[Figure]) -> list[Figure]:
+    """Put the figures among those of figures.json; returns the ones that were not measured so before."""
+    saved = json.loads(path.read_text())["figures"] if path.is_file() else []
+    conditions = [figure.conditions() for figure in figures]
+    others = [f for f in (Figure(**fields) for fields in saved) if f.conditions() not in conditions]
+    known = [Figure(**fields).conditions() for fields in saved]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(about | {"figures": [asdict(f) for f in (*others, *figures)]}, indent=1)
+    write_text(path, text + "\n")
+    return [figure for figure in figures if figure.conditions() not in known]
 
 
 def write_tensorboard(run: Path, step: int, figures: list[Figure]) -> None:
@@ -357,15 +372,13 @@ def main(
     if not figures:
         raise InputError(f"{target}: nothing to measure. Remedy: --features, --clip or --heldout")
     if distributed.is_main():
-        folder = options.output / name
-        folder.mkdir(parents=True, exist_ok=True)
-        record = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
-        record["figures"] = [asdict(figure) for figure in figures]
-        write_text(folder / "figures.json", json.dumps(record, indent=1) + "\n")
+        path = options.output / name / "figures.json"
+        about = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
+        new = record(path, about, figures)
         if trained is not None:
-            write_tensorboard(target, trained.step, figures)
-        show(figures, Console(soft_wrap=True))
-        distributed.say(f"wrote {folder / 'figures.json'}")
+            write_tensorboard(target, trained.step, new)
+        show(figures, Console())
+        distributed.say(f"wrote {path}")
     distributed.stop()
 
 

@@ -266,6 +266,12 @@ def figures_of(output: str) -> tuple[Path, dict[str, dict]]:
     return path, {f["metric"]: f for f in json.loads(path.read_text())["figures"]}
 
 
+def points(run: Path) -> list:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events.Scalars("evaluate/fid/ema_14_pictures_euler_3_cfg_2")
+
+
 def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_nothing(
     trained_run, network_file, tmp_path
 ):
@@ -289,12 +295,15 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     assert "heldout, decoded" in figures["fid"]["reference"]
     for name in (*drawn, *errors):
         assert name in output
-    for condition in ("14", "inception", "euler", "guidance", "sampler", "pictures"):
-        assert condition in output
-    events = EventAccumulator(str(trained_run / "tensorboard"))
-    events.Reload()
-    (point,) = events.Scalars("evaluate/fid/ema_14_pictures_euler_3_cfg_2")
+    for name, value in figures.items():
+        (line,) = (line for line in output.splitlines() if f" {name} " in line)
+        assert f"{value['value']:.5g}" in line
+    said = " ".join(output.replace("│", " ").split())
+    assert said.count("sampler euler, 3 steps, guidance 2") == len(drawn)
+    assert said.count("14 pictures, weights ema") == len(drawn)
+    (*_, point) = points(trained_run)
     assert (point.step, point.value) == (120, pytest.approx(figures["fid"]["value"]))
+    count = len(points(trained_run))
     # Half of the pictures and the features of the rest are lost: only those are made again.
     pictures = sorted((path.parent / "pictures").glob("*.png"))
     assert len(pictures) == 14
@@ -305,6 +314,7 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     assert "14 pictures" in again
     assert "7 to draw" in again
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert len(points(trained_run)) == count  # measured alike, so it is no other point
     assert figures_of(again)[1]["fid"]["value"] == pytest.approx(figures["fid"]["value"], rel=0.05)
 
 

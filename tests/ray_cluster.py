@@ -67,6 +67,7 @@ class RayCluster:
             user = [] if os.geteuid() == 0 else ["--map-root-user"]
             command = ["unshare", "--mount", *user, "sh", "-c", own, "sh", *command]
         command += [f"--{name}={port}" for name, port in ports.items()]
+        known = set() if head else self._alive()
         log = (self.folder / f"node{len(self.nodes)}.log").open("w")
         node = subprocess.Popen(
             command,
@@ -77,36 +78,42 @@ class RayCluster:
             start_new_session=True,
         )
         self.nodes.append(node)
-        if not head:
-            running = sum(node.poll() is None for node in self.nodes)
-            self._until(lambda: node.poll() is not None or self._num_alive() >= running)
-            if node.poll() is not None:
-                assert tries, "no raylet starts"
-                return self.start(num_cpus, tries=tries - 1)
+        if head:
+            port = int(self.address.rsplit(":", 1)[1])
+            self._until(
+                lambda: (
+                    node.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port))
+                )
+            )
+        else:
+            self._until(lambda: node.poll() is not None or self._alive() - known)
+        if node.poll() is not None:
+            self.nodes.remove(node)
+            assert tries, (self.folder / "node0.log").read_text()
+            return self.start(num_cpus, head, tries - 1)
+        if head:
+            self._wait_for_the_job_server(node)
         return node
 
-    def _num_alive(self) -> int:
-        """Nodes that the head counts on."""
+    def _wait_for_the_job_server(self, head: subprocess.Popen) -> None:
+        probe = [RAY, "job", "submit", "--", "true"]
+        run = partial(subprocess.run, probe, env=self.environment, capture_output=True)
+        self._until(lambda: head.poll() is not None or run().returncode == 0)
+        assert head.poll() is None, (self.folder / "node0.log").read_text()
+
+    def _alive(self) -> set[str]:
+        """Ids of the nodes that the head counts on."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
         request = urllib.request.Request(f"{self.address}/api/v0/nodes", headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             nodes = json.load(answer)["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in nodes)
+        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
-    def _until(self, condition: Callable[[], bool], timeout_s: float = 300) -> None:
+    def _until(self, condition: Callable[[], object], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert self.nodes[0].poll() is None, (self.folder / "node0.log").read_text()
             assert time.monotonic() < deadline, "the cluster does not come up"
             time.sleep(1)
-
-    def wait(self) -> None:
-        """Until the job server takes jobs."""
-        port = int(self.address.rsplit(":", 1)[1])
-        self._until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
-        probe = [RAY, "job", "submit", "--", "true"]
-        run = partial(subprocess.run, probe, env=self.environment, capture_output=True)
-        self._until(lambda: run().returncode == 0)
 
     def kill_raylet(self, node: subprocess.Popen) -> None:
         """SIGKILL to what makes it a node; the rest of it follows by itself."""
@@ -133,8 +140,6 @@ def ray_cluster(folder: Path, num_cpus: list[int]) -> Iterator[RayCluster]:
     try:
         for place, count in enumerate(num_cpus):
             cluster.start(count, head=place == 0)
-            if place == 0:
-                cluster.wait()
         yield cluster
     finally:
         cluster.stop()

@@ -79,8 +79,6 @@ def prepare(folder: Path, nodes: int) -> dict[str, float]:
     try:
         for place in range(nodes):
             cluster.start(4 // nodes, head=place == 0)
-            if place == 0:
-                cluster.wait()
         walls, cpus = [], []
         for count in (8, *PICTURES):  # the first one warms the workers up
             pictures = prep_factory.fill_folder(folder / f"pictures{count}", count)

@@ -22,7 +22,14 @@ from pipeline.sampling import SamplerConfig
 
 # Sections that change results: a resumed run may not change them unasked.
 RESULTS = (
-    *("seed", "data", "model", "objective", "training", "optimizer", "ema", "start_from"),
+    "seed",
+    "data",
+    "model",
+    "objective",
+    "training",
+    "optimizer",
+    "ema",
+    "start_from",
     "rejection",
 )
 

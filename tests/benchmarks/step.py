@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,17 +119,18 @@ def bare_torch(model: DiTConfig, batch: dict) -> Callable[[], None]:
     return step
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+def seconds(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds, of all threads of this process."""
+    begin, cpu = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - cpu
 
 
 def compare(
     ours: Iterator[int], others: dict[str, Callable[[], None]], rounds: int
-) -> dict[str, float]:
-    """Median seconds of a step of each side, in turn; ours also with what a log and a save add."""
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "log", "save", *others)}
+) -> list[dict[str, float]]:
+    """Median seconds of a step of each side, in turn, wall and CPU; ours also with a log and with a save."""
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for _ in range(WARM):
         next(ours)
         for step in others.values():
@@ -138,9 +140,12 @@ def compare(
         order: list[tuple[str, Callable[[], Any]]] = [(kind, lambda: next(ours)), *others.items()]
         for name, step in order if number % 2 else reversed(order):
             times[name].append(seconds(step))
-    medians = {name: statistics.median(values) for name, values in times.items() if values}
-    medians["ours"] = medians["plain"] + (medians["log"] - medians["plain"]) / DEFAULT_LOGGED
-    return medians
+    clocks = []
+    for clock in range(2):
+        medians = {n: statistics.median(t[clock] for t in taken) for n, taken in times.items()}
+        logs = (medians["log"] - medians["plain"]) / DEFAULT_LOGGED
+        clocks.append(medians | {"ours": medians["plain"] + logs})
+    return clocks
 
 
 def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) -> dict[str, float]:
@@ -168,7 +173,7 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
         "loss meter": lambda: meter.add(t, t, t),
     }
     return {
-        name: statistics.median(seconds(part) for _ in range(rounds))
+        name: statistics.median(seconds(part)[0] for _ in range(rounds))
         for name, part in timed.items()
     }
 
@@ -192,6 +197,7 @@ def main(
         "DeepSpeed",
         "ours",
         "over DeepSpeed",
+        "in CPU time",
         "a log",
         "a save's stall",
     ):
@@ -209,20 +215,24 @@ def main(
             others = {"deepspeed": bare_deepspeed(config, model, fixed)}
             if stage == 0:
                 others["torch"] = bare_torch(model, fixed)
-            got = compare(steps(config), others, rounds)
-            figures[f"over_deepspeed_z{stage}"] = got["ours"] / got["deepspeed"]
-            stall = got["save"] - got["plain"]
-            if stage == 0:
-                figures["over_torch_z0"] = got["ours"] / got["torch"]
-                figures["save_stall_s"] = stall
-            cells = [got.get("torch"), got["deepspeed"], got["ours"]]
-            table.add_row(
+            wall, cpu = compare(steps(config), others, rounds)
+            stall = wall["save"] - wall["plain"]
+            for clock, prefix in ((wall, ""), (cpu, "cpu_")):
+                for other in others:
+                    key = f"{prefix}over_{other}_z{stage}"
+                    figures[key] = clock["ours"] / clock[other]
+            figures.setdefault("save_stall_s", stall)
+            cells = [wall.get("torch"), wall["deepspeed"], wall["ours"]]
+            row = [
                 str(stage),
                 *("" if cell is None else f"{1000 * cell:.1f}" for cell in cells),
-                f"{got['ours'] / got['deepspeed']:.3f}",
-                f"{1000 * (got['log'] - got['plain']):.1f}",
+                f"{wall['ours'] / wall['deepspeed']:.3f}",
+                f"{cpu['ours'] / cpu['deepspeed']:.3f}",
+                f"{1000 * (wall['log'] - wall['plain']):.1f}",
                 f"{1000 * stall:.0f}",
-            )
+            ]
+            table.add_row(*row)
+            print("stage", *row, flush=True)
         alone = Table(title="what a step has beside the engine, each alone: ms")
         for part, cost in parts(config, loader, model, rounds).items():
             alone.add_row(part, f"{1000 * cost:.2f}")

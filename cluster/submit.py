@@ -93,7 +93,10 @@ def check_stage(
     """The stage's config file, and its paths, {key: path}: what it reads, what it writes; raises InputError."""
     given = parse_arguments(module, arguments)
     if action is Action.EVALUATE:
-        return None, {}, {"RUN": str(given["run"])}
+        paths = {f"--{name}": given[name] for name in ("clip", "reference", "prompts_file")}
+        paths |= {f"--features {f}": f.split("=", 1)[-1] for f in given["features"] or []}
+        inputs = {name: str(path) for name, path in paths.items() if path is not None}
+        return None, inputs, {"TARGET": str(given["target"])}
     file, overrides = str(given["config"]), given["overrides"] or []
     if not (folder / file).resolve().is_relative_to(folder):
         raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")

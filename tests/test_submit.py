@@ -55,6 +55,8 @@ def refuse(checkout: Path, action: str, *arguments: str) -> str:
         ("train train.yaml --workers 4 --min-workers 3", "--min-workers: got 3, expected one of"),
         ("train train.yaml --workers 4 --min-workers 8", "expected no more than --workers 4"),
         ("train train.yaml --wrokers 8", "No such option: --wrokers"),
+        ("evaluate runs/here", "TARGET: got runs/here, expected an absolute path"),
+        ("evaluate /run --clip models/no", "--clip: "),
         ("train", "Missing argument '"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ STAGES = {
     ),
     "doctor": ("pipeline.doctor", "what this machine or cluster has and lacks, with remedies"),
     "config": ("pipeline.show_config", "show|diff|schema: resolved, against another, for editors"),
+    "plan": ("pipeline.plan", "before spending: memory, hours, disk, bandwidth of a config"),
     "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),

@@ -16,6 +16,9 @@ from pipeline import distributed
 from pipeline.ema import AdamWithEMA, WithEMA
 from pipeline.optimizers import MuonWithEMA, adamw_8bit
 
+BUCKET_ELEMENTS = 500_000_000  # of gradients reduced at once, at most: DeepSpeed's own number
+PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewise
+
 
 class OptimizerConfig(Config):
     """lr is for this global batch, nothing rescales it."""
@@ -212,15 +215,18 @@ def build_engine(
         optimizer.clip = optimizer_config.clip
     if engine_config.compile:
         compile_blocks(model, fullgraph=engine_config.zero_stage < 3)  # whose hooks break graphs
+    settings = deepspeed_config(
+        engine_config,
+        optimizer_config.clip,
+        micro_batch_size(engine_config, global_batch),
+        global_batch,
+    )
+    bucket = min(BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket  # ZeRO 3 holds one all the time
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,  # pyright: ignore[reportArgumentType]
-        config=deepspeed_config(
-            engine_config,
-            optimizer_config.clip,
-            micro_batch_size(engine_config, global_batch),
-            global_batch,
-        ),
+        config=settings,
         dist_init_required=False,
     )
     # Some stages step on zero gradients to allocate state, which counts in Adam's bias correction.

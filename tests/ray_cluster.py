@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -78,28 +77,20 @@ class RayCluster:
             start_new_session=True,
         )
         self.nodes.append(node)
-        if head:
-            port = int(self.address.rsplit(":", 1)[1])
-            self._until(
-                lambda: (
-                    node.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port))
-                )
-            )
-        else:
-            self._until(lambda: node.poll() is not None or self._alive() - known)
+        joined = self._takes_jobs if head else lambda: self._alive() - known
+        self._until(lambda: node.poll() is not None or joined())
         if node.poll() is not None:
             self.nodes.remove(node)
-            assert tries, (self.folder / "node0.log").read_text()
+            assert tries, (self.folder / f"node{len(self.nodes)}.log").read_text()
             return self.start(num_cpus, head, tries - 1)
-        if head:
-            self._wait_for_the_job_server(node)
         return node
 
-    def _wait_for_the_job_server(self, head: subprocess.Popen) -> None:
+    def _takes_jobs(self) -> bool:
+        port = int(self.address.rsplit(":", 1)[1])
+        if socket.socket().connect_ex(("127.0.0.1", port)):
+            return False
         probe = [RAY, "job", "submit", "--", "true"]
-        run = partial(subprocess.run, probe, env=self.environment, capture_output=True)
-        self._until(lambda: head.poll() is not None or run().returncode == 0)
-        assert head.poll() is None, (self.folder / "node0.log").read_text()
+        return not subprocess.run(probe, env=self.environment, capture_output=True).returncode
 
     def _alive(self) -> set[str]:
         """Ids of the nodes that the head counts on."""

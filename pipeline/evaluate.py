@@ -14,14 +14,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.schema import MANIFEST, fingerprint
-from models.config import InputError, package_folder, run_command
+from data_prep.schema import MANIFEST, fingerprint, read_manifest
+from models.config import InputError, package_folder, parse_config, run_command
 from models.weights import brief
 from pipeline import distributed
 from pipeline.checkpoint import write_text
-from pipeline.config import load_run_config
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import DataConfig, Loader
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
@@ -83,6 +85,7 @@ def heldout_figures(
 class Subject:
     """What is evaluated: a run's checkpoint or a diffusers pipeline, and how it draws."""
 
+    path: Path
     name: str  # of its folder among the results
     about: dict[str, Any]
     weights: str
@@ -99,7 +102,9 @@ def run_subject(trained: Trained, overrides: list[str], device: torch.device) ->
         return drawer(trained.painter(device), trained.network(device), objective)
 
     name = f"step_{trained.step:08d}_{trained.weights}"
-    return Subject(name, trained.facts, trained.weights, sampler, sampler.name, make_draw)
+    return Subject(
+        trained.run, name, trained.facts, trained.weights, sampler, sampler.name, make_draw
+    )
 
 
 def pipeline_subject(
@@ -135,7 +140,7 @@ def pipeline_subject(
 
     sampler, scheduler = parse_sampler(SamplerConfig(), overrides), str(index["scheduler"][1])
     about = {"pipeline": str(folder), "scheduler": scheduler}
-    return Subject("pipeline", about, str(folder), sampler, scheduler, make_draw)
+    return Subject(folder, "pipeline", about, str(folder), sampler, scheduler, make_draw)
 
 
 def draw_with(pipeline: Any, requests: list[Request]) -> torch.Tensor:
@@ -292,15 +297,47 @@ def picture_figures(
     return figures
 
 
+def open_exported(folder: Path, data: Path | None) -> Trained | None:
+    """The network and config in the single file of an exported folder, on `data` or the dataset it was trained
+    on; None where there is no such file or no such dataset here.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        if "flowmill.config" not in about:
+            continue
+        config = parse_config(TrainConfig, json.loads(about["flowmill.config"]), str(path))
+        data = data or Path(next(iter(config.data.sources.values())).path)
+        if not (data / MANIFEST).is_file():
+            return None
+        manifest, codec = read_manifest(data), json.loads(about["flowmill.data"])["codec"]
+        if manifest.codec.weights_sha256 != codec["weights_sha256"]:
+            raise InputError(
+                f"{data}: its latents are of VAE {manifest.codec.weights_sha256[:12]}, the network's of "
+                f"{codec['weights_sha256'][:12]}. Remedy: --heldout 0, or a dataset of that VAE"
+            )
+        config = config.model_copy(update={"data": DataConfig.model_validate({"path": str(data)})})
+        state = {name: weight.float() for name, weight in load_file(path).items()}
+        return Trained(folder, config, manifest, str(folder), state, 0)
+    return None
+
+
 def evaluate(
     subject: Subject, trained: Trained | None, options: Options, device: torch.device
 ) -> tuple[str, list[Figure]]:
-    """The name of the results' folder, and all figures. Collective."""
+    """The name of the results' folder, and all figures; `trained` of a run. Collective."""
     own = other = None
+    is_dataset = options.reference is not None and (options.reference / MANIFEST).is_file()
+    if trained is None and options.heldout:
+        trained = open_exported(subject.path, options.reference if is_dataset else None)
+        if trained is None:
+            distributed.say(
+                "held-out error: left out, for the folder does not say how it was trained"
+            )
     if trained is not None:
         data = trained.config.data.model_copy(update={"grow": False})
         own = Loader(data, global_batch=1, seed=0)
-    if options.reference is not None and (options.reference / MANIFEST).is_file():
+    if is_dataset:
         data = DataConfig.model_validate({"path": str(options.reference)})
         other = Loader(data, global_batch=1, seed=0)
     figures, name = [], subject.name

@@ -102,6 +102,11 @@ class FeatureNetwork:
                 flush()
             waiting.append(picture)
         flush()
+        if len(lengths := {part.shape[1] for part in parts}) > 1:
+            raise InputError(
+                f"--features {self.name}: pictures of several sizes gave {sorted(lengths)} features. Remedy: a "
+                "network that resizes them"
+            )
         return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 

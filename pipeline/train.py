@@ -240,6 +240,9 @@ def losses(
     if span is not None:
         num_patches = shape[1] * shape[2] // model.latent_multiple**2
         routed["token_scores"] = draw_noise(seed, step, indices, (num_patches,), device, "tokens")
+    label = batch.label
+    if label is not None:  # no class, which guidance is away from
+        label = torch.where(dropped[indices].to(device), model.num_classes, label)
     pred = engine(
         x_t,
         t,
@@ -247,7 +250,7 @@ def losses(
         text_mask=batch.text_mask,
         pooled=batch.pooled,
         micro=batch.micro,
-        label=batch.label,
+        label=label,
         **routed,
     )
     if span is None or not model.masking:

@@ -192,6 +192,13 @@ def test_a_changed_picture_or_network_is_not_taken_from_the_cache(tmp_path, netw
     assert wide.shape == (3, 48)
 
 
+def test_a_network_whose_features_depend_on_the_size_is_refused():
+    network = FeatureNetwork("flat", nn.Flatten(), "")
+    pictures = [torch.zeros(3, 4, side, dtype=torch.uint8) for side in (4, 4, 6)]
+    with pytest.raises(InputError, match="a network that resizes"):
+        network.features(pictures, 2, CPU)
+
+
 def test_precision_and_recall_are_the_paper_s_definition_counted_point_by_point():
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) * 0.8 + 1.2

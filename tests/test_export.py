@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 
 from models import build_model
 from models.config import InputError, parse_config
+from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network
 from pipeline.objective import Objective, draw_noise
 from pipeline.sample import Trained, open_trained
+from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")
 TEXT = ("a red apple", "volcano")  # of two lengths, so that one is padded
@@ -267,3 +269,28 @@ def test_a_folder_that_exists_is_not_written_over(trained_run, tmp_path):
     with safe_open(tmp_path / "new" / "new.safetensors", "pt") as file:
         assert file.metadata()["flowmill.weights"] == "raw at step 120"
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trained_run, tmp_path):
+    """Its held-out error is the network's own, and its code is run only when that is asked for."""
+    trained, folder = make_trained(trained_run, "dit"), exported["dit"]
+    torch.jit.script(Convolutions()).save(str(tmp_path / "fixed.pt"))
+    features = evaluate.parse_features([f"fixed={tmp_path / 'fixed.pt'}"])
+    data = trained_run.parent / "dataset"
+    options = evaluate.Options(features, None, 3, data, "train", 4, None, None, 3, 2, tmp_path)
+    with pytest.raises(InputError, match="code of its own"):
+        evaluate.pipeline_subject(folder, [], False, CPU)
+    overrides = ["sampler.num_steps=2", "sampler.guidance_scale=1.5"]
+    subject = evaluate.pipeline_subject(folder, overrides, True, CPU)
+    name, figures = evaluate.evaluate(subject, None, options, CPU)
+    found = {figure.metric: figure for figure in figures}
+    drawn = found["fd_fixed"]
+    assert (drawn.num_pictures, drawn.num_reference, drawn.num_steps) == (3, 4, 2)
+    assert (drawn.sampler, drawn.guidance_scale) == ("FlowMatchEulerDiscreteScheduler", 1.5)
+    assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
+    run = evaluate.run_subject(trained, [], CPU)
+    options = replace(options, features={}, reference=None)
+    for figure in evaluate.evaluate(run, trained, options, CPU)[1]:
+        assert found[figure.metric].value == pytest.approx(figure.value, rel=1e-5)
+    with pytest.raises(InputError, match=r"only sampler\.num_steps"):
+        evaluate.pipeline_subject(folder, ["sampler.name=heun"], True, CPU)

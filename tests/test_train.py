@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from models import build_model
 from models.config import InputError, load_config
 from pipeline.config import TrainConfig
-from pipeline.train import make_plan, open_run
+from pipeline.objective import Objective
+from pipeline.train import losses, make_plan, open_run
 from tests import train_factory
+from tests.shard_factory import Kind, make_dataset
 from tests.train_factory import write_config
 
 pytestmark = pytest.mark.distributed
@@ -323,3 +326,26 @@ def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_pat
     assert epochs[:2] == ["epoch_00000000.json", "epoch_00000001.json"]
     assert scalars(tmp_path / "run", "data/skipped_samples")[-1][1] > 0
     assert shard.name in done.stderr + done.stdout
+
+
+def test_a_dropped_sample_has_no_class_so_that_guidance_is_learnt(tmp_path):
+    data = make_dataset(tmp_path / "data", [((32, 32), 16)], Kind(channels=4, label=True))
+    config = {
+        "data": {"path": str(data)},
+        "model": {"size": "debug", "num_classes": 10},
+        "training": {"images": 16, "global_batch": 8},
+        "run": str(tmp_path / "run"),
+    }
+    plan = make_plan(TrainConfig.model_validate(config))
+    batch, objective = next(plan.loader.batches()), Objective(plan.config.objective)
+    network, seen = build_model(plan.config.model), []
+    network.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["label"]), with_kwargs=True
+    )
+    dropped = torch.arange(8) % 2 == 0
+    losses(plan, network, objective, batch, 0, torch.full((8,), 0.5), dropped, torch.device("cpu"))
+    plan.loader.close()
+    (label,) = seen
+    assert label[dropped].eq(10).all()
+    assert torch.equal(label[~dropped], batch.label[~dropped])
+    assert batch.label.lt(10).all()

@@ -258,7 +258,8 @@ def open_reference(
     count, sizes = options.num_pictures, [size]
     if not prompts and samples is not None:
         prompts = samples.prompts(min(count, len(samples)))
-        sizes = samples.sizes()[: len(prompts)] if reference is samples else [size]
+        if reference is samples and not options.size:
+            sizes = samples.sizes()[: len(prompts)]
     every = [prompts[i % len(prompts)] for i in range(count)]
     return reference, every, [sizes[i % len(sizes)] for i in range(count)]
 

@@ -10,6 +10,7 @@ tensor. What a class cannot compute is refused, never dropped.
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
@@ -106,14 +107,14 @@ def check_layout(config: NetworkConfig, layout: str) -> None:
     lines = [
         f"model.{name}: got {values[name]}, which {layout} has no place for"
         for name in (*never, *LACKS[layout])
-        if values[name]
+        if values.get(name)
     ]
     lines += [
-        f"model.{name}: got {values[name]}, but {layout} needs it"
+        f"model.{name}: got {values.get(name)}, but {layout} needs it"
         for name in NEEDS[layout]
-        if not values[name]
+        if not values.get(name)
     ]
-    if values["mlp_ratio"] != 4:
+    if values.get("mlp_ratio") not in (None, 4):
         lines.append(f"model.mlp_ratio: got {values['mlp_ratio']}, but {layout}'s is 4")
     if lines:
         raise InputError("\n".join(lines))
@@ -267,7 +268,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise InputError(f"{path}: cannot read weights: {brief(error)}") from error
     layout = FACEBOOK if "blocks.0.attn.qkv.weight" in weights else OWN
     if layout == FACEBOOK:

@@ -56,6 +56,7 @@ def sinusoid(x: Float[Tensor, "*S"], dim: int, shift: int = 0) -> Float[Tensor, 
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # else a table first made while sampling could not be trained with
 def positions_2d(
     height: int,
     width: int,
@@ -89,6 +90,7 @@ def positions_2d(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # else a table first made while sampling could not be trained with
 def rope_2d(
     height: int, width: int, head_dim: int, device: torch.device
 ) -> Float[Tensor, "1 N d 2"]:

@@ -64,7 +64,7 @@ def run(dataset: str, stage: int, model: dict, objective_section: dict) -> list[
 
 def main() -> None:
     dataset, stage, model, *predictions = sys.argv[1:]
-    distributed.start(120)
+    distributed.start(1800)
     kind, _, options = model.partition(":")
     section = {"kind": kind, **(yaml.safe_load(options) or {})}
     for prediction in predictions:

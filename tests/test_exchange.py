@@ -238,9 +238,19 @@ def test_weights_that_are_not_the_models_are_refused_with_their_name(tmp_path):
     refused({k: v for k, v in whole.items() if k != "proj_out.bias"}, "lacks proj_out.bias")
     refused(whole | {"more": torch.zeros(1)}, "more has no place")
     refused(whole | {"proj_out.bias": torch.zeros(3)}, r"proj_out.bias got shape \(3,\)")
-    path.write_bytes(b"no weights")
-    with pytest.raises(InputError, match="cannot read weights"):
-        exchange.load_weights(model, path)
+    for broken in (path, path.with_suffix(".pt")):
+        broken.write_bytes(b"no weights")
+        with pytest.raises(InputError, match="cannot read weights"):
+            exchange.load_weights(model, broken)
+
+
+def test_the_original_dits_weights_in_another_network_are_refused(tmp_path):
+    weights = exchange.export_weights(random_model(DIT), exchange.FACEBOOK, sample_size=8)
+    save_file(weights, tmp_path / "DiT.safetensors")
+    with pytest.raises(
+        InputError, match=r"model\.text_dim: got 16, which facebookresearch/DiT has no"
+    ):
+        exchange.load_weights(random_model(SD15), tmp_path / "DiT.safetensors")
 
 
 def test_embedders_that_differ_from_block_to_block_are_refused(tmp_path):

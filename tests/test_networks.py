@@ -16,6 +16,7 @@ from models.mmdit import MMDiTConfig
 from models.roles import parameter_roles
 from models.unet import UNetConfig
 from models.uvit import UViTConfig
+from tests.benchmarks import sizes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: dict[str, Any] = {
@@ -225,6 +226,14 @@ def test_rope_turns_with_distance_alone(kind):
     assert abs(products[0] - float(q[0] @ k[0])) > 1e-3
 
 
+@pytest.mark.parametrize("rope", [False, True])
+def test_a_network_trains_at_a_size_that_it_first_saw_while_sampling(rope):
+    model = randomise(debug("dit", rope=rope))
+    with torch.inference_mode():
+        model(**inputs(20, 4))
+    model(**inputs(20, 4)).sum().backward()
+
+
 def test_registers_are_rotated_nowhere():
     x = torch.randn(1, 9, 2, 8)
     turned = layers.rotate(x, layers.rope_2d(2, 3, 8, torch.device("cpu")))
@@ -315,3 +324,10 @@ def test_hidden_matrices_are_those_between_features_inside_blocks(kind):
             assert name not in hidden
         if len(shape) < 2 or "class_embed" in name:
             assert not roles[name].decay
+
+
+@pytest.mark.slow
+def test_the_table_of_sizes_is_what_torch_counts():
+    table = (ROOT / "models" / "README.md").read_text().splitlines()
+    for row in sizes.rows():
+        assert row in table

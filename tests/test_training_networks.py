@@ -36,6 +36,7 @@ CASES = [
     *((kind, 1, list(OBJECTIVES)) for kind in ("dit", "mmdit", "uvit", "unet")),
     ("mmdit", 2, ["flow"]),
     ("unet", 2, ["flow"]),
+    ("dit:{modulation: shared, register_tokens: 2}", 2, ["flow"]),  # parameters outside blocks
     ("dit:{depth: 4, routing: {ratio: 0.5, start: 1, end: -1}}", 1, ["flow"]),
     ("mmdit:{masking: {ratio: 0.75, mixer_depth: 2}}", 1, ["flow"]),
 ]

@@ -76,6 +76,8 @@ LISTING_SCHEMA = pa.schema(
 )
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
 
+INDECISIVE = {"publish_every_shards", "ray", "output"}  # of the config
+
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
@@ -86,7 +88,7 @@ def _free_name(name: str) -> str:
 
 
 class PrepareConfig(Config):
-    """A preparation. All but `ray` and `output` decides what is written, bit by bit."""
+    """A preparation. All but the last three decides what is written, bit by bit, when it is complete."""
 
     sources: dict[SourceName, SourceConfig] = Field(min_length=1)
     images: ImagesConfig = ImagesConfig()
@@ -97,6 +99,8 @@ class PrepareConfig(Config):
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    # Shards made between a manifest of what is there so far and the next; null: one, at the end.
+    publish_every_shards: int | None = Field(default=None, ge=1)
     ray: RayConfig = RayConfig()
     output: str  # a local path, or any fsspec URL such as s3://bucket/folder
 
@@ -158,7 +162,7 @@ def prepare(
         encoders: Encoders = actors.ask("describe", tick=lambda: _say(actors.unscheduled()))
         check_buckets(config, encoders.codec.downscale)
         clock.mark("load encoders")
-        commits = encode(dataset, shards, actors)
+        commits = encode(config, dataset, shards, actors, encoders)
         clock.mark("encode")
         finalise(config, dataset, shards, commits, encoders, actors, class_names(listing))
         clock.mark("finalise")
@@ -196,7 +200,7 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
             weights[name] = weights_sha256(Path(path))
         except InputError as error:
             raise InputError(f"{name}.path: {error}") from None
-    decisive = config.model_dump(mode="json", exclude={"ray", "output"})
+    decisive = config.model_dump(mode="json", exclude=INDECISIVE)
     return {"config": decisive, "weights": weights}
 
 
@@ -420,7 +424,13 @@ def start_encoders(config: PrepareConfig, num_shards: int) -> ActorPool:
     return ActorPool(ShardEncoder, arguments, config.ray, config.encode.threads, most=num_shards)
 
 
-def encode(dataset: Path, shards: list[ShardSpec], actors: ActorPool) -> list[dict[str, Any]]:
+def encode(
+    config: PrepareConfig,
+    dataset: Path,
+    shards: list[ShardSpec],
+    actors: ActorPool,
+    encoders: Encoders,
+) -> list[dict[str, Any]]:
     """Every shard that is not committed yet; returns all commits in the order of the list."""
     commits = read_commits(dataset, shards)
     places = {spec.path: i for i, spec in enumerate(shards)}
@@ -433,10 +443,12 @@ def encode(dataset: Path, shards: list[ShardSpec], actors: ActorPool) -> list[di
             progress.update(done + actors.poll("num_in_flight"), rejected)
             _say(actors.unscheduled())
 
-        for commit in actors.run("encode_shard", work, tick):
+        for count, commit in enumerate(actors.run("encode_shard", work, tick), start=1):
             commits[places[commit["path"]]] = commit
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
+            if config.publish_every_shards and count % config.publish_every_shards == 0:
+                publish(config, dataset, [c for c in commits if c], encoders)
     whole = [commit for commit in commits if commit]
     assert len(whole) == len(shards), "the actors returned before every shard was committed"
     return whole
@@ -452,23 +464,41 @@ def finalise(
     names: list[str],
 ) -> None:
     """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
+    if not any(commit["num_samples"] for commit in commits):
+        _write_rejects(dataset, commits)
+        raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
+    sheet, psnr = contact_sheet(dataset, shards, commits, encoders, actors)
+    write_atomic(dataset / CONTACT_SHEET, lambda path: sheet.save(path, format="PNG"))
+    facts = {"class_names": names, "reconstruction_psnr_db": psnr}
+    publish(config, dataset, commits, encoders, facts)
+    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):  # of killed processes
+        leftover.unlink(missing_ok=True)
+
+
+def publish(
+    config: PrepareConfig,
+    dataset: Path,
+    commits: list[dict[str, Any]],
+    encoders: Encoders,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Make of these commits a dataset that can be trained on; without `facts` more are still to come.
+
+    Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
+    has its hash are replaced one after the other; readers look again where they do not match.
+    """
     from safetensors.numpy import save_file
 
     table = [c for c in sorted(commits, key=lambda c: c["path"]) if c["num_samples"]]
+    if not any(commit["split"] == "train" for commit in table) and facts is None:
+        return
     rejected = _write_rejects(dataset, commits)
-    if not table:
-        raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
     write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
     if encoders.empty_caption:
         write_atomic(dataset / EMPTY_CAPTION, lambda path: save_file(encoders.empty_caption, path))
-    sheet, psnr = contact_sheet(dataset, shards, commits, encoders, actors)
-    write_atomic(dataset / CONTACT_SHEET, lambda path: sheet.save(path, format="PNG"))
-    manifest = _manifest(config, table, rejected, encoders).model_copy(
-        update={"class_names": names, "reconstruction_psnr_db": psnr}
-    )
-    write_text(dataset / REPORT, html_report(dataset, manifest, table))
-    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):  # of killed processes
-        leftover.unlink(missing_ok=True)
+    manifest = _manifest(config, table, rejected, encoders).model_copy(update=facts or {})
+    if facts is not None:
+        write_text(dataset / REPORT, html_report(dataset, manifest, table))
     files = [name for name in AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
     manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()
@@ -519,7 +549,7 @@ def _manifest(
             BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in sorted(buckets.items())
         ],
         counts=Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected),
-        prepare_config=config.model_dump(mode="json", exclude={"ray", "output"}),
+        prepare_config=config.model_dump(mode="json", exclude=INDECISIVE),
     )
 
 

@@ -43,6 +43,7 @@ from data_prep.verify import verify
 from models.config import InputError, load_config, run_command
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
+from pipeline.data import DataConfig, Loader
 from tests.prep_factory import (
     dataset_bytes,
     encoded,
@@ -255,6 +256,24 @@ def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy,
     assert dataset_bytes(dataset) == dataset_bytes(reference)
     counts = read_manifest(dataset).counts
     assert counts.kept + sum(counts.rejected.values()) == counts.seen == NUM_GOOD + NUM_BAD
+
+
+def test_what_is_there_is_published_while_preparing_goes_on(reference, messy, ray_address):
+    dataset = messy.parent / "published"
+    overrides = f"output={dataset}", "publish_every_shards=1"
+    driver = drive(messy, ray_address, *overrides)
+    while not (dataset / "manifest.json").exists():
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.005)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    loader = Loader(DataConfig(path=str(dataset)), global_batch=2, seed=0)
+    assert next(loader.batches()).moments.shape[0] == 2
+    loader.close()
+    early = read_manifest(dataset).counts.kept
+    assert 0 < early < read_manifest(reference).counts.kept
+    run(messy, *overrides)  # not taken for complete
+    assert dataset_bytes(dataset) == dataset_bytes(reference)
 
 
 def test_two_actors_one_of_them_killed_write_the_same_bytes_as_one(reference, messy, ray_address):

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from webdataset.compat import WebDataset
 
+from data_prep import pool
 from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.encode import EncodeConfig, ShardEncoder, ShardSpec, TextEncoderConfig, VaeConfig
 from data_prep.images import ImagesConfig, decode
@@ -468,6 +469,19 @@ def test_buckets_that_do_not_fit_the_codec_are_refused(reference, messy):
 def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_address):
     with pytest.raises(InputError, match=r"1 actors of 7 GPUs each, expected no more than the \d"):
         run(small, "ray.gpus_per_actor=7")
+
+
+def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)  # of a cluster, which may grow
+    config = pool.RayConfig(num_actors=1, gpus_per_actor=3)
+    actors = pool.ActorPool(ShardEncoder, (), config, threads=1, most=1)
+    assert actors.unscheduled() is None
+    monkeypatch.setattr(pool, "SAY_EVERY_S", 0.0)
+    said = actors.unscheduled()
+    assert said
+    assert said.startswith("waiting for 1 of 1 actors to be scheduled, each of which wants")
+    assert "3 GPUs; the cluster has 1 nodes, free are" in said
+    assert "0 of 0 GPUs" in said
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(small, tmp_path, capsys):

@@ -237,6 +237,12 @@ def open_output(
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
         )
     dataset = open_root(config.output, "output")
+    for name, source in config.sources.items():
+        if f"{dataset}/".startswith(f"{open_root(source.path, 'path')}/"):
+            raise InputError(
+                f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
+                "add to. Remedy: choose a folder beside it."
+            )
     work = dataset / WORK
     try:
         there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])

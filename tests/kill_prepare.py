@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 class TwoRaylets:
-    """A head and a second node of one CPU cluster on loopback, both started with `ray start`."""
+    """A head and, once it is asked for, a second node on loopback, both started with `ray start`."""
 
     def __init__(self, folder: Path, num_cpus: int = 2):
         (folder / "token").write_text(TOKEN)
@@ -59,10 +59,14 @@ class TwoRaylets:
             "RAY_USAGE_STATS_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
+            # On a busy machine what is only slow is not to be taken for dead.
+            "RAY_worker_niceness": "0",
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
         }
         port = self.address.split(":")[1]
         self._head = self._start("--head", "--port", port, "--temp-dir", str(self._temporary))
-        self._other = self._start("--address", self.address)
+        self._other: subprocess.Popen | None = None
 
     def _start(self, *arguments: str) -> subprocess.Popen:
         ports = ("node-manager", "object-manager", "dashboard-agent-listen", "metrics-export")
@@ -88,14 +92,16 @@ class TwoRaylets:
         return started
 
     def victims(self, kind: str) -> list[psutil.Process]:
+        other = below(self._other.pid) if self._other else []
         if kind == "raylet":
-            return [p for p in below(self._other.pid) if p.name() == "raylet"]
-        found = below(self._head.pid) + below(self._other.pid)
+            return [p for p in other if p.name() == "raylet"]
+        found = below(self._head.pid) + other
         return [p for p in found if CMDLINES[kind] in command_line(p)]
 
-    def replace_other(self) -> None:
-        """After its raylet was killed: nothing of the node is left, and a new one joins."""
-        self._end(self._other)
+    def new_other(self) -> None:
+        """The second node; of one whose raylet was killed nothing is left."""
+        if self._other:
+            self._end(self._other)
         self._other = self._start("--address", self.address)
 
     def _end(self, node: subprocess.Popen) -> None:
@@ -108,8 +114,9 @@ class TwoRaylets:
         psutil.wait_procs(started, timeout=30)
 
     def stop(self) -> None:
-        self._end(self._other)
-        self._end(self._head)
+        for node in (self._other, self._head):
+            if node:
+                self._end(node)
         shutil.rmtree(self._temporary, ignore_errors=True)
 
 
@@ -139,12 +146,6 @@ def drive(config: Path, environment: dict[str, str], *overrides: str) -> subproc
         )
 
 
-def commit_times(dataset: Path) -> dict[str, float]:
-    """When each shard was committed: another time where one was written again."""
-    found = dataset.rglob("*.tar") if dataset.exists() else []
-    return {str(path.relative_to(dataset)): path.stat().st_mtime for path in found}
-
-
 def disturbed_run(
     cluster: TwoRaylets,
     config: Path,
@@ -168,7 +169,7 @@ def disturbed_run(
                 with contextlib.suppress(psutil.NoSuchProcess):
                     random.choice(victims).send_signal(signal.SIGKILL)
                 if kind == "raylet":
-                    cluster.replace_other()
+                    cluster.new_other()
             if kind:
                 killed[kind] += 1
             else:
@@ -253,14 +254,14 @@ def main(
             images={"resolution": 64, "bucket_multiple": 8},
             samples_per_shard=40,
         )
-        alone = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        output = folder / "reference"
-        assert drive(config, alone, f"output={output}", "ray.num_actors=1").wait() == 0
-        expected = dict(all_files(output))
-        keys = sample_keys(output)
-        print(f"undisturbed: {len(keys)} samples, {len(expected)} files", flush=True)
         cluster = TwoRaylets(folder)
         try:
+            output = folder / "reference"
+            alone = drive(config, cluster.environment, f"output={output}", "ray.num_actors=1")
+            assert alone.wait() == 0, (folder / "driver.log").read_text()
+            expected, keys = dict(all_files(output)), sample_keys(output)
+            print(f"undisturbed: {len(keys)} samples, {len(expected)} files", flush=True)
+            cluster.new_other()
             while sum(total[kind] for kind in VICTIMS) < kills:
                 left = kills - sum(total[kind] for kind in VICTIMS)
                 output = folder / f"run-{total['runs']}"

@@ -369,6 +369,7 @@ def small(tmp_path, vae_folder, text_folder) -> Path:
         ("text_encoders.micro={path: x}", "micro is the name of another member"),
         ("images.resolution=100", "is not a multiple of bucket_multiple"),
         ("output=/proc/nothing/here", "output: cannot write /proc/nothing/here"),
+        ("output=${sources.p.path}/out", "lies in sources.p.path"),
     ],
 )
 def test_a_wrong_setting_ends_with_one_message(small, capsys, monkeypatch, override, message):

@@ -73,6 +73,7 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
     overrides += [f"output={bucket}/dataset", "ray.num_actors=2", "ray.decoders_per_actor=1"]
     cluster = TwoRaylets(tmp_path)
     try:
+        cluster.new_other()
         killed = disturbed_run(cluster, config, overrides, each_in_turn())
     finally:
         cluster.stop()

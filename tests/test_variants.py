@@ -41,7 +41,12 @@ def dataset(tmp_path_factory, vae_folder, text_folder, ray_address):
         "score": [i / NUM for i in range(NUM)],
     }
     pq.write_table(pa.table(columns), folder / "t.parquet", row_group_size=7)
-    table = {"kind": "table", "path": str(folder), "captions": CAPTIONS, "label": "label"}
+    table = {
+        "kind": "table",
+        "path": str(folder / "t.parquet"),
+        "captions": CAPTIONS,
+        "label": "label",
+    }
     config = write_config(
         folder / "c.yaml",
         {"t": table},

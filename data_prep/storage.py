@@ -73,7 +73,7 @@ def _read_local(path: str, offset: int, length: int) -> bytes:
 
 def _read_remote(path: str, offset: int, length: int) -> bytes:
     filesystem, name = fsspec.url_to_fs(path)
-    return filesystem.cat_file(name, offset, offset + length)
+    return filesystem.cat_file(name, start=offset, end=offset + length)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.prep_factory import encoded, fill_folder, pixels, tar_bytes, write_co
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT.parent / "shared" / "data" / "fluent-emoji"  # a real set, where there is one
 TOKEN = "0123456789abcdef" * 4
+STARTS = 5  # attempts at a node
 VICTIMS = ("actor", "decoder", "scanner", "raylet", "driver")
 CMDLINES = {"actor": "ray::ShardEncoder", "decoder": "data_prep.decoder", "scanner": "ray::_scan"}
 
@@ -76,20 +78,22 @@ class TwoRaylets:
         command += ["--include-dashboard=false"] * ("--head" in arguments)
         command += [f"--num-cpus={self._cpus}", f"--object-store-memory={100 << 20}"]
         environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        started = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=self._temporary,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 300
-        while not any(p.name() == "raylet" for p in below(started.pid)):
-            assert started.poll() is None, f"{' '.join(command)}: status {started.poll()}"
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        return started
+        for _ in range(STARTS):  # a busy machine may miss Ray's own time limits
+            log = self._temporary / f"start-{uuid.uuid4().hex}.log"
+            with log.open("wb") as file:
+                started = subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=self._temporary,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            while started.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return started
+                time.sleep(0.2)
+        raise AssertionError(f"{' '.join(command)}: {log.read_text()}")
 
     def victims(self, kind: str) -> list[psutil.Process]:
         other = below(self._other.pid) if self._other else []

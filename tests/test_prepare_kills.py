@@ -48,6 +48,7 @@ def each_in_turn():
     return choose
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_disk_does(
     tmp_path, bucket, ray_address, vae_folder, text_folder

@@ -2,6 +2,15 @@
 
 The catalog is synthetic: rows as a scan writes them, a tenth of them rejects, a tenth the same file as
 another. Each size and each filter runs in a process of its own, whose peak memory is what is told.
+
+Measured on one core of a busy machine: 10^6 rows 9.3 CPU s and 497 MiB, 10^7 rows 117 CPU s and 576 MiB, of
+which 172 MiB are Python and its libraries; with near duplicates within 3 bits 150 CPU s and 1194 MiB.
+Reasoned for 10^9 rows, of which 10^8 are duplicates: the work is linear but for the sorting within ranges, so
+some 3.3 CPU hours, beside weeks of encoding. Ranges stop growing in number at 256, so one holds 4 * 10^6
+rows, ten times as many as here: about 4 GiB; the duplicates take 37 bytes each, 3.7 GB; the temporary folder
+must hold the catalog once more, about 100 GB. The list of 500,000 shards and their commit records, 1 KB each,
+are held by the driver: 0.5 GB. Near duplicates are compared in memory, 16 bytes a picture and as much again
+some five times while sorting: 100 GB, so filter them by source or on a machine that has it.
 """
 
 import json

@@ -269,6 +269,11 @@ def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None
     if folder is None:
         return None
     record = json.loads((folder / RECORD).read_text())
+    if record["optimizer"] != type(optimizer).__name__:
+        raise InputError(
+            f"{folder}: written by {record['optimizer']}, got {type(optimizer).__name__}, which cannot read its "
+            "state. Remedy: a new run with start_from, which takes the weights only."
+        )
     if universal.fits(record, engine):
         path, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED)
         assert path is not None, f"{folder}: DeepSpeed found nothing in it"

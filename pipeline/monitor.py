@@ -132,6 +132,7 @@ class Monitor:
     ):
         self.run, self.config, self.device = run, config, device
         self.num_steps, self.global_batch = num_steps, global_batch
+        self.images_before = 0  # more than the steps say, from when the global batch was another
         self.clock, self.times, self.profiler = StepClock(device), [], None
         self.shapes: Counter[tuple[int, int, int]] = (
             Counter()
@@ -239,7 +240,7 @@ class Monitor:
         steps = step - self.since_step
         if self.writer is not None and self.progress is not None:
             values = values | self._speed(elapsed, steps)
-            values["progress/images_seen"] = step * self.global_batch
+            values["progress/images_seen"] = step * self.global_batch + self.images_before
             self.scalars(step, values)
             alpha, sigma = objective.alpha_sigma(torch.cat(self.times))
             log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)

@@ -8,6 +8,7 @@ A stage is a run of its own, RUN/NAME, whose config is the file's with that stag
               objective: {shift: {kind: constant, value: 2}}, model: {position_extent: 16}}
 """
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from models.config import InputError, parse_config, read_yaml
-from pipeline.checkpoint import candidates, load_weights
+from pipeline.checkpoint import RECORD, candidates, load_weights
 from pipeline.config import StartConfig, TrainConfig
 
 
@@ -46,7 +47,9 @@ def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
 def finished(config: TrainConfig) -> bool:
     """Whether a run's best checkpoint is of its last step."""
     folders = candidates(Path(config.run))
-    return bool(folders) and folders[0].name == f"step_{config.training.num_steps:08d}"
+    if not folders or not (folders[0] / RECORD).is_file():
+        return False
+    return json.loads((folders[0] / RECORD).read_text())["images_seen"] >= config.training.images
 
 
 def load_start(model: nn.Module, config: StartConfig) -> None:

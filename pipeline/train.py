@@ -136,6 +136,13 @@ def open_run(plan: Plan, override: bool) -> None:
             )
         if lines:
             distributed.say("config changed since this run's start:\n" + "\n".join(lines))
+        if "training.global_batch" in changed:
+            old, new = changed["training.global_batch"]
+            lr, ratio = plan.config.optimizer.lr, new / old
+            distributed.say(
+                f"training.global_batch is {ratio:g} times what it was, and optimizer.lr {lr:g} as given: nothing "
+                f"rescales it. In proportion it would be {lr * ratio:.3g}, by the square root {lr * ratio**0.5:.3g}"
+            )
         if not changed:
             return
     if distributed.is_main():
@@ -300,7 +307,7 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
     stop_signal, exchange = distributed.StopSignal(), distributed.Exchange()
-    global_batch, num_steps = config.training.global_batch, config.training.num_steps
+    global_batch = config.training.global_batch
 
     # --- model, optimizer, where we left off
     objective = Objective(config.objective)
@@ -328,14 +335,17 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
             config.model.num_classes,
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
-    lr_of = lr_schedule(config.optimizer, global_batch, num_steps)
+    lr_of = lr_schedule(config.optimizer, global_batch, config.training.num_steps)
     saver = checkpoint.Saver(run, config.checkpoint)
     rejection = Rejection(config.rejection, run, engine, optimizer)
     record = checkpoint.restore(run, engine, optimizer)
-    start = record["step"] if record else 0
+    start, ahead = 0, 0  # of the steps that as many pictures would be at today's global batch
     if record:
+        start, ahead = record["step"], record["images_seen"] // global_batch - record["step"]
         rejection.load(record["rejection"])
+    num_steps = config.training.num_steps - ahead
     monitor = Monitor(run, config.monitor, start, num_steps, global_batch, device)
+    monitor.images_before = ahead * global_batch
     monitor.measure_flops(config.model, config.engine.precision)
     samples = config.monitor.heldout_samples
     heldout = loader.heldout_batch(samples) if samples else None
@@ -356,11 +366,11 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
     monitor.restart_clock(start)
     sample_log = SampleLog(run) if config.monitor.log_samples else None
     saved, step = start, start
-    batches = loader.batches(start)
+    batches = loader.batches(start + ahead)
 
     while step < num_steps:
         # --- batch, noise, loss, step
-        taken = step - rejection.total  # a rejected step moves neither schedule
+        taken = step + ahead - rejection.total  # a rejected step moves neither schedule
         lr = lr_of(taken)
         set_lr(optimizer, lr)
         optimizer.decays = ema_decays(config.ema, taken * global_batch, global_batch)
@@ -389,7 +399,7 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
             engine.step()
             monitor.mark("optimizer")
         sample_losses = torch.cat([loss for _, loss, _ in done])
-        accepted = rejection.settle(step, batch, loader.era_at(step).snapshot, sample_losses)
+        accepted = rejection.settle(step, batch, loader.era_at(batch.step).snapshot, sample_losses)
         for part in done if accepted else ():
             meter.add(*part)
         step += 1
@@ -421,11 +431,12 @@ def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[
         if config.ema.snapshot_images and (
             step % max(1, config.ema.snapshot_images // global_batch) == 0 or step == num_steps
         ):
-            images = (step - rejection.total) * global_batch
+            images = (step + ahead - rejection.total) * global_batch
             store_snapshots(run, config.ema, step, images, engine, optimizer)
             monitor.restart_clock(step)
         if step % config.checkpoint.every_steps == 0 or last:
-            state = {"images_seen": step * global_batch, "rejection": rejection.state()}
+            images = (step + ahead) * global_batch
+            state = {"images_seen": images, "rejection": rejection.state()}
             saver.save(step, engine, optimizer, state)
             saved = step
             monitor.restart_clock(step)

@@ -35,13 +35,14 @@ def partitions(engine: Any, optimizer: WithEMA) -> list[Tensor]:
 
 def layout(engine: Any, optimizer: WithEMA) -> dict[str, Any]:
     """How the state is laid out over ranks, and what it is made of; for a checkpoint's record."""
-    states = optimizer.state[partitions(engine, optimizer)[0]]
+    kept = [optimizer.state[tensor] for tensor in partitions(engine, optimizer)]
     found: dict[str, Any] = {
         "world_size": distributed.world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "precision": "bf16" if engine.bfloat16_enabled() else "fp32",
-        "optimizer_states": sorted(key for key in states if key != "step"),
-        "optimizer_step": int(states.get("step", 0)),
+        "optimizer": type(optimizer).__name__,
+        "optimizer_states": sorted({key for state in kept for key in state if key != "step"}),
+        "optimizer_step": max((int(state.get("step", 0)) for state in kept), default=0),
     }
     if found["zero_stage"] == 0:  # DeepSpeed then numbers the parameters, in this order
         names = {parameter: name for name, parameter in engine.module.named_parameters()}

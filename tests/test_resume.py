@@ -249,3 +249,51 @@ def test_training_goes_on_over_a_full_disk_and_saves_when_there_is_room(tmp_path
     assert process.stdout is not None
     process.stdout.read()
     assert process.wait() == 0
+
+
+# --- what may not change unseen
+
+
+def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rate_is(tmp_path):
+    config = str(write_config(tmp_path))
+    options = ["training.images=96", "optimizer.schedule=linear", "optimizer.warmup_images=0"]
+    done = train_factory.run("pipeline.train", config, *options)
+    assert done.returncode == 0, done.stderr
+    options = [*options, "training.images=192", "training.global_batch=16"]
+    done = train_factory.run("pipeline.train", config, *options)
+    assert done.returncode == 2  # not without --override
+    assert "training.global_batch: saved 8, given 16" in done.stderr
+    done = train_factory.run("pipeline.train", config, *options, "--override")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "training.global_batch is 2 times what it was, and optimizer.lr 0.001 as given"
+        in done.stdout
+    )
+    assert "resuming at step 12 of 18" in done.stdout
+    run = tmp_path / "run"
+    assert scalars(run, "progress/images_seen")[-7:] == [
+        (12, 96.0), *((step, 96.0 + 16 * (step - 12)) for step in range(13, 19))
+    ]  # fmt: skip
+    # Of 192 pictures 96 to 176 are seen before each of the last six steps.
+    rates = [value for _, value in scalars(run, "optimizer/lr")[-6:]]
+    assert rates == pytest.approx([1e-3 * (1 - seen / 192) for seen in range(96, 192, 16)])
+    record = run / "checkpoints" / "step_00000018" / "checkpoint.json"
+    assert json.loads(record.read_text())["images_seen"] == 192
+
+
+def test_an_optimizer_whose_state_cannot_be_carried_over_is_refused(tmp_path):
+    config = str(write_config(tmp_path))
+    done = train_factory.run("pipeline.train", config, "training.images=48", "optimizer.kind=muon")
+    assert done.returncode == 0, done.stderr
+    options = ["training.images=96", "--override"]
+    precision = train_factory.run(
+        "pipeline.train", config, *options, "optimizer.kind=muon", "engine.precision=bf16"
+    )
+    kind = train_factory.run("pipeline.train", config, *options)
+    for done, said in (
+        (precision, "momentum_buffer"),
+        (kind, "written by MuonWithEMA, got AdamWithEMA"),
+    ):
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

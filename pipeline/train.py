@@ -296,17 +296,20 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     open_run(plan, override)
     config = plan.config
     device = distributed.start(config.engine.timeout_s)
-    with Watchdog(config.engine.heartbeat_timeout_s, config.engine.timeout_s) as watchdog:
-        yield from run_steps(plan, device, watchdog)
+    silence_s, stuck_s = config.engine.heartbeat_timeout_s, config.engine.timeout_s
+    with distributed.StopSignal() as stop_signal, Watchdog(silence_s, stuck_s) as watchdog:
+        yield from run_steps(plan, device, stop_signal, watchdog)
         distributed.barrier()
 
 
-def run_steps(plan: Plan, device: torch.device, watchdog: Watchdog) -> Iterator[int]:
+def run_steps(
+    plan: Plan, device: torch.device, stop_signal: distributed.StopSignal, watchdog: Watchdog
+) -> Iterator[int]:
     """From where the run stands to its end or a signal."""
     config, run, loader, manifest = plan.config, plan.run, plan.loader, plan.loader.manifest
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(config.engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
-    stop_signal, exchange = distributed.StopSignal(), distributed.Exchange()
+    exchange = distributed.Exchange()
     global_batch = config.training.global_batch
 
     # --- model, optimizer, where we left off

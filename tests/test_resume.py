@@ -207,7 +207,7 @@ def test_one_interrupt_saves(tmp_path):
 HANGS = """
 import threading, time
 from pipeline.distributed import StopSignal
-stop = StopSignal()
+stop = StopSignal().__enter__()
 print("ready", flush=True)
 while stop.name is None:
     time.sleep(0.01)

@@ -120,8 +120,8 @@ def resolve_precision(config: TrainConfig) -> EngineConfig:
     return engine.model_copy(update={"precision": begun or native_precision()})
 
 
-def open_run(plan: Plan, override: bool) -> None:
-    """Make the run's folder, or check that it holds a run of the same config; raises InputError."""
+def check_run(plan: Plan, override: bool) -> None:
+    """Check that the run's folder, if there is one, holds a run of the same config; raises InputError."""
     path = plan.run / "config.yaml"
     if path.is_file():
         changed = differences(load_run_config(plan.run), plan.config)
@@ -143,8 +143,11 @@ def open_run(plan: Plan, override: bool) -> None:
                 f"training.global_batch is {ratio:g} times what it was, and optimizer.lr {lr:g} as given: nothing "
                 f"rescales it. In proportion it would be {lr * ratio:.3g}, by the square root {lr * ratio**0.5:.3g}"
             )
-        if not changed:
-            return
+
+
+def record_run(plan: Plan) -> None:
+    """Write down config, code and environment of a run that begins or goes on."""
+    path = plan.run / "config.yaml"
     if distributed.is_main():
         plan.run.mkdir(parents=True, exist_ok=True)
         if not path.is_file():
@@ -293,7 +296,7 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     """A run step by step: yields each step's number once all that belongs to it is done."""
     # --- setup: all that can fail fails here
     plan = make_plan(config)
-    open_run(plan, override)
+    check_run(plan, override)
     config = plan.config
     device = distributed.start(config.engine.timeout_s)
     silence_s, stuck_s = config.engine.heartbeat_timeout_s, config.engine.timeout_s
@@ -342,6 +345,7 @@ def run_steps(
     saver = checkpoint.Saver(run, config.checkpoint)
     rejection = Rejection(config.rejection, run, engine, optimizer)
     record = checkpoint.restore(run, engine, optimizer)
+    record_run(plan)
     start, ahead = 0, 0  # of the steps that as many pictures would be at today's global batch
     if record:
         start, ahead = record["step"], record["images_seen"] // global_batch - record["step"]

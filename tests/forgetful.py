@@ -1,8 +1,13 @@
-"""pipeline.train with one item of a run's state left out on resuming: `forgetful ITEM CONFIG.yaml ...`."""
+"""Resume a run with one item of its state left out, for each item: `forgetful FOLDER`; prints a line each.
 
+All in one process, as the trainer runs step by step.
+"""
+
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -10,9 +15,12 @@ from models.config import load_config
 from pipeline import checkpoint, train
 from pipeline.config import TrainConfig
 from pipeline.data import Loader
+from tests.test_train import unlike
+from tests.train_factory import write_config
 
-restore, lr_schedule, batches = checkpoint.restore, train.lr_schedule, Loader.batches
-ema_decays = train.ema_decays
+STEP = 12  # of the checkpoint that is resumed from
+restore, batches = checkpoint.restore, Loader.batches
+lr_schedule, ema_decays, draw_noise = train.lr_schedule, train.ema_decays, train.draw_noise
 
 
 def forgetting(key: str) -> Any:
@@ -21,30 +29,45 @@ def forgetting(key: str) -> Any:
     def run(folder: Path, engine: Any, optimizer: Any) -> Any:
         record = restore(folder, engine, optimizer)
         for parameter, state in optimizer.state.items():
-            if key == "step":
-                state[key].zero_()
-            else:
-                state[key].copy_(parameter if key == "ema" else torch.zeros_like(parameter))
+            state[key].copy_(parameter if key == "ema" else torch.zeros_like(state[key]))
         return record
 
-    return run
+    return patch.object(checkpoint, "restore", run)
+
+
+ITEMS = {key: forgetting(key) for key in ("ema", "exp_avg", "exp_avg_sq", "step")} | {
+    "schedule": patch.object(
+        train, "lr_schedule", lambda *given: lambda step: lr_schedule(*given)(step - STEP)
+    ),
+    "images_seen": patch.object(
+        train, "ema_decays", lambda ema, seen, size: ema_decays(ema, seen - STEP * size, size)
+    ),
+    "loader": patch.object(Loader, "batches", lambda loader, start: batches(loader, start - STEP)),
+    "noise": patch.object(
+        train, "draw_noise", lambda seed, step, *rest: draw_noise(seed, step - STEP, *rest)
+    ),
+    "nothing": patch.object(train, "draw_noise", draw_noise),
+}
+
+
+def run(folder: Path, name: str) -> None:
+    config = load_config(TrainConfig, write_config(folder, name), ["checkpoint.keep=9"])
+    for _ in train.steps(config):
+        pass
 
 
 def main() -> None:
-    item, config, *overrides = sys.argv[1:]
-    if item in ("ema", "exp_avg", "exp_avg_sq", "step"):
-        checkpoint.restore = forgetting(item)
-    if item == "schedule":
-        start = 12  # the step of the checkpoint
-        train.lr_schedule = lambda *args: lambda step: lr_schedule(*args)(step - start)
-    if item == "images_seen":
-        train.ema_decays = lambda ema, images, batch: ema_decays(ema, images - 12 * batch, batch)
-    if item == "loader":
-        Loader.batches = lambda self, start=0: batches(self, 0)
-    if item == "noise":
-        draw = train.draw_noise
-        train.draw_noise = lambda seed, step, *rest: draw(seed, step - 12, *rest)
-    train.train(load_config(TrainConfig, Path(config), overrides))
+    folder = Path(sys.argv[1])
+    run(folder, "whole")
+    for item, forgetful in ITEMS.items():
+        shutil.copytree(folder / "whole", folder / item)
+        config = folder / item / "config.yaml"
+        config.write_text(config.read_text().replace(str(folder / "whole"), str(folder / item)))
+        for step in (18, 24):
+            shutil.rmtree(folder / item / "checkpoints" / f"step_{step:08d}")
+        with forgetful:
+            run(folder, item)
+        print("forgot", item, *unlike(folder / item, folder / "whole")[:1], flush=True)
 
 
 if __name__ == "__main__":

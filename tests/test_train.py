@@ -17,7 +17,7 @@ from models import build_model
 from models.config import InputError, load_config
 from pipeline.config import TrainConfig
 from pipeline.objective import Objective
-from pipeline.train import losses, make_plan, open_run
+from pipeline.train import check_run, losses, make_plan
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.train_factory import write_config
@@ -186,9 +186,9 @@ def plan_of(folder: Path, *overrides: str):
 
 def test_another_config_over_a_run_is_refused_with_the_difference(finished):
     with pytest.raises(InputError, match=r"optimizer\.lr: saved 0\.001, given 0\.002"):
-        open_run(plan_of(finished, "optimizer.lr=2e-3"), override=False)
-    open_run(plan_of(finished, "engine.timeout_s=61"), override=False)  # changes no result
-    open_run(plan_of(finished), override=False)
+        check_run(plan_of(finished, "optimizer.lr=2e-3"), override=False)
+    check_run(plan_of(finished, "engine.timeout_s=61"), override=False)  # changes no result
+    check_run(plan_of(finished), override=False)
 
 
 @pytest.mark.parametrize(

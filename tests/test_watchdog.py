@@ -61,6 +61,7 @@ def test_a_stopped_rank_ends_the_others_with_its_name_and_its_stack(ranks):
     assert f"from rank 1 (pid {ranks[1].pid}" in ended(ranks[1]) or ranks[1].returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("stop", 0)], indirect=True)
 def test_the_rank_that_holds_the_store_may_be_the_stopped_one(ranks):
     train_factory.wait_for(ranks[0], "step 10/")
@@ -86,6 +87,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
         assert "in sleep_for_ever" in own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("raise", 1)], indirect=True)
 def test_what_one_rank_raises_all_ranks_say(ranks):
     said = [ended(process) for process in ranks]
@@ -94,6 +96,7 @@ def test_what_one_rank_raises_all_ranks_say(ranks):
     assert "ValueError: no good" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("none", 0)], indirect=True)
 def test_ranks_that_are_suspended_together_go_on(ranks):
     train_factory.wait_for(ranks[0], "step 10/")

@@ -15,7 +15,7 @@ import pytest
 
 from tests import train_factory
 from tests.shard_factory import Kind, Sample, make_dataset, write_tar
-from tests.test_train import kill, scalars, unlike
+from tests.test_train import kill, scalars
 from tests.train_factory import write_config
 
 pytestmark = pytest.mark.distributed

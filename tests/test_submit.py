@@ -12,7 +12,7 @@ import yaml
 from cluster.submit import Action, main, make_job, read_runtime_env
 from models.config import InputError, load_config, run_command
 from pipeline.config import TrainConfig
-from pipeline.train import make_plan, open_run
+from pipeline.train import make_plan, record_run
 from tests import train_factory
 from tests.ray_cluster import copy_checkout, free_port
 
@@ -153,7 +153,7 @@ def test_a_runs_folder_holds_no_secret_of_the_environment(tmp_path, monkeypatch)
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     plan = make_plan(load_config(TrainConfig, train_factory.write_config(tmp_path), []))
-    open_run(plan, override=False)
+    record_run(plan)
     plan.loader.close()
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"config.yaml", "environment.txt", "git.txt"}

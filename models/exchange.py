@@ -252,7 +252,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if path.is_dir():
         name = read_model_config(path, "a diffusers network").get("_class_name")
         layout = layout_of(config)  # pyright: ignore[reportArgumentType]
-        if name != layout:
+        legacy = (
+            isinstance(config, DiTConfig) and name == "Transformer2DModel"
+        )  # its name until 2024
+        if name != layout and not legacy:
             raise InputError(f"{path}: _class_name got {name!r}, expected {layout} for this model")
         try:
             network = getattr(diffusers, layout).from_pretrained(

@@ -166,6 +166,17 @@ def test_weights_come_back_from_a_folder_as_they_went(name, tmp_path):
         assert torch.equal(other.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_folders_under_the_class_name_of_the_released_checkpoints_load(name, tmp_path):
+    model, other = random_model(PAIRS[name]), random_model(PAIRS[name], seed=1)
+    exchange.to_diffusers(model, sample_size=8).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    released = {"_class_name": "Transformer2DModel", "double_self_attention": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | released))
+    exchange.load_weights(other, tmp_path)
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
 def facebook_keys(depth: int) -> set[str]:
     """Parameters and buffers of facebookresearch/DiT's models.py."""
     block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]

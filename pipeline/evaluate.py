@@ -410,14 +410,19 @@ def main(
     if not figures:
         raise InputError(f"{target}: nothing to measure. Remedy: --features, --clip or --heldout")
     if distributed.is_main():
-        path = options.output / name / "figures.json"
-        about = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
-        new = record(path, about, figures)
-        if trained is not None:
-            write_tensorboard(target, trained.step, new)
-        show(figures, Console())
-        distributed.say(f"wrote {path}")
+        report(target, subject, trained, options.output / name / "figures.json", figures)
     distributed.stop()
+
+
+def report(
+    target: Path, subject: Subject, trained: Trained | None, path: Path, figures: list[Figure]
+) -> None:
+    about = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
+    new = record(path, about, figures)
+    if trained is not None:
+        write_tensorboard(target, trained.step, new)
+    show(figures, Console())
+    distributed.say(f"wrote {path}")
 
 
 def parse_features(given: list[str]) -> dict[str, Path]:

@@ -172,9 +172,11 @@ def test_stock_diffusers_draws_the_picture_that_sample_draws(exported, trained_r
     network, objective = trained.network(CPU), Objective(trained.config.objective)
     ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
     stock = torch.from_numpy(np.load(folder.parent / "stock.npy") * 255).permute(0, 3, 1, 2)
+    apart = (ours.float() - stock).abs()
+    print(f"{name}: {apart.max():.3f} of 255 at most, {apart.mean():.4f} on average")
     # fp32 sums in another order; diffusers' tables are cumulative products in fp32, ours in float64.
-    assert (ours.float() - stock).abs().max() < 2.5  # of 255; rounding alone is 0.5
-    assert (ours.float() - stock).abs().mean() < 0.5
+    assert apart.max() < 2.5  # of 255; rounding alone is 0.5
+    assert apart.mean() < 0.5
     assert (ours[0].float() - ours[1].float()).abs().mean() > 1  # prompts and noise matter
     index = json.loads((folder / "model_index.json").read_text())
     assert index["network"][1] == CASES[name][-1]

@@ -175,7 +175,7 @@ def test_stock_diffusers_draws_the_picture_that_sample_draws(exported, trained_r
     apart = (ours.float() - stock).abs()
     print(f"{name}: {apart.max():.3f} of 255 at most, {apart.mean():.4f} on average")
     # fp32 sums in another order; diffusers' tables are cumulative products in fp32, ours in float64.
-    assert apart.max() < 2.5  # of 255; rounding alone is 0.5
+    assert apart.max() < 1.0  # of 255; rounding alone is 0.5
     assert apart.mean() < 0.5
     assert (ours[0].float() - ours[1].float()).abs().mean() > 1  # prompts and noise matter
     index = json.loads((folder / "model_index.json").read_text())

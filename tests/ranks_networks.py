@@ -1,10 +1,9 @@
 """Run alone or under torchrun: 200 steps of a network with each prediction on a dataset; prints a line each.
 
-python -m tests.ranks_networks DATASET ZERO_STAGE KIND[:OPTIONS] PREDICTION...
+python -m tests.ranks_networks DATASET FOLDER ZERO_STAGE KIND[:OPTIONS] PREDICTION...
 """
 
 import sys
-import tempfile
 
 import torch
 import yaml
@@ -28,18 +27,17 @@ OBJECTIVES = {
 }
 
 
-def run(dataset: str, stage: int, model: dict, objective_section: dict) -> list[float]:
+def run(dataset: str, folder: str, stage: int, model: dict, objective_section: dict) -> list[float]:
     """Each step's loss, of all ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = {
-            "data": {"path": dataset},
-            "model": {"size": "debug", **model},
-            "objective": objective_section,
-            "training": {"images": STEPS * BATCH, "global_batch": BATCH},
-            "engine": {"zero_stage": stage, "precision": "fp32"},
-            "run": folder,
-        }
-        plan = make_plan(parse_config(TrainConfig, data, "test"))
+    data = {
+        "data": {"path": dataset},
+        "model": {"size": "debug", **model},
+        "objective": objective_section,
+        "training": {"images": STEPS * BATCH, "global_batch": BATCH},
+        "engine": {"zero_stage": stage, "precision": "fp32"},
+        "run": folder,
+    }
+    plan = make_plan(parse_config(TrainConfig, data, "test"))
     config, objective = plan.config, Objective(plan.config.objective)
     torch.manual_seed(0)
     engine, optimizer = build_engine(
@@ -63,12 +61,12 @@ def run(dataset: str, stage: int, model: dict, objective_section: dict) -> list[
 
 
 def main() -> None:
-    dataset, stage, model, *predictions = sys.argv[1:]
+    dataset, folder, stage, model, *predictions = sys.argv[1:]
     distributed.start(1800)
     kind, _, options = model.partition(":")
     section = {"kind": kind, **(yaml.safe_load(options) or {})}
     for prediction in predictions:
-        seen = run(dataset, int(stage), section, OBJECTIVES[prediction])
+        seen = run(dataset, f"{folder}/{prediction}", int(stage), section, OBJECTIVES[prediction])
         first, last = sum(seen[:20]) / 20, sum(seen[-20:]) / 20
         distributed.say(f"trained {prediction} {first:.4f} {last:.4f}")
     distributed.stop()

@@ -44,9 +44,9 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "ranks", "predictions"), CASES)
-def test_200_steps_on_real_pictures_lower_the_loss(model, ranks, predictions, pictures):
+def test_200_steps_on_real_pictures_lower_the_loss(model, ranks, predictions, pictures, tmp_path):
     stage = "3" if ranks > 1 else "1"
-    arguments = [str(pictures), stage, model, *predictions]
+    arguments = [str(pictures), str(tmp_path), stage, model, *predictions]
     done = subprocess.run(
         train_factory.command("tests.ranks_networks", *arguments, ranks=ranks),
         capture_output=True,

@@ -104,23 +104,28 @@ class Watchdog:
         return {"name": f"rank {rank}, never heard", "number": 0, "step": 0, "stack": ""}
 
     def _watch(self) -> None:
+        report: threading.Thread | None = None
         while not self.over.wait(1.0):
             self.idle_s, self.unanswered_s = self.idle_s + 1, self.unanswered_s + 1
             if self.unanswered_s > self.silence_s + self.beat_s:
                 self._leave("the rendezvous store does not answer: rank 0 or its launcher hangs")
-            if self.idle_s > self.stuck_s:
-                ranks = [self._heard(rank) for rank in range(self.world_size)]
-                groups: dict[str, list[dict[str, str | int]]] = {}
-                for heard in ranks:
-                    groups.setdefault(str(heard["stack"]), []).append(heard)
-                # Those who wait for a rank wait in the same place; it is elsewhere.
-                odd = sorted(groups.values(), key=len)
-                shown = "\n".join(
-                    _describe(group[0]) + f"and {len(group) - 1} more ranks there" for group in odd
-                )
-                self._leave(
-                    self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}")
-                )
+            if self.idle_s > self.stuck_s and report is None:
+                # In a thread: across a cut cable the store holds up whoever asks it.
+                report = threading.Thread(target=self._report, name="watchdog", daemon=True)
+                report.start()
+
+    def _report(self) -> None:
+        """Leave, saying where the ranks are."""
+        ranks = [self._heard(rank) for rank in range(self.world_size)]
+        groups: dict[str, list[dict[str, str | int]]] = {}
+        for heard in ranks:
+            groups.setdefault(str(heard["stack"]), []).append(heard)
+        # Those who wait for a rank wait in the same place; it is elsewhere.
+        odd = sorted(groups.values(), key=len)
+        shown = "\n".join(
+            _describe(group[0]) + f"and {len(group) - 1} more ranks there" for group in odd
+        )
+        self._leave(self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}"))
 
     def _silent_ranks(self) -> str:
         """A collective fails at once where another rank dies: those who miss two beats, and where they were."""

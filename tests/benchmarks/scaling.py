@@ -24,7 +24,7 @@ from tests.ray_cluster import RayCluster
 from tests.shard_factory import Kind, make_dataset
 
 NODES = (1, 2, 4)
-GLOBAL_BATCH, STEPS, ROUNDS = 256, 60, 5
+GLOBAL_BATCH, STEPS, ROUNDS = 256, 60, 3
 PICTURES = (64, 256)  # two sizes: the difference is the work, the rest the start
 
 READ = """
@@ -116,7 +116,7 @@ def main(
         folder = Path(name)
         if what in ("both", "loader"):
             kind = Kind({"text": (16, 256)}, channels=4, ragged=False, bare=True)
-            make_dataset(folder / "data", [((128, 128), 512)] * 16, kind)
+            make_dataset(folder / "data", [((128, 128), 512)] * 8, kind)
             rounds = {
                 ranks: [read(folder / "data", ranks) for _ in range(ROUNDS)] for ranks in NODES
             }

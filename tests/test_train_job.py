@@ -20,7 +20,7 @@ from tests.ray_cluster import BIN, TOKEN, RayCluster, copy_checkout, ray_cluster
 from tests.test_train import scalars, weights
 
 ROOT = Path(__file__).parent.parent
-LONG = ("engine.zero_stage=2", "training.images=1200")  # 150 steps, so that a kill falls among them
+LONG = ("engine.zero_stage=2", "training.images=4800")  # 600 steps, so that a kill falls among them
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
@@ -128,7 +128,7 @@ def test_training_with_a_killed_node_ends_with_the_bits_of_an_undisturbed_run(
     whole = train_factory.write_config(tmp_path, "whole")
     done = train_factory.run("pipeline.train", str(whole), *LONG, ranks=2)
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights(tmp_path / "job", 150), weights(tmp_path / "whole", 150)
+    ours, theirs = weights(tmp_path / "job", 600), weights(tmp_path / "whole", 600)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert scalars(tmp_path / "job", "loss/train") == scalars(tmp_path / "whole", "loss/train")
 
@@ -147,7 +147,7 @@ def test_a_lost_node_leaves_a_smaller_group_with_the_same_batches(tmp_path, clus
     for step, loss in theirs.items():
         assert ours[step] == pytest.approx(loss, rel=1e-3), (
             step
-        )  # another order of summing, 150 steps
+        )  # another order of summing, 600 steps
 
 
 def test_the_deepspeed_launcher_trains_from_a_hostfile(tmp_path):

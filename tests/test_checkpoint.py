@@ -105,7 +105,6 @@ def test_half_of_every_file_in_an_unfinished_folder_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 70 << 10])
-@pytest.mark.parametrize("limit", [1 << 10, 70 << 10])
 def test_a_full_disk_fails_the_save_with_its_reason_and_nothing_else(tmp_path, limit, capfd):
     save(tmp_path, 1)
 

@@ -15,7 +15,7 @@ model: {{size: debug}}
 training: {{images: 192, global_batch: 8}}
 optimizer: {{lr: 1e-3, weight_decay: 0.01, schedule: cosine, warmup_images: 32}}
 ema: {{halflife_images: 64}}
-engine: {{zero_stage: 0, precision: fp32, cpu_threads: 1, timeout_s: 60}}
+engine: {{zero_stage: 0, precision: fp32, cpu_threads: 1, timeout_s: 300}}
 run: {run}
 checkpoint: {{every_steps: 6, keep: 2}}
 monitor: {{every_steps: 1, mfu: false}}

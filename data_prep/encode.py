@@ -17,7 +17,13 @@ from pydantic import Field
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.plan import read_planned
-from data_prep.schema import CodecRecord, Member, TextEncoderRecord, index_path
+from data_prep.schema import (
+    CodecRecord,
+    Member,
+    TextEncoderRecord,
+    VisionEncoderRecord,
+    index_path,
+)
 from data_prep.shards import WORK, ShardWriter, write_text
 from data_prep.storage import open_root
 from models.config import Config
@@ -40,6 +46,17 @@ class TextEncoderConfig(Config):
 
     path: str
     max_length: int = Field(default=77, ge=1)
+    dtype: Dtype = "fp32"
+
+
+class VisionEncoderConfig(Config):
+    """A transformers vision transformer's folder, such as DINOv2's: features for `model.alignment` (REPA).
+
+    They are large: 256 vectors of 768 are 384 KiB a picture, where its latents are 16.
+    """
+
+    path: str
+    patch_pixels: int = Field(default=16, ge=1)  # the network's patch times the codec's downscale
     dtype: Dtype = "fp32"
 
 
@@ -69,6 +86,7 @@ class Encoders:
 
     codec: CodecRecord
     text_encoders: dict[str, TextEncoderRecord]
+    vision_encoder: VisionEncoderRecord | None
     members: list[Member]
     empty_caption: dict[str, np.ndarray]
 
@@ -103,6 +121,7 @@ class ShardEncoder:
         dataset: str,
         vae: VaeConfig,
         text_encoders: dict[str, TextEncoderConfig],
+        vision: VisionEncoderConfig | None,
         images: ImagesConfig,
         config: EncodeConfig,
         has_labels: bool,
@@ -110,11 +129,12 @@ class ShardEncoder:
     ):
         self._dataset = open_root(dataset, "output")
         self._images, self._config, self._has_labels = images, config, has_labels
-        self._vae, self._text_configs = vae, text_encoders
+        self._vae, self._text_configs, self._vision_config = vae, text_encoders, vision
         self._pool = DecodePool(images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._codec: Any = None
         self._text: dict[str, Any] = {}
+        self._vision: Any = None
         self._in_flight: dict[str, int] = {}  # shard -> pictures decoded
         self._metrics = _Metrics()
 
@@ -124,6 +144,7 @@ class ShardEncoder:
         return Encoders(
             codec=CodecRecord(**self._codec.record()),
             text_encoders={n: TextEncoderRecord(**t.record()) for n, t in self._text.items()},
+            vision_encoder=self._vision and VisionEncoderRecord(**self._vision.record()),
             members=self._members(),
             empty_caption={k: v[0] for k, v in self._encode_text([""]).items()},
         )
@@ -141,6 +162,7 @@ class ShardEncoder:
 
         from models.text_encoder import TextEncoder
         from models.vae import LatentCodec
+        from models.vision_encoder import VisionEncoder
 
         torch.set_num_threads(self._config.threads)
         torch.use_deterministic_algorithms(True)
@@ -148,6 +170,10 @@ class ShardEncoder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for name, text in self._text_configs.items():
             self._text[name] = TextEncoder.load(text.path, text.max_length, text.dtype, device)
+        if vision := self._vision_config:
+            self._vision = VisionEncoder.load(
+                vision.path, vision.patch_pixels, vision.dtype, device
+            )
         self._codec = LatentCodec.load(self._vae.path, self._vae.dtype, device)
 
     def _members(self) -> list[Member]:
@@ -157,6 +183,9 @@ class ShardEncoder:
             members.append(Member(name=name, dtype="float16", shape=(None, text.dim)))
             members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(text.pooled_dim,)))
         members.append(Member(name="micro", dtype="float32", shape=(4,)))
+        if self._vision is not None:
+            dim = self._vision.dim
+            members.append(Member(name="vision", dtype="float16", shape=(dim, None, None)))
         labels = [Member(name="label", dtype="int64", shape=())]
         return members + labels * self._has_labels
 
@@ -232,14 +261,14 @@ class ShardEncoder:
         captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
         with self._encoding:
             pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
-            moments = self._encode_pixels(pixels)
-            mirrored = self._encode_pixels(pixels[:, :, ::-1].copy()) if flip else []
+            seen = self._encode_pixels(pixels)
+            if flip:
+                mirrored = self._encode_pixels(pixels[:, :, ::-1].copy())
+                seen |= {f"{name}.flip": values for name, values in mirrored.items()}
             text = self._encode_text([text for texts in captions for text in texts])
         place = 0
         for i, (row, picture) in enumerate(batch):
-            arrays = {"moments": moments[i]}
-            if flip:
-                arrays["moments.flip"] = mirrored[i]
+            arrays = {name: values[i] for name, values in seen.items()}
             for number in range(len(captions[i])):
                 arrays |= {_numbered(n, number): v[place + number] for n, v in text.items()}
             place += len(captions[i])
@@ -254,12 +283,15 @@ class ShardEncoder:
             else:
                 yield row, picture, arrays
 
-    def _encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """float16 moments (B, M, h, w) of uint8 pictures (B, H, W, 3)."""
+    def _encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """float16 moments (B, M, h, w), and features (B, D, g, j), of uint8 pictures (B, H, W, 3)."""
         import torch
 
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        return self._codec.encode_moments(images).half().cpu().numpy()
+        values = {"moments": self._codec.encode_moments(images)}
+        if self._vision is not None:
+            values["vision"] = self._vision.encode(images)
+        return {name: value.half().cpu().numpy() for name, value in values.items()}
 
     def _encode_text(self, captions: list[str]) -> dict[str, list[np.ndarray]]:
         """Member name -> an array a caption; tokens (L, D) hold the real tokens alone."""
@@ -346,7 +378,7 @@ def _variants(captions: list[str], flip: bool, encoders: list[str]) -> list[dict
             names = [name for encoder in encoders for name in (encoder, f"{encoder}_pooled")]
             variant = {name: _numbered(name, number) for name in names}
             if mirrored:
-                variant |= {"moments": "moments.flip", "micro": "micro.flip"}
+                variant |= {name: f"{name}.flip" for name in ("moments", "micro", "vision")}
             variants.append(variant)
     return variants
 

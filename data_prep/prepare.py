@@ -27,6 +27,7 @@ from data_prep.encode import (
     ShardSpec,
     TextEncoderConfig,
     VaeConfig,
+    VisionEncoderConfig,
     commit_name,
     read_commit,
 )
@@ -82,7 +83,7 @@ console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def _free_name(name: str) -> str:
-    if name in ("moments", "micro", "label", "json") or name.endswith("_pooled"):
+    if name in ("moments", "micro", "label", "vision", "json") or name.endswith("_pooled"):
         raise ValueError(f"{name} is the name of another member of a sample; choose another")
     return name
 
@@ -96,6 +97,7 @@ class PrepareConfig(Config):
     filters: FiltersConfig = FiltersConfig()
     vae: VaeConfig
     text_encoders: dict[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
+    vision_encoder: VisionEncoderConfig | None = None
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -193,6 +195,8 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
     folders = {"vae": (config.vae.path, "a diffusers autoencoder")}
     for name, text in config.text_encoders.items():
         folders[f"text_encoders.{name}"] = (text.path, "a transformers text encoder")
+    if config.vision_encoder is not None:
+        folders["vision_encoder"] = (config.vision_encoder.path, "a vision transformer")
     weights = {}
     for name, (path, what) in folders.items():
         try:
@@ -210,6 +214,12 @@ def check_buckets(config: PrepareConfig, downscale: int) -> None:
         raise InputError(
             f"images.bucket_multiple: got {config.images.bucket_multiple}, expected a multiple of "
             f"{downscale}, the downscale of {config.vae.path}, times the patch size of the model."
+        )
+    vision = config.vision_encoder
+    if vision is not None and config.images.bucket_multiple % vision.patch_pixels:
+        raise InputError(
+            f"vision_encoder.patch_pixels: got {vision.patch_pixels}, expected a divisor of "
+            f"images.bucket_multiple, {config.images.bucket_multiple}"
         )
 
 
@@ -314,7 +324,7 @@ def is_complete(dataset: Path) -> bool:
     if not (dataset / MANIFEST).is_file():
         return False
     read_manifest(dataset)
-    return all(read_commits(dataset, _shard_list(dataset)))
+    return all(read_commits(dataset, shard_list(dataset)))
 
 
 def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
@@ -339,6 +349,15 @@ def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
             progress.update(count + 1)
 
 
+def scan_entries(
+    config: PrepareConfig, dataset: Path, name: str, rows: pa.Table, names: list[str]
+) -> int:
+    """Write the catalog part of some of a source's entries, here; returns its pictures."""
+    source = config.sources[rows["source"][0].as_py()]
+    settings = (names, config.images, config.captions, config.filters)
+    return _scan_task(dataset / WORK, name, rows, source, *settings)
+
+
 _probes: dict[
     ImagesConfig, DecodePool
 ] = {}  # a worker's own, so that its child serves many partitions
@@ -353,10 +372,10 @@ def _scan_task(
     images: ImagesConfig,
     captions: CaptionsConfig,
     filters: FiltersConfig,
-) -> None:
+) -> int:
     probes = _probes.setdefault(images, DecodePool(images, num_children=1))
     entries = [Entry(**row) for row in rows.to_pylist()]
-    scan_partition(work, name, entries, source, names, captions, filters, probes)
+    return scan_partition(work, name, entries, source, names, captions, filters, probes)
 
 
 def _scan_lost(attempts: int, work: Path, name: str, rows: pa.Table, *settings: Any) -> bool:
@@ -389,7 +408,7 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     if not (work / "shard_list.parquet").is_file():
         buckets, size = list_buckets(config.images), config.samples_per_shard
         plan(work, buckets, config.filters, size, config.heldout_fraction)
-    shards = _shard_list(dataset)
+    shards = shard_list(dataset)
     if not shards:
         rejects = read_table(work / "plan_rejects.parquet")
         counts = Counter(rejects["reason"].to_pylist()).most_common()
@@ -401,7 +420,7 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     return shards
 
 
-def _shard_list(dataset: Path) -> list[ShardSpec]:
+def shard_list(dataset: Path) -> list[ShardSpec]:
     table = read_table(dataset / WORK / "shard_list.parquet", SHARD_LIST_SCHEMA)
     return [ShardSpec(**row) for row in table.to_pylist()]
 
@@ -419,15 +438,23 @@ def read_commits(dataset: Path, shards: list[ShardSpec]) -> list[dict[str, Any] 
 
 def start_encoders(config: PrepareConfig, num_shards: int) -> ActorPool:
     """The actors; they open their encoders when they are first asked."""
+    output = config.output if is_remote(config.output) else os.path.abspath(config.output)
+    arguments = (output, *encoder_arguments(config))
+    return ActorPool(ShardEncoder, arguments, config.ray, config.encode.threads, most=num_shards)
+
+
+def encoder_arguments(config: PrepareConfig) -> tuple[Any, ...]:
+    """Of a ShardEncoder, but for the output before them and the number of decoders after; absolute paths."""
     vae = config.vae.model_copy(update={"path": os.path.abspath(config.vae.path)})
     texts = {
         name: text.model_copy(update={"path": os.path.abspath(text.path)})
         for name, text in config.text_encoders.items()
     }
-    output = config.output if is_remote(config.output) else os.path.abspath(config.output)
     labels = any(has_labels(source) for source in config.sources.values())
-    arguments = (output, vae, texts, config.images, config.encode, labels)
-    return ActorPool(ShardEncoder, arguments, config.ray, config.encode.threads, most=num_shards)
+    vision = config.vision_encoder
+    if vision is not None:
+        vision = vision.model_copy(update={"path": os.path.abspath(vision.path)})
+    return vae, texts, vision, config.images, config.encode, labels
 
 
 def encode(
@@ -548,6 +575,9 @@ def _manifest(
             name: record.model_copy(update={"path": config.text_encoders[name].path})
             for name, record in encoders.text_encoders.items()
         },
+        vision_encoder=config.vision_encoder
+        and encoders.vision_encoder
+        and encoders.vision_encoder.model_copy(update={"path": config.vision_encoder.path}),
         members=encoders.members,
         latent_mean=mean,
         latent_std=[(s - m * m) ** 0.5 for s, m in zip(square, mean, strict=True)],

@@ -86,7 +86,9 @@ def print_plan(
     console.print(table)
     table = Table("encoder", "path", "dtype", "weights sha256", title="Encoders")
     for name, sha256 in weights.items():
-        section = config.vae if name == "vae" else config.text_encoders[name.split(".")[1]]
+        section: Any = config
+        for part in name.split("."):
+            section = section[part] if isinstance(section, dict) else getattr(section, part)
         table.add_row(name, section.path, section.dtype, sha256[:12])
     console.print(table)
     table = Table("height", "width", "aspect", title="Buckets")
@@ -210,6 +212,8 @@ def html_report(dataset: Path, manifest: Manifest, rows: list[dict[str, Any]]) -
         f"rejected: {reason}": count for reason, count in counts.rejected.items()
     }
     encoders = {"vae": codec, **manifest.text_encoders}
+    if manifest.vision_encoder is not None:
+        encoders["vision"] = manifest.vision_encoder
     stats = zip(manifest.latent_mean, manifest.latent_std, strict=True)
     tables = [
         (

@@ -84,6 +84,16 @@ class TextEncoderRecord(Config):
     pooled_dim: int
 
 
+class VisionEncoderRecord(Config):
+    """The vision transformer of member `vision`: one vector a square of `patch_pixels` of the picture."""
+
+    path: str
+    weights_sha256: str
+    dtype: str
+    dim: int
+    patch_pixels: int
+
+
 class BucketRecord(Config):
     """Pictures of one size; every sample of a shard has its bucket's size."""
 
@@ -118,6 +128,7 @@ class Manifest(Config):
     # Added since the first datasets were made; left out of the fingerprint where they say nothing.
     class_names: list[str] = Field(default_factory=list)  # of class folders, by label
     reconstruction_psnr_db: float | None = None  # of the contact sheet's pictures
+    vision_encoder: VisionEncoderRecord | None = None
     fingerprint: str = ""
 
     def with_fingerprint(self) -> "Manifest":
@@ -125,8 +136,19 @@ class Manifest(Config):
 
     def compute_fingerprint(self) -> str:
         """sha256 of everything else in the manifest, canonical JSON."""
-        later = {n for n in ("class_names", "reconstruction_psnr_db") if not getattr(self, n)}
+        names = ("class_names", "reconstruction_psnr_db", "vision_encoder")
+        later = {name for name in names if not getattr(self, name)}
         return fingerprint(self.model_dump(mode="json", exclude={"fingerprint", *later}))
+
+    def shape_in_bucket(self, member: Member, height: int, width: int) -> tuple[int | None, ...]:
+        """A member's shape in samples of a bucket, pixels; None is left of a text's number of tokens."""
+        cell = {"moments": self.codec.downscale}
+        if self.vision_encoder is not None:
+            cell["vision"] = self.vision_encoder.patch_pixels
+        if member.name not in cell:
+            return member.shape
+        side = cell[member.name]
+        return member.shape[0], height // side, width // side
 
 
 def fingerprint(data: dict[str, Any]) -> str:

@@ -204,10 +204,7 @@ def _audit_array(
     if np.lib.format.read_magic(file) != (1, 0):
         raise Wrong(f"{info.name}: not an .npy file of version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    expected = member.shape
-    if member.name == "moments":
-        downscale = manifest.codec.downscale
-        expected = (member.shape[0], row["height"] // downscale, row["width"] // downscale)
+    expected = manifest.shape_in_bucket(member, row["height"], row["width"])
     fits = len(shape) == len(expected) and all(
         e in (None, s) for s, e in zip(shape, expected, strict=True)
     )

@@ -2,7 +2,12 @@
 importing a module of this package does not import every other."""
 
 import importlib
+import logging
 from typing import Any
+
+# diffusers imports it, and it then says at length which torch it was built for. Where its attention is
+# asked for and does not run, `attention_backend` says so in a line.
+logging.getLogger("xformers").setLevel(logging.ERROR)
 
 MODELS = {
     "dit": ("models.dit", "DiT"),

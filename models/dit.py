@@ -128,10 +128,11 @@ class DiT(PatchTransformer):
         micro: Float[Tensor, "B 4"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         token_scores: Float[Tensor, "B M"] | None = None,
-    ) -> Float[Tensor, "B C h w"]:
+    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
 
         `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
+        In training with `alignment` also the projection of each patch, for the alignment's loss.
         """
         height, width = x_t.shape[-2:]
         p = self.config.patch_size
@@ -147,12 +148,14 @@ class DiT(PatchTransformer):
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
             return self.run(block, x, c, shared, text, mask, rope, attend)
 
-        x = self.through(x, rope, token_scores, step)
+        x, projection = self.through(x, rope, token_scores, step)
         if self.modulation_out is not None:
             table = self.modulation_out(c)  # (B, 2, D)
         else:
             table = c[:, None] + self.scale_shift_table
         shift, scale = table.unsqueeze(2).unbind(1)
-        x = x[:, : height * width // p**2]  # without registers
+        num = height * width // p**2
+        x = x[:, :num]  # without registers
         x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
-        return unpatchify(x, p, height, width)
+        out = unpatchify(x, p, height, width)
+        return out if projection is None else (out, projection[:, :num])

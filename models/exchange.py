@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.config import InputError
 from models.dit import DiTConfig
-from models.layers import positions_2d
+from models.layers import PROJECTOR, positions_2d
 from models.mmdit import MMDiTConfig
 from models.networks import NetworkConfig, TransformerConfig
 from models.unet import UNetConfig
@@ -311,7 +311,8 @@ def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, pa
     """Copy every weight into the model; raises InputError for any that lacks, is left over or does not fit."""
     config: Any = model.config
     channels, loaded = config.latent_channels, {}
-    own = model.state_dict()
+    whole_model = model.state_dict()
+    own = {name: t for name, t in whole_model.items() if not name.startswith(PROJECTOR)}
     known: set[str] = set()
     for name, tensor in own.items():
         keys = places(name, layout, len(model.blocks))  # pyright: ignore[reportArgumentType]
@@ -342,4 +343,4 @@ def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, pa
             raise InputError(
                 f"{path}: {key} is not the fixed table. Remedy: model.learned_positions=true"
             )
-    model.load_state_dict(loaded)
+    model.load_state_dict(whole_model | loaded)

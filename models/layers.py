@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import InputError
-from models.networks import NetworkConfig, Span, TransformerConfig
+from models.networks import NetworkConfig, RoutedConfig, Span, TransformerConfig
+
+PROJECTOR = "projector."  # parameters that only training has
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -346,6 +348,14 @@ def put_back(
     return torch.cat([patches, x[:, num:]], dim=1)
 
 
+class Projector(nn.Sequential):
+    """REPA's three layers from the network's patches to the features of a vision encoder (2410.06940, A)."""
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int):
+        layers = [nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)]
+        super().__init__(*layers, nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+
+
 class PatchTransformer(nn.Module):
     """What the transformers share: patches in and out, positions, registers, how blocks are run."""
 
@@ -361,6 +371,13 @@ class PatchTransformer(nn.Module):
         self.registers = None
         if config.register_tokens:  # 2309.16588
             self.registers = nn.Parameter(torch.randn(config.register_tokens, self.dim) * 0.02)
+
+        # In training alone, and left out where the weights are given away.
+        self.projector, self.aligned = None, 0
+        if isinstance(config, RoutedConfig) and config.alignment is not None:
+            self.aligned = config.alignment_block()
+            hidden = config.alignment.hidden_size
+            self.projector = Projector(self.dim, hidden, config.vision_dim or 0)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -391,9 +408,12 @@ class PatchTransformer(nn.Module):
         rope: Float[Tensor, "1 M e 2"] | None,
         token_scores: Float[Tensor, "B M"] | None,
         step: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
-    ) -> Float[Tensor, "B N D"]:
-        """All blocks in turn by `step`; given scores, those of the config's span on the kept patches alone."""
-        span = self.config.span if token_scores is not None else None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N V"] | None]:
+        """All blocks in turn by `step`; given scores, those of the config's span on the kept patches alone.
+
+        Also, in training with `alignment`, the projection of what a block gave.
+        """
+        projection, span = None, self.config.span if token_scores is not None else None
         whole, whole_rope, kept = x, rope, None
         for number, block in enumerate(self.transformer_blocks):
             if span and token_scores is not None and number == span.start:
@@ -404,7 +424,9 @@ class PatchTransformer(nn.Module):
             if span and kept is not None and number == span.end:
                 x, rope, kept = put_back(whole, kept, x), whole_rope, None
             x = step(block, x, rope)
-        return x if kept is None else put_back(whole, kept, x)
+            if self.projector is not None and self.training and number + 1 == self.aligned:
+                projection = self.projector(x)
+        return x if kept is None else put_back(whole, kept, x), projection
 
     def attend(self, x: Tensor) -> AttentionFunction:
         """The attention that the config asks for, if it runs on x's device and dtype."""

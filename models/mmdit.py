@@ -179,10 +179,11 @@ class MMDiT(PatchTransformer):
         micro: Float[Tensor, "B 4"] | None = None,
         label: Int[Tensor, " B"] | None = None,
         token_scores: Float[Tensor, "B M"] | None = None,
-    ) -> Float[Tensor, "B C h w"]:
+    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
 
         `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
+        In training with `alignment` also the projection of each patch, for the alignment's loss.
         """
         height, width = x_t.shape[-2:]
         x, rope = self.embed(x_t)  # (B, N, D)
@@ -195,8 +196,10 @@ class MMDiT(PatchTransformer):
             x, text = self.run(block, x, text, c, text_mask, rope, attend)
             return x
 
-        x = self.through(x, rope, token_scores, step)
+        x, projection = self.through(x, rope, token_scores, step)
         scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
-        x = x[:, : height * width // self.config.patch_size**2]  # without registers
+        num = height * width // self.config.patch_size**2
+        x = x[:, :num]  # without registers
         x = self.proj_out(modulate(self.norm(x), shift, scale))  # (B, N, p*p*C)
-        return unpatchify(x, self.config.patch_size, height, width)
+        out = unpatchify(x, self.config.patch_size, height, width)
+        return out if projection is None else (out, projection[:, :num])

@@ -97,6 +97,18 @@ class MaskingConfig(Config):
     mixer_depth: int = Field(default=4, gt=0)  # blocks beside `depth`
 
 
+class AlignmentConfig(Config):
+    """REPA (2410.06940): patches after a block, projected, learn to look like a frozen ViT's of the clean picture.
+
+    Needs a dataset prepared with `vision_encoder`.
+    """
+
+    block: int = Field(default=8, gt=0)  # after how many blocks; 8 of XL's 28 in the paper
+    weight: float = Field(default=0.5, gt=0)  # of 1 - cosine similarity in the loss
+    hidden_size: int = Field(default=2048, gt=0)  # of the projection's three layers
+    until_images: int | None = Field(default=None, gt=0)  # then no more (2505.16792); null: always
+
+
 class Span(NamedTuple):
     """Blocks start to end run on 1 - ratio of the patches."""
 
@@ -113,6 +125,8 @@ class RoutedConfig(TransformerConfig):
 
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
+    alignment: AlignmentConfig | None = None
+    vision_dim: int | None = None  # the dataset's, where left out; 0: none
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "RoutedConfig":
@@ -123,6 +137,21 @@ class RoutedConfig(TransformerConfig):
     def shape(self) -> tuple[int, int, int]:
         hidden, depth, heads = super().shape()
         return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
+
+    def alignment_block(self) -> int:
+        """After how many blocks patches are aligned, 0 for never; raises InputError where not all are there."""
+        if self.alignment is None:
+            return 0
+        block, depth, span = self.alignment.block, self.shape()[1], self.span
+        if block > depth or (span and span.start < block <= span.end):
+            raise InputError(
+                f"model.alignment.block: got {block}, expected one of {depth} after which all patches are there"
+            )
+        if not self.vision_dim:
+            raise InputError(
+                "model.alignment: the dataset has no features to align with. Remedy: prepare it with vision_encoder"
+            )
+        return block
 
     @property
     def span(self) -> Span | None:

@@ -42,6 +42,9 @@ class Batch:
     pooled: Tensor | None = None  # float16 (b, P), encoders side by side
     micro: Tensor | None = None  # float32 (b, 4), original height and width, crop top and left
     label: Tensor | None = None  # int64 (b,)
+    vision: Tensor | None = (
+        None  # float16 (b, V, g, j), features of the picture's squares, if asked for
+    )
     text_lengths: tuple[int, ...] = ()  # of each encoder's part of L
     micro_step: int = 0
     buffer: "Buffer | None" = field(default=None, repr=False)
@@ -168,9 +171,15 @@ class Assembler:
     """Turns samples in memory into a Batch in a buffer."""
 
     def __init__(
-        self, snapshot: Snapshot, text_length: int | None, pad_to_longest: bool, pin: bool
+        self,
+        snapshot: Snapshot,
+        text_length: int | None,
+        pad_to_longest: bool,
+        pin: bool,
+        vision: bool = False,
     ):
         self.snapshot, self.pad_to_longest = snapshot, pad_to_longest
+        self.left_out = set() if vision else {"vision"}
         self.encoders = list(snapshot.manifest.text_encoders.items())
         self.limits = [min(text_length or r.max_length, r.max_length) for _, r in self.encoders]
         self.width = max([record.dim for _, record in self.encoders] or [1])
@@ -203,6 +212,7 @@ class Assembler:
             pooled=torch.cat(pooled, dim=1) if len(pooled) > 1 else next(iter(pooled), None),
             micro=out.get("micro"),
             label=out["label"].view(-1) if "label" in out else None,
+            vision=out.get("vision"),
             text_lengths=padded,
             buffer=buffer,
         )
@@ -214,7 +224,7 @@ class Assembler:
             for (column, member), shape in zip(
                 enumerate(self.snapshot.manifest.members), self.snapshot.shapes(bucket), strict=True
             )
-            if member.name not in dict(self.encoders)
+            if member.name not in self.left_out.union(dict(self.encoders))
         ]
         if self.encoders:
             kinds.append(("text", None, [count, sum(padded), self.width], torch.float16))

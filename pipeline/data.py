@@ -165,8 +165,10 @@ class Loader:
         world_size: int = 1,
         pin: bool = False,
         record: Path | None = None,
+        vision: bool = False,
     ):
         self.config, self.pin, self.world_size = config, pin, world_size
+        self.vision = vision  # whether batches have it
         self._stop = threading.Event()
         if config.grow and record is None:
             raise ValueError("a dataset that grows needs a record")
@@ -205,7 +207,7 @@ class Loader:
         plan = replace(self.plan, first_epoch=epoch, first_step=step)
         store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt, self.skipped)
         longest = self.config.pad_text == "longest"
-        assemble = Assembler(snapshot, self.config.text_length, longest, self.pin)
+        assemble = Assembler(snapshot, self.config.text_length, longest, self.pin, self.vision)
         return Era(snapshot, plan, Order(snapshot.buckets(), plan), store, assemble)
 
     def _follow(self, entry: dict[str, Any]) -> None:

@@ -26,12 +26,12 @@ PEAK_TFLOPS = {
 class ModelFlops:
     """FLOPs of one picture forward and backward, counted by torch on the meta device, where nothing runs.
 
-    Recomputation by gradient checkpointing is not counted: it is no work of the model's (PaLM 2204.02311,
-    appendix B). A multiplication and an addition are two.
+    Neither recomputation by gradient checkpointing nor the alignment's projection is counted: they are no
+    work of the model's (PaLM 2204.02311, appendix B). A multiplication and an addition are two.
     """
 
     def __init__(self, config: Any):
-        plain = {"gradient_checkpointing": False, "attention": "sdpa"}
+        plain = {"gradient_checkpointing": False, "attention": "sdpa", "alignment": None}
         update = {key: value for key, value in plain.items() if hasattr(config, key)}
         self.config = config.model_copy(update=update)
 

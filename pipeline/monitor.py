@@ -91,12 +91,15 @@ class LossMeter:
     """Sums of loss and x0 error by noise level on the device: nothing waits for the GPU between logs."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(NUM_LEVELS, 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(NUM_LEVELS, 4, dtype=torch.float64, device=device)
+        self.aligns = False
 
-    def add(self, t: Tensor, loss: Tensor, x0_mse: Tensor) -> None:
+    def add(self, t: Tensor, loss: Tensor, x0_mse: Tensor, alignment: Tensor | None = None) -> None:
         """Samples of one micro-batch, each (b,)."""
         level = (t * NUM_LEVELS).long().clamp_(max=NUM_LEVELS - 1)
-        rows = torch.stack([torch.ones_like(loss), loss.detach(), x0_mse], dim=1).double()
+        self.aligns = alignment is not None
+        last = torch.zeros_like(loss) if alignment is None else alignment
+        rows = torch.stack([torch.ones_like(loss), loss.detach(), x0_mse, last], dim=1).double()
         self.sums.index_add_(0, level, rows)
 
     def collect(self) -> dict[str, float]:
@@ -110,7 +113,9 @@ class LossMeter:
             "loss/train": float(sums[:, 1].sum() / count),
             "loss/x0_mse": float(sums[:, 2].sum() / count),
         }
-        for level, (number, loss, x0_mse) in enumerate(sums.tolist()):
+        if self.aligns:
+            values["loss/alignment"] = float(sums[:, 3].sum() / count)
+        for level, (number, loss, x0_mse, _) in enumerate(sums.tolist()):
             if number:
                 name = f"t_{(level + 0.5) / NUM_LEVELS:.4f}"
                 values[f"loss_by_noise_level/{name}"] = loss / number

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from models.config import Config, InputError, read_yaml
 
@@ -510,6 +511,15 @@ class LossTerms:
 
     loss: PerSample
     x0_mse: PerSample
+    alignment: PerSample | None = None  # 1 - cosine similarity to a vision encoder's features
+
+
+def alignment_loss(
+    projection: Float[Tensor, "B N V"], features: Float[Tensor, "B V g j"]
+) -> PerSample:
+    """1 - cosine similarity, mean over patches (REPA 2410.06940, eq. 8, which leaves out the 1)."""
+    features = features.flatten(2).transpose(1, 2).float()  # (B, N, V), row by row as the patches
+    return 1 - F.cosine_similarity(projection.float(), features, dim=-1).mean(dim=1)
 
 
 class Objective:

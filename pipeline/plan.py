@@ -150,7 +150,9 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
         tracker = MemTracker()
         tracker.track_external(network)
         with tracker:
-            network(x_t, t, **given).float().square().mean().backward()
+            outputs = network(x_t, t, **given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(out.float().square().mean() for out in outputs).backward()
     for table in tables:
         table.cache_clear()
     peaks = tracker.get_tracker_snapshot("peak").values()
@@ -191,6 +193,7 @@ def prepared_dataset(config: TrainConfig) -> Dataset:
             "latent_channels": manifest.codec.latent_channels,
             "text_dim": max((r.dim for r in records), default=0),
             "pooled_dim": sum(r.pooled_dim for r in records),
+            "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
         },
         Sample(side, side, tokens, total / every),
     )
@@ -327,10 +330,11 @@ def report(config: TrainConfig, data: Dataset, machines: Machines, console: Cons
     return best
 
 
-def plan_preparation(path: Path, overrides: list[str]) -> None:
-    """A preparation's plan is its own dry run: it alone knows its sources."""
-    name = CONFIGS["prepare"][1].split(":")[0]
-    importlib.import_module(name).main(path, overrides, dry_run=True)
+def plan_preparation(path: Path, overrides: list[str], sample: int) -> None:
+    """What a preparation will take, by preparing a little of it."""
+    module, name = CONFIGS["prepare"][1].split(":")
+    config = load_config(getattr(importlib.import_module(module), name), path, overrides)
+    importlib.import_module("data_prep.estimate").report(config, sample, Console())
 
 
 def main(
@@ -347,10 +351,13 @@ def main(
     resolution: Annotated[int, typer.Option(help="pixels, likewise")] = 256,
     downscale: Annotated[int, typer.Option(help="of the autoencoder, likewise")] = 8,
     text_tokens: Annotated[int, typer.Option(help="of a caption, likewise")] = 120,
+    sample: Annotated[
+        int, typer.Option(min=1, help="pictures of a preparation to prepare, to see")
+    ] = 128,
 ) -> None:
     """Memory, steps, disk, bandwidth, hours and cost of a run, before it starts."""
     if CONFIGS["prepare"][0] in read_yaml(config, overrides or []):
-        plan_preparation(config, overrides or [])
+        plan_preparation(config, overrides or [], sample)
         return
     parsed = load_config(TrainConfig, config, overrides or [])
     if gpu not in GPU_GIB:

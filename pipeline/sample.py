@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from data_prep.schema import Manifest, read_manifest
 from models.config import InputError, parse_config, run_command
+from models.layers import PROJECTOR
 from pipeline import distributed
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
@@ -101,6 +102,10 @@ def open_trained(run: Path, weights: str, step: int | None) -> Trained:
     config = load_run_config(run)
     manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
     state, at_step = load_weights(run, weights, step)
+    if getattr(config.model, "alignment", None) is not None:  # it was for training
+        model = config.model.model_copy(update={"alignment": None})
+        config = config.model_copy(update={"model": model})
+        state = {name: t for name, t in state.items() if not name.startswith(PROJECTOR)}
     return Trained(run, config, manifest, weights, state, at_step)
 
 

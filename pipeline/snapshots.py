@@ -55,11 +55,13 @@ def check_dataset(
     text_dim: int | None = None,
     pooled_dim: int | None = None,
     labels: bool = False,
+    vision_cell: int | None = None,
 ) -> None:
     """Raise InputError with every difference between a dataset and what a run expects; None expects nothing.
 
     codec: fields of a CodecRecord, of which path and dtype may differ; path of an encoder likewise.
     latent_multiple: what the network needs the sides of the latents to be a multiple of.
+    vision_cell: pixels of the square that one of the network's patches stands for, where it is to be aligned.
     """
     pairs: list[tuple[str, Any, Any]] = []
     for name, value in (codec or {}).items():
@@ -80,6 +82,9 @@ def check_dataset(
         pairs.append(("pooled text width", sum(r.pooled_dim for r in records), pooled_dim))
     if labels:
         pairs.append(("class labels", any(m.name == "label" for m in manifest.members), True))
+    if vision_cell is not None:
+        vision = manifest.vision_encoder
+        pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, vision_cell))
     for bucket in manifest.buckets:
         sides = bucket.height // manifest.codec.downscale, bucket.width // manifest.codec.downscale
         if any(side % latent_multiple for side in sides):
@@ -143,7 +148,8 @@ def _check_members(manifest: Manifest, where: Path) -> None:
     if texts != expected:
         raise InputError(f"{where}: text members got {texts}, expected {expected}")
     for member in manifest.members:
-        free = {"moments": 2}.get(member.name, int(member.name in manifest.text_encoders))
+        grids = {"moments", "vision"} if manifest.vision_encoder else {"moments"}
+        free = 2 if member.name in grids else int(member.name in manifest.text_encoders)
         sides = [side for side in member.shape if side is not None]
         if (
             member.dtype not in DTYPES
@@ -216,11 +222,7 @@ class Snapshot:
 
     def shapes(self, bucket: Bucket) -> list[tuple[int, ...]]:
         """Every member's shape in a bucket; of a text, the shape of one token."""
-        down = self.manifest.codec.downscale
-        sides = bucket[0] // down, bucket[1] // down
-        shapes = [
-            (m.shape[0], *sides) if m.name == "moments" else m.shape for m in self.manifest.members
-        ]
+        shapes = [self.manifest.shape_in_bucket(m, *bucket) for m in self.manifest.members]
         return [tuple(side for side in shape if side is not None) for shape in shapes]
 
 

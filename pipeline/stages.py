@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from models.config import InputError, parse_config, read_yaml
+from models.layers import PROJECTOR
 from pipeline.checkpoint import RECORD, candidates, load_weights
 from pipeline.config import StartConfig, TrainConfig
 
@@ -56,6 +57,9 @@ def load_start(model: nn.Module, config: StartConfig) -> None:
     """Put a run's weights in `model`; raises InputError where they are another network's. Collective."""
     weights, _ = load_weights(Path(config.run), config.weights, config.step)
     own = model.state_dict()
+    # Alignment may end or begin with a stage; what begins begins untrained.
+    weights = {n: t for n, t in weights.items() if n in own or not n.startswith(PROJECTOR)}
+    weights |= {n: t for n, t in own.items() if n.startswith(PROJECTOR) and n not in weights}
     if others := sorted(own.keys() ^ weights.keys()):
         raise InputError(
             f"start_from.run: {config.run} has another network: {len(others)} parameters are in one of "

@@ -4,12 +4,13 @@ Run the same command again to resume; on several GPUs `torchrun --nproc-per-node
 """
 
 import importlib.metadata
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ from pipeline.engine import (
 from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
-from pipeline.objective import LossTerms, Objective, draw_dropout, draw_noise
+from pipeline.objective import LossTerms, Objective, alignment_loss, draw_dropout, draw_noise
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
@@ -75,6 +76,7 @@ def make_plan(config: TrainConfig) -> Plan:
         world_size=distributed.world_size(),
         pin=torch.cuda.is_available(),
         record=Path(config.run) / SNAPSHOTS,
+        vision=getattr(config.model, "alignment", None) is not None,
     )
     manifest = loader.manifest
     records = manifest.text_encoders.values()
@@ -83,8 +85,10 @@ def make_plan(config: TrainConfig) -> Plan:
         "text_dim": max((r.dim for r in records), default=0),
         "pooled_dim": sum(r.pooled_dim for r in records),
         "latent_downscale": manifest.codec.downscale,
+        "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
     }
     model = config.model.with_sizes(sizes)
+    aligns = getattr(model, "alignment", None) is not None
     config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
     micro_steps = config.training.global_batch // micro_batch // distributed.world_size()
     check_engine(config.engine, config.optimizer, micro_steps)
@@ -96,6 +100,7 @@ def make_plan(config: TrainConfig) -> Plan:
         text_dim=model.text_dim or None,
         pooled_dim=model.pooled_dim or None,
         labels=model.num_classes > 0,
+        vision_cell=model.latent_multiple * manifest.codec.downscale if aligns else None,
     )
     if config.encoders.vae is not None:
         encoder_folder(
@@ -263,13 +268,25 @@ def losses(
         label=label,
         **routed,
     )
+    alignment = None
+    if isinstance(pred, tuple):
+        pred, projection = pred
+        alignment = alignment_loss(projection, batch.vision)
     if span is None or not model.masking:
-        return t, objective.loss(pred, latents, noise, t)
+        return t, replace(objective.loss(pred, latents, noise, t), alignment=alignment)
     # Over the patches that the network kept: no error where it dropped one.
     kept = kept_pixels(routed["token_scores"], span, model.patch_size, *shape[1:])
     pred = torch.where(kept, pred, objective.target(latents, noise, t))
     terms, share = objective.loss(pred, latents, noise, t), kept.float().mean()
-    return t, LossTerms(terms.loss / share, terms.x0_mse / share)
+    return t, LossTerms(terms.loss / share, terms.x0_mse / share, alignment)
+
+
+def alignment_weight(config: TrainConfig, images: int) -> float:
+    """Of REPA's loss after so many pictures."""
+    alignment = getattr(config.model, "alignment", None)
+    if alignment is None or images >= (alignment.until_images or math.inf):
+        return 0.0
+    return alignment.weight
 
 
 def train(config: TrainConfig, override: bool = False) -> None:
@@ -394,18 +411,22 @@ def run_steps(
         t = objective.draw_t(config.seed, step, global_batch, latent_size)
         dropped = draw_dropout(config.seed, step, global_batch, config.training.caption_dropout)
         micro_batches = batch.split(plan.micro_batch)
-        done = []  # t, loss, x0_mse of each micro-batch
+        align = alignment_weight(config, taken * global_batch)
+        done = []  # t, loss, x0_mse and alignment of each micro-batch
         for number, micro_batch in enumerate(micro_batches, 1):
             own_t, terms = losses(plan, engine, objective, micro_batch, step, t, dropped, device)
-            done.append((own_t, terms.loss.detach(), terms.x0_mse))
+            total, detached = terms.loss.mean(), None
+            if terms.alignment is not None:
+                total, detached = total + align * terms.alignment.mean(), terms.alignment.detach()
+            done.append((own_t, terms.loss.detach(), terms.x0_mse, detached))
             monitor.mark("forward")
-            engine.backward(terms.loss.mean())
+            engine.backward(total)
             monitor.mark("backward")
             if number == len(micro_batches):
-                rejection.judge(torch.cat([loss for _, loss, _ in done]).mean())
+                rejection.judge(torch.cat([part[1] for part in done]).mean())
             engine.step()
             monitor.mark("optimizer")
-        sample_losses = torch.cat([loss for _, loss, _ in done])
+        sample_losses = torch.cat([part[1] for part in done])
         accepted = rejection.settle(step, batch, loader.era_at(batch.step).snapshot, sample_losses)
         for part in done if accepted else ():
             meter.add(*part)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -322,6 +323,7 @@ def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
         str(tmp_path / "dataset"),
         VaeConfig(path=str(vae)),
         {"bert": TextEncoderConfig(path=str(text_folder), max_length=8)},
+        None,
         ImagesConfig(resolution=32, bucket_multiple=8),
         EncodeConfig(),
         has_labels=False,
@@ -585,3 +587,33 @@ def test_a_ray_job_runs_the_uploaded_code_with_nothing_installed(
     assert "\noutputs\n" not in done.stdout
     assert read_manifest(tmp_path / "dataset").counts.kept == NUM_GOOD
     assert verify(tmp_path / "dataset") == []
+
+
+def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
+    tmp_path, vae_folder, text_folder, ray_address
+):
+    from rich.console import Console
+
+    from data_prep.estimate import estimate
+
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(5):
+        members = [m for i in range(12) for m in sample_members(100 * number + i)]
+        (tars / f"{number}.tar").write_bytes(tar_bytes(members))
+    sources = {"mine": fill_folder(tmp_path / "pictures", 64), "web": tars}
+    more = {"heldout_fraction": 0.1, "filters": {"max_aspect": 1.2}, "samples_per_shard": 50}
+    path = write_config(tmp_path / "c.yaml", sources, vae_folder, text_folder, **more)
+    config = load_config(PrepareConfig, path, [])
+    found = estimate(config, 64, Console(quiet=True))
+    prepare(config)
+    dataset = Path(config.output)
+    table = read_shard_table(dataset)
+    counts = read_manifest(dataset).counts
+    assert found.pictures == counts.seen == 124
+    assert abs(found.kept / counts.kept - 1) < 0.15
+    assert abs(found.shards - len(table)) <= 1
+    every = sum(p.stat().st_size for p in (dataset / "shards").rglob("*.*"))
+    assert abs(found.total_bytes / found.kept / (every / counts.kept) - 1) < 0.05
+    assert found.seconds_a_picture > 0
+    assert not list(Path(tempfile.gettempdir()).glob("flowmill-plan-*"))

@@ -1,0 +1,99 @@
+"""Frozen vision transformers: pictures to a grid of features, for representation alignment (REPA)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from torch import Tensor
+
+from models.config import InputError
+from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+
+# model_type in config.json -> class; all give class token, registers if any, then patches, normalised.
+ENCODERS = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "vit": "ViTModel",
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class VisionEncoder:
+    """A transformers ViT in a local folder, frozen, which sees one patch where `patch_pixels` squared are.
+
+    So its grid is that of a network whose patch, times the codec's downscale, is `patch_pixels`: DINOv2's
+    patches of 14 see a picture of 256 as one of 224 (REPA, Yu et al. 2410.06940, 4.1).
+    """
+
+    def __init__(self, network: Any, path: Path, patch_pixels: int, dtype: Dtype):
+        self.network = network.eval().requires_grad_(False)
+        self.path, self.patch_pixels, self.dtype = path, patch_pixels, dtype
+        self.dim: int = network.config.hidden_size
+        self._patch: int = network.config.patch_size
+        self._prefix = 1 + getattr(network.config, "num_register_tokens", 0)
+        settings = path / "preprocessor_config.json"
+        said = json.loads(settings.read_text()) if settings.is_file() else {}
+        values = [said.get("image_mean", IMAGENET_MEAN), said.get("image_std", IMAGENET_STD)]
+        self._mean, self._std = (
+            torch.tensor(v, device=network.device).view(1, 3, 1, 1) for v in values
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        patch_pixels: int,
+        dtype: Dtype = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> "VisionEncoder":
+        """Open a folder with config.json and safetensors; raises InputError if it is no whole ViT."""
+        path = Path(path)
+        kind = read_model_config(path, "a vision transformer").get("model_type")
+        if kind not in ENCODERS:
+            raise InputError(
+                f"{path}: model_type got {kind!r}, expected one of {', '.join(ENCODERS)}"
+            )
+        try:
+            network, info = getattr(transformers, ENCODERS[kind]).from_pretrained(
+                path,
+                dtype=getattr(torch, TORCH_DTYPES[dtype]),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path}: cannot load {ENCODERS[kind]}: {brief(error)}") from error
+        lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+        if lacks := lacks or list(info["mismatched_keys"]):
+            raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+        return cls(network.to(device), path, patch_pixels, dtype)
+
+    @torch.inference_mode()
+    def encode(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D g j"]:
+        """fp32 features of the last layer; g = H / patch_pixels, j = W / patch_pixels."""
+        grid = [side // self.patch_pixels for side in images.shape[2:]]
+        pixels = images.to(self.network.device).float() / 255
+        pixels = torch.nn.functional.interpolate(
+            pixels, size=[side * self._patch for side in grid], mode="bicubic", antialias=True
+        )
+        pixels = ((pixels - self._mean) / self._std).to(self.network.dtype)
+        asked: dict[str, Any] = {}
+        if self.network.config.model_type == "vit":  # DINOv2 fits its positions to any size unasked
+            asked["interpolate_pos_encoding"] = True
+        hidden = self.network(pixels, **asked).last_hidden_state[:, self._prefix :]
+        return hidden.float().transpose(1, 2).unflatten(2, grid).contiguous()
+
+    def record(self) -> dict[str, Any]:
+        """What a dataset made with this encoder must say of it: the fields of its VisionEncoderRecord."""
+        return {
+            "path": str(self.path),
+            "weights_sha256": weights_sha256(self.path),
+            "dtype": self.dtype,
+            "dim": self.dim,
+            "patch_pixels": self.patch_pixels,
+        }

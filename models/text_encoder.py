@@ -6,11 +6,10 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from models.config import InputError
-from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+from models.weights import Dtype, brief, load_transformers, read_model_config, weights_sha256
 
 # model_type in config.json -> the class that holds its text encoder alone.
 ENCODERS = {
@@ -66,7 +65,7 @@ class TextEncoder:
         if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
             name = "CLIPTextModelWithProjection"
         tokenizer = _load_tokenizer(path)
-        network = _load_network(path, name, dtype).to(device)
+        network = load_transformers(path, name, dtype).to(device)
         positions = getattr(network.config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
             raise InputError(f"{path}: max_length got {max_length}, expected at most {positions}")
@@ -110,26 +109,6 @@ class TextEncoder:
             "dim": self.dim,
             "pooled_dim": self.pooled_dim,
         }
-
-
-def _load_network(path: Path, name: str, dtype: Dtype) -> Any:
-    transformers.utils.logging.disable_progress_bar()  # it takes a second
-    try:
-        network, info = getattr(transformers, name).from_pretrained(
-            path,
-            dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
-    # BERT's and MPNet's pooler is not used here, and many checkpoints lack it.
-    lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    if lacks := lacks or list(info["mismatched_keys"]):
-        raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
-    return network
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 
 from models.config import InputError
-from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+from models.weights import Dtype, load_transformers, read_model_config, weights_sha256
 
 # model_type in config.json -> class; all give class token, registers if any, then patches, normalised.
 ENCODERS = {
@@ -57,20 +55,7 @@ class VisionEncoder:
             raise InputError(
                 f"{path}: model_type got {kind!r}, expected one of {', '.join(ENCODERS)}"
             )
-        try:
-            network, info = getattr(transformers, ENCODERS[kind]).from_pretrained(
-                path,
-                dtype=getattr(torch, TORCH_DTYPES[dtype]),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot load {ENCODERS[kind]}: {brief(error)}") from error
-        lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-        if lacks := lacks or list(info["mismatched_keys"]):
-            raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+        network = load_transformers(path, ENCODERS[kind], dtype)
         return cls(network.to(device), path, patch_pixels, dtype)
 
     @torch.inference_mode()

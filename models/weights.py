@@ -62,3 +62,28 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
 def brief(error: Exception) -> str:
     """The beginning of a library's message, on one line."""
     return " ".join(str(error).split())[:240]
+
+
+def load_transformers(path: Path, name: str, dtype: Dtype) -> Any:
+    """transformers' class of that name with the folder's weights; raises InputError where any is missing."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.disable_progress_bar()  # it takes a second
+    try:
+        network, info = getattr(transformers, name).from_pretrained(
+            path,
+            dtype=getattr(torch, TORCH_DTYPES[dtype]),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
+    # The pooler of BERT, MPNet and ViT is not used here, and many checkpoints lack it.
+    lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    if lacks := lacks or list(info["mismatched_keys"]):
+        raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+    return network

@@ -49,9 +49,8 @@ class TwoRaylets:
     def __init__(self, folder: Path, num_cpus: int = 2):
         (folder / "token").write_text(TOKEN)
         self._cpus = num_cpus
-        self._temporary = Path(
-            tempfile.mkdtemp(prefix="ray-")
-        )  # a short path, for the sockets in it
+        # A short path whatever TMPDIR is, for a socket's has at most 107 characters.
+        self._temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.address = f"127.0.0.1:{free_port()}"
         self.environment = {
             **os.environ,

@@ -11,13 +11,39 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# What each figure is a ratio to; a name that ends in _s is seconds.
-BENCHMARKS = {
-    "loader": "webdataset, megatron-energon, a memory copy",
-    "prepare": "a bare loop, multiprocessing.Pool",
-    "model": "diffusers' class",
-    "step": "a bare DeepSpeed loop, a bare torch loop",
+BENCHMARKS = ("loader", "prepare", "model", "step")
+# Peer -> how the figures that compare with it begin; those of "over" are times of ours over theirs.
+PEERS = {
+    "webdataset": "x_webdataset_",
+    "webdataset, tuned": "x_tuned_webdataset_",
+    "megatron-energon": "x_energon_",
+    "shuffled copy": "of_shuffled_memcpy_",
+    "memory copy": "of_memcpy_",
+    "bare loop": "marginal_ratio_",
+    "Pool(2)": "x_pool_",
+    "diffusers": "x_diffusers_",
+    "DeepSpeed": "over_deepspeed_",
+    "torch": "over_torch_",
 }
+
+
+def beside_peers(figures: dict[str, dict[str, float]]) -> Table:
+    """A row a case, a column a peer: how many times as fast ours is by the clock, and in CPU time."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for benchmark, found in figures.items():
+        for key, value in found.items():
+            bare = key.removeprefix("cpu_").removesuffix("_cpu")
+            for peer, start in PEERS.items():
+                if bare.startswith(start):
+                    speed = 1 / value if start.startswith("over") else value
+                    clock = "wall" if bare == key else "CPU"
+                    case = f"{benchmark} {bare.removeprefix(start)}, {clock}"
+                    rows.setdefault((benchmark, case), {})[peer] = speed
+    peers = [peer for peer in PEERS if any(peer in row for row in rows.values())]
+    table = Table("case", *peers, title="flowmill's speed over its peers'")
+    for (_, case), row in sorted(rows.items()):
+        table.add_row(case, *(f"{row[peer]:.2f}" if peer in row else "" for peer in peers))
+    return table
 
 
 def main(
@@ -35,11 +61,7 @@ def main(
                 failed.append(name)
             else:
                 figures[name] = json.loads(path.read_text())
-    table = Table("benchmark", "against", "figure", "value", title="flowmill beside its peers")
-    for name, found in figures.items():
-        for key, value in found.items():
-            table.add_row(name, BENCHMARKS.get(name, ""), key, f"{value:,.3f}")
-    Console().print(table)
+    Console(width=140).print(beside_peers(figures))
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")
     if failed:

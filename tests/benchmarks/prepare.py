@@ -207,11 +207,14 @@ def report(found: dict[str, list[tuple[dict, dict]]], sizes: tuple[int, int]) ->
             f"{ratios[1]:.2f}",
             f"{fixed:.1f}",
         )
-        name = {"flowmill, 1 actor": "1", "flowmill, 2 actors": "2", "Pool(2)": "pool"}.get(side)
+        name = {"flowmill, 1 actor": "1", "flowmill, 2 actors": "2"}.get(side)
         if name:
             flat |= {f"marginal_ratio_{name}": ratios[0], f"marginal_ratio_{name}_cpu": ratios[1]}
         if name == "1":
             flat["fixed_s"] = fixed
+    for clock, suffix in (("wall_s", ""), ("cpu_s", "_cpu")):
+        both = zip(rates["flowmill, 2 actors", clock], rates["Pool(2)", clock], strict=True)
+        flat[f"x_pool_2{suffix}"] = statistics.median(ours / pool for ours, pool in both)
     console = Console()
     console.print(table)
     for side in ("bare loop", "flowmill, 1 actor"):

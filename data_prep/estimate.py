@@ -61,7 +61,7 @@ def estimate(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
     with tempfile.TemporaryDirectory(prefix="flowmill-plan-") as folder:
         dataset = Path(folder)
         for number, (name, source) in enumerate(config.sources.items()):
-            rows = listing.filter(pc.equal(listing["source"], name))
+            rows = listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
             chosen, seen = rng.sample(range(len(rows)), len(rows)), 0
             share = -(-wanted // len(config.sources))
             if source.kind in ("folder", "classes"):
@@ -75,7 +75,8 @@ def estimate(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
                     seen += scan_entries(config, dataset, f"part-{number}-{taken}", one, names)
                     taken += 1
                 read, every = (
-                    pc.sum(t["size"]).as_py() or 0 for t in (rows.take(chosen[:taken]), rows)
+                    pc.sum(t["size"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
+                    for t in (rows.take(chosen[:taken]), rows)
                 )
                 pictures += seen * every / read if read else seen
             sampled += seen

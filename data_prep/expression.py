@@ -73,7 +73,7 @@ def value_of(node: ast.expr, facts: dict[str, Any]) -> Any:
     match node:
         case ast.Constant(value=value):
             return value
-        case ast.Name(id=name) | ast.Subscript(slice=ast.Constant(value=name)):
+        case ast.Name(id=name) | ast.Subscript(slice=ast.Constant(value=str(name))):
             return facts.get(name)
         case ast.List(elts=parts) | ast.Tuple(elts=parts):
             return [value_of(part, facts) for part in parts]

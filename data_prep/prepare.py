@@ -395,7 +395,7 @@ def _partitions(config: PrepareConfig, listing: pa.Table) -> list[tuple[str, int
     """Neighbours of one source in the listing: many files, or one tar or table."""
     found, start = list[tuple[str, int, int]](), 0
     for name, source in config.sources.items():
-        end = start + (pc.sum(pc.equal(listing["source"], name)).as_py() or 0)
+        end = start + (pc.sum(pc.equal(listing["source"], name)).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
         size = FILES_PER_PARTITION if source.kind in ("folder", "classes") else 1
         found += [(name, begin, min(begin + size, end)) for begin in range(start, end, size)]
         start = end

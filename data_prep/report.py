@@ -79,9 +79,9 @@ def print_plan(
     table = Table("source", "kind", "path", "files", "MiB", title="Sources")
     for name, source in config.sources.items():
         sizes = listing["size"].filter(
-            pc.and_(pc.equal(listing["source"], name), pc.is_null(listing["reason"]))
+            pc.and_(pc.equal(listing["source"], name), pc.is_null(listing["reason"]))  # pyright: ignore[reportAttributeAccessIssue]
         )
-        mib = (pc.sum(sizes).as_py() or 0) / 2**20
+        mib = (pc.sum(sizes).as_py() or 0) / 2**20  # pyright: ignore[reportAttributeAccessIssue]
         table.add_row(name, source.kind, source.path, str(len(sizes)), f"{mib:.1f}")
     console.print(table)
     table = Table("encoder", "path", "dtype", "weights sha256", title="Encoders")

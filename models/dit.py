@@ -152,7 +152,7 @@ class DiT(PatchTransformer):
         if self.modulation_out is not None:
             table = self.modulation_out(c)  # (B, 2, D)
         else:
-            table = c[:, None] + self.scale_shift_table
+            table = c[:, None] + self.scale_shift_table  # pyright: ignore[reportIndexIssue]
         shift, scale = table.unsqueeze(2).unbind(1)
         num = height * width // p**2
         x = x[:, :num]  # without registers

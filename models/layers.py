@@ -191,7 +191,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """xformers' memory-efficient attention; same arguments as `sdpa`."""
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
     bias = None
     if mask is not None:
@@ -204,7 +204,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """flash-attn (2307.08691); masked keys are packed away, since its kernels take no mask."""
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     if mask is None:
         return flash_attn_func(q, k, v)
@@ -413,7 +413,9 @@ class PatchTransformer(nn.Module):
 
         Also, in training with `alignment`, the projection of what a block gave.
         """
-        projection, span = None, self.config.span if token_scores is not None else None
+        projection = span = None
+        if token_scores is not None and isinstance(self.config, RoutedConfig):
+            span = self.config.span
         whole, whole_rope, kept = x, rope, None
         for number, block in enumerate(self.transformer_blocks):
             if span and token_scores is not None and number == span.start:

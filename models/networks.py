@@ -38,7 +38,7 @@ class TransformerConfig(NetworkConfig):
 
     SIZES: ClassVar[dict[str, tuple[int, int, int]]]  # hidden_size, depth, num_heads
 
-    size: str
+    size: Any  # each network's own: a name of its SIZES
     hidden_size: int | None = Field(default=None, gt=0)
     depth: int | None = Field(default=None, gt=0)
     num_heads: int | None = Field(default=None, gt=0)

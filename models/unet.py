@@ -37,10 +37,6 @@ class UNetConfig(NetworkConfig):
             raise InputError("model.latent_channels: missing; it is the dataset's, or the codec's")
         if not self.text_dim:
             raise InputError("model.text_dim: got none, but unet needs text tokens")
-        if self.size_conditioning and not (self.pooled_dim and self.latent_downscale):
-            raise InputError(
-                "model.size_conditioning: unet needs pooled_dim and latent_downscale too"
-            )
         cross = ["CrossAttn" if n else "" for n in layers]
         arguments: dict[str, Any] = {
             "in_channels": self.latent_channels,
@@ -59,6 +55,10 @@ class UNetConfig(NetworkConfig):
         if self.size == "sd15":
             arguments |= {"transformer_layers_per_block": 1, "attention_head_dim": 8}
         if self.size_conditioning:
+            if not (self.pooled_dim and self.latent_downscale):
+                raise InputError(
+                    "model.size_conditioning: unet needs pooled_dim and latent_downscale too"
+                )
             arguments |= {
                 "addition_embed_type": "text_time",
                 "addition_time_embed_dim": 256,
@@ -107,6 +107,7 @@ class UNet(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         added = None
         if self.config.size_conditioning:
+            assert self.config.latent_downscale is not None
             sides = torch.tensor(x_t.shape[-2:], device=x_t.device) * self.config.latent_downscale
             target = sides.expand(len(x_t), 2)
             added = {

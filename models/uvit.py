@@ -64,6 +64,7 @@ class UViTBlock(nn.Module):
         attend: AttentionFunction,
     ) -> Float[Tensor, "B N D"]:
         if self.skip_linear is not None:
+            assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x), attend, mask=mask, rope=rope)
         return x + self.ff(self.norm2(x))

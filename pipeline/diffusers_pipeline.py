@@ -8,6 +8,7 @@ the exported scheduler. Load it with
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class FlowmillPipeline(DiffusionPipeline):
             tokenizer_3=tokenizer_3,
         )
         self.register_to_config(recipe=recipe)
-        self.recipe = recipe
+        self.recipe: Any = recipe
 
     @torch.no_grad()
     def __call__(
@@ -109,7 +110,7 @@ class FlowmillPipeline(DiffusionPipeline):
             if output_type == "pil":
                 pictures = self.numpy_to_pil(pictures)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)  # pyright: ignore[reportArgumentType]
 
     # --- conditioning
 
@@ -120,7 +121,9 @@ class FlowmillPipeline(DiffusionPipeline):
             "micro": torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
         }
         if classes:
-            found = [re.fullmatch(r"(\d+)(?:: *(.*))?", text.strip()) for text in prompts]
+            found: list[Any] = [
+                re.fullmatch(r"(\d+)(?:: *(.*))?", text.strip()) for text in prompts
+            ]
             if not all(match and int(match[1]) < classes for match in found):
                 raise ValueError(
                     f"prompt: expected a class from 0 to {classes - 1}, or CLASS: TEXT"
@@ -186,7 +189,10 @@ class FlowmillPipeline(DiffusionPipeline):
             return torch.cat(
                 [
                     self.network(
-                        x_t[i : i + 1], text[i : i + 1, mask[i]], pooled[i : i + 1], time[i : i + 1]
+                        x_t[i : i + 1],
+                        text[i : i + 1, mask[i]],  # pyright: ignore[reportOptionalSubscript]
+                        pooled[i : i + 1],
+                        time[i : i + 1],
                     ).sample.float()
                     for i in rows
                 ]
@@ -217,7 +223,7 @@ class FlowmillPipeline(DiffusionPipeline):
         """
         self.scheduler.set_timesteps(num_steps, device=noise.device)
         x = noise * self.scheduler.init_noise_sigma
-        for k in self.progress_bar(self.scheduler.timesteps):
+        for k in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
             x_t = self.scheduler.scale_model_input(x, k)
             pred = predict(x_t, float(k) / 1000)
             if (
@@ -247,7 +253,7 @@ class FlowmillPipeline(DiffusionPipeline):
         x = noise * math.hypot(alpha, sigma) / (alpha + sigma)
         steps = zip(levels, self.scheduler.timesteps, strict=True)
         self.scheduler.set_begin_index(0)
-        for (t, alpha, sigma), timestep in self.progress_bar(list(steps)):
+        for (t, alpha, sigma), timestep in self.progress_bar(list(steps)):  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue, reportArgumentType]
             x_t = x * (alpha + sigma)
             velocity = self.velocity(predict(x_t, t), x_t, alpha, sigma)
             x = self.scheduler.step(velocity, timestep, x).prev_sample

@@ -87,7 +87,9 @@ def check_gpu() -> Findings:
     torch.ones(8, device="cuda").sum().item()
     yield Finding("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}; {built}")  # fmt: skip
     if torch.distributed.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))
+        from torch.cuda import nccl
+
+        version = ".".join(map(str, nccl.version()))
         yield Finding("NCCL", "ok", version)
     else:
         yield Finding("NCCL", "lack", "not in this torch", "install a CUDA build of torch")
@@ -124,7 +126,7 @@ def check_deepspeed() -> Findings:
         return
     if not Path("/proc/driver/nvidia").exists():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
     yield Finding("compiler", "ok", shutil.which("g++") or "")
     uses = {CPUAdamBuilder: "offload to CPU memory", AsyncIOBuilder: "offload to NVMe"}
@@ -249,6 +251,7 @@ def examine(folder: str, need_gib: float) -> list[dict[str, str]]:
 def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, str]]]:
     """`examine` on every node of the Ray cluster, and how far each one's clock is from ours."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(
@@ -273,7 +276,7 @@ def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, st
         began = time.time()
         try:
             theirs, found = ray.get(task.options(scheduling_strategy=place).remote(), timeout=300)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             text = str(error).strip().splitlines()[-1]
             answers[name] = [asdict(Finding("node", "lack", text, "see `ray logs`"))]
             continue

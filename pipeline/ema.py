@@ -124,7 +124,7 @@ class WithEMA(torch.optim.Optimizer):
                 self.state[parameter].setdefault(name, weights.clone())
         for name, decay in self.decays.items() if parameters else ():
             averages = [self.state[p][name] for p in parameters]
-            torch._foreach_lerp_(averages, parameters, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay)
         if self.watch is not None:
             self.watch.after(parameters, self.state)
         return loss

@@ -72,7 +72,7 @@ def heldout_figures(
         part = batch.rows(first, min(first + batch_size, end)).to(device)
         errors = x0_errors(network, objective, loader.manifest.codec, part, ROUNDS)
         sums += errors.double().sum(1).cpu()
-    means = sum(distributed.gather_objects(sums)) / len(batch.indices)
+    means = sum(distributed.gather_objects(sums), torch.zeros_like(sums)) / len(batch.indices)
     name, reference = trained.config.model.kind, f"held-out latents, {ROUNDS} draws of noise each"
     given = len(batch.indices), None, reference, name, None, trained.weights, None, None, None
     return [

@@ -172,8 +172,11 @@ def save_network(
         weights: dict[str, Tensor] = network.state_dict()
     else:
         folder.mkdir()
-        saved = {"_class_name": "FlowmillNetwork", "_diffusers_version": diffusers.__version__}
-        saved["model"] = config.model_dump(mode="json") | {"gradient_checkpointing": False}
+        saved = {
+            "_class_name": "FlowmillNetwork",
+            "_diffusers_version": diffusers.__version__,
+            "model": config.model_dump(mode="json") | {"gradient_checkpointing": False},
+        }
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         (folder / f"flowmill_{config.kind}.py").write_text(network_source(config.kind))
         weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -222,7 +225,7 @@ def make_scheduler(objective: ObjectiveConfig, shift: Shift | None) -> Any:
     path = objective.path
     if path.kind == "vp_discrete":
         schedule, start, end = SCHEDULES[path.betas]
-        kinds = {"epsilon": "epsilon", "v": "v_prediction"}
+        kinds: dict[str, Any] = {"epsilon": "epsilon", "v": "v_prediction"}
         return diffusers.DDIMScheduler(
             beta_schedule=schedule,
             beta_start=start,

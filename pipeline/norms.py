@@ -67,7 +67,7 @@ class BlockNorms:
         pieces, flat = self.pieces[id(parameter)], value.detach().flatten()
         if not pieces:
             return
-        norms = torch._foreach_norm([flat[start : start + count] for _, start, count in pieces])  # pyright: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm([flat[start : start + count] for _, start, count in pieces])
         blocks = torch.tensor([block for block, _, _ in pieces], device=self.sums.device)
         squares = torch.stack(norms).to(self.sums).square()
         self.sums[KINDS.index(kind)].index_add_(0, blocks, squares)

@@ -152,7 +152,7 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
         with tracker:
             outputs = network(x_t, t, **given)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            sum(out.float().square().mean() for out in outputs).backward()
+            sum(out.float().square().mean() for out in outputs).backward()  # pyright: ignore[reportAttributeAccessIssue]
     for table in tables:
         table.cache_clear()
     peaks = tracker.get_tracker_snapshot("peak").values()

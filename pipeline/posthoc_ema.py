@@ -93,7 +93,7 @@ def coefficients(
     gammas = np.array([power_exponent(s) for s in sigma_rels])
     t, g = np.asarray(times, np.float64), gammas
     gram = inner_product(t[:, None], g[:, None], t[None, :], g[None, :])
-    goal = inner_product(t, g, np.float64(time), np.float64(power_exponent(sigma_rel)))
+    goal = inner_product(t, g, np.asarray(time), np.asarray(power_exponent(sigma_rel)))
     norm = np.sqrt(np.diag(gram))
     scaled = np.linalg.lstsq(gram / np.outer(norm, norm), goal / norm, rcond=1e-12)[0]
     weights = scaled / norm

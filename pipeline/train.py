@@ -22,6 +22,7 @@ from torch import nn
 from models import build_model
 from models.config import InputError, run_command
 from models.layers import kept_pixels
+from models.networks import RoutedConfig
 from models.vae import sample_latents
 from pipeline import checkpoint, distributed
 from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
@@ -251,7 +252,7 @@ def losses(
     t = t[indices].to(device)
     x_t = objective.add_noise(latents, noise, t)
     model, routed = plan.config.model, {}
-    span = getattr(model, "span", None)
+    span = model.span if isinstance(model, RoutedConfig) else None
     if span is not None:
         num_patches = shape[1] * shape[2] // model.latent_multiple**2
         routed["token_scores"] = draw_noise(seed, step, indices, (num_patches,), device, "tokens")
@@ -271,8 +272,9 @@ def losses(
     alignment = None
     if isinstance(pred, tuple):
         pred, projection = pred
+        assert batch.vision is not None
         alignment = alignment_loss(projection, batch.vision)
-    if span is None or not model.masking:
+    if span is None or not isinstance(model, RoutedConfig) or not model.masking:
         return t, replace(objective.loss(pred, latents, noise, t), alignment=alignment)
     # Over the patches that the network kept: no error where it dropped one.
     kept = kept_pixels(routed["token_scores"], span, model.patch_size, *shape[1:])

@@ -169,7 +169,7 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
             draw_noise(0, n, batch.indices, shape) for n in range(2)
         ],
         "latents, x_t, loss": objective_alone,
-        "EMA": lambda: torch._foreach_lerp_(averages, weights, 0.001),  # pyright: ignore[reportPrivateImportUsage]
+        "EMA": lambda: torch._foreach_lerp_(averages, weights, 0.001),
         "loss meter": lambda: meter.add(t, t, t),
     }
     return {

@@ -1,7 +1,5 @@
 """Stages as Ray jobs on two raylets behind a token: submitted, followed, a node killed in the midst."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import torch
 from data_prep.schema import read_manifest
 from data_prep.verify import verify
 from tests import prep_factory, train_factory
-from tests.ray_cluster import BIN, TOKEN, RayCluster, copy_checkout, ray_cluster
+from tests.ray_cluster import TOKEN, RayCluster, copy_checkout, ray_cluster
 from tests.test_train import scalars, weights
 
 ROOT = Path(__file__).parent.parent
@@ -148,20 +146,3 @@ def test_a_lost_node_leaves_a_smaller_group_with_the_same_batches(tmp_path, clus
         assert ours[step] == pytest.approx(loss, rel=1e-2), (
             step
         )  # another order of summing, 600 steps; other samples differ by 10%
-
-
-def test_the_deepspeed_launcher_trains_from_a_hostfile(tmp_path):
-    config = train_factory.write_config(tmp_path)
-    (tmp_path / "hostfile").write_text("localhost slots=2\n")
-    done = subprocess.run(
-        [ROOT / "cluster" / "ssh" / "train.sh", str(config), "engine.zero_stage=2"],
-        env=train_factory.environment() | {
-            "HOSTFILE": str(tmp_path / "hostfile"), "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1",
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "run/checkpoints/step_00000024/checkpoint.json").read_text())
-    assert record["world_size"] == 2

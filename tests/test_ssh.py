@@ -1,0 +1,96 @@
+"""The deepspeed launcher over real ssh daemons: one rank on each of two hosts."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import train_factory
+from tests.hosts import NAMES, Hosts, two_hosts, why_not
+from tests.ray_cluster import BIN
+from tests.test_train import weights
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+SSHD = """
+HostKey {folder}/key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+UsePAM no
+PidFile none
+PermitRootLogin yes
+"""
+SSH = """
+IdentityFile {folder}/key
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
+"""
+
+
+def lacking() -> str | None:
+    """Why there are no daemons here, after trying to install them."""
+    if os.geteuid():
+        return "needs root, for namespaces and sshd"
+    if reason := why_not():
+        return reason
+    if not shutil.which("sshd") or not shutil.which("pdsh"):
+        if not shutil.which("apt-get"):
+            return "no sshd and pdsh, nor apt-get to install them"
+        install = ["apt-get", "install", "-y", "--no-install-recommends", "openssh-server", "pdsh"]
+        if subprocess.run(install, capture_output=True).returncode:
+            return "apt-get could not install openssh-server and pdsh"
+    return None
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Iterator[Hosts]:
+    """Two hosts, each with an sshd that lets in who has the key; `tmp_path`/bin/ssh uses it."""
+    if reason := lacking():
+        pytest.skip(reason)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
+    subprocess.run(keygen, check=True)
+    for name, text in (("sshd_config", SSHD), ("ssh_config", SSH)):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+    client = tmp_path / "bin" / "ssh"
+    client.parent.mkdir()
+    client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/ssh_config "$@"\n')
+    client.chmod(0o755)
+    daemon = [shutil.which("sshd") or "", "-D", "-e", "-f", str(tmp_path / "sshd_config")]
+    with two_hosts() as made:
+        for host in (0, 1):
+            made.start(host, daemon)
+        yield made
+
+
+def test_the_deepspeed_launcher_trains_on_the_machines_of_a_hostfile(hosts, tmp_path):
+    config = train_factory.write_config(tmp_path)
+    (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    overrides = ["engine.zero_stage=2"]
+    launcher = hosts.start(
+        0,
+        [str(ROOT / "cluster" / "ssh" / "train.sh"), str(config), *overrides],
+        env=train_factory.environment()
+        | {
+            "HOSTFILE": str(tmp_path / "hostfile"),
+            "DS_ACCELERATOR": "cpu",
+            "PDSH_RCMD_TYPE": "ssh",
+            "PATH": f"{tmp_path}/bin:{BIN}:{os.environ['PATH']}",
+        },
+    )
+    output = launcher.communicate(timeout=300)[0]
+    assert launcher.returncode == 0, output
+    assert all(f"{name}: " in output for name in NAMES), output
+    record = json.loads((tmp_path / "run/checkpoints/step_00000024/checkpoint.json").read_text())
+    assert record["world_size"] == 2
+    whole = train_factory.write_config(tmp_path, "whole")
+    done = train_factory.run("pipeline.train", str(whole), *overrides, ranks=2)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(tmp_path / "run", 24), weights(tmp_path / "whole", 24)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

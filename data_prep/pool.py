@@ -142,6 +142,7 @@ class ActorPool:
         self._start: Callable[[], Any] = lambda: remote.remote(*arguments, decoders)
         self._actors = [self._start() for _ in range(self.num_actors)]
         self._ready = [actor.__ray_ready__.remote() for actor in self._actors]
+        self._up = set[int]()  # slots whose actor is known to have begun
         self._polls: dict[int, tuple[Any, int]] = {}  # slot -> question asked, last answer
         self._said = time.monotonic()
 
@@ -152,24 +153,29 @@ class ActorPool:
     def run(
         self, method: str, work: Iterable[tuple[Any, ...]], tick: Callable[[], None]
     ) -> Iterator[Any]:
-        """Results of actor.method(*arguments), in any order; `tick` is called about once a second."""
+        """Results of actor.method(*arguments), in any order; `tick` is called about once a second.
+
+        An actor gets work once it has begun: one in a lost one's place may wait for room for ever.
+        """
         self._said = time.monotonic()
-        todo, again = iter(work), deque[tuple[tuple[Any, ...], int]]()
+        todo, again, left = iter(work), deque[tuple[tuple[Any, ...], int]](), True
         flying: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
         while True:
             busy = Counter(id(actor) for actor, _, _ in flying.values())
             for slot in [*range(self.num_actors)] * CALLS_PER_ACTOR:
                 actor = self._actors[slot]
-                if busy[id(actor)] == CALLS_PER_ACTOR:
+                if busy[id(actor)] == CALLS_PER_ACTOR or not self._is_up(slot):
                     continue
                 arguments, attempts = again.popleft() if again else (next(todo, None), 0)
                 if arguments is None:
+                    left = False
                     break
                 flying[getattr(actor, method).remote(*arguments)] = (actor, arguments, attempts + 1)
                 busy[id(actor)] += 1
-            if not flying:
+            if not (flying or left or again):
                 return
-            ready, others = ray.wait(list(flying), timeout=1.0)
+            ready, others = ray.wait(list(flying) or self._ready, timeout=1.0)
+            ready = ready if flying else []
             if ready and others:  # with hundreds of actors several end while one is dealt with
                 ready += ray.wait(others, num_returns=len(others), timeout=0)[0]
             for reference in ready:
@@ -187,6 +193,11 @@ class ActorPool:
                     self._replace(actor)
             tick()
 
+    def _is_up(self, slot: int) -> bool:
+        if slot not in self._up and ray.wait([self._ready[slot]], timeout=0)[0]:
+            self._up.add(slot)
+        return slot in self._up
+
     def _replace(self, actor: Any) -> None:
         """A new actor in the lost one's place, once, though all its calls fail."""
         if actor in self._actors:
@@ -195,6 +206,7 @@ class ActorPool:
             self._actors[slot] = self._start()
             self._ready[slot] = self._actors[slot].__ray_ready__.remote()
             self._polls.pop(slot, None)
+            self._up.discard(slot)
 
     def unscheduled(self) -> str | None:
         """Every SAY_EVERY_S, what actors that have no place yet wait for; None where all have one."""

@@ -67,7 +67,7 @@ def state_bytes(
         gradients = size + 4  # accumulated whole, beside the 16-bit ones of the step
     weights, bucket = float(num_parameters), 0
     if stage == 3:
-        weights = small + (num_parameters - small) / ranks
+        weights = small + num_parameters / ranks  # small ones whole, and their partitions too
         bucket = min(BUCKET_ELEMENTS, num_parameters)
     states = _optimizer_bytes(stage, precision, averages) / (ranks if stage else 1)
     return StateBytes(

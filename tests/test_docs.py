@@ -104,7 +104,7 @@ def test_a_new_user_gets_from_pictures_to_an_exported_model_by_the_readme_alone(
         "pipeline.sample": ["sampler.num_steps=2"],
     }  # fmt: skip
     block = [words for words in commands(ROOT / "README.md") if words[0] == "flowmill"]
-    block = block[: next(i for i, words in enumerate(block) if words[1] == "submit")]
+    block = block[: 1 + next(i for i, words in enumerate(block) if words[1] == "export")]
     assert [words[1] for words in block] == ["doctor", "prepare", "verify", "plan", "train", "sample", "evaluate", "export"]  # fmt: skip
     for words in block:
         module, *arguments = ours(words) or []

@@ -478,7 +478,7 @@ def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_add
 def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", ray_address)  # of a cluster, which may grow
     config = pool.RayConfig(num_actors=1, gpus_per_actor=3)
-    arguments = ("out", VaeConfig(path="vae"), {}, ImagesConfig(), EncodeConfig(), False)
+    arguments = ("out", VaeConfig(path="vae"), {}, None, ImagesConfig(), EncodeConfig(), False)
     actors = pool.ActorPool(ShardEncoder, arguments, config, threads=1, most=1)
     monkeypatch.setattr(pool, "SAY_EVERY_S", 0.0)
     said = actors.unscheduled()

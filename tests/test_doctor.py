@@ -139,6 +139,7 @@ def test_a_taken_port_and_an_absent_ray_are_named(monkeypatch):
     assert str(port) in finding.found
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_reduce_is_timed_among_the_ranks_of_a_launch():
     done = subprocess.run(

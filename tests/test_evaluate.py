@@ -344,6 +344,7 @@ def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network
         assert values[1][name] < 0.8 * values[0][name]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
     arguments = (str(trained_run), f"--features=inception={network_file}", "--num-pictures=9")

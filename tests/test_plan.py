@@ -83,6 +83,7 @@ def test_predicted_activations_are_the_memory_that_a_step_takes_within_15_percen
     assert measured == pytest.approx((batch - 2) * predicted, rel=0.15)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_bf16_take_less():
     sample, config = Sample(16, 16, 8, 0.0), DiTConfig(**(NETWORK | {"size": "debug"}))
     plain = activation_bytes(config, sample, "fp32", False)
@@ -116,6 +117,7 @@ def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     assert config.training.global_batch // 2 % (changed.engine.micro_batch or 0) == 0
 
 
+@pytest.mark.slow
 def test_a_model_too_large_is_said_not_to_fit(tmp_path, capsys):
     overrides = ["model.size=XL"]
     plan.main(write_config(tmp_path), overrides, gpus=1, gpu_memory=1.0, fit=True)

@@ -231,6 +231,7 @@ def test_training_goes_on_over_a_full_disk_and_saves_when_there_is_room(tmp_path
 # --- what may not change unseen
 
 
+@pytest.mark.slow
 def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rate_is(tmp_path):
     config = str(write_config(tmp_path))
     options = ["training.images=96", "optimizer.schedule=linear", "optimizer.warmup_images=0"]
@@ -258,6 +259,7 @@ def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rat
     assert json.loads(record.read_text())["images_seen"] == 192
 
 
+@pytest.mark.slow
 def test_an_optimizer_whose_state_cannot_be_carried_over_is_refused(tmp_path):
     config = str(write_config(tmp_path))
     done = train_factory.run("pipeline.train", config, "training.images=48", "optimizer.kind=muon")

@@ -116,6 +116,7 @@ def test_a_picture_is_drawn_again_alone_from_what_it_says_of_itself(trained_run,
     assert not np.allclose(read(first, "00000"), read(first, "00001"), atol=1)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_share_the_pictures_and_draw_the_same_ones(trained_run, tmp_path):
     prompts = [f"--prompt=picture {i}" for i in range(3)]

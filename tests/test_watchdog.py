@@ -102,7 +102,7 @@ def test_ranks_that_are_suspended_together_go_on(ranks):
     train_factory.wait_for(ranks[0], "step 10/")
     for process in ranks:
         process.send_signal(signal.SIGSTOP)
-    time.sleep(5)  # longer than the silence that ends a run
+    time.sleep(8)  # longer than the silence that ends a run
     for process in ranks:
         process.send_signal(signal.SIGCONT)
     for process in ranks:

@@ -231,9 +231,9 @@ def report(found: dict[str, list[tuple[dict, dict]]], sizes: tuple[int, int]) ->
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here")] = None,
-    small: Annotated[int, typer.Option(help="pictures")] = 256,
-    large: Annotated[int, typer.Option(help="pictures")] = 1280,
-    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    small: Annotated[int, typer.Option(help="pictures")] = 128,
+    large: Annotated[int, typer.Option(help="pictures")] = 640,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     side: Annotated[str | None, typer.Option(hidden=True)] = None,
     folder: Annotated[Path, typer.Option(hidden=True)] = Path(),
     out: Annotated[Path, typer.Option(hidden=True)] = Path(),

@@ -10,7 +10,8 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -108,7 +109,8 @@ class ShardCache:
             found = self._copy(name, file)
             if found != sha256:
                 raise ShardError(f"sha256 got {found}, expected {sha256}")
-            temporary.replace(path)
+            with self._locked():  # or who makes room may count it under neither name
+                temporary.replace(path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -130,13 +132,18 @@ class ShardCache:
     def _reserve(self, path: Path, name: str, size: int) -> IO[bytes]:
         """A new file of `size` bytes, locked, after deleting as many least recently used ones as it needs."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (self.top / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             self._make_room(size, name)
             file = path.open("w+b")
             fcntl.flock(file, fcntl.LOCK_EX)
             os.posix_fallocate(file.fileno(), 0, size)
         return file
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.top / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _make_room(self, size: int, name: str) -> None:
         limit = int(self.config.max_gib * GIB)
@@ -159,7 +166,7 @@ class ShardCache:
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except FileNotFoundError:  # renamed by whoever wrote it
+    except FileNotFoundError:  # its download failed, or it was damaged
         return None
 
 

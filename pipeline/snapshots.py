@@ -161,6 +161,12 @@ def _check_members(manifest: Manifest, where: Path) -> None:
             )
 
 
+def _vision(manifest: Manifest) -> tuple[str, int] | None:
+    """What makes features comparable."""
+    vision = manifest.vision_encoder
+    return vision and (vision.weights_sha256, vision.patch_pixels)
+
+
 class Snapshot:
     """The datasets of a run as they stood at one moment, and one shard table of all."""
 
@@ -173,6 +179,10 @@ class Snapshot:
                 )
             codec, encoders = self.manifest.codec.model_dump(), self.manifest.text_encoders
             check_dataset(other.manifest, other.source.path, codec=codec, text_encoders=encoders)
+            if _vision(other.manifest) != _vision(self.manifest):
+                raise InputError(
+                    f"{other.source.path}: its vision_encoder is not that of {datasets[0].source.path}, to mix with"
+                )
         sizes = [len(dataset.table) for dataset in datasets]
         self.dataset = np.repeat(np.arange(len(datasets)), sizes)
         self.table = pa.concat_tables([dataset.table for dataset in datasets]).combine_chunks()

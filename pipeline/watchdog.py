@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
 
@@ -60,8 +61,10 @@ class Watchdog:
         ):
             text = "".join(traceback.format_exception(error))
             silent = "" if not isinstance(error, RuntimeError) else self._silent_ranks()
+            self.over.set()
             self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
             sys.stderr.write(silent)
+            self._linger()
         self.over.set()
         for thread in self.threads:  # one that is within the store aborts the interpreter's exit
             thread.join(self.silence_s)
@@ -138,10 +141,17 @@ class Watchdog:
         """All ranks; what the first one said is what counts."""
         return self.store.compare_set("verdict", "", verdict).decode()
 
+    def _linger(self) -> None:
+        """Rank 0 may hold the store: it goes when the others have had the time to read there why."""
+        if self.rank == 0:
+            time.sleep(2.5 * self.beat_s)
+
     def _leave(self, verdict: str) -> None:
+        self.over.set()
         sys.stderr.write(f"\nrank {self.rank} stops at step {self.step}: {verdict}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback()
+        self._linger()
         os._exit(1)
 
 

@@ -1,5 +1,6 @@
 """Two hosts on one machine: network, process and host-name namespaces joined by one cable that can be cut."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,21 @@ def why_not() -> str | None:
         text=True,
     )
     return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
+
+
+def lacking(programs: list[str], packages: list[str]) -> str | None:
+    """Why hosts with these programs cannot be had here, after trying to install the packages."""
+    if os.geteuid():
+        return "needs root, for namespaces and daemons"
+    if reason := why_not():
+        return reason
+    if not all(shutil.which(program) for program in programs):
+        if not shutil.which("apt-get"):
+            return f"no {' and '.join(programs)}, nor apt-get to install them"
+        install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+        if subprocess.run(install, capture_output=True).returncode:
+            return f"apt-get could not install {' and '.join(packages)}"
+    return None
 
 
 def _ip(*arguments: str, check: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -16,12 +17,13 @@ from data_prep.prepare import PrepareConfig, prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.verify import verify
 from models import build_model
-from models.config import InputError, load_config
+from models.config import InputError, load_config, parse_config
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
 from models.networks import AlignmentConfig, MaskingConfig, RoutingConfig
 from models.vision_encoder import VisionEncoder
 from pipeline.checkpoint import load_weights
+from pipeline.data import DataConfig, Loader
 from pipeline.objective import alignment_loss
 from pipeline.train import alignment_weight
 from tests import train_factory
@@ -152,6 +154,17 @@ def test_prepared_features_are_those_of_picture_and_mirror_image(dataset):
             flipped |= not np.array_equal(plain, mirrored)
             assert json.loads(arrays[f"{key}.json"])["caption"]
     assert flipped
+
+
+def test_features_of_two_encoders_are_not_mixed(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "other")
+    manifest = read_manifest(dataset)
+    vision = manifest.vision_encoder.model_copy(update={"weights_sha256": "other"})
+    changed = manifest.model_copy(update={"vision_encoder": vision}).with_fingerprint()
+    (tmp_path / "other" / "manifest.json").write_text(changed.model_dump_json())
+    sources = {path.name: {"path": str(path)} for path in (dataset, tmp_path / "other")}
+    with pytest.raises(InputError, match=r"other: its vision_encoder is not that of .*dataset"):
+        Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
 
 
 RUN = """

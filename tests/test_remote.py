@@ -1,5 +1,6 @@
 """Shards behind fsspec: S3 on a loopback server, an unreliable HTTP server, and the bounded cache."""
 
+import fcntl
 import http.server
 import itertools
 import os
@@ -74,6 +75,13 @@ def loader(url: str, cache: Path, max_gib: float = 1.0, attempts: int = 3, **opt
 def numbers(loader: Loader, count: int, start: int = 0) -> list[list[int]]:
     batches = itertools.islice(loader.batches(start), count)
     return [batch.micro[:, 0].long().tolist() for batch in batches]
+
+
+def wait_for_part(cache: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(cache.rglob("*.part")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def local(folder: Path, count: int) -> list[list[int]]:
@@ -246,6 +254,23 @@ def test_readers_that_compete_for_a_small_cache_all_get_the_right_bytes(tmp_path
     assert sum(server.gets[name] for name in names) > len(names)  # so there was eviction
 
 
+def test_no_shard_changes_its_name_while_the_cache_is_being_counted(tmp_path, server):
+    (tmp_path / "served" / "a.tar").write_bytes(b"a" * 1000)
+    digest = sha256_of((tmp_path / "served" / "a.tar").open("rb"))
+    server.delay_s = 1.0
+    config = CacheConfig(path=str(tmp_path / "cache"), max_gib=1500 / GIB)
+    cache = ShardCache(server.url, config, threading.Event())
+    reader = threading.Thread(target=lambda: cache.open("a.tar", digest, 1000)[0].close())
+    reader.start()
+    wait_for_part(cache.top)
+    with (cache.top / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as who makes room
+        reader.join(2.0)
+        assert [path.suffix for path in cache.folder.iterdir()] == [".part"]
+    reader.join()
+    assert [path.name for path in cache.folder.iterdir()] == ["a.tar"]
+
+
 def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, server):
     (tmp_path / "served" / "a.tar").write_bytes(b"a" * 1000)
     (tmp_path / "served" / "b.tar").write_bytes(b"b" * 1000)
@@ -256,10 +281,7 @@ def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, s
         f"ShardCache({server.url!r}, config, threading.Event()).open('a.tar', '', 1000)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "cache").rglob("*.part")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_part(tmp_path / "cache")
     child.kill()
     child.wait()
     server.delay_s = 0

@@ -1,7 +1,6 @@
 """Real Slurm on two hosts of one machine: limits, requeues and cancellations leave what can be resumed."""
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from data_prep.schema import read_manifest
 from data_prep.verify import verify
 from pipeline.checkpoint import candidates, faults
 from tests import prep_factory, train_factory
-from tests.hosts import ADDRESSES, NAMES, Hosts, two_hosts, why_not
+from tests.hosts import ADDRESSES, NAMES, Hosts, lacking, two_hosts
 from tests.ray_cluster import BIN, copy_checkout
 
 ROOT = Path(__file__).parent.parent
@@ -51,21 +50,6 @@ def shellcheck() -> str:
 def test_shellcheck_has_nothing_to_say(path):
     done = subprocess.run([shellcheck(), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def lacking() -> str | None:
-    """Why Slurm cannot be started here, after trying to install it."""
-    if os.geteuid():
-        return "needs root, for namespaces and Slurm's daemons"
-    if reason := why_not():
-        return reason
-    if not shutil.which("slurmctld") or not shutil.which("munged"):
-        if not shutil.which("apt-get"):
-            return "no slurmctld and munged, nor apt-get to install them"
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-        if subprocess.run(install, capture_output=True).returncode:
-            return "apt-get could not install slurm-wlm and munge"
-    return None
 
 
 class Slurm:
@@ -140,7 +124,7 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
-    if reason := lacking():
+    if reason := lacking(["slurmctld", "munged"], ["slurm-wlm", "munge"]):
         pytest.skip(reason)
     with two_hosts() as hosts:
         yield Slurm(hosts, tmp_path_factory.mktemp("slurm"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import train_factory
-from tests.hosts import NAMES, Hosts, two_hosts, why_not
+from tests.hosts import NAMES, Hosts, lacking, two_hosts
 from tests.ray_cluster import BIN
 from tests.test_train import weights
 
@@ -33,25 +33,10 @@ LogLevel ERROR
 """
 
 
-def lacking() -> str | None:
-    """Why there are no daemons here, after trying to install them."""
-    if os.geteuid():
-        return "needs root, for namespaces and sshd"
-    if reason := why_not():
-        return reason
-    if not shutil.which("sshd") or not shutil.which("pdsh"):
-        if not shutil.which("apt-get"):
-            return "no sshd and pdsh, nor apt-get to install them"
-        install = ["apt-get", "install", "-y", "--no-install-recommends", "openssh-server", "pdsh"]
-        if subprocess.run(install, capture_output=True).returncode:
-            return "apt-get could not install openssh-server and pdsh"
-    return None
-
-
 @pytest.fixture
 def hosts(tmp_path) -> Iterator[Hosts]:
     """Two hosts, each with an sshd that lets in who has the key; `tmp_path`/bin/ssh uses it."""
-    if reason := lacking():
+    if reason := lacking(["sshd", "pdsh"], ["openssh-server", "pdsh"]):
         pytest.skip(reason)
     Path("/run/sshd").mkdir(exist_ok=True)
     keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]

@@ -4,8 +4,8 @@ The loader: R ranks, a process each, read the same global batches. Preparation: 
 four raylets. All share the machine's cores, so that CPU seconds, not pictures a second, tell what grows.
 """
 
-import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,17 +24,23 @@ from tests.ray_cluster import RayCluster
 from tests.shard_factory import Kind, make_dataset
 
 NODES = (1, 2, 4)
-GLOBAL_BATCH, STEPS, ROUNDS = 256, 60, 3
-PICTURES = (64, 256)  # two sizes: the difference is the work, the rest the start
+GLOBAL_BATCH, WARM_UP, STEPS, ROUNDS = 256, 64, 2000, 3
+PICTURES = (
+    64,
+    256,
+    8192,
+)  # to warm up, then two sizes: the difference is the work, the rest the start
+IDLE_S = 15.0
 
 READ = """
 import sys, time
 from pipeline.data import DataConfig, Loader
-path, rank, ranks, batch, steps = sys.argv[1], *map(int, sys.argv[2:])
+path, rank, ranks, batch, warm_up, steps = sys.argv[1], *map(int, sys.argv[2:])
 loader = Loader(DataConfig(path=path, prefetch=0, verify="size"), global_batch=batch, seed=0, rank=rank,
                 world_size=ranks, pin=False)
 batches = loader.batches(0)
-next(batches)
+for _ in range(warm_up):
+    next(batches)
 begun, cpu = time.perf_counter(), time.process_time()
 for _ in range(steps):
     next(batches)
@@ -44,10 +50,11 @@ print(time.perf_counter() - begun, time.process_time() - cpu)
 
 def read(dataset: Path, ranks: int) -> tuple[float, float]:
     """Wall and CPU seconds of STEPS global batches, the CPU of all ranks together."""
-    arguments = [str(ranks), str(GLOBAL_BATCH), str(STEPS)]
+    arguments = [str(ranks), str(GLOBAL_BATCH), str(WARM_UP), str(STEPS)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", READ, str(dataset), str(rank), *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as torchrun sets it
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -57,52 +64,49 @@ def read(dataset: Path, ranks: int) -> tuple[float, float]:
     return max(wall for wall, _ in times), sum(cpu for _, cpu in times)
 
 
-def cpu_seconds(cluster: RayCluster) -> float:
-    """Of all that the nodes have started, what has ended included."""
-    total = 0.0
-    for node in cluster.nodes:
-        for process in psutil.Process(node.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                spent = process.cpu_times()
-                total += spent.user + spent.system + spent.children_user + spent.children_system
-    return total
+def cpu_seconds() -> float:
+    """Of the whole machine, which has to be idle beside: what workers spent goes when their raylet does."""
+    spent = psutil.cpu_times()
+    return spent.user + spent.nice + spent.system  # Ray runs its workers niced
 
 
 def prepare(folder: Path, nodes: int) -> dict[str, float]:
     """Seconds a picture and at the start, of wall and of all processes' CPU, on so many raylets."""
-    from tests.test_text_encoder import save_encoder
-    from tests.test_vae import save_kl
-
     (folder / "ray").mkdir()
-    vae, text = save_kl(folder / "vae"), save_encoder(folder / "text", "bert")
     cluster = RayCluster(folder / "ray")
     try:
         for place in range(nodes):
             cluster.start(4 // nodes, head=place == 0)
+        environment = cluster.environment | {"RAY_ADDRESS": cluster.gcs}
         walls, cpus = [], []
-        for count in (8, *PICTURES):  # the first one warms the workers up
-            pictures = prep_factory.fill_folder(folder / f"pictures{count}", count)
+        for count in PICTURES:
             config = prep_factory.write_config(
                 folder / f"{count}.yaml",
-                {"p": pictures},
-                vae,
-                text,
+                {"p": folder.parent / f"pictures{count}"},
+                folder.parent / "vae",
+                folder.parent / "text",
+                encode={"batch_size": 16},
+                samples_per_shard=32,
                 output=str(folder / str(count)),
             )
             command = [sys.executable, "-m", "data_prep.prepare", str(config), "ray.num_actors=4"]
-            begun, before = time.perf_counter(), cpu_seconds(cluster)
-            environment = cluster.environment | {"RAY_ADDRESS": cluster.gcs}
+            begun, before = time.perf_counter(), cpu_seconds()
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
             walls.append(time.perf_counter() - begun)
-            cpus.append(cpu_seconds(cluster) - before)
+            cpus.append(cpu_seconds() - before)
+        before = cpu_seconds()
+        time.sleep(IDLE_S)
+        idle = (cpu_seconds() - before) / IDLE_S
     finally:
         cluster.stop()
-    step = PICTURES[1] - PICTURES[0]
-    wall, cpu = (values[2] - values[1] for values in (walls, cpus))
+    step = PICTURES[-1] - PICTURES[-2]
+    wall, cpu = (values[-1] - values[-2] for values in (walls, cpus))
     return {
         "picture_ms": 1e3 * wall / step,
         "picture_cpu_ms": 1e3 * cpu / step,
-        "fixed_s": walls[1] - wall / step * PICTURES[0],
+        "start_s": walls[-2] - wall / step * PICTURES[-2],
+        "start_cpu_s": cpus[-2] - cpu / step * PICTURES[-2],
+        "idle_cores": idle,
     }
 
 
@@ -129,13 +133,19 @@ def main(
                     w for w, _ in times
                 )
         if what in ("both", "prepare"):
+            from tests.test_text_encoder import save_encoder
+            from tests.test_vae import save_kl
+
+            save_kl(folder / "vae"), save_encoder(folder / "text", "bert")
+            for count in PICTURES:
+                prep_factory.fill_folder(folder / f"pictures{count}", count)
             for nodes in NODES:
                 (folder / f"nodes{nodes}").mkdir()
                 for key, value in prepare(folder / f"nodes{nodes}", nodes).items():
                     found[f"prepare_{key}_{nodes}"] = value
     table = Table("", *(f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES))
     for key in dict.fromkeys(key.rsplit("_", 1)[0] for key in found):
-        table.add_row(key, *(f"{found[f'{key}_{nodes}']:.1f}" for nodes in NODES))
+        table.add_row(key, *(f"{found[f'{key}_{nodes}']:.2f}" for nodes in NODES))
     Console().print(table)
     if json_path:
         json_path.write_text(json.dumps(found, indent=1))

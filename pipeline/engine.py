@@ -1,6 +1,7 @@
 """The DeepSpeed engine: its config built here in Python, parameter groups, optimizer, the LR schedule."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -210,6 +211,8 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed's own calls of torch say so twice a step with ZeRO 3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     optimizer = build_optimizer(model, optimizer_config)
     if clips_itself(engine_config):
         optimizer.clip = optimizer_config.clip

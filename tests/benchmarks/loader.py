@@ -36,6 +36,7 @@ CASES = {  # what a sample has, shards, samples a shard
     "124k": (Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True), 24, 256),
     "8k": (Kind({}, channels=4, bare=True), 24, 1024),
 }
+LEAST_S = 0.5  # a turn: a few epochs of what is fast
 SLOW_SAMPLES = 2048  # of the sides that are known to be slow
 Side = Callable[[], int]  # reads everything once and returns how many samples that were
 
@@ -219,7 +220,9 @@ def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[flo
     for number in range(rounds + 1):
         for name, side in sides.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            count = side()
+            count = 0
+            while time.perf_counter() - wall < LEAST_S:
+                count += side()
             rates = count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
             if number:
                 found[name]["wall"].append(rates[0])

@@ -61,7 +61,7 @@ class Watchdog:
         ):
             text = "".join(traceback.format_exception(error))
             silent = "" if not isinstance(error, RuntimeError) else self._silent_ranks()
-            self.over.set()
+            self.over.set()  # or the thread that beats would read it as another's, and leave
             self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
             sys.stderr.write(silent)
             self._linger()

@@ -25,11 +25,8 @@ from tests.shard_factory import Kind, make_dataset
 
 NODES = (1, 2, 4)
 GLOBAL_BATCH, WARM_UP, STEPS, ROUNDS = 256, 64, 2000, 3
-PICTURES = (
-    64,
-    256,
-    8192,
-)  # to warm up, then two sizes: the difference is the work, the rest the start
+# To warm up, then two sizes: the difference is the work, the rest the start.
+PICTURES = (64, 256, 8192)
 IDLE_S = 15.0
 
 READ = """

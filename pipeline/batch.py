@@ -162,8 +162,8 @@ class Slot:
     name: str
     column: int | None
     begin: int
-    end: int
-    shape: list[int]
+    row_bytes: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
 
@@ -190,15 +190,15 @@ class Assembler:
         self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
 
     def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
-        padded = self._padded(rows.tokens)
-        parts, size = self.parts(bucket, padded, len(rows.ids))
+        padded, count = self._padded(rows.tokens), len(rows.ids)
+        parts, size = self.parts(bucket, padded, count)
         buffer, memory = self.pool.take(size)
         out: dict[str, Tensor] = {}
         for part in parts:
-            flat = memory[part.begin : part.end]
+            flat = memory.as_strided((count, part.row_bytes), (part.row_bytes, 1), part.begin)
             if part.column is not None:
-                gather(rows.address[part.column], rows.low, rows.high, flat.view(len(rows.ids), -1))
-            out[part.name] = flat.view(part.dtype).view(part.shape)
+                gather(rows.address[part.column], rows.low, rows.high, flat)
+            out[part.name] = flat.view(part.dtype).view(*part.shape)
         pooled = [out[name] for n, _ in self.encoders if (name := f"{n}_pooled") in out]
         return Batch(
             step=step,
@@ -219,20 +219,20 @@ class Assembler:
 
     def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
         """The members of a batch in its buffer, and the bytes of all."""
-        kinds: list[tuple[str, int | None, list[int], torch.dtype]] = [
-            (member.name, column, [count, *shape], getattr(torch, member.dtype))
+        kinds: list[tuple[str, int | None, tuple[int, ...], torch.dtype]] = [
+            (member.name, column, shape, getattr(torch, member.dtype))
             for (column, member), shape in zip(
                 enumerate(self.snapshot.manifest.members), self.snapshot.shapes(bucket), strict=True
             )
             if member.name not in self.left_out.union(dict(self.encoders))
         ]
         if self.encoders:
-            kinds.append(("text", None, [count, sum(padded), self.width], torch.float16))
+            kinds.append(("text", None, (sum(padded), self.width), torch.float16))
         parts, begin = [], 0
         for name, column, shape, dtype in kinds:
-            end = begin + math.prod(shape) * dtype.itemsize
-            parts.append(Slot(name, column, begin, end, shape, dtype))
-            begin = -(-end // ALIGNMENT) * ALIGNMENT
+            row_bytes = math.prod(shape) * dtype.itemsize
+            parts.append(Slot(name, column, begin, row_bytes, (count, *shape), dtype))
+            begin += -(-count * row_bytes // ALIGNMENT) * ALIGNMENT
         return parts, begin
 
     def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ moment two samples of one dataset and bucket have been laid out equally often or
 import bisect
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import Any
@@ -90,6 +90,14 @@ class Segments:
         return Segments(*(np.concatenate([empty, *(getattr(p, n) for p in pieces)]) for n in names))
 
 
+@lru_cache(maxsize=64)
+def _rows(size: int, seed: int, shard: int, cycle: int) -> np.ndarray:
+    """The permutation of a shard that windows share pieces of."""
+    rows = permutation(size, seed, ROWS, shard, cycle)
+    rows.flags.writeable = False
+    return rows
+
+
 @dataclass(frozen=True)
 class Window:
     """A few pieces of shards, shuffled together; its first `skip` samples have been taken already."""
@@ -106,7 +114,7 @@ class Window:
         return [
             np.arange(size)
             if stop - start == size
-            else permutation(size, self.seed, ROWS, shard, cycle)[start:stop]
+            else _rows(size, self.seed, shard, cycle)[start:stop]
             for shard, size, cycle, start, stop in zip(*(c.tolist() for c in columns), strict=True)
         ]
 
@@ -124,27 +132,28 @@ class Layout:
     ends: np.ndarray  # int64 (m,), cumulative samples
     cuts: np.ndarray  # int64 (C + 1,), where the partitions begin and end
 
-    def window_edges(self, partition: int, window_shards: int) -> np.ndarray:
-        """int64 (W + 1,): the partition's windows as positions of this layout."""
-        low, high = self.cuts[partition : partition + 2]
-        first = int(np.searchsorted(self.ends, low, "right"))
-        last = int(np.searchsorted(self.ends, high, "left"))
-        count = max(1, round((last + 1 - first) / window_shards))
-        inner = first + np.arange(1, count) * (last + 1 - first) // count
-        return np.concatenate([[low], self.ends[inner - 1], [high]])
+    def _pieces(self, low: int, high: int) -> tuple[int, int]:
+        """The first of the pieces that lie in positions low..high, and the one after the last."""
+        first, last = self.ends.searchsorted(low, "right"), self.ends.searchsorted(high, "left")
+        return int(first), int(last) + 1
+
+    def window_edges(self, partition: int, window_shards: int) -> list[int]:
+        """The partition's windows as positions of this layout: where each begins, and the end."""
+        low, high = self.cuts[partition : partition + 2].tolist()
+        first, last = self._pieces(low, high)
+        count = max(1, round((last - first) / window_shards))
+        inner = [first + number * (last - first) // count for number in range(1, count)]
+        return [low, *(int(self.ends[place - 1]) for place in inner), high]
 
     def between(self, low: int, high: int) -> Segments:
         """The pieces that lie in positions low..high."""
-        first = int(np.searchsorted(self.ends, low, "right"))
-        last = int(np.searchsorted(self.ends, high, "left"))
-        pieces = self.segments.take(slice(first, last + 1))
-        ends = self.ends[first : last + 1]
+        first, after = self._pieces(low, high)
+        pieces = self.segments.take(slice(first, after))
+        ends = self.ends[first:after]
         begins = ends - (pieces.stop - pieces.start)
-        return replace(
-            pieces,
-            start=pieces.start + np.maximum(low - begins, 0),
-            stop=pieces.stop - np.maximum(ends - high, 0),
-        )
+        start = pieces.start + np.maximum(low - begins, 0)
+        stop = pieces.stop - np.maximum(ends - high, 0)
+        return Segments(pieces.shard, pieces.size, pieces.cycle, start, stop)
 
 
 class BucketOrder:
@@ -207,7 +216,7 @@ class BucketOrder:
         while True:
             layout = self.layout(epoch)
             here = int(layout.cuts[partition]) + position - self._offset(epoch, partition)
-            edges = layout.window_edges(partition, self.plan.window_shards).tolist()
+            edges = layout.window_edges(partition, self.plan.window_shards)
             for number, (low, high) in enumerate(itertools.pairwise(edges)):
                 if here < high:
                     key = (*self.key, self.plan.first_epoch + epoch, partition, number)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import index_path
-from pipeline.order import Window
+from pipeline.order import Segments, Window
 from pipeline.remote import CacheFullError, ShardError, sha256_of
 from pipeline.snapshots import Dataset, Snapshot
 
@@ -46,6 +46,7 @@ class Shard:
         if not (fits & inside).all():
             raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
         self.address = np.ascontiguousarray((begin + address_of(self.map)).T)
+        self.low, self.high = int(self.address.min()), int(self.address.max())
         self.tokens = np.ascontiguousarray((size // unit)[:, most > 0].T)
 
 
@@ -73,12 +74,18 @@ class Rows:
     high: int
     shards: list[Shard]
 
-    def __getitem__(self, chosen: slice | np.ndarray) -> "Rows":
-        address, tokens, ids = self.address[:, chosen], self.tokens[:, chosen], self.ids[chosen]
+    def __getitem__(self, part: slice) -> "Rows":
+        address, tokens, ids = self.address[:, part], self.tokens[:, part], self.ids[part]
         return Rows(address, tokens, ids, self.low, self.high, self.shards)
+
+    def take(self, chosen: np.ndarray) -> "Rows":
+        address, tokens = self.address.take(chosen, axis=1), self.tokens.take(chosen, axis=1)
+        return Rows(address, tokens, self.ids[chosen], self.low, self.high, self.shards)
 
     @staticmethod
     def join(rows: "list[Rows]") -> "Rows":
+        if len(rows) == 1:
+            return rows[0]
         return Rows(
             np.concatenate([r.address for r in rows], axis=1),
             np.concatenate([r.tokens for r in rows], axis=1),
@@ -213,37 +220,37 @@ class ShardStore:
         Where unreadable shards are to be skipped, samples of the window's other shards take the places of
         theirs, so that the order of all others, and the number of samples, stay what they were.
         """
-        rows, places, count = [], [], 0
-        for number, chosen in zip(window.segments.shard.tolist(), window.rows(), strict=True):
+        rows, order, segments = [], window.shuffle(), window.segments
+        for number, chosen in zip(segments.shard.tolist(), window.rows(), strict=True):
             try:
                 rows.append(self.rows(number, chosen))
             except ShardError as error:
                 if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
                     raise
                 self._count(number, error)
-                places.append(np.full(len(chosen), -1))
-                continue
-            places.append(count + np.arange(len(chosen)))
-            count += len(chosen)
-        order = np.concatenate(places)
-        lost = np.flatnonzero(order < 0)
-        if len(lost):
-            if not count:
-                names = {str(self.bad[n]) for n in window.segments.shard.tolist()}
-                raise ShardError(
-                    f"every shard of a window is unreadable: {'; '.join(sorted(names))}"
-                )
-            order[lost] = np.arange(len(lost)) % count
-            self.skipped.samples += len(lost)
-        return Rows.join(rows)[order[window.shuffle()]]
+        if len(rows) < len(segments.shard):
+            order = self._replaced(segments)[order]
+        return Rows.join(rows).take(order)
+
+    def _replaced(self, segments: Segments) -> np.ndarray:
+        """int64 (n,): the place, among a window's readable samples, that each of its samples is taken from."""
+        readable = np.array([number not in self.bad for number in segments.shard.tolist()])
+        if not readable.any():
+            names = {str(self.bad[n]) for n in segments.shard.tolist()}
+            raise ShardError(f"every shard of a window is unreadable: {'; '.join(sorted(names))}")
+        kept = np.repeat(readable, segments.stop - segments.start)
+        places = np.cumsum(kept) - 1
+        lost = np.flatnonzero(~kept)
+        places[lost] = np.arange(len(lost)) % (len(kept) - len(lost))
+        self.skipped.samples += len(lost)
+        return places
 
     def rows(self, number: int, chosen: np.ndarray) -> Rows:
         """Some samples of a shard; raises ShardError."""
         shard = self.open(number)
-        address = shard.address[:, chosen]
-        low, high = int(address.min()), int(address.max())
+        address, tokens = shard.address.take(chosen, axis=1), shard.tokens.take(chosen, axis=1)
         ids = chosen + self.snapshot.first_id[number]
-        return Rows(address, shard.tokens[:, chosen], ids, low, high, [shard])
+        return Rows(address, tokens, ids, shard.low, shard.high, [shard])
 
     def _count(self, number: int, error: ShardError) -> None:
         name = self.snapshot.text("path", number)
@@ -275,8 +282,11 @@ class Memory:
 
 
 @lru_cache(maxsize=256)
-def _rows_at(low: int, high: int, row_bytes: int) -> Tensor:
-    return torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
+def _rows_at(low: int, high: int, row_bytes: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """A row at every address, uint8 (n, row bytes); its bytes, (n,); and one place in each page of a row."""
+    rows = torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
+    memory = np.asarray(Memory(low, 1, high - low + row_bytes))[0]
+    return rows, memory, np.append(np.arange(0, row_bytes, mmap.PAGESIZE), row_bytes - 1)
 
 
 def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
@@ -287,8 +297,11 @@ def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
     if out.shape[1] >= LARGE_ROW:
         gather_ragged(address, np.full(len(address), out.shape[1]), out)
         return
-    source = _rows_at(low, high, out.shape[1])
-    torch.index_select(source, 0, torch.from_numpy(address - low), out=out)
+    (rows, memory, places), begins = _rows_at(low, high, out.shape[1]), address - low
+    if out.shape[1] >= mmap.PAGESIZE:
+        # A byte of every page first: their misses overlap, while the copy would wait for one after another.
+        memory.take((begins[:, None] + places).ravel())
+    torch.index_select(rows, 0, torch.from_numpy(begins), out=out)
 
 
 def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:

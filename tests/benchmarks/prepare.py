@@ -134,7 +134,7 @@ def run_flowmill(folder: Path, out: Path, actors: int) -> dict[str, float]:
         images=IMAGES.model_dump(mode="json"),
         text_encoders={"text": {"path": str(text_folder()), "max_length": MAX_LENGTH}},
         encode={"batch_size": BATCH},
-        samples_per_shard=128,
+        samples_per_shard=64,  # so that even the small size has a shard an actor, or two
         filters={"duplicates": "keep"},
         ray={"num_cpus": actors, "num_actors": actors, "decoders_per_actor": 1},
         output=str(out),

@@ -103,6 +103,7 @@ class Window:
     """A few pieces of shards, shuffled together; its first `skip` samples have been taken already."""
 
     segments: Segments
+    length: int  # samples
     seed: int
     key: tuple[int, ...]
     skip: int = 0
@@ -120,40 +121,36 @@ class Window:
 
     def shuffle(self) -> np.ndarray:
         """int64 (n,): the order of the concatenated rows, without the skipped ones."""
-        length = int((self.segments.stop - self.segments.start).sum())
-        return permutation(length, self.seed, WINDOW, *self.key)[self.skip :]
+        return permutation(self.length, self.seed, WINDOW, *self.key)[self.skip :]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One epoch of a bucket laid end to end."""
+    """One epoch of a bucket laid end to end, and cut where the C partitions begin."""
 
-    segments: Segments
-    ends: np.ndarray  # int64 (m,), cumulative samples
-    cuts: np.ndarray  # int64 (C + 1,), where the partitions begin and end
+    segments: Segments  # (m,)
+    edges: np.ndarray  # int64 (m + 1,), samples before each piece, and all
+    cuts: np.ndarray  # int64 (C + 1,), pieces before each partition, and all
 
-    def _pieces(self, low: int, high: int) -> tuple[int, int]:
-        """The first of the pieces that lie in positions low..high, and the one after the last."""
-        first, last = self.ends.searchsorted(low, "right"), self.ends.searchsorted(high, "left")
-        return int(first), int(last) + 1
+    @staticmethod
+    def cut(laid: Segments, cuts: np.ndarray) -> "Layout":
+        """Of whole pieces, and the samples before each partition, int64 (C + 1,)."""
+        ends = np.cumsum(laid.stop - laid.start)
+        edges = np.union1d(ends, cuts)
+        of = ends.searchsorted(edges[1:])  # the whole piece that each is of
+        begins = (ends - laid.stop)[of]  # where row 0 of its shard would be
+        start, stop = edges[:-1] - begins, edges[1:] - begins
+        pieces = Segments(laid.shard[of], laid.size[of], laid.cycle[of], start, stop)
+        return Layout(pieces, edges, edges.searchsorted(cuts))
 
-    def window_edges(self, partition: int, window_shards: int) -> list[int]:
-        """The partition's windows as positions of this layout: where each begins, and the end."""
-        low, high = self.cuts[partition : partition + 2].tolist()
-        first, last = self._pieces(low, high)
-        count = max(1, round((last - first) / window_shards))
-        inner = [first + number * (last - first) // count for number in range(1, count)]
-        return [low, *(int(self.ends[place - 1]) for place in inner), high]
+    def partition(self, number: int) -> Segments:
+        return self.segments.take(slice(*self.cuts[number : number + 2]))
 
-    def between(self, low: int, high: int) -> Segments:
-        """The pieces that lie in positions low..high."""
-        first, after = self._pieces(low, high)
-        pieces = self.segments.take(slice(first, after))
-        ends = self.ends[first:after]
-        begins = ends - (pieces.stop - pieces.start)
-        start = pieces.start + np.maximum(low - begins, 0)
-        stop = pieces.stop - np.maximum(ends - high, 0)
-        return Segments(pieces.shard, pieces.size, pieces.cycle, start, stop)
+    def windows(self, partition: int, window_shards: int) -> np.ndarray:
+        """int64 (W + 1,): pieces before each window of a partition, and the end."""
+        first, after = self.cuts[partition : partition + 2].tolist()
+        count = max(1, round((after - first) / window_shards))
+        return first + np.arange(count + 1) * (after - first) // count
 
 
 class BucketOrder:
@@ -187,8 +184,7 @@ class BucketOrder:
         before, after = (
             (self.drawn(e) + partitions) // self.plan.partitions for e in (epoch, epoch + 1)
         )
-        cuts = np.concatenate([[0], np.cumsum(after - before)])
-        return Layout(laid, np.cumsum(laid.stop - laid.start), cuts)
+        return Layout.cut(laid, np.concatenate([[0], np.cumsum(after - before)]))
 
     def _draw(self, number: int, epoch: int) -> list[Segments]:
         """The samples of a part in an epoch: the next `repeat` of its cycles, a cycle being all of it."""
@@ -215,13 +211,15 @@ class BucketOrder:
         epoch = bisect.bisect_right(epochs, position, key=lambda e: self._offset(e, partition)) - 1
         while True:
             layout = self.layout(epoch)
-            here = int(layout.cuts[partition]) + position - self._offset(epoch, partition)
-            edges = layout.window_edges(partition, self.plan.window_shards)
-            for number, (low, high) in enumerate(itertools.pairwise(edges)):
+            pieces = layout.windows(partition, self.plan.window_shards)
+            edges = layout.edges[pieces].tolist()
+            here = edges[0] + position - self._offset(epoch, partition)
+            spans = zip(itertools.pairwise(pieces.tolist()), itertools.pairwise(edges), strict=True)
+            for number, (span, (low, high)) in enumerate(spans):
                 if here < high:
                     key = (*self.key, self.plan.first_epoch + epoch, partition, number)
-                    skip = max(here - low, 0)
-                    yield Window(layout.between(low, high), self.plan.seed, key, skip)
+                    segments, skip = layout.segments.take(slice(*span)), max(here - low, 0)
+                    yield Window(segments, high - low, self.plan.seed, key, skip)
             epoch += 1
             position = self._offset(epoch, partition)
 

@@ -63,7 +63,7 @@ def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     return np.frombuffer(data, np.int64, offset=begin).reshape(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rows:
     """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
 

@@ -86,15 +86,8 @@ def reading_table(era: Era, local: int, world_size: int, ranks_per_node: int) ->
     read = np.zeros((nodes, len(snapshot.sizes)), bool)
     for bucket in era.order.buckets:
         layout = bucket.layout(local)
-        for partition, (low, high) in enumerate(
-            zip(layout.cuts[:-1], layout.cuts[1:], strict=True)
-        ):
-            rank = partition % world_size
-            pieces = (
-                layout.between(int(low), int(high))
-                if low < high
-                else layout.segments.take(slice(0))
-            )
+        for partition in range(plan.partitions):
+            rank, pieces = partition % world_size, layout.partition(partition)
             share = (pieces.stop - pieces.start) / pieces.size
             ranks_bytes[rank] += (snapshot.bytes[pieces.shard] * share).sum()
             read[rank // ranks_per_node, pieces.shard] = True

@@ -1,6 +1,5 @@
 """Properties of the order, for random shard tables, mixes, batches, partitions, windows and seeds."""
 
-import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import InputError
-from pipeline.order import ROWS, Order, Part, Plan, choose_partitions, permutation
+from pipeline.order import ROWS, Order, Part, Plan, Segments, choose_partitions, permutation
 
 Sample = tuple[int, int]  # shard, row
 Tables = dict[tuple[int, int], list[Part]]
@@ -157,15 +156,13 @@ def test_only_shards_on_a_boundary_are_read_by_two_partitions(buckets, plan):
     order = Order(buckets, plan)
     for bucket in order.buckets:
         layout = bucket.layout(1)
-        cuts = layout.cuts.tolist()
-        parts = [layout.between(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-        pieces = sum(len(part.shard) for part in parts)
-        assert pieces <= len(layout.segments.shard) + plan.partitions - 1
-        assert sum(int((part.stop - part.start).sum()) for part in parts) == cuts[-1]
+        whole = Segments.join([p for n in range(len(bucket.parts)) for p in bucket._draw(n, 1)])
+        lengths = whole.stop - whole.start
+        parts = [layout.partition(number) for number in range(plan.partitions)]
+        assert sum(len(part.shard) for part in parts) <= len(whole.shard) + plan.partitions - 1
+        assert sum(int((part.stop - part.start).sum()) for part in parts) == lengths.sum()
         for part in parts:  # whole segments inside, cut ones at the two ends only
-            lengths = (part.stop - part.start)[1:-1]
-            inner = np.isin(lengths, layout.segments.stop - layout.segments.start)
-            assert inner.all()
+            assert np.isin((part.stop - part.start)[1:-1], lengths).all()
 
 
 @settings(deadline=None, max_examples=60)

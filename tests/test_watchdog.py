@@ -88,7 +88,7 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(ranks):
 
 
 @pytest.mark.parametrize(
-    "ranks, where",
+    ("ranks", "where"),
     [(("raise", 0), 0), pytest.param(("raise", 1), 1, marks=pytest.mark.slow)],
     indirect=["ranks"],
 )

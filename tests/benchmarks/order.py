@@ -4,7 +4,6 @@ Every shard is the same file, so that a table of a million takes no more disk th
 the first windows of the resumed rank want are there, as links to it.
 """
 
-import itertools
 import json
 import multiprocessing
 import resource
@@ -110,9 +109,9 @@ def resume(folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> 
     read = np.zeros((NODES, len(loader.first.snapshot.sizes)), bool)
     for bucket in order.buckets:
         layout = bucket.layout(2)
-        for partition, (low, high) in enumerate(itertools.pairwise(layout.cuts.tolist())):
+        for partition in range(order.plan.partitions):
             node = partition % RANKS // (RANKS // NODES)
-            read[node, layout.between(low, high).shard] = True
+            read[node, layout.partition(partition).shard] = True
     results.put(
         {
             "open_s": opened - begin,

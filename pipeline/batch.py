@@ -190,14 +190,14 @@ class Assembler:
         self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
 
     def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
-        padded, count = self._padded(rows.tokens), len(rows.ids)
+        padded, count = self._padded(rows.tokens), len(rows)
         parts, size = self.parts(bucket, padded, count)
         buffer, memory = self.pool.take(size)
         out: dict[str, Tensor] = {}
         for part in parts:
             flat = memory.as_strided((count, part.row_bytes), (part.row_bytes, 1), part.begin)
             if part.column is not None:
-                gather(rows.address[part.column], rows.low, rows.high, flat)
+                gather(rows.address(part.column), rows.low, rows.high, flat)
             out[part.name] = flat.view(part.dtype).view(*part.shape)
         pooled = [out[name] for n, _ in self.encoders if (name := f"{n}_pooled") in out]
         return Batch(
@@ -247,7 +247,7 @@ class Assembler:
         """Fill out, float16 (b, L, D), and return the mask, bool (b, L)."""
         masks, begin = [], 0
         for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
-            address, token_bytes = rows.address[self.columns[name]], 2 * record.dim
+            address, token_bytes = rows.address(self.columns[name]), 2 * record.dim
             alone, count = len(self.encoders) == 1, out.shape[0]
             part = out if alone else torch.empty(count, length, record.dim, dtype=out.dtype)
             flat = part.view(torch.uint8).view(count, length * token_bytes)

@@ -85,12 +85,12 @@ class PartitionReader:
     def take(self, count: int) -> list[Rows]:
         taken = []
         while count:
-            if self.rows is None or not len(self.rows.ids):
+            if not self.rows:
                 window, self.coming = self.coming, self._request()
                 self.rows = self.store.read(window)
             taken.append(self.rows[:count])
             self.rows = self.rows[count:]
-            count -= len(taken[-1].ids)
+            count -= len(taken[-1])
         return taken
 
 
@@ -117,22 +117,11 @@ class BucketReader:
 
     def _fill(self, count: int) -> None:
         """The rows of the next `count` batches at once, so that a partition costs little a batch."""
-        rows = [Rows.join(reader.take(count * self.share)) for reader in self.readers]
-
-        def deal(parts: list[np.ndarray]) -> np.ndarray:
-            # partitions x (..., count * share) -> (count, ..., partitions * share)
-            dealt = np.stack(
-                [part.reshape(*part.shape[:-1], count, self.share) for part in parts], axis=-2
-            )
-            dealt = np.moveaxis(dealt, -3, 0)
-            return dealt.reshape(*dealt.shape[:-2], len(parts) * self.share)
-
-        address = deal([r.address for r in rows])
-        tokens, ids = deal([r.tokens for r in rows]), deal([r.ids for r in rows])
-        low, high = min(r.low for r in rows), max(r.high for r in rows)
-        shards = [shard for r in rows for shard in r.shards]
-        each = zip(address, tokens, ids, strict=True)
-        self.batches.extend(Rows(a, t, i, low, high, shards) for a, t, i in each)
+        rows = Rows.join([r for reader in self.readers for r in reader.take(count * self.share)])
+        # (..., partitions * count * share) -> (count, ..., partitions * share)
+        parts = rows.table.reshape(-1, len(self.readers), count, self.share).transpose(2, 0, 1, 3)
+        for table in parts.reshape(count, len(rows.table), -1):
+            self.batches.append(Rows(table, rows.texts, rows.low, rows.high, rows.shards))
 
 
 @dataclass(frozen=True)
@@ -331,10 +320,10 @@ class Loader:
         bucket = max(counts, key=lambda key: (counts[key], key))
         rows: list[Rows] = []
         for number in np.concatenate([part.shards for part in buckets[bucket]]).tolist():
-            if sum(len(r.ids) for r in rows) < size:
+            if sum(map(len, rows)) < size:
                 rows.append(self.first.store.rows(number, np.arange(int(snapshot.sizes[number]))))
         joined = Rows.join(rows)[:size]
-        return self.first.assemble(joined, bucket, torch.arange(len(joined.ids)), 0, 0)
+        return self.first.assemble(joined, bucket, torch.arange(len(joined)), 0, 0)
 
     def close(self) -> None:
         """Stop reading ahead; whoever still waits for a batch gets a RuntimeError."""

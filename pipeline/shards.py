@@ -34,9 +34,16 @@ def address_of(memory: mmap.mmap) -> int:
 
 
 class Shard:
-    """A mapped shard. address int64 (members, samples) of arrays, tokens int64 (encoders, samples)."""
+    """A mapped shard, and the `table` of its samples as Rows has it."""
 
-    def __init__(self, name: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]):
+    def __init__(
+        self,
+        name: str,
+        file: IO[bytes],
+        index: np.ndarray,
+        rows: list[tuple[int, int]],
+        first_id: int,
+    ):
         """rows: bytes of a row of each member, and how many a text may have (0 where it is no text)."""
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file's lock
         begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
@@ -45,9 +52,10 @@ class Shard:
         inside = (begin >= 0) & (size >= 0) & (begin <= len(self.map) - size)
         if not (fits & inside).all():
             raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
-        self.address = np.ascontiguousarray((begin + address_of(self.map)).T)
-        self.low, self.high = int(self.address.min()), int(self.address.max())
-        self.tokens = np.ascontiguousarray((size // unit)[:, most > 0].T)
+        ids, address = first_id + np.arange(len(index)), begin + address_of(self.map)
+        self.table = np.concatenate([ids[None], (size // unit)[:, most > 0].T, address.T])
+        self.texts = int(np.count_nonzero(most))
+        self.low, self.high = int(address.min()), int(address.max())
 
 
 def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -67,29 +75,41 @@ def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 class Rows:
     """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
 
-    address: np.ndarray  # int64 (members, n)
-    tokens: np.ndarray  # int64 (encoders, n)
-    ids: np.ndarray  # int64 (n,)
+    # int64 (1 + texts + members, n), one array so that few calls move all: the sample's number, how many
+    # tokens each text has, where each member lies.
+    table: np.ndarray
+    texts: int
     low: int
     high: int
     shards: list[Shard]
 
+    @property
+    def ids(self) -> np.ndarray:
+        return self.table[0]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.table[1 : 1 + self.texts]
+
+    def address(self, member: int) -> np.ndarray:
+        return self.table[1 + self.texts + member]
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
     def __getitem__(self, part: slice) -> "Rows":
-        address, tokens, ids = self.address[:, part], self.tokens[:, part], self.ids[part]
-        return Rows(address, tokens, ids, self.low, self.high, self.shards)
+        return Rows(self.table[:, part], self.texts, self.low, self.high, self.shards)
 
     def take(self, chosen: np.ndarray) -> "Rows":
-        address, tokens = self.address.take(chosen, axis=1), self.tokens.take(chosen, axis=1)
-        return Rows(address, tokens, self.ids[chosen], self.low, self.high, self.shards)
+        return Rows(self.table.take(chosen, axis=1), self.texts, self.low, self.high, self.shards)
 
     @staticmethod
     def join(rows: "list[Rows]") -> "Rows":
         if len(rows) == 1:
             return rows[0]
         return Rows(
-            np.concatenate([r.address for r in rows], axis=1),
-            np.concatenate([r.tokens for r in rows], axis=1),
-            np.concatenate([r.ids for r in rows]),
+            np.concatenate([r.table for r in rows], axis=1),
+            rows[0].texts,
             min(r.low for r in rows),
             max(r.high for r in rows),
             [shard for r in rows for shard in r.shards],
@@ -180,7 +200,8 @@ class ShardStore:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise ShardError(f"{where}: got {found} bytes, expected {size}")
-                shard = Shard(where, file, index, self._rows(number))
+                first_id = int(snapshot.first_id[number])
+                shard = Shard(where, file, index, self._rows(number), first_id)
         except CacheFullError:
             raise
         except (OSError, ValueError) as error:
@@ -248,9 +269,8 @@ class ShardStore:
     def rows(self, number: int, chosen: np.ndarray) -> Rows:
         """Some samples of a shard; raises ShardError."""
         shard = self.open(number)
-        address, tokens = shard.address.take(chosen, axis=1), shard.tokens.take(chosen, axis=1)
-        ids = chosen + self.snapshot.first_id[number]
-        return Rows(address, tokens, ids, shard.low, shard.high, [shard])
+        table = shard.table.take(chosen, axis=1)
+        return Rows(table, shard.texts, shard.low, shard.high, [shard])
 
     def _count(self, number: int, error: ShardError) -> None:
         name = self.snapshot.text("path", number)

@@ -132,6 +132,7 @@ class Buffer:
 
     bytes: Tensor
     copied: Any = None
+    user: "weakref.ref[np.ndarray] | None" = None  # what lives as long as any tensor in it
 
 
 class BufferPool:
@@ -150,8 +151,8 @@ class BufferPool:
         if buffer is None or buffer.bytes.nbytes < size:
             buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pin))
         # Torch keeps `view` for as long as any tensor uses its memory.
-        view = buffer.bytes.numpy().view()
-        weakref.finalize(view, self.free.append, buffer).atexit = False
+        view, taken = buffer.bytes.numpy().view(), buffer
+        buffer.user = weakref.ref(view, lambda _: self.free.append(taken))
         return buffer, torch.from_numpy(view)
 
 

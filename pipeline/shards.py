@@ -320,7 +320,7 @@ def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
     (rows, memory, places), begins = _rows_at(low, high, out.shape[1]), address - low
     if out.shape[1] >= mmap.PAGESIZE:
         # A byte of every page first: their misses overlap, while the copy would wait for one after another.
-        memory.take((begins[:, None] + places).ravel())
+        memory.take(begins[:, None] + places)
     torch.index_select(rows, 0, torch.from_numpy(begins), out=out)
 
 

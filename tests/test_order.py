@@ -1,5 +1,6 @@
 """Properties of the order, for random shard tables, mixes, batches, partitions, windows and seeds."""
 
+import hashlib
 from collections import Counter
 from fractions import Fraction
 
@@ -198,6 +199,20 @@ def test_a_permutation_never_changes():
 
 
 GOLDEN = [2, 1, 9, 5, 6, 8, 4, 0, 7, 3]
+
+
+def test_the_batches_never_change():
+    """The same for layouts and windows: a run goes on with a newer version of this code."""
+    sizes = [25, 3, 11, 40, 1, 18, 30], [9, 20, 14], [5, 17, 8]
+    parts = [
+        Part(np.arange(7), np.array(sizes[0])),
+        Part(np.arange(7, 10), np.array(sizes[1]), Fraction(5, 2)),
+        Part(np.arange(10, 13), np.array(sizes[2]), Fraction(1, 3)),
+    ]
+    order = Order({(64, 64): parts[:2], (64, 96): parts[2:]}, Plan(7, 12, 4, 3))
+    batches = [[batch[place] for place in range(12)] for batch in read(order, 0, 80, 1)]
+    assert order.epoch_of(79) == 3
+    assert hashlib.sha256(repr(batches).encode()).hexdigest().startswith("63ea90c15ac9cc3d")
 
 
 def test_batches_mix_samples_from_all_over_the_data():

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
+from data_prep.commits import ShardSpec, commit_path, read_commit
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.plan import read_planned
@@ -22,14 +22,11 @@ from data_prep.schema import (
     Member,
     TextEncoderRecord,
     VisionEncoderRecord,
-    index_path,
 )
 from data_prep.shards import WORK, ShardWriter, write_text
 from data_prep.storage import open_root
 from models.config import Config
 from models.weights import Dtype
-
-COMMITS = "commits"  # of the working folder
 
 # torch is imported by `load`: this module is also imported where only decoding is done.
 
@@ -70,17 +67,6 @@ class EncodeConfig(Config):
 
 
 @dataclass(frozen=True)
-class ShardSpec:
-    """One line of the plan's list."""
-
-    path: str
-    split: str
-    height: int
-    width: int
-    num_planned: int  # pictures
-
-
-@dataclass(frozen=True)
 class Encoders:
     """What the encoders said of themselves once loaded: records, member layout, the empty caption."""
 
@@ -89,28 +75,6 @@ class Encoders:
     vision_encoder: VisionEncoderRecord | None
     members: list[Member]
     empty_caption: dict[str, np.ndarray]
-
-
-def commit_name(shard: str) -> str:
-    return shard.removeprefix("shards/").removesuffix(".tar") + ".json"
-
-
-def commit_path(dataset: Path, shard: str) -> Path:
-    """The record that says that a shard is whole: written last."""
-    return dataset / WORK / COMMITS / commit_name(shard)
-
-
-def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
-    """The shard's commit record, or None where the shard must be made (again)."""
-    try:
-        commit = json.loads(commit_path(dataset, shard).read_text())
-        if commit["num_samples"]:
-            (dataset / index_path(shard)).stat()
-            if (dataset / shard).stat().st_size != commit["bytes"]:
-                return None
-    except FileNotFoundError:
-        return None
-    return commit
 
 
 class ShardEncoder:

@@ -11,20 +11,14 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.encode import ShardEncoder, ShardSpec, read_commit
+from data_prep.commits import ShardSpec, read_commit, shard_list
+from data_prep.config import PrepareConfig
+from data_prep.encode import ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.plan import plan
-from data_prep.prepare import (
-    PrepareConfig,
-    check_buckets,
-    check_settings,
-    class_names,
-    encoder_arguments,
-    list_sources,
-    scan_entries,
-    shard_list,
-)
+from data_prep.prepare import check_buckets, check_settings, encoder_arguments
 from data_prep.report import Progress
+from data_prep.scan import class_names, list_sources, scan_entries
 from data_prep.schema import index_path
 from data_prep.shards import WORK
 from models.config import InputError

@@ -18,7 +18,8 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.encode import Encoders, ShardSpec
+from data_prep.commits import ShardSpec
+from data_prep.encode import Encoders
 from data_prep.images import Bucket
 from data_prep.plan import read_planned
 from data_prep.pool import ActorPool
@@ -28,6 +29,8 @@ from data_prep.storage import is_remote
 
 SHEET_PAIRS, SHEET_COLUMNS, SHEET_CELL = 24, 8, 192
 LINE_EVERY_S = 30.0  # where there is no terminal to draw a bar on
+
+console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 class Progress:

@@ -28,17 +28,13 @@ from webdataset.compat import WebDataset
 
 from data_prep import pool
 from data_prep.catalog import CATALOG_SCHEMA
-from data_prep.encode import EncodeConfig, ShardEncoder, ShardSpec, TextEncoderConfig, VaeConfig
+from data_prep.commits import ShardSpec
+from data_prep.config import PrepareConfig
+from data_prep.encode import EncodeConfig, ShardEncoder, TextEncoderConfig, VaeConfig
 from data_prep.images import ImagesConfig, decode
-from data_prep.prepare import (
-    PrepareConfig,
-    check_buckets,
-    check_settings,
-    list_sources,
-    main,
-    open_output,
-    prepare,
-)
+from data_prep.output import open_output
+from data_prep.prepare import check_buckets, check_settings, main, prepare
+from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
 from data_prep.shards import write_table
 from data_prep.verify import verify

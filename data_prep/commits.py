@@ -1,0 +1,64 @@
+"""Which shards are to be made, and which are made: the plan's list and the commits."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.plan import SHARD_LIST_SCHEMA
+from data_prep.schema import index_path
+from data_prep.shards import WORK, read_table
+from data_prep.storage import find_files
+
+COMMITS = "commits"  # of the working folder
+READERS = 16  # of commits, which on an object store wait for each other's round trips
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """One line of the plan's list."""
+
+    path: str
+    split: str
+    height: int
+    width: int
+    num_planned: int  # pictures
+
+
+def commit_name(shard: str) -> str:
+    return shard.removeprefix("shards/").removesuffix(".tar") + ".json"
+
+
+def commit_path(dataset: Path, shard: str) -> Path:
+    """The record that says that a shard is whole: written last."""
+    return dataset / WORK / COMMITS / commit_name(shard)
+
+
+def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
+    """The shard's commit record, or None where the shard must be made (again)."""
+    try:
+        commit = json.loads(commit_path(dataset, shard).read_text())
+        if commit["num_samples"]:
+            (dataset / index_path(shard)).stat()
+            if (dataset / shard).stat().st_size != commit["bytes"]:
+                return None
+    except FileNotFoundError:
+        return None
+    return commit
+
+
+def shard_list(dataset: Path) -> list[ShardSpec]:
+    table = read_table(dataset / WORK / "shard_list.parquet", SHARD_LIST_SCHEMA)
+    return [ShardSpec(**row) for row in table.to_pylist()]
+
+
+def read_commits(dataset: Path, shards: list[ShardSpec]) -> list[dict[str, Any] | None]:
+    """The commit of every shard, None where it is to be made."""
+    there = find_files(dataset / WORK / COMMITS)
+
+    def read(spec: ShardSpec) -> dict[str, Any] | None:
+        return read_commit(dataset, spec.path) if commit_name(spec.path) in there else None
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(read, shards))

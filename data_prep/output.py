@@ -1,0 +1,110 @@
+"""The output folder: whose it is, and whether it may be written to."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep import pool
+from data_prep.commits import read_commits, shard_list
+from data_prep.config import PrepareConfig
+from data_prep.publish import AUDITED
+from data_prep.report import console
+from data_prep.schema import MANIFEST, read_manifest
+from data_prep.shards import WORK, read_table, write_table, write_text
+from data_prep.storage import delete, is_remote, open_root, patient
+from models.config import InputError
+
+OURS = (MANIFEST, *AUDITED, "shards", WORK)
+
+
+def open_output(
+    config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
+) -> Path:
+    """The output folder, ours and of these settings and sources; raises InputError where it is not."""
+    if pool.in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
+        raise InputError(
+            f"output: got {config.output}, expected an absolute path: in a Ray job a relative one lies in "
+            "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
+        )
+    dataset = open_root(config.output, "output")
+    for name, source in config.sources.items():
+        if f"{dataset}/".startswith(f"{open_root(source.path, 'path')}/"):
+            raise InputError(
+                f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
+                "add to. Remedy: choose a folder beside it."
+            )
+    work = dataset / WORK
+    try:
+        there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])
+        strangers = sorted(name for name in there if name not in OURS)
+        if strangers and not (work / "config.json").exists():
+            raise InputError(
+                f"output: {config.output} holds other files ({', '.join(strangers[:3])}), expected a folder "
+                "that is new, empty, or of an earlier preparation."
+            )
+        if restart:
+            _delete_earlier(dataset)
+        if (work / "config.json").exists():
+            _refuse_other_settings(config.output, work, settings)
+            _refuse_other_sources(config.output, work, listing)
+        else:
+            write_table(work / "listing.parquet", listing)
+            write_text(work / "config.json", json.dumps(settings, indent=1))
+    except OSError as error:
+        raise InputError(
+            f"output: cannot write {config.output}: {error.strerror or error}"
+        ) from error
+    return dataset
+
+
+def _delete_earlier(dataset: Path) -> None:
+    # config.json, and with it the right to resume, goes first.
+    for path in [dataset / WORK / "config.json", *(dataset / name for name in OURS)]:
+        if count := delete(path):
+            console.print(f"deleted {path} ({count} files)")
+
+
+def _refuse_other_settings(output: str, work: Path, settings: dict[str, Any]) -> None:
+    before, now = _flat(json.loads((work / "config.json").read_text())), _flat(settings)
+    changes = [
+        f"  {key.removeprefix('config.')}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(before | now)
+        if before.get(key, "absent") != now.get(key, "absent")
+    ]
+    if changes:
+        raise InputError(
+            f"output: {output} was begun with another config:\n" + "\n".join(changes) + "\n"
+            "Remedy: restore these, choose another output, or --restart to delete it and start anew."
+        )
+
+
+def _refuse_other_sources(output: str, work: Path, now: pa.Table) -> None:
+    before = read_table(work / "listing.parquet")
+    if before.equals(now):
+        return
+    old = {(row["source"], row["name"]): row for row in before.to_pylist()}
+    new = {(row["source"], row["name"]): row for row in now.to_pylist()}
+    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
+    groups = {"added": new.keys() - old.keys(), "gone": old.keys() - new.keys(), "changed": changed}
+    found = [f"{len(g)} {word} ({'/'.join(min(g))}, ...)" for word, g in groups.items() if g]
+    raise InputError(
+        f"sources: not what they were when {output} was begun: files {', '.join(found)}. "
+        "Remedy: restore them, choose another output, or --restart to delete it and start anew."
+    )
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict) or not data:
+        return {prefix: data}
+    return {k: v for key in data for k, v in _flat(data[key], f"{prefix}.{key}".strip(".")).items()}
+
+
+def is_complete(dataset: Path) -> bool:
+    """Whether there is a manifest and every shard that it speaks of."""
+    if not (dataset / MANIFEST).is_file():
+        return False
+    read_manifest(dataset)
+    return all(read_commits(dataset, shard_list(dataset)))

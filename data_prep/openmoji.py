@@ -7,7 +7,7 @@ A real, captioned picture set by pip alone (`pip install flowmill[demo]`), for t
 import hashlib
 import importlib
 import io
-import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from PIL import Image
 from rich.progress import track
 
 from models.config import InputError, run_command
+from models.files import write_whole
 
 ATTRIBUTION = "ATTRIBUTION.md"
 ATTRIBUTION_TEXT = """# Attribution
@@ -98,9 +99,8 @@ def draw(folder: Path, size: int, limit: int | None = None) -> int:
         )
         (folder / f"{key}.txt").write_text(chosen[key] + "\n", encoding="utf-8")
         # The picture comes last and whole: where it is, its caption is too.
-        part = folder / f".{key}.part"
-        Image.open(io.BytesIO(bytes(png))).convert("RGB").save(part, format="PNG")
-        os.replace(part, folder / f"{key}.png")
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        write_whole(folder / f"{key}.png", partial(image.save, format="PNG"), durable=False)
     return len(chosen)
 
 

@@ -25,9 +25,10 @@ from data_prep.schema import (
     Counts,
     Manifest,
 )
-from data_prep.shards import WORK, NewTable, file_sha256, write_table, write_text
+from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
 from models.config import InputError
+from models.files import file_sha256
 
 AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
 

@@ -62,14 +62,6 @@ def read_table(path: Path, schema: pa.Schema | None = None) -> pa.Table:
         return pq.read_table(file, schema=schema)
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardWriter:
     """A shard being written under a temporary name; `commit` makes it and its index appear.
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 from upath import UPath
 
+from models import files
 from models.config import InputError
 
 Result = TypeVar("Result")
@@ -103,36 +104,27 @@ def find_files(folder: Path) -> dict[str, int]:
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then put it at `path` whole, durably."""
-    temporary = temporary_for(path)
-    try:
+    if not is_remote(path):
+        return files.write_whole(path, write)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
         write(temporary)
         publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def temporary_for(path: Path) -> Path:
     """A new local name for what will become `path`: beside it, or in the temporary folder of a remote one."""
     if is_remote(path):
         return Path(tempfile.gettempdir()) / f"flowmill-{uuid.uuid4().hex}.tmp"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    return files.temporary_for(path)
 
 
 def publish(temporary: Path, path: Path) -> None:
     """Make a local file appear at `path`: by fsync and rename, on an object store by one put."""
-    if is_remote(path):
-        target: Any = path
-        patient(target.fs.put_file, str(temporary), target.path)
-        return
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if not is_remote(path):
+        return files.publish(temporary, path)
+    target: Any = path
+    patient(target.fs.put_file, str(temporary), target.path)
 
 
 def delete(path: Path) -> int:

@@ -33,9 +33,10 @@ from data_prep.schema import (
     read_manifest,
     read_shard_table,
 )
-from data_prep.shards import file_sha256, read_table
+from data_prep.shards import read_table
 from data_prep.storage import find_files, local_copy, open_root
 from models.config import InputError, run_command
+from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")
 console = Console(soft_wrap=True, highlight=False, markup=False)

@@ -31,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from models.config import Config, InputError, load_config, run_command
+from models.files import publish, write_whole
 from models.vae import LatentCodec, sample_latents
 from models.weights import TORCH_DTYPES, Dtype
 
@@ -265,9 +266,7 @@ def part_done(config: FitVaeConfig, step: int, elapsed_s: float) -> float:
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """The old checkpoint stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
 @torch.inference_mode()
@@ -326,7 +325,7 @@ def run(config: FitVaeConfig) -> None:
     result = {name: heldout_psnr(codec, heldout) for name, (_, heldout) in sources.items()}
     report = {"heldout_psnr_db": result, "config": config.model_dump(mode="json")}
     (work / "final" / "fit_vae.json").write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(work / "final", config.output)
+    publish(work / "final", config.output)
     shutil.rmtree(work)
     for name, value in result.items():
         typer.echo(f"{name}: {value:.2f} dB PSNR on {len(sources[name][1])} held-out pictures")

@@ -3,12 +3,12 @@
 Torch-free, so that a dataset's record can be compared with a folder before anything is loaded.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 from models.config import InputError
+from models.files import file_sha256
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -16,12 +16,7 @@ TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def weights_sha256(folder: Path) -> str:
     """sha256 over the folder's *.safetensors files in name order; raises InputError if it has none."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(*weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,9 +12,7 @@ rank 0 commits. Flipped bits load silently in torch files and safetensors alike,
 """
 
 import glob
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.config import Config, InputError
+from models.files import file_sha256, publish, sync, write_text, write_whole
 from pipeline import distributed, universal
 from pipeline.ema import WithEMA, full_weights
 
@@ -56,29 +55,6 @@ class CheckpointConfig(Config):
 
 def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:08d}"
-
-
-def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def snapshot(folder: Path, engine: Any, optimizer: WithEMA) -> Writes:
@@ -113,19 +89,19 @@ def write(folder: Path, writes: Writes) -> dict[str, dict[str, Any]]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         put(folder / name)
         sync(folder / name)
-        written[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        written[name] = {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": file_sha256(folder / name),
+        }
     return written
 
 
 def commit(unfinished: Path, record: dict[str, Any]) -> Path:
     """Make a folder whose files are all on disk a checkpoint, in steps of which each is whole or absent."""
     folder = unfinished.with_suffix("")
-    for path in [unfinished, *(p for p in unfinished.rglob("*") if p.is_dir())]:
-        sync(path)
     write_text(unfinished / RECORD, json.dumps(record, indent=1))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
-    unfinished.rename(folder)
-    sync(folder.parent)
+    publish(unfinished, folder)
     write_text(folder.parent / "latest", folder.name + "\n")
     return folder
 
@@ -230,7 +206,7 @@ def faults(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
             found.append(f"{path}: missing")
         elif (size := path.stat().st_size) != files[name]["bytes"]:
             found.append(f"{path}: got {size} bytes, expected {files[name]['bytes']}")
-        elif _sha256(path) != files[name]["sha256"]:
+        elif file_sha256(path) != files[name]["sha256"]:
             found.append(f"{path}: its bytes changed since it was written (sha256)")
     return found
 
@@ -284,13 +260,13 @@ def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None
 
 def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
     """Full weights that outlive their checkpoint, whole or absent, beside a file for `sha256sum -c`."""
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata=about)
-    sync(partial)
-    write_text(path.with_name(path.name + ".sha256"), f"{_sha256(partial)}  {path.name}\n")
-    partial.replace(path)
-    sync(path.parent)
+
+    def write(temporary: Path) -> None:
+        save_file(weights, temporary, metadata=about)
+        recorded = path.with_name(path.name + ".sha256")
+        write_text(recorded, f"{file_sha256(temporary)}  {path.name}\n")
+
+    write_whole(path, write)
 
 
 def check_weights(path: Path) -> None:
@@ -298,7 +274,7 @@ def check_weights(path: Path) -> None:
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file() or not recorded.is_file():
         raise InputError(f"{path}: it or its .sha256 is missing. Remedy: make or restore it.")
-    if recorded.read_text().split()[0] != _sha256(path):
+    if recorded.read_text().split()[0] != file_sha256(path):
         raise InputError(f"{path}: its bytes changed since it was written (sha256)")
 
 

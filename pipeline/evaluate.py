@@ -20,9 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.schema import MANIFEST, fingerprint, read_manifest
 from models.config import InputError, package_folder, parse_config, run_command
+from models.files import write_text
 from models.weights import brief
 from pipeline import distributed
-from pipeline.checkpoint import write_text
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import DataConfig, Loader
 from pipeline.heldout import LOG_SNR, x0_errors

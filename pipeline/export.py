@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor
 from models import MODELS, build_model
 from models.config import InputError, run_command
 from models.exchange import layout_of, to_diffusers
+from models.files import publish
 from models.vae import LatentCodec
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
@@ -418,7 +418,7 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     shutil.copy(PIPELINE, partial / "flowmill_pipeline.py")
     save_single(trained, partial / f"{folder.name}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
-    os.rename(partial, folder)
+    publish(partial, folder)
 
 
 def main(

@@ -4,7 +4,6 @@ torchmetrics computes FID, KID and CLIP score; features come from networks in lo
 on the number of pictures, the network's very weights and how pictures are resized, so all of that is reported.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from models.config import InputError
+from models.files import file_sha256
 from models.weights import brief, read_model_config, weights_sha256
 
 KID_SUBSET = 1000  # pictures; torchmetrics' own, of 100 subsets
@@ -80,9 +80,7 @@ class FeatureNetwork:
                 f"--features {name}: {path}: no such file or folder, expected a TorchScript file or a transformers "
                 "folder; nothing is fetched by name"
             )
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(name, TorchScript(path, device), sha256)
+        return cls(name, TorchScript(path, device), file_sha256(path))
 
     @torch.inference_mode()
     def features(

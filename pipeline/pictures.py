@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from data_prep.schema import Manifest
 from models.config import InputError
+from models.files import write_whole
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.weights import weights_sha256
@@ -196,9 +198,8 @@ def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch
                 info = PngInfo()
                 sampler = request.sampler.model_dump(mode="json")
                 info.add_itxt("flowmill", json.dumps(facts | sampler | made))
-                partial = request.path.with_suffix(".partial")
-                to_pil(picture).save(partial, "PNG", pnginfo=info)
-                partial.replace(request.path)
+                save = partial(to_pil(picture).save, format="PNG", pnginfo=info)
+                write_whole(request.path, save, durable=False)
 
 
 def drawer(painter: Painter, network: nn.Module, objective: Objective) -> Draw:

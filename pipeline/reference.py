@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_prep.schema import fingerprint
 from models.config import InputError
+from models.files import write_whole
 from models.vae import LatentCodec, sample_latents
 from pipeline import distributed
 from pipeline.data import Loader
@@ -162,10 +163,7 @@ def features_of(
     mine = network.features(pictures.read(begin, end), batch_size, device)
     features = torch.cat([f for f in distributed.gather_objects(mine) if len(f)])
     if distributed.is_main():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"features": features}, partial)
-        partial.replace(path)
+        write_whole(path, lambda temporary: save_file({"features": features}, temporary))
     distributed.barrier()
     return features
 

@@ -46,14 +46,6 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def sha256_of(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 class ShardCache:
     """The files of one remote dataset; names are relative to it. `stop` ends the waiting between attempts."""
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import index_path
+from models.files import file_sha256
 from pipeline.order import Segments, Window
-from pipeline.remote import CacheFullError, ShardError, sha256_of
+from pipeline.remote import CacheFullError, ShardError
 from pipeline.snapshots import Dataset, Snapshot
 
 log = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ class ShardStore:
             file, checked = dataset.cache.open(name, sha256, size)
         if not check:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        elif not checked and (found := sha256_of(file)) != sha256:
+        elif not checked and (found := file_sha256(file)) != sha256:
             file.close()
             if dataset.cache is None:
                 raise ShardError(f"{name}: sha256 got {found}, expected {sha256}")

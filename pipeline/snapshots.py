@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import tarfile
 import threading
 import time
@@ -29,8 +28,9 @@ from data_prep.schema import (
     read_shard_table,
 )
 from models.config import Config, InputError
+from models.files import file_sha256, write_text
 from pipeline.order import Part
-from pipeline.remote import ShardCache, sha256_of
+from pipeline.remote import ShardCache
 
 compute: Any = pyarrow.compute  # which ships no types
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
@@ -121,8 +121,7 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
                 with contextlib.suppress(FileNotFoundError):
                     cache.refresh(file)
         manifest = read_manifest(home)
-        with (home / SHARD_TABLE).open("rb") as file:
-            found = sha256_of(file)
+        found = file_sha256(home / SHARD_TABLE)
         if manifest.files.get(SHARD_TABLE, found) == found:
             break
         attempt += 1  # both may be replaced between one look and the next
@@ -260,9 +259,9 @@ class Record:
             path = self.folder / dataset.identity
             if not path.with_suffix(".json").is_file():
                 pq.write_table(dataset.table, path.with_suffix(".parquet"))
-                _write(path.with_suffix(".json"), dataset.manifest.model_dump_json())
+                write_text(path.with_suffix(".json"), dataset.manifest.model_dump_json())
         entry = {"epoch": epoch, "first_step": first_step, "datasets": snapshot.identities()}
-        _write(self.folder / f"epoch_{epoch:08d}.json", json.dumps(entry))
+        write_text(self.folder / f"epoch_{epoch:08d}.json", json.dumps(entry))
         return entry
 
     def wait(self, epoch: int, timeout_s: float = 600) -> dict[str, Any]:
@@ -303,9 +302,3 @@ def _contains(table: pa.Table, part: pa.Table) -> bool:
     """Whether every shard of `part` is in `table`, by path and content."""
     keys = [compute.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]
     return compute.all(compute.is_in(keys[1], value_set=keys[0])).as_py()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

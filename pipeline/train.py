@@ -21,6 +21,7 @@ from torch import nn
 
 from models import build_model
 from models.config import InputError, run_command
+from models.files import write_text
 from models.layers import kept_pixels
 from models.networks import RoutedConfig
 from models.vae import sample_latents
@@ -159,7 +160,7 @@ def record_run(plan: Plan) -> None:
         if not path.is_file():
             (plan.run / "git.txt").write_text(_git_state())
             (plan.run / "environment.txt").write_text(_environment())
-        checkpoint.write_text(path, dump_config(plan.config))
+        write_text(path, dump_config(plan.config))
 
 
 def _git_state() -> str:

@@ -1,6 +1,5 @@
 """Small datasets that obey the shard contract, in which every array tells which sample it is of."""
 
-import hashlib
 import io
 import json
 import tarfile
@@ -28,6 +27,7 @@ from data_prep.schema import (
     TextEncoderRecord,
     index_path,
 )
+from models.files import file_sha256
 
 Bucket = tuple[int, int]
 Sample = dict[str, np.ndarray]
@@ -129,7 +129,7 @@ def make_dataset(
         np.save(index, make_index(tar, samples))
         number += count
         sizes = split, *bucket, count, tar.stat().st_size
-        rows.append((path, *sizes, _sha256(tar), _sha256(index)))
+        rows.append((path, *sizes, file_sha256(tar), file_sha256(index)))
     columns = [list(column) for column in zip(*sorted(rows), strict=True)]
     pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), folder / SHARD_TABLE)
     manifest = make_manifest(kind, plan, codec or {}).with_fingerprint()
@@ -170,7 +170,3 @@ def make_manifest(
         counts=Counts(seen=total, kept=total, rejected={}),
         prepare_config={},
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from data_prep import openmoji
 from models import fit_vae
 from models.config import InputError, load_config, parse_config
+from models.files import temporary_for
 from models.fit_vae import (
     Address,
     FitVaeConfig,
@@ -124,7 +125,7 @@ def test_a_run_that_was_killed_resumes_and_ends_with_the_same_weights(
     def die_while_saving_the_seventh(state, path):
         saves.append(state["step"])
         if len(saves) == 7:
-            path.with_suffix(".part").write_bytes(b"half a checkpoint")
+            temporary_for(path).write_bytes(b"half a checkpoint")
             raise KeyboardInterrupt
         save(state, path)
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from models.config import InputError, parse_config
+from models.files import file_sha256
 from pipeline.data import DataConfig, Loader
-from pipeline.remote import CacheConfig, CacheFullError, ShardCache, ShardError, sha256_of
+from pipeline.remote import CacheConfig, CacheFullError, ShardCache, ShardError
 from tests.shard_factory import Kind, make_dataset
 
 SQUARE = (32, 32)
@@ -200,7 +201,7 @@ def test_files_in_use_are_not_evicted(tmp_path, server):
         (tmp_path / "served" / f"{name}.tar").write_bytes(name.encode() * 1000)
     config = CacheConfig(path=str(tmp_path / "cache"), max_gib=2500 / GIB, attempts=1)
     cache = ShardCache(server.url, config, threading.Event())
-    hashes = {name: sha256_of((tmp_path / "served" / f"{name}.tar").open("rb")) for name in "abc"}
+    hashes = {name: file_sha256(tmp_path / "served" / f"{name}.tar") for name in "abc"}
     first, _ = cache.open("a.tar", hashes["a"], 1000)
     cache.open("b.tar", hashes["b"], 1000)[0].close()
     cache.open("c.tar", hashes["c"], 1000)[0].close()  # makes room by evicting b, used after a
@@ -217,7 +218,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path, server):
     config = CacheConfig(path=str(tmp_path / "cache"), max_gib=2500 / GIB)
     cache = ShardCache(server.url, config, threading.Event())
     for name in "abac":
-        digest = sha256_of((tmp_path / "served" / f"{name}.tar").open("rb"))
+        digest = file_sha256(tmp_path / "served" / f"{name}.tar")
         cache.open(f"{name}.tar", digest, 1000)[0].close()
         time.sleep(0.02)  # longer than a tick of the file system's clock
     assert sorted(path.name for path in cache.folder.iterdir()) == ["a.tar", "c.tar"]
@@ -227,7 +228,7 @@ def test_readers_that_compete_for_a_small_cache_all_get_the_right_bytes(tmp_path
     names = [f"{letter}.tar" for letter in "abcdefgh"]
     for name in names:
         (tmp_path / "served" / name).write_bytes(name[:1].encode() * 1000)
-    hashes = {name: sha256_of((tmp_path / "served" / name).open("rb")) for name in names}
+    hashes = {name: file_sha256(tmp_path / "served" / name) for name in names}
     # Four readers hold a file each; a fifth may be on its way out.
     config = CacheConfig(path=str(tmp_path / "cache"), max_gib=5000 / GIB)
     wrong: list[object] = []
@@ -256,7 +257,7 @@ def test_readers_that_compete_for_a_small_cache_all_get_the_right_bytes(tmp_path
 
 def test_no_shard_changes_its_name_while_the_cache_is_being_counted(tmp_path, server):
     (tmp_path / "served" / "a.tar").write_bytes(b"a" * 1000)
-    digest = sha256_of((tmp_path / "served" / "a.tar").open("rb"))
+    digest = file_sha256(tmp_path / "served" / "a.tar")
     server.delay_s = 1.0
     config = CacheConfig(path=str(tmp_path / "cache"), max_gib=1500 / GIB)
     cache = ShardCache(server.url, config, threading.Event())
@@ -287,7 +288,7 @@ def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, s
     server.delay_s = 0
     config = CacheConfig(path=str(tmp_path / "cache"), max_gib=1500 / GIB)
     cache = ShardCache(server.url, config, threading.Event())
-    digest = sha256_of((tmp_path / "served" / "b.tar").open("rb"))
+    digest = file_sha256(tmp_path / "served" / "b.tar")
     cache.open("b.tar", digest, 1000)
     assert [path.name for path in cache.folder.iterdir()] == ["b.tar"]
 

@@ -5,11 +5,11 @@ import json
 import tarfile
 
 import numpy as np
-import pytest
 from webdataset.compat import WebDataset
 
 from data_prep.schema import read_index
-from data_prep.shards import ShardWriter, file_sha256, write_atomic, write_text
+from data_prep.shards import ShardWriter
+from models.files import file_sha256
 
 MEMBERS = ["moments", "clip", "micro"]
 
@@ -93,16 +93,3 @@ def test_a_shard_without_samples_leaves_no_file(tmp_path):
     assert writer.commit()["num_samples"] == 0
     writer.abandon()
     assert list((tmp_path / "shards").iterdir()) == []
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    write_text(tmp_path / "x", "old")
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(tmp_path / "x", fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    assert (tmp_path / "x").read_text() == "old"

@@ -24,9 +24,10 @@ from data_prep.schema import (
     Member,
     TextEncoderRecord,
 )
-from data_prep.shards import ShardWriter, file_sha256, write_table, write_text
+from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
 from models.config import InputError, run_command
+from models.files import file_sha256
 
 MEMBERS = [
     Member(name="moments", dtype="float16", shape=(8, None, None)),

@@ -1,0 +1,62 @@
+"""Files and folders on a local disk: whole or absent under their name, and known by their sha256."""
+
+import hashlib
+import io
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO
+
+
+def file_sha256(*files: Path | IO[bytes]) -> str:
+    """sha256 of the bytes of files, one after another; an open file is read from its beginning."""
+    digest = hashlib.sha256()
+    for file in files:
+        with nullcontext(file) if isinstance(file, io.IOBase) else file.open("rb") as opened:
+            opened.seek(0)
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_for(path: Path) -> Path:
+    """A new hidden name beside `path`, for what will become it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a file, or a folder with all in it, appear at `path` in one step, after all of it is on disk."""
+    for part in (*temporary.rglob("*"), temporary):
+        sync(part)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+    """Let `write` fill a temporary file, then put it at `path`: a reader sees the old one or the new one.
+
+    Without `durable` a power cut may lose it: for the many small files that can be made again, each of
+    which takes longer to force to disk than to make.
+    """
+    temporary = temporary_for(path)
+    try:
+        write(temporary)
+        publish(temporary, path) if durable else os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
+from data_prep.duplicates import DROP, near_duplicates, same_files
 from data_prep.images import Bucket, nearest_bucket
 from data_prep.schema import REJECT_SCHEMA, SPLITS
 from data_prep.shards import NewTable, write_table
@@ -41,9 +41,6 @@ MAX_RANGES = 256  # open files
 SHARDS_PER_FILE = 256  # of the plan: whoever makes one reads the footer of so many
 TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)  # what becomes of a row
 REASONS = {TOO_SMALL: "too_small", ASPECT: "aspect", DUPLICATE: "duplicate", NEAR: "near_duplicate"}
-HASHED = np.dtype([("hash", "u8", 2), ("row", "i8")])
-DROP = np.dtype([("row", "i8"), ("original", "i8"), ("distance", "i1")])  # -1: the same file
-CHANCE_PAIRS = 16  # of near duplicates that a table may bring by chance, a picture
 
 
 def plan(
@@ -131,106 +128,29 @@ def _reject(row: dict[str, Any], fate: int, same: tuple[str, int] | None) -> dic
 
 def find_duplicates(parts: list[Path], filters: FiltersConfig, folder: Path) -> np.ndarray:
     """DROP of every row that an earlier one makes superfluous, by row."""
-    drops = [np.zeros(0, DROP)]
+    exact = np.zeros(0, DROP)
     if filters.duplicates == "reject":
-        drops += _same_files(parts, filters, folder)
-    exact = np.sort(np.concatenate(drops), order="row")
+        count = _num_ranges(sum(_num_rows(part) for part in parts), HASHES_PER_RANGE)
+        exact = same_files(_passing(parts, filters, "content_hash"), count, folder)
     if filters.near_duplicates is None:
         return exact
+    gone = np.append(exact["row"], -1)
     rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    columns = ["perceptual_hash", "height", "width", "reason"]
-    for first, table in _batches(parts, columns):
-        taken = _fate(table, filters) == TAKEN
-        begin, end = np.searchsorted(exact["row"], [first, first + len(table)])
-        taken[exact["row"][begin:end] - first] = False
-        rows.append(np.flatnonzero(taken) + first)
-        hashes.append(table["perceptual_hash"].filter(taken).to_numpy())
+    for passing, column in _passing(parts, filters, "perceptual_hash"):
+        stays = gone[np.searchsorted(exact["row"], passing)] != passing
+        rows.append(passing[stays])
+        hashes.append(column.to_numpy()[stays])
     near = near_duplicates(np.concatenate(rows), np.concatenate(hashes), filters.near_duplicates)
     return np.sort(np.concatenate([exact, near]), order="row")
 
 
-def _same_files(parts: list[Path], filters: FiltersConfig, folder: Path) -> Iterator[np.ndarray]:
-    """Rows with the content hash of an earlier row; half of sha256 is compared, range by range of it."""
-    count = _num_ranges(sum(_num_rows(part) for part in parts), HASHES_PER_RANGE)
-    files = [(folder / f"hashes-{number}").open("wb") for number in range(count)]
-    for first, table in _batches(parts, ["content_hash", "height", "width", "reason"]):
+def _passing(
+    parts: list[Path], filters: FiltersConfig, column: str
+) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
+    """The numbers of the rows that pass by themselves, int64 (n,), and what a column holds there."""
+    for first, table in _batches(parts, [column, "height", "width", "reason"]):
         rows = np.flatnonzero(_fate(table, filters) == TAKEN)
-        column = table["content_hash"].take(rows).combine_chunks()
-        found = np.zeros(len(rows), HASHED)
-        words = np.frombuffer(column.buffers()[1] or b"", "u8").reshape(-1, 4)
-        found["hash"] = words[column.offset : column.offset + len(rows), :2]
-        found["row"] = rows + first
-        place = (found["hash"][:, 0] >> np.uint64(48)) * np.uint64(count) >> np.uint64(16)
-        for number in np.unique(place).tolist():
-            found[place == number].tofile(files[number])
-    for file in files:
-        file.close()
-        found = np.fromfile(file.name, HASHED)
-        found = found[np.lexsort((found["row"], found["hash"][:, 1], found["hash"][:, 0]))]
-        again = np.zeros(len(found), bool)
-        again[1:] = (found["hash"][1:] == found["hash"][:-1]).all(axis=1)
-        first_row = found["row"][np.maximum.accumulate(np.where(again, 0, np.arange(len(found))))]
-        yield _drops(found["row"][again], first_row[again], -1)
-
-
-def near_duplicates(rows: np.ndarray, hashes: np.ndarray, most: int) -> np.ndarray:
-    """DROP of every row whose hash is within `most` bits of that of an earlier row that is kept."""
-    order = np.lexsort((rows, hashes))
-    rows, hashes = rows[order], hashes[order]
-    again = np.zeros(len(rows), bool)
-    again[1:] = hashes[1:] == hashes[:-1]
-    group = np.cumsum(~again) - 1  # of rows with one hash, led by the earliest
-    lead_rows, lead_hashes = rows[~again], hashes[~again]
-    kept_for = np.arange(len(lead_rows))  # the group whose leader is kept in its place
-    for earlier, later in _close_pairs(lead_rows, lead_hashes, most):
-        if kept_for[later] == later and kept_for[earlier] == earlier:
-            kept_for[later] = earlier
-    stays = kept_for[group]
-    dropped = again | (stays != group)
-    distance = np.bitwise_count(hashes ^ lead_hashes[stays])
-    return _drops(rows[dropped], lead_rows[stays][dropped], distance[dropped])
-
-
-def _close_pairs(rows: np.ndarray, hashes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Pairs (earlier, later) of distinct hashes within `most` bits, in the order of the later's row.
-
-    Cut into most + k blocks, two such hashes agree in k of them (Manku et al. 2007): each choice of k
-    makes a table, in which only neighbours with the same bits are compared.
-    """
-    if most == 0 or len(rows) < 2:
-        return
-    found = [np.zeros((0, 2), np.int64)]
-    for mask in _tables(len(rows), most):
-        order = np.argsort(hashes & mask, kind="stable")
-        bits, ordered = (hashes & mask)[order], hashes[order]
-        places, step = np.arange(len(rows) - 1), 1
-        while len(places := places[places + step < len(rows)]):
-            places = places[bits[places] == bits[places + step]]
-            close = np.bitwise_count(ordered[places] ^ ordered[places + step]) <= most
-            found.append(np.stack([order[places[close]], order[places[close] + step]], axis=1))
-            step += 1
-    pairs = np.concatenate(found)
-    swapped = rows[pairs[:, 0]] > rows[pairs[:, 1]]
-    pairs[swapped] = pairs[swapped, ::-1]
-    pairs = pairs[np.lexsort((rows[pairs[:, 0]], rows[pairs[:, 1]]))]
-    for begin in range(0, len(pairs), ROWS_AT_ONCE):
-        yield from pairs[begin : begin + ROWS_AT_ONCE].tolist()
-
-
-def _tables(count: int, most: int) -> list[np.uint64]:
-    """The masks of the tables: k just large enough that few pairs meet by chance."""
-    k = 1
-    while k < 6 and count / 2 ** (64 * k // (most + k)) > CHANCE_PAIRS:
-        k += 1
-    edges = np.linspace(0, 64, most + k + 1).astype(int).tolist()
-    blocks = [(1 << end) - (1 << begin) for begin, end in pairwise(edges)]
-    return [np.uint64(sum(chosen)) for chosen in combinations(blocks, k)]
-
-
-def _drops(rows: np.ndarray, originals: np.ndarray, distance: np.ndarray | int) -> np.ndarray:
-    found = np.zeros(len(rows), DROP)
-    found["row"], found["original"], found["distance"] = rows, originals, distance
-    return found
+        yield rows + first, table[column].take(rows)
 
 
 class Spill:

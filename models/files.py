@@ -14,7 +14,8 @@ def file_sha256(*files: Path | IO[bytes]) -> str:
     """sha256 of the bytes of files, one after another; an open file is read from its beginning."""
     digest = hashlib.sha256()
     for file in files:
-        with nullcontext(file) if isinstance(file, io.IOBase) else file.open("rb") as opened:
+        is_open = isinstance(file, io.IOBase)  # any other is a path, on a store as well
+        with nullcontext(file) if is_open else file.open("rb") as opened:  # pyright: ignore[reportAttributeAccessIssue]
             opened.seek(0)
             while block := opened.read(1 << 20):
                 digest.update(block)

@@ -17,8 +17,9 @@ from data_prep.catalog import (
     scan_partition,
 )
 from data_prep.decoder import DecodePool
+from data_prep.duplicates import near_duplicates
 from data_prep.images import ImagesConfig, Rejected, list_buckets, perceptual_hash
-from data_prep.plan import find_duplicates, near_duplicates, plan, read_planned, sift
+from data_prep.plan import find_duplicates, plan, read_planned, sift
 from data_prep.shards import write_table
 from data_prep.sources import FolderSource, TarSource, list_source, sample_key
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
@@ -276,7 +277,7 @@ def test_near_duplicates_are_those_that_comparing_all_pairs_finds(most):
 
 
 def test_many_hashes_are_compared_through_more_than_one_block(monkeypatch):
-    monkeypatch.setattr("data_prep.plan.CHANCE_PAIRS", 0.001)
+    monkeypatch.setattr("data_prep.duplicates.CHANCE_PAIRS", 0.001)
     test_near_duplicates_are_those_that_comparing_all_pairs_finds(3)
 
 

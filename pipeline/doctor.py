@@ -25,7 +25,6 @@ from models.config import InputError, run_command
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 GIB = 1 << 30
-PORTS = {29500: "torchrun", 6379: "Ray's head", 8265: "Ray's dashboard"}
 COLOURS = {"ok": "green", "note": "yellow", "lack": "bold red"}
 
 
@@ -115,26 +114,12 @@ def check_attention() -> Findings:
             )
 
 
-def check_deepspeed() -> Findings:
-    """A compiler, and which of the operators that our options use could be built."""
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    if missing:
-        yield Finding(
-            "compiler", "note", f"no {' and no '.join(missing)}",
-            "apt install g++ ninja-build: engine.offload and engine.compile need them",
-        )  # fmt: skip
-        return
-    if not Path("/proc/driver/nvidia").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
-
-    yield Finding("compiler", "ok", shutil.which("g++") or "")
-    uses = {CPUAdamBuilder: "offload to CPU memory", AsyncIOBuilder: "offload to NVMe"}
-    for builder, use in uses.items():
-        can = builder().is_compatible(verbose=False)
-        remedy = "apt install libaio-dev" if builder is AsyncIOBuilder else "a newer g++"
-        found = f"{builder.NAME} {'can' if can else 'cannot'} be built"
-        yield Finding(use, "ok" if can else "note", found, "" if can else remedy)
+def check_compiler() -> Findings:
+    """The compiler that torch.compile calls."""
+    if path := shutil.which("g++"):
+        yield Finding("compiler", "ok", path)
+    else:
+        yield Finding("compiler", "note", "no g++", "apt install g++: engine.compile needs it")
 
 
 def check_memory() -> Findings:
@@ -187,21 +172,6 @@ def check_disk(folder: Path, need_gib: float) -> Findings:
         )  # fmt: skip
 
 
-def check_clock() -> Findings:
-    year = time.gmtime().tm_year
-    if year < 2025:
-        yield Finding("clock", "lack", f"says {year}", "set it: certificates and tokens fail")
-
-
-def check_ports() -> Findings:
-    """The ports that launchers use by default; a taken one is only taken by whom it is meant for."""
-    for port, use in PORTS.items():
-        with socket.socket() as probe:
-            taken = probe.connect_ex(("127.0.0.1", port)) == 0
-        found = "something listens" if taken else "free"
-        yield Finding(f"port {port} ({use})", "note" if taken else "ok", found, "another port, if it is not yours" if taken else "")  # fmt: skip
-
-
 def check_ray() -> Findings:
     """How a Ray started here would be protected, and whether the one that RAY_ADDRESS names answers."""
     token = os.environ.get("RAY_AUTH_MODE") == "token"
@@ -231,11 +201,9 @@ def examine(folder: str, need_gib: float) -> list[dict[str, str]]:
         check_packages,
         check_gpu,
         check_attention,
-        check_deepspeed,
+        check_compiler,
         check_memory,
         lambda: check_disk(Path(folder), need_gib),
-        check_clock,
-        check_ports,
         check_ray,
     ]
     findings: list[Finding] = []

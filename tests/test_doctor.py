@@ -49,9 +49,9 @@ def test_the_command_ends_with_status_1_where_something_is_lacking(tmp_path):
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = named(doctor.check_deepspeed(), "compiler")
+    finding = named(doctor.check_compiler(), "compiler")
     assert finding.state == "note"
-    assert "no g++ and no ninja" in finding.found
+    assert "no g++" in finding.found
 
 
 def test_a_wrong_torch_is_named(monkeypatch, tmp_path):
@@ -124,16 +124,13 @@ def test_a_low_limit_of_open_files_is_named():
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 512  # ours is untouched
 
 
-def test_a_taken_port_and_an_absent_ray_are_named(monkeypatch):
+def test_an_absent_ray_is_named(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(doctor, "PORTS", {port: "a test"})
-        assert named(doctor.check_ports(), f"port {port}").state == "note"
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         assert named(doctor.check_ray(), "Ray").state == "ok"
-    assert named(doctor.check_ports(), f"port {port}").state == "ok"
     finding = named(doctor.check_ray(), "Ray")
     assert finding.state == "lack"
     assert str(port) in finding.found

@@ -44,8 +44,6 @@ def terms_at(
     `rounds` draws of it. The batch lies on the network's device.
     """
     device, places = batch.moments.device, batch.indices
-    # What an objective adds by relating the samples of a batch would depend on the cut.
-    objective = Objective(objective.config.model_copy(update={"contrastive_weight": 0.0}))
     shape = (codec.latent_channels, *batch.moments.shape[-2:])
     posterior = draw_noise(0, 0, places, shape, device, "posterior")
     latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)

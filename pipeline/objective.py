@@ -5,7 +5,6 @@ Everything here is fp32 whatever the network's dtype; every draw is a pure funct
 """
 
 import hashlib
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pydantic import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.config import Config, InputError, read_yaml
+from models.config import Config, read_yaml
 
 PRESETS = Path(__file__).parent.parent / "configs" / "objectives.yaml"
 
@@ -375,9 +374,6 @@ class ObjectiveConfig(Config):
     uniform_fraction: Share = 0.0  # of samples whose t is uniform instead
     weighting: Weighting = Unweighted()
     loss: Loss = MSE()
-    # These two relate the samples of a micro-batch, so results then depend on its size.
-    contrastive_weight: Share = 0.0  # lambda of contrastive flow matching
-    noise_pairing: Literal["independent", "immiscible"] = "independent"
 
     @model_validator(mode="before")
     @classmethod
@@ -430,15 +426,6 @@ class ObjectiveConfig(Config):
                 f"weighting debiased on prediction sample is alpha/sigma, infinite at t = 0 of path {path.kind}. "
                 "Remedy: min_snr, or another prediction"
             )
-        if self.contrastive_weight > 0 and (
-            self.prediction != "flow" or not isinstance(self.loss, MSE)
-        ):
-            yield (
-                "contrastive_weight pushes the velocity from another sample's by squared distance. Remedy: "
-                "prediction flow and loss mse, or remove it"
-            )
-        if self.noise_pairing == "immiscible" and importlib.util.find_spec("scipy") is None:
-            yield "noise_pairing immiscible needs scipy's assignment solver. Remedy: pip install scipy"
 
 
 def terminal_snr(path: RectifiedFlow | VPDiscrete | VPCosine | EDM) -> float:
@@ -561,28 +548,6 @@ class Objective:
             t = path.shift(t, shift.factor(latent_size))
         return torch.from_numpy(t).float()
 
-    def check_micro_batch(self, size: int) -> None:
-        """Raises InputError where an option relates samples of a micro-batch that holds only one."""
-        config = self.config
-        if size < 2 and (config.contrastive_weight > 0 or config.noise_pairing == "immiscible"):
-            raise InputError(
-                "objective: contrastive_weight and immiscible noise relate the samples of a micro-batch; "
-                f"got {size}, expected at least 2"
-            )
-
-    def pair_noise(self, latents: Latents, noise: Latents) -> Latents:
-        """Noise as it is, or assigned to the nearest latents of this batch (Li 2406.12303, Alg. 1).
-
-        The assignment sees one micro-batch, so a sample's noise then depends on how batches are cut.
-        """
-        if self.config.noise_pairing == "independent":
-            return noise
-        from scipy.optimize import linear_sum_assignment  # optional; the config has checked for it
-
-        distance = torch.cdist(latents.float().flatten(1), noise.flatten(1)).square()
-        _, nearest = linear_sum_assignment(distance.cpu().numpy())
-        return noise[torch.from_numpy(nearest).to(noise.device)]
-
     def alpha_sigma(self, t: PerSample) -> tuple[PerSample, PerSample]:
         """alpha_t and sigma_t, fp32."""
         return self.config.path.alpha_sigma(t.float())
@@ -637,18 +602,7 @@ class Objective:
             c = self.config.loss.c
             # Rationalised: sqrt(e^2 + c^2) - c cancels to nothing where e is small.
             distance = (2 * c * squared / ((squared + c**2).sqrt() + c)).flatten(1).mean(1)
-        if weight := self.config.contrastive_weight:
-            distance = distance - weight * self._to_next(pred, latents, noise)
         return LossTerms(self.weight(t) * distance, x0_mse)
-
-    def _to_next(self, pred: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-        """Squared distance to the next sample's velocity (Stoica 2506.05350, eq. 5), (B,).
-
-        The minimiser is (velocity + lambda mean(latents)) / (1 - lambda).
-        """
-        self.check_micro_batch(len(pred))
-        other = (noise.float() - latents.float()).roll(1, 0)
-        return (pred.float() - other).square().flatten(1).mean(1)
 
     @property
     def _sigma_data(self) -> float:

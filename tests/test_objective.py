@@ -249,34 +249,6 @@ def test_pseudo_huber_is_squared_error_when_small_and_linear_when_large():
     assert terms.x0_mse.mean() > 1e4  # squared still: the measure is the same for every loss
 
 
-def test_the_minimiser_of_contrastive_flow_matching_is_the_velocity_less_a_share_of_anothers():
-    latents, noise, _ = tensors(10)
-    t, share = times("rectified_flow"), 0.05
-    objective = make(contrastive_weight=share)
-    pred = torch.zeros_like(latents, requires_grad=True)
-    objective.loss(pred, latents, noise, t).loss.sum().backward()
-    velocity = noise - latents
-    minimiser = (velocity - share * velocity.roll(1, 0)) / (1 - share)
-    # The loss is quadratic with curvature 2 (1 - share) / 48 an element, so the gradient at 0 says it all.
-    assert pred.grad is not None
-    assert torch.allclose(-pred.grad * 48 / (2 * (1 - share)), minimiser, atol=1e-5)
-    with pytest.raises(InputError, match="at least 2"):
-        objective.check_micro_batch(1)
-
-
-def test_immiscible_pairing_permutes_the_noise_to_the_least_total_distance():
-    latents, noise, _ = tensors(11, batch=6)
-    paired = make(noise_pairing="immiscible").pair_noise(latents, noise)
-
-    def cost(rows) -> float:
-        return float((latents - noise[list(rows)]).square().sum())
-
-    best = min(itertools.permutations(range(6)), key=cost)
-    assert torch.equal(paired, noise[list(best)])
-    assert best != tuple(range(6))
-    assert make().pair_noise(latents, noise) is noise
-
-
 # --- zero terminal SNR ---------------------------------------------------------------------------
 
 
@@ -518,8 +490,6 @@ REFUSED = [
         "terminal_weight has no effect",
     ),
     ({"prediction": "sample", "weighting": "debiased"}, "infinite at t = 0 of path rectified_flow"),
-    ({"prediction": "v", "contrastive_weight": 0.05}, "prediction flow and loss mse"),
-    ({"loss": "pseudo_huber", "contrastive_weight": 0.05}, "prediction flow and loss mse"),
     (
         {"path": {"kind": "edm", "sigma_min": 2, "sigma_max": 1}},
         "sigma_min 2.0 must be below sigma_max",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, cast
 import yaml
 from pydantic import Discriminator, Field, Tag
 
+from data_prep.schema import Manifest
 from models.config import Config, InputError, parse_config
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
@@ -100,6 +101,18 @@ class TrainConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+
+def sizes_of(manifest: Manifest) -> dict[str, Any]:
+    """Sizes of the model's config that the data fix, for `with_sizes`."""
+    records = manifest.text_encoders.values()
+    return {
+        "latent_channels": manifest.codec.latent_channels,
+        "latent_downscale": manifest.codec.downscale,
+        "text_dim": max((record.dim for record in records), default=0),
+        "pooled_dim": sum(record.pooled_dim for record in records),
+        "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
+    }
 
 
 def dump_config(config: Config) -> str:

@@ -17,7 +17,7 @@ from models.config import InputError, load_config, read_yaml, run_command
 from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
 from pipeline.cli import CONFIGS
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, sizes_of
 from pipeline.data import Loader
 from pipeline.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from pipeline.flops import PEAK_TFLOPS, ModelFlops
@@ -189,12 +189,7 @@ def prepared_dataset(config: TrainConfig) -> Dataset:
         ", ".join(source.path for source in config.data.sources.values()),
         pictures,
         total,
-        {
-            "latent_channels": manifest.codec.latent_channels,
-            "text_dim": max((r.dim for r in records), default=0),
-            "pooled_dim": sum(r.pooled_dim for r in records),
-            "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
-        },
+        sizes_of(manifest),
         Sample(side, side, tokens, total / every),
     )
 
@@ -203,7 +198,8 @@ def assumed_dataset(
     pictures: int, resolution: int, downscale: int, tokens: int, model: Any
 ) -> Dataset:
     """For data that do not exist yet; raises InputError where the model's config leaves sizes open."""
-    sizes = {name: getattr(model, name) for name in ("latent_channels", "text_dim", "pooled_dim")}
+    names = ("latent_channels", "text_dim", "pooled_dim")
+    sizes = {name: getattr(model, name) for name in names} | {"latent_downscale": downscale}
     missing = [f"model.{name}" for name, value in sizes.items() if value is None]
     if missing:
         raise InputError(

@@ -26,7 +26,15 @@ from models.layers import kept_pixels
 from models.networks import RoutedConfig
 from models.vae import sample_latents
 from pipeline import checkpoint, distributed
-from pipeline.config import RESULTS, TrainConfig, differences, dump_config, flatten, load_run_config
+from pipeline.config import (
+    RESULTS,
+    TrainConfig,
+    differences,
+    dump_config,
+    flatten,
+    load_run_config,
+    sizes_of,
+)
 from pipeline.data import Batch, Loader
 from pipeline.ema import WithEMA, ema_decays, full_weights
 from pipeline.engine import (
@@ -81,15 +89,7 @@ def make_plan(config: TrainConfig) -> Plan:
         vision=getattr(config.model, "alignment", None) is not None,
     )
     manifest = loader.manifest
-    records = manifest.text_encoders.values()
-    sizes = {
-        "latent_channels": manifest.codec.latent_channels,
-        "text_dim": max((r.dim for r in records), default=0),
-        "pooled_dim": sum(r.pooled_dim for r in records),
-        "latent_downscale": manifest.codec.downscale,
-        "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
-    }
-    model = config.model.with_sizes(sizes)
+    model = config.model.with_sizes(sizes_of(manifest))
     aligns = getattr(model, "alignment", None) is not None
     config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
     micro_steps = config.training.global_batch // micro_batch // distributed.world_size()

@@ -103,6 +103,11 @@ def test_stages_divide_what_they_say():
 
 def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     path = write_config(tmp_path)
+    # A network that needs every size which the data fix, the codec's downscale among them.
+    unet = ["model.kind=unet", "model.size_conditioning=true"]
+    plan.main(path, unet, gpus=2, gpu_memory=1.0)
+    plan.main(path, ["model.latent_channels=4", "model.text_dim=8", "model.pooled_dim=8", *unet], gpus=2, pictures=10)  # fmt: skip
+    assert "90 pictures" in capsys.readouterr().out
     plan.main(path, gpus=2, gpu_memory=1.0, fit=True)
     out = capsys.readouterr().out
     config = load_config(TrainConfig, path, [])

@@ -19,14 +19,13 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import diffusers
 import numpy as np
 import torch
 import typer
 from huggingface_hub import save_torch_state_dict
-from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -40,9 +39,11 @@ from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.config import dump_config
 from pipeline.objective import ConstantShift, ObjectiveConfig, Shift
-from pipeline.objective_report import COLOURS, Panel, draw_panel, nice_limit
 from pipeline.pictures import encoder_folder, largest_bucket, load_encoders
 from pipeline.sample import Trained, open_trained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
 MAX_SHARD = "5GB"
@@ -319,17 +320,19 @@ def read_history(run: Path, global_batch: int) -> History:
     return History(curves, seconds / 3600)
 
 
-def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Image.Image:
+def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
     """Every curve in a panel of its own, by step."""
-    scale, width, height = 2, 560, 320
-    sheet = Image.new("RGB", (2 * width * scale, -(-len(curves) // 2) * height * scale), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (tag, (steps, values)) in enumerate(curves.items()):
-        top = nice_limit(max(float(np.max(values)), 1e-12))
-        panel = Panel(tag, (0, float(max(steps[-1], 1))), (0, top), [(steps, values)])
-        corner = (number % 2 * width * scale, number // 2 * height * scale)
-        draw_panel(pen, panel, corner, (width * scale, height * scale), scale, [COLOURS[1]])
-    return sheet.resize((sheet.width // scale, sheet.height // scale), Image.Resampling.LANCZOS)
+    from matplotlib.figure import Figure
+
+    rows = -(-len(curves) // 2)
+    figure = Figure(figsize=(11.2, 3.2 * rows), layout="constrained")
+    for number, (tag, (steps, values)) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, 2, number, xlabel="step")
+        axes.set_title(tag, loc="left", fontsize="medium")
+        axes.plot(steps, values)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.4)
+    return figure
 
 
 def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> str:
@@ -347,7 +350,7 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> 
     encoders = ", ".join(f"{n} ({r.path})" for n, r in manifest.text_encoders.items())
     pictures = ""
     if history.curves:
-        draw_curves(history.curves).save(folder / "curves.png")
+        draw_curves(history.curves).savefig(folder / "curves.png")
         pictures += "\n## Curves\n\n![loss by step](curves.png)\n"
     if grids := sorted(run.glob("samples/step_*[0-9].png")):
         shutil.copy(grids[-1], folder / "samples.png")

@@ -4,21 +4,22 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import typer
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
 from models.config import InputError, parse_config, read_yaml, run_command
 from pipeline.objective import PRESETS, Objective, ObjectiveConfig
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 NUM_DRAWS = 2**17
 LIMITS = (-10.0, 10.0)  # of log SNR
 BANDS = (-np.inf, -6.0, -2.0, 2.0, 6.0, np.inf)
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,17 @@ def print_table(profiles: list[Profile], console: Console) -> None:
     console.print(table)
 
 
-# --- the picture: four panels, drawn at twice the size and halved, which smooths the lines -----------
+# --- the picture: four panels ---------------------------------------------------------------------
 
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of curves; `log` draws log10 of y."""
+class Panel(NamedTuple):
+    """One set of curves and the limits of its axes; `log` scales y so."""
 
     title: str
     x_limits: tuple[float, float]
-    y_limits: tuple[float, float]
+    y_limits: tuple[float, float | None]
     curves: list[Curve]
     log: bool = False
 
@@ -106,82 +106,30 @@ def make_panels(profiles: list[Profile]) -> list[Panel]:
         # Fewer draws than 50 between two edges say little.
         product = np.where(samples * np.diff(snr_edges) * NUM_DRAWS < 50, np.nan, samples * weight)
         products.append((x, product / np.interp(0.0, x, product)))
-    t_top, snr_top = (
-        nice_limit(max(float(y.max()) for _, y in curves)) for curves in (of_t, of_snr)
-    )
+    relative = "effective weight: density x weight, 1 at SNR 1"
     return [
-        Panel("density of t  (0 data, 1 noise)", (0, 1), (0, t_top), of_t),
-        Panel("density of log SNR  (left noise, right data)", LIMITS, (0, snr_top), of_snr),
-        Panel("weight on the x0 loss, against log SNR", LIMITS, (-4, 4), weights, log=True),
-        Panel(
-            "effective weight: density x weight, 1 at SNR 1", LIMITS, (-2, 2), products, log=True
-        ),
+        Panel("density of t  (0 data, 1 noise)", (0, 1), (0, None), of_t),
+        Panel("density of log SNR  (left noise, right data)", LIMITS, (0, None), of_snr),
+        Panel("weight on the x0 loss, against log SNR", LIMITS, (1e-4, 1e4), weights, log=True),
+        Panel(relative, LIMITS, (1e-2, 1e2), products, log=True),
     ]
 
 
-def nice_limit(top: float) -> float:
-    """A round number above `top` that four steps divide into round numbers."""
-    power = 10 ** np.floor(np.log10(top))
-    return float(next(m * power for m in (1, 2, 4, 6, 8, 10, 20) if m * power >= top))
-
-
-def draw(profiles: list[Profile]) -> Image.Image:
+def draw(profiles: list[Profile]) -> "Figure":
     """All profiles in four panels, the first thick and dark."""
-    scale, width, height, legend = 2, 560, 320, 56
-    sheet = Image.new("RGB", (2 * width * scale, (2 * height + legend) * scale), "white")
-    pen = ImageDraw.Draw(sheet)
-    colours = ["#111111", *COLOURS]
-    for number, panel in enumerate(make_panels(profiles)):
-        corner = (number % 2 * width * scale, (legend + number // 2 * height) * scale)
-        draw_panel(pen, panel, corner, (width * scale, height * scale), scale, colours)
-    font = ImageFont.load_default(13 * scale)
-    for number, profile in enumerate(profiles):
-        x, y = (20 + number % 4 * 270) * scale, (10 + number // 4 * 22) * scale
-        line = (x, y + 8 * scale, x + 28 * scale, y + 8 * scale)
-        pen.line(line, colours[number % len(colours)], (4 if number == 0 else 2) * scale)
-        pen.text((x + 36 * scale, y), profile.name, "black", font)
-    return sheet.resize((sheet.width // scale, sheet.height // scale), Image.Resampling.LANCZOS)
+    from matplotlib.figure import Figure
 
-
-def draw_panel(
-    pen: ImageDraw.ImageDraw,
-    panel: Panel,
-    corner: tuple[int, int],
-    size: tuple[int, int],
-    scale: int,
-    colours: list[str],
-) -> None:
-    left, top = corner[0] + 52 * scale, corner[1] + 30 * scale
-    right, bottom = corner[0] + size[0] - 16 * scale, corner[1] + size[1] - 30 * scale
-    (x0, x1), (y0, y1) = panel.x_limits, panel.y_limits
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        y = min(max(y, y0 - 0.1 * (y1 - y0)), y1 + 0.1 * (y1 - y0))
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (
-            bottom - top
-        )
-
-    font = ImageFont.load_default(11 * scale)
-    pen.text(
-        (left, corner[1] + 8 * scale), panel.title, "black", ImageFont.load_default(13 * scale)
-    )
-    for tick in np.linspace(x0, x1, 6):
-        x, _ = place(tick, y0)
-        pen.line((x, top, x, bottom), "#e4e4e4", scale)
-        pen.text((x, bottom + 5 * scale), f"{tick:g}", "#444444", font, anchor="ma")
-    for tick in np.linspace(y0, y1, 5):
-        _, y = place(x0, tick)
-        pen.line((left, y, right, y), "#e4e4e4", scale)
-        text = f"{10**tick:g}" if panel.log else f"{tick:.2g}"
-        pen.text((left - 6 * scale, y), text, "#444444", font, anchor="rm")
-    for number in reversed(range(len(panel.curves))):
-        xs, ys = panel.curves[number]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ys = np.log10(ys) if panel.log else ys
-        points = [place(x, y) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
-        inside = [p for p in points if top - 1 <= p[1] <= bottom + 1]
-        pen.line(inside, colours[number % len(colours)], (4 if number == 0 else 2) * scale, "curve")
-    pen.rectangle((left, top, right, bottom), outline="#888888", width=scale)
+    figure = Figure(figsize=(11.2, 7), layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 2).flat, make_panels(profiles), strict=True):
+        for number, (profile, curve) in enumerate(zip(profiles, panel.curves, strict=True)):
+            style = {"color": "black", "linewidth": 3, "zorder": 3} if number == 0 else {}
+            axes.plot(*curve, label=profile.name, **style)
+        axes.set_title(panel.title, loc="left", fontsize="medium")
+        axes.set(yscale="log" if panel.log else "linear", xlim=panel.x_limits, ylim=panel.y_limits)
+        axes.grid(alpha=0.4)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
+    return figure
 
 
 def main(
@@ -208,7 +156,7 @@ def main(
     print_table(profiles, console)
     if not dry_run:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draw(profiles).save(output)
+        draw(profiles).savefig(output)
         console.print(
             f"{output}: density of t, log SNR, weight and effective weight", highlight=False
         )

@@ -44,18 +44,10 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:
-        kinds = {
-            name: "classes" if source.kind == "classes" else "column" * has_labels(source)
-            for name, source in self.sources.items()
-        }
-        if len(set(kinds.values())) > 1:
-            found = ", ".join(f"{name}: {kind or 'none'}" for name, kind in kinds.items())
+        if len({source.labels for source in self.sources.values()}) > 1:
+            found = ", ".join(f"{name}: {s.labels or 'none'}" for name, s in self.sources.items())
             raise ValueError(
                 f"sources: got labels by {found}, expected all from classes' folders, all from a column "
                 "of integers, or none"
             )
         return self
-
-
-def has_labels(source: SourceConfig) -> bool:
-    return source.kind == "classes" or getattr(source, "label", None) is not None

@@ -58,7 +58,7 @@ def estimate(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
             rows = listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
             chosen, seen = rng.sample(range(len(rows)), len(rows)), 0
             share = -(-wanted // len(config.sources))
-            if source.kind in ("folder", "classes"):
+            if source.per_task > 1:
                 some = rows.take(sorted(chosen[:share]))
                 seen = scan_entries(config, dataset, f"part-{number}", some, names)
                 pictures += len(rows)

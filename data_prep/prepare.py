@@ -11,7 +11,7 @@ import typer
 from data_prep import pool
 from data_prep.catalog import STAGED
 from data_prep.commits import ShardSpec, read_commits, shard_list
-from data_prep.config import INDECISIVE, PrepareConfig, has_labels
+from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders, ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
@@ -157,7 +157,7 @@ def encoder_arguments(config: PrepareConfig) -> tuple[Any, ...]:
         name: text.model_copy(update={"path": os.path.abspath(text.path)})
         for name, text in config.text_encoders.items()
     }
-    labels = any(has_labels(source) for source in config.sources.values())
+    labels = any(source.labels for source in config.sources.values())
     vision = config.vision_encoder
     if vision is not None:
         vision = vision.model_copy(update={"path": os.path.abspath(vision.path)})

@@ -14,7 +14,7 @@ from data_prep.decoder import DecodePool
 from data_prep.images import ImagesConfig
 from data_prep.report import Progress, console
 from data_prep.shards import WORK
-from data_prep.sources import FILES_PER_PARTITION, Entry, SourceConfig, list_source
+from data_prep.sources import Entry, SourceConfig
 from data_prep.storage import find_files
 
 ENTRIES_AT_ONCE = 1 << 16
@@ -23,7 +23,6 @@ ENTRIES_AT_ONCE = 1 << 16
 LISTING_SCHEMA = pa.schema(
     [
         ("source", pa.string()),
-        ("kind", pa.string()),
         ("name", pa.large_string()),
         ("path", pa.large_string()),
         ("size", pa.int64()),
@@ -37,7 +36,7 @@ LISTING_SCHEMA = pa.schema(
 
 def list_sources(config: PrepareConfig) -> pa.Table:
     """Every file of every source, in a fixed order: the fields of an Entry."""
-    entries = (e for name, source in config.sources.items() for e in list_source(name, source))
+    entries = (e for name, source in config.sources.items() for e in source.entries(name))
     names, batches = LISTING_SCHEMA.names, list[pa.RecordBatch]()
     while rows := [{n: getattr(e, n) for n in names} for e in islice(entries, ENTRIES_AT_ONCE)]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
@@ -102,7 +101,7 @@ def _scan_task(
 
 def _scan_lost(attempts: int, work: Path, name: str, rows: pa.Table, *settings: Any) -> bool:
     """Reject a table that kills whoever reads it; other partitions do not, so theirs is another trouble."""
-    if settings[0].kind not in ("table", "imagefolder"):
+    if not settings[0].can_kill_its_reader:
         return False
     detail = f"its reader died {attempts} times"
     columns = {"reason": "scan_crash", "detail": detail}
@@ -118,7 +117,7 @@ def _partitions(config: PrepareConfig, listing: pa.Table) -> list[tuple[str, int
     found, start = list[tuple[str, int, int]](), 0
     for name, source in config.sources.items():
         end = start + (pc.sum(pc.equal(listing["source"], name)).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
-        size = FILES_PER_PARTITION if source.kind in ("folder", "classes") else 1
+        size = source.per_task
         found += [(name, begin, min(begin + size, end)) for begin in range(start, end, size)]
         start = end
     return found

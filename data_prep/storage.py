@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import AfterValidator
 from upath import UPath
 
 from models import files
@@ -23,8 +25,28 @@ PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirector
 OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)  # no store's, but bugs
 
 
+# Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.
+LOCAL = LocalFileSystem()
+
+
 def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
+
+
+def absolute(path: str) -> str:
+    """A local path from the root on; a URL as it is."""
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+AbsolutePath = Annotated[str, AfterValidator(absolute)]
+
+
+def filesystem_of(path: str | Path) -> tuple[Any, str]:
+    """The fsspec file system of a local path or URL, and the name there."""
+    if not is_remote(path):
+        return LOCAL, str(path)
+    # A listing remembered from before another process wrote would hide what it wrote.
+    return fsspec.url_to_fs(str(path), use_listings_cache=False)
 
 
 def open_root(url: str, where: str) -> Path:
@@ -60,21 +82,34 @@ def patient(function: Callable[..., Result], *arguments: Any) -> Result:
 
 def read_bytes(path: str, offset: int, length: int) -> bytes:
     """Exactly those bytes; raises OSError where there are fewer, or where no attempt succeeds."""
-    data = patient(_read_remote if is_remote(path) else _read_local, path, offset, length)
+    filesystem, name = filesystem_of(path)
+    data = patient(lambda: filesystem.cat_file(name, start=offset, end=offset + length))
     if len(data) != length:
         raise OSError(0, f"got {len(data)} bytes of {length}")
     return data
 
 
-def _read_local(path: str, offset: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+def read_head(path: str, length: int) -> bytes:
+    """The first bytes, no more than `length`; raises OSError where no attempt succeeds."""
+    filesystem, name = filesystem_of(path)
+
+    def read() -> bytes:
+        with filesystem.open(name, "rb") as file:
+            return file.read(length)
+
+    return patient(read)
 
 
-def _read_remote(path: str, offset: int, length: int) -> bytes:
-    filesystem, name = fsspec.url_to_fs(path)
-    return filesystem.cat_file(name, start=offset, end=offset + length)
+def size_of(path: str) -> int:
+    """Bytes of a file; raises OSError where there is none, or where no attempt succeeds."""
+    filesystem, name = filesystem_of(path)
+    return patient(filesystem.size, name) or 0
+
+
+def file_size(path: str) -> int | None:
+    """Bytes of a file, None of what is no file; raises OSError where a store does not answer."""
+    filesystem, name = filesystem_of(path)
+    return size_of(path) if patient(filesystem.isfile, name) else None
 
 
 @contextmanager
@@ -83,7 +118,7 @@ def local_copy(path: str) -> Iterator[str]:
     if not is_remote(path):
         yield path
         return
-    filesystem, name = fsspec.url_to_fs(path)
+    filesystem, name = filesystem_of(path)
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "copy")
         patient(filesystem.get_file, name, target)
@@ -92,14 +127,14 @@ def local_copy(path: str) -> Iterator[str]:
 
 def find_files(folder: Path) -> dict[str, int]:
     """Name relative to the folder -> size, of all files below that are not temporary ones."""
-    if not is_remote(folder):
-        found = (Path(top) / name for top, _, names in os.walk(folder) for name in names)
-        whole = (path for path in found if not path.name.startswith("."))
-        return {str(path.relative_to(folder)): path.stat().st_size for path in whole}
-    root: Any = folder
-    listed = patient(lambda: root.fs.find(root.path, detail=True))
-    cut = len(root.path.rstrip("/")) + 1
-    return {name[cut:]: info["size"] or 0 for name, info in listed.items()}
+    filesystem, top = filesystem_of(folder)
+    listed = patient(lambda: filesystem.find(top, detail=True))
+    cut = len(top.rstrip("/")) + 1
+    return {
+        name[cut:]: info["size"] or 0
+        for name, info in listed.items()
+        if not os.path.basename(name).startswith(".")
+    }
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

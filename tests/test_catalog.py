@@ -21,7 +21,9 @@ from data_prep.duplicates import near_duplicates
 from data_prep.images import ImagesConfig, Rejected, list_buckets, perceptual_hash
 from data_prep.plan import find_duplicates, plan, read_planned, sift
 from data_prep.shards import write_table
-from data_prep.sources import FolderSource, TarSource, list_source, sample_key
+from data_prep.sources import sample_key
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.tars import TarSource
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 
 IMAGES = ImagesConfig(resolution=32, bucket_multiple=8)
@@ -54,7 +56,7 @@ def catalog(rows) -> pa.Table:
 
 def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) -> list[dict]:
     """The catalog's rows of a source, read as one partition."""
-    entries, pool = list(list_source("s", source)), DecodePool(IMAGES, 1)
+    entries, pool = list(source.entries("s")), DecodePool(IMAGES, 1)
     count = scan_partition(work, "part", entries, source, [], captions, filters, pool)
     (part,) = (work / "catalog").iterdir()
     rows = pq.read_table(part).to_pylist()

@@ -6,23 +6,17 @@ import tarfile
 
 import pytest
 
-from data_prep.sources import (
-    Entry,
-    FolderSource,
-    Item,
-    SourceConfig,
-    TarSource,
-    list_source,
-    read_entries,
-    sample_key,
-)
-from data_prep.storage import read_bytes
+from data_prep.shards import write_text
+from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.tars import TarSource
+from data_prep.storage import open_root, read_bytes
 from models.config import InputError
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 
 
 def items(config: SourceConfig) -> list[Item]:
-    return list(read_entries(list(list_source("s", config)), config))
+    return list(read_entries(list(config.entries("s")), config))
 
 
 def folder_items(folder):
@@ -55,6 +49,38 @@ def test_pictures_are_found_in_all_folders_with_the_captions_beside_them(tmp_pat
     for item in items:
         with open(tmp_path / item.name, "rb") as file:
             assert read_bytes(item.path, item.offset, item.length) == file.read()
+
+
+def test_a_store_is_listed_in_the_order_of_the_same_folder_on_disk(tmp_path):
+    names = [
+        "b.png",
+        "a/z.png",
+        "a/b/c.png",
+        "a-1/x.png",
+        "a.png",
+        "B/y.png",
+        "a::b.png",
+        "a b.png",
+    ]
+    store = open_root("memory://listed", "here")
+    for name in names:
+        for root in (tmp_path, store):
+            write_text(root / name, name)
+    local, remote = (
+        [entry.name for entry in FolderSource(kind="folder", path=str(path)).entries("s")]
+        for path in (tmp_path, store)
+    )
+    assert local == remote
+    assert local[:4] == ["a b.png", "a.png", "a::b.png", "b.png"]
+    assert local[4:] == ["B/y.png", "a/z.png", "a/b/c.png", "a-1/x.png"]
+    for item in folder_items(tmp_path):
+        assert read_bytes(item.path, item.offset, item.length) == item.name.encode()
+
+
+def test_a_local_path_is_absolute_from_the_start_and_a_url_as_it_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert TarSource(kind="tars", path="x/../y").path == str(tmp_path / "y")
+    assert TarSource(kind="tars", path="s3://bucket/x").path == "s3://bucket/x"
 
 
 def test_keys_are_safe_distinct_and_do_not_change_when_data_is_added(tmp_path):
@@ -101,23 +127,23 @@ def test_a_name_that_is_not_utf8_is_a_reject(tmp_path):
 
 def test_a_missing_folder_is_an_error_that_says_so(tmp_path):
     with pytest.raises(InputError, match=r"sources\.s\.path: .*gone: no such folder"):
-        list(list_source("s", FolderSource(kind="folder", path=str(tmp_path / "gone"))))
+        list(FolderSource(kind="folder", path=str(tmp_path / "gone")).entries("s"))
 
 
 def test_a_folder_without_pictures_is_an_error_that_says_what_is_there(tmp_path):
     for name in ("a.pdf", "b.pdf", "c.txt", "README"):
         (tmp_path / name).write_text("x")
     with pytest.raises(InputError) as caught:
-        list(list_source("s", FolderSource(kind="folder", path=str(tmp_path))))
+        list(FolderSource(kind="folder", path=str(tmp_path)).entries("s"))
     assert "2 .pdf, 1 without extension, 1 .txt" in str(caught.value)
     assert ".jpg" in str(caught.value)
     with pytest.raises(InputError, match=r"no tars there; got 2 \.pdf"):
-        list(list_source("s", TarSource(kind="tars", path=str(tmp_path))))
+        list(TarSource(kind="tars", path=str(tmp_path)).entries("s"))
 
 
 def test_a_pipe_is_no_path(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        list(list_source("s", TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar")))
+        list(TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar").entries("s"))
     assert not (tmp_path / "run.tar").exists()
 
 
@@ -238,5 +264,5 @@ def test_what_is_no_tar_is_one_reject(tmp_path, data):
 
 def test_a_tar_that_has_gone_is_one_reject(tmp_path):
     config = TarSource(kind="tars", path=str(tmp_path))
-    entry = Entry("s", "tars", "0.tar", str(tmp_path / "0.tar"), 10)
+    entry = Entry("s", "0.tar", str(tmp_path / "0.tar"), 10)
     assert reasons(read_entries([entry], config)) == {"0.tar": "unreadable"}

@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.catalog import CaptionsConfig, FiltersConfig
-from data_prep.sources import ClassesSource, ImageFolderSource, TableSource, list_source
+from data_prep.sources import read_entries
+from data_prep.sources.classes import ClassesSource
+from data_prep.sources.imagefolder import ImageFolderSource
+from data_prep.sources.table import TableSource
 from data_prep.storage import read_bytes
 from models.config import InputError
 from tests.prep_factory import encoded, fill_folder, pixels
@@ -194,10 +197,8 @@ def test_class_folders_give_labels_by_name_and_captions_by_the_template(tmp_path
         fill_folder(tmp_path / name, 2)
     (tmp_path / "alone.png").write_bytes(PICTURES[0])
     source = ClassesSource(kind="classes", path=str(tmp_path), caption="a photo of a {name}")
-    entries = list(list_source("s", source))
+    entries = list(source.entries("s"))
     assert {e.class_name for e in entries} == {None, "cat", "red_fox"}
-    from data_prep.sources import read_entries
-
     found = list(read_entries(entries, source, ["cat", "red_fox"]))
     assert reasons(found) == {"alone.png": "no_class"}
     said = {(item.label, item.captions[0][0]) for item in found if not item.reason}
@@ -213,8 +214,6 @@ def test_a_broken_picture_in_a_table_is_rejected_for_what_it_is(tmp_path):
 
 def test_an_unreadable_table_is_a_reject(tmp_path):
     write_csv(tmp_path / "t.csv", [])
-    entries = list(list_source("s", table(tmp_path)))
+    entries = list(table(tmp_path).entries("s"))
     os.unlink(tmp_path / "t.csv")
-    from data_prep.sources import read_entries
-
     assert reasons(read_entries(entries, table(tmp_path))) == {"t.csv": "unreadable"}

@@ -1,4 +1,4 @@
-"""Tables of pictures, Parquet, CSV and JSONL, and Hugging Face's layouts of them, as items."""
+"""Rows of Parquet, CSV and JSONL files as items, for every source that has such tables."""
 
 import base64
 import binascii
@@ -7,67 +7,68 @@ import json
 import os
 import posixpath
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources import (
-    Entry,
-    ImageFolderSource,
-    Item,
-    TableSource,
-    extension_of,
-    is_metadata,
-    is_utf8,
-    walk_folder,
-)
-from data_prep.storage import is_remote, local_copy, patient
+from data_prep.images import Rejected
+from data_prep.sources.source import Entry, Item
+from data_prep.sources.walk import extension_of, is_utf8
+from data_prep.storage import is_remote, local_copy, size_of
 from models.config import InputError
 
-ROWS_AT_ONCE = 64  # of Parquet: pictures may lie in them
-MAX_LINE_BYTES = 128 << 20  # of CSV and JSONL: a picture in base64
+TABLES = ("csv", "jsonl", "parquet")
+# Rows of Parquet read at once: pictures may lie in them.
+ROWS_AT_ONCE = 64
+# Bytes of a line of CSV and JSONL: a picture in base64.
+MAX_LINE_BYTES = 128 << 20
 Row = dict[str, Any] | Rejected
-Config = TableSource | ImageFolderSource
 
 
-def read_rows(entry: Entry, config: Config) -> Iterator[Item]:
-    """The rows of a table as items; what is broken in it is an item too.
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table mean."""
 
-    Raises InputError where it lacks a column that the config names.
+    image: str
+    captions: dict[str, float]
+    """Column -> weight."""
+    label: str | None
+    base64: bool = False
+    """Whether a string in the column of pictures is one in base64; else it is a path."""
+    inside: bool = False
+    """Whether paths must lead to pictures beside or below the table."""
+
+
+def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
+    """The rows of a table as items, each with the path that it gives; what is broken is an item too.
+
+    Raises InputError where the table lacks a column.
     """
     reader = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
-    named: set[str] = set()
     try:
         with local_copy(entry.path) as path:
-            rows = reader[extension_of(entry.name)](path, entry, config)
+            rows = reader[extension_of(entry.name)](path, entry, columns)
             for number, row in enumerate(rows):
                 name = f"{entry.name}/{number:09d}"
                 try:
                     if isinstance(row, Rejected):
                         raise row
-                    item, file_name = _item_of_row(name, row, entry, config)
-                    named.add(file_name)
+                    found = _item_of_row(name, row, entry, columns)
                 except Rejected as rejected:
-                    item = Item(name, reason=rejected.reason, detail=rejected.detail)
-                yield item
+                    found = Item(name, reason=rejected.reason, detail=rejected.detail), ""
+                yield found
     except Rejected as rejected:
-        yield Item(entry.name, reason=rejected.reason, detail=rejected.detail)
+        yield Item(entry.name, reason=rejected.reason, detail=rejected.detail), ""
     except OSError as error:
-        yield Item(entry.name, reason="unreadable", detail=error.strerror or type(error).__name__)
-    if isinstance(config, ImageFolderSource):
-        yield from _unnamed_pictures(entry, named)
+        detail = error.strerror or type(error).__name__
+        yield Item(entry.name, reason="unreadable", detail=detail), ""
 
 
-def _image_column(config: Config) -> str:
-    return "file_name" if isinstance(config, ImageFolderSource) else config.image
-
-
-def _check_columns(found: list[str], entry: Entry, config: Config) -> None:
-    wanted = {"image": _image_column(config), "label": config.label}
-    wanted |= {f"captions.{name}": name for name in config.captions}
+def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:
+    wanted = {"image": columns.image, "label": columns.label}
+    wanted |= {f"captions.{name}": name for name in columns.captions}
     for option, name in wanted.items():
         if name is not None and name not in found:
             raise InputError(
@@ -76,17 +77,17 @@ def _check_columns(found: list[str], entry: Entry, config: Config) -> None:
             )
 
 
-def _parquet_rows(path: str, entry: Entry, config: Config) -> Iterator[Row]:
+def _parquet_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        _check_columns(file.schema_arrow.names, entry, config)
-        wanted = {_image_column(config), config.label, *config.captions}
-        columns = [
+        _check_columns(file.schema_arrow.names, entry, columns)
+        wanted = {columns.image, columns.label, *columns.captions}
+        names = [
             field.name
             for field in file.schema_arrow
             if field.name in wanted or pa.types.is_primitive(field.type) or _is_text(field.type)
         ]
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -97,17 +98,17 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _csv_rows(path: str, entry: Entry, config: Config) -> Iterator[Row]:
+def _csv_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, strict=True)
         try:
-            _check_columns(list(reader.fieldnames or []), entry, config)
+            _check_columns(list(reader.fieldnames or []), entry, columns)
             for row in reader:
                 if None in row or None in row.values():
                     yield Rejected("broken_row", f"line {reader.line_num}: not as many fields")
                 else:
-                    texts = {_image_column(config), *config.captions}
+                    texts = {columns.image, *columns.captions}
                     yield {n: v if n in texts else _number(v) for n, v in row.items()}
         except csv.Error as error:
             detail = f"line {reader.line_num}: {error}"
@@ -123,7 +124,7 @@ def _number(text: str) -> Any:
     return text or None
 
 
-def _jsonl_rows(path: str, entry: Entry, config: Config) -> Iterator[Row]:
+def _jsonl_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
     with open(path, "rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
@@ -140,28 +141,30 @@ def _jsonl_rows(path: str, entry: Entry, config: Config) -> Iterator[Row]:
             yield row if isinstance(row, dict) else Rejected("broken_json", f"line {number}")
 
 
-def _item_of_row(name: str, row: dict[str, Any], entry: Entry, config: Config) -> tuple[Item, str]:
+def _item_of_row(
+    name: str, row: dict[str, Any], entry: Entry, columns: Columns
+) -> tuple[Item, str]:
     """The item, and the path that its row gives; raises Rejected."""
-    image, label = row.get(_image_column(config)), None
+    image, label = row.get(columns.image), None
     if isinstance(image, dict):  # Hugging Face's Image
         image = image.get("bytes") or image.get("path")
-    if config.label is not None:
-        label = row.get(config.label)
+    if columns.label is not None:
+        label = row.get(columns.label)
         if not isinstance(label, int) or label < 0:
-            raise Rejected("no_label", f"{config.label}: got {label!r}, expected an integer"[:200])
+            raise Rejected("no_label", f"{columns.label}: got {label!r}, expected an integer"[:200])
     captions = tuple(
         (_utf8(text), weight / len(texts))
-        for column, weight in config.captions.items()
+        for column, weight in columns.captions.items()
         for texts in [_texts(row.get(column))]
         for text in texts
     )
     facts = {
         key: value
         for key, value in row.items()
-        if isinstance(value, str | int | float | bool) and key not in config.captions
+        if isinstance(value, str | int | float | bool) and key not in columns.captions
     }
-    if isinstance(image, str) and getattr(config, "strings", "path") == "base64":
-        facts.pop(_image_column(config), None)
+    if isinstance(image, str) and columns.base64:
+        facts.pop(columns.image, None)
         try:
             image = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError) as error:
@@ -170,9 +173,12 @@ def _item_of_row(name: str, row: dict[str, Any], entry: Entry, config: Config) -
         size = len(image)
         return Item(name, "", 0, size, captions, facts, label, data=image), ""
     if not isinstance(image, str) or not image:
-        raise Rejected("no_picture", f"{_image_column(config)}: got {type(image).__name__}")
-    path = _resolve(image, entry, config)
-    size = _size_of(path)
+        raise Rejected("no_picture", f"{columns.image}: got {type(image).__name__}")
+    path = _resolve(image, entry, columns.inside)
+    try:
+        size = size_of(path)
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror or type(error).__name__) from error
     return Item(name, path, 0, size, captions, facts, label), posixpath.normpath(image)
 
 
@@ -190,7 +196,7 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def _resolve(text: str, entry: Entry, config: Config) -> str:
+def _resolve(text: str, entry: Entry, inside: bool) -> str:
     """The full path of a row's picture; raises Rejected where a row may not point there."""
     if "\0" in text or not is_utf8(text):
         raise Rejected("name_not_utf8", ascii(text)[:200])
@@ -198,34 +204,8 @@ def _resolve(text: str, entry: Entry, config: Config) -> str:
         if text.split("://")[0] != entry.path.split("://")[0]:
             raise Rejected("foreign_url", "nothing is downloaded here: use img2dataset first")
         return text
-    inside = isinstance(config, ImageFolderSource) or is_remote(entry.path)
-    if inside and (os.path.isabs(text) or posixpath.normpath(text).startswith("..")):
+    if (inside or is_remote(entry.path)) and (
+        os.path.isabs(text) or posixpath.normpath(text).startswith("..")
+    ):
         raise Rejected("path_outside", text[:200])
     return posixpath.join(posixpath.dirname(entry.path), text)
-
-
-def _size_of(path: str) -> int:
-    try:
-        if not is_remote(path):
-            return os.path.getsize(path)
-        filesystem, name = fsspec.url_to_fs(path)
-        return patient(filesystem.size, name) or 0
-    except OSError as error:
-        raise Rejected("unreadable", error.strerror or type(error).__name__) from error
-
-
-def _unnamed_pictures(entry: Entry, named: set[str]) -> Iterator[Item]:
-    """Pictures below an ImageFolder's metadata, down to the next metadata, of which it has no row."""
-    folder, others = posixpath.dirname(entry.path), list[str]()
-    for walk in walk_folder(folder):
-        names = [name for name, _, _ in walk.files]
-        if others and names and names[0].startswith(tuple(others)):
-            continue
-        if any(is_metadata(name) and posixpath.dirname(name) for name in names):
-            others.append(posixpath.dirname(names[0]) + "/")
-            continue
-        for name in names:
-            if extension_of(name) in PICTURE_EXTENSIONS and name not in named:
-                full = posixpath.join(posixpath.dirname(entry.name), name)
-                detail = f"{posixpath.basename(entry.name)} has no row of it"
-                yield Item(full, reason="no_metadata", detail=detail)

@@ -1,0 +1,31 @@
+"""Pictures in a folder, each captioned by a text file."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source
+from data_prep.sources.walk import Walk, extension_of, stem_of
+from data_prep.storage import read_head
+
+
+class FolderSource(Source):
+    """Pictures in a folder and the folders in it, each captioned by the .txt file of the same name."""
+
+    kind: Literal["folder"]
+
+    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+        texts = {stem_of(name): path for name, path, _ in walk.files if extension_of(name) == "txt"}
+        for entry in super().entries_of(source, walk):
+            yield replace(entry, caption_path=texts.get(stem_of(entry.name)))
+
+    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+        captions = ()
+        if entry.caption_path:
+            try:
+                captions = ((read_head(entry.caption_path, MAX_TEXT_BYTES + 1), 1.0),)
+            except OSError as error:
+                detail = error.strerror or ""
+                yield Item(entry.name, reason="caption_unreadable", detail=detail)
+                return
+        yield Item(entry.name, entry.path, 0, entry.size, captions)

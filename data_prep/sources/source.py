@@ -1,0 +1,142 @@
+"""What all kinds of sources share: the files in them (entries) and what each file holds (items)."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from data_prep.images import PICTURE_EXTENSIONS
+from data_prep.sources.walk import Walk, extension_of, walk_folder
+from data_prep.storage import AbsolutePath, file_size, is_remote
+from models.config import Config, InputError
+
+# No more is ever read of a caption or a metadata file.
+MAX_TEXT_BYTES = 1 << 20
+
+Weight = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a source, or the reason why it cannot be one. `name` is relative to the source."""
+
+    source: str
+    name: str
+    path: str
+    size: int
+    caption_path: str | None = None
+    class_name: str | None = None
+    reason: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A would-be sample: the picture's address and what was said of it, or the reason of its rejection."""
+
+    name: str
+    path: str = ""
+    offset: int = 0
+    length: int = 0
+    # Captions with their weights; none: nothing was said.
+    captions: tuple[tuple[bytes, float], ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    label: int | None = None
+    reason: str | None = None
+    detail: str = ""
+    # A local copy of the file at `path`, while its partition is read.
+    copy: str = ""
+    # The picture itself, where no address could find it again.
+    data: bytes | None = None
+
+
+class Source(Config, ABC):
+    """A place of pictures. A kind of source says here what its files are and how one is read."""
+
+    # Extensions of its files, and what those are called in messages.
+    files: ClassVar[tuple[str, ...]] = PICTURE_EXTENSIONS
+    contents: ClassVar[str] = "pictures"
+    # Whether `path` may be such a file itself.
+    may_be_one_file: ClassVar[bool] = False
+    # Files that one scan task reads; over 1 where every file is a picture.
+    per_task: ClassVar[int] = 512
+    # Whether reading a file runs C code that a damaged one could crash.
+    can_kill_its_reader: ClassVar[bool] = False
+
+    kind: Any
+    path: AbsolutePath
+    """A local path, or any fsspec URL such as s3://bucket/folder."""
+
+    @property
+    def labels(self) -> str:
+        """Where the samples' labels come from; "" where they have none."""
+        return ""
+
+    def takes(self, name: str) -> bool:
+        """Whether a file of that name is one of its files."""
+        return extension_of(name) in self.files
+
+    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+        """The files of one folder; `source` is the name of this source in the config."""
+        for name, path, size in walk.files:
+            if self.takes(name):
+                yield Entry(source, name, path, size)
+
+    @abstractmethod
+    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+        """The items of a file in a fixed order; raises InputError where a table lacks a column."""
+
+    def entries(self, source: str) -> Iterator[Entry]:
+        """The files of all folders in a fixed order; raises InputError where there are none."""
+        where, root = f"sources.{source}.path: {self.path}", self.path.rstrip("/")
+        if self.may_be_one_file and (size := _size_of_file(root, where)) is not None:
+            yield Entry(source, root.rsplit("/", 1)[-1], root, size)
+            return
+        if not is_remote(root) and not os.path.isdir(root):
+            raise InputError(
+                f"{where}: no such folder. Remedy: give the folder that holds the {self.contents}."
+            )
+        count, extensions = 0, Counter[str]()
+        for walk in walk_folder(root):
+            extensions.update(extension_of(name) for name, _, _ in walk.files)
+            for entry in self.entries_of(source, walk):
+                count += 1
+                yield entry
+            for name, reason, detail in walk.rejected:
+                yield Entry(source, name, "", 0, reason=reason, detail=detail)
+        if not count:
+            found = ", ".join(
+                f"{n} .{e}" if e else f"{n} without extension" for e, n in extensions.most_common(6)
+            )
+            raise InputError(
+                f"{where}: no {self.contents} there; got {found or 'an empty folder'}, "
+                f"expected files ending in {', '.join('.' + e for e in self.files)}."
+            )
+
+
+def _size_of_file(path: str, where: str) -> int | None:
+    try:
+        return file_size(path)
+    except (ImportError, ValueError, OSError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def read_entries(
+    entries: list[Entry], config: Source, class_names: list[str] | None = None
+) -> Iterator[Item]:
+    """The items of some entries, in a fixed order; raises InputError where a table lacks a column."""
+    for entry in entries:
+        if entry.reason:
+            yield Item(entry.name, reason=entry.reason, detail=entry.detail)
+        else:
+            yield from config.read(entry, class_names or [])
+
+
+def sample_key(source: str, name: str) -> str:
+    """Our own key, safe in any tar, and the same when the source grows."""
+    return hashlib.sha256(f"{source}\0{name}".encode()).hexdigest()[:20]

@@ -1,0 +1,39 @@
+"""Tables of pictures: a row is a picture, by its path or by its bytes."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from data_prep.sources.rows import TABLES, Columns, read_rows
+from data_prep.sources.source import Entry, Item, Source, Weight
+
+
+class TableSource(Source):
+    """Rows of *.parquet, *.csv or *.jsonl: each is a picture, by its path or by its bytes."""
+
+    files = TABLES
+    contents = "tables"
+    may_be_one_file = True
+    per_task = 1
+    can_kill_its_reader = True
+
+    kind: Literal["table"]
+    image: str = "image"
+    """Column of pictures: a path (relative to the table), bytes, or Hugging Face's struct of both."""
+    strings: Literal["path", "base64"] = "path"
+    """What a string in that column is."""
+    captions: dict[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
+    """Column -> weight."""
+    label: str | None = None
+    """Column of integers."""
+
+    @property
+    def labels(self) -> str:
+        return "column" if self.label else ""
+
+    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+        base64 = self.strings == "base64"
+        columns = Columns(self.image, self.captions, self.label, base64=base64)
+        for item, _ in read_rows(entry, columns):
+            yield item

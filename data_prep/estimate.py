@@ -1,4 +1,5 @@
-"""What a preparation will take: a random part of its pictures is prepared here and now, the rest is arithmetic."""
+"""What a preparation will take, `flowmill plan CONFIG.yaml`: a random part of its pictures is prepared here and now,
+and the rest is arithmetic."""
 
 import random
 import tarfile
@@ -6,8 +7,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pyarrow.compute as pc
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +24,7 @@ from data_prep.report import Progress
 from data_prep.scan import class_names, list_sources, scan_entries
 from data_prep.schema import index_path
 from data_prep.shards import WORK
-from models.config import InputError
+from models.config import InputError, load_config, run_command
 
 TAR_END = 1024 + tarfile.RECORDSIZE / 2  # bytes after the last member: two blocks, and to a record
 NPY_HEADER = 128
@@ -148,3 +151,16 @@ def report(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
         "Actors: one a GPU, or one a CPU. Duplicates were looked for in the sample alone."
     )
     return found
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="YAML file of a preparation")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="pictures to prepare, to see")] = 128,
+) -> None:
+    """Pictures, shards, bytes and hours of a preparation, before it starts."""
+    report(load_config(PrepareConfig, config, overrides or []), sample, Console())
+
+
+if __name__ == "__main__":
+    run_command(main)

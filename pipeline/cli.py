@@ -4,6 +4,7 @@ import difflib
 import os
 import runpy
 import sys
+from pathlib import Path
 
 # Stage -> module and what it does. Strings, so that the import arrows hold and help is instant.
 STAGES = {
@@ -39,6 +40,24 @@ CONFIGS = {
 }
 
 
+def module_of(stage: str, arguments: list[str]) -> str:
+    """The stage's module; what a preparation will take is for data_prep to say."""
+    if stage == "plan" and any(is_preparation(argument) for argument in arguments):
+        return "data_prep.estimate"
+    return STAGES[stage][0]
+
+
+def is_preparation(path: str) -> bool:
+    """Whether it is a preparation's YAML file; what cannot be read is left for the stage to refuse."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(tree, dict) and CONFIGS["prepare"][0] in tree
+
+
 def main() -> None:
     """`flowmill STAGE ...` is `python -m MODULE ...`."""
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -55,7 +74,7 @@ def main() -> None:
     os.environ["FLOWMILL_PROG"] = f"flowmill {stage}"
     sys.path.insert(0, os.getcwd())  # as python -m does
     del sys.argv[1]
-    runpy.run_module(STAGES[stage][0], run_name="__main__", alter_sys=True)
+    runpy.run_module(module_of(stage, sys.argv[1:]), run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a run will take, before it is paid for: `flowmill plan CONFIG.yaml --gpus 64 --gpu H100`."""
 
-import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from models import build_model
-from models.config import InputError, load_config, read_yaml, run_command
+from models.config import InputError, load_config, run_command
 from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
-from pipeline.cli import CONFIGS
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data import Loader
 from pipeline.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
@@ -326,15 +324,13 @@ def report(config: TrainConfig, data: Dataset, machines: Machines, console: Cons
     return best
 
 
-def plan_preparation(path: Path, overrides: list[str], sample: int) -> None:
-    """What a preparation will take, by preparing a little of it."""
-    module, name = CONFIGS["prepare"][1].split(":")
-    config = load_config(getattr(importlib.import_module(module), name), path, overrides)
-    importlib.import_module("data_prep.estimate").report(config, sample, Console())
-
-
 def main(
-    config: Annotated[Path, typer.Argument(help="YAML file of a run, or of a preparation")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML file of a run; of a preparation: CONFIG --help has other options"
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="in all")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
@@ -347,14 +343,8 @@ def main(
     resolution: Annotated[int, typer.Option(help="pixels, likewise")] = 256,
     downscale: Annotated[int, typer.Option(help="of the autoencoder, likewise")] = 8,
     text_tokens: Annotated[int, typer.Option(help="of a caption, likewise")] = 120,
-    sample: Annotated[
-        int, typer.Option(min=1, help="pictures of a preparation to prepare, to see")
-    ] = 128,
 ) -> None:
     """Memory, steps, disk, bandwidth, hours and cost of a run, before it starts."""
-    if CONFIGS["prepare"][0] in read_yaml(config, overrides or []):
-        plan_preparation(config, overrides or [], sample)
-        return
     parsed = load_config(TrainConfig, config, overrides or [])
     if gpu not in GPU_GIB:
         raise InputError(f"--gpu: got {gpu!r}, expected one of {', '.join(GPU_GIB)}")

@@ -8,6 +8,7 @@ import pytest
 
 from models import build_model
 from models.config import InputError, load_config
+from pipeline import cli
 from pipeline.config import TrainConfig, differences, dump_config
 
 ROOT = Path(__file__).parent.parent
@@ -98,3 +99,11 @@ def test_a_command_ends_wrong_input_with_status_2_and_no_traceback(tmp_path):
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("error ")
+
+
+def test_plan_asks_the_package_that_the_config_is_for(tmp_path):
+    train, prepare = ROOT / "configs/demo_train.yaml", ROOT / "configs/demo_prepare.yaml"
+    assert cli.module_of("plan", [str(train), "--gpus", "8"]) == "pipeline.plan"
+    assert cli.module_of("plan", ["--sample", "8", str(prepare)]) == "data_prep.estimate"
+    assert cli.module_of("plan", [str(tmp_path / "absent.yaml")]) == "pipeline.plan"
+    assert cli.module_of("prepare", [str(prepare)]) == "data_prep.prepare"

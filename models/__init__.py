@@ -17,6 +17,12 @@ MODELS = {
 }
 
 
+def config_class(kind: str) -> Any:
+    """The class of a network's config, which stands beside the network's own."""
+    module, name = MODELS[kind]
+    return getattr(importlib.import_module(module), f"{name}Config")
+
+
 def build_model(config: Any) -> Any:
     """The network that `config.kind` names, on whatever device is torch's default."""
     module, name = MODELS[config.kind]

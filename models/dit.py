@@ -8,10 +8,11 @@ all blocks and a table a block.
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from models.conditions import Conditions, check_shapes, given
 from models.layers import (
     Attention,
     AttentionFunction,
@@ -20,7 +21,6 @@ from models.layers import (
     MLPEmbedder,
     Modulation,
     PatchTransformer,
-    given,
     initialise,
     modulate,
     positions_2d,
@@ -122,33 +122,29 @@ class DiT(PatchTransformer):
         self,
         x_t: Float[Tensor, "B C h w"],
         t: Float[Tensor, " B"],
-        text_emb: Float[Tensor, "B L E"] | None = None,
-        text_mask: Bool[Tensor, "B L"] | None = None,
-        pooled: Float[Tensor, "B P"] | None = None,
-        micro: Float[Tensor, "B 4"] | None = None,
-        label: Int[Tensor, " B"] | None = None,
-        token_scores: Float[Tensor, "B M"] | None = None,
+        conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
 
-        `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
         In training with `alignment` also the projection of each patch, for the alignment's loss.
         """
+        check_shapes(x_t, t, *conditions)
         height, width = x_t.shape[-2:]
         p = self.config.patch_size
         x, rope = self.embed(x_t)  # (B, N, D)
-        c = sum(self.time_text_embed(t, pooled, micro, label))
+        c = sum(self.time_text_embed(t, conditions))
         text = mask = None
         if self.caption_projection is not None:
-            text = self.caption_projection(given("text_emb", text_emb))  # (B, L, D)
-            mask = None if text_mask is None else text_mask[:, None, None, :]
+            text = self.caption_projection(given("text_emb", conditions.text_emb))  # (B, L, D)
+            if conditions.text_mask is not None:
+                mask = conditions.text_mask[:, None, None, :]
         shared = None if self.adaln_single is None else self.adaln_single(c)
         attend = self.attend(x)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
             return self.run(block, x, c, shared, text, mask, rope, attend)
 
-        x, projection = self.through(x, rope, token_scores, step)
+        x, projection = self.through(x, rope, conditions.token_scores, step)
         if self.modulation_out is not None:
             table = self.modulation_out(c)  # (B, 2, D)
         else:

@@ -93,7 +93,7 @@ def layout_of(config: NetworkConfig) -> str:
     elif isinstance(config, UNetConfig):
         return "UNet2DConditionModel"
     else:
-        raise InputError("model.kind: got uvit, which diffusers has no class for")
+        raise InputError(f"model.kind: got {config.kind}, which diffusers has no class for")
     check_layout(config, layout)
     return layout
 

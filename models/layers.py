@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.conditions import Conditions, given
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig, Span, TransformerConfig
 
@@ -159,28 +160,16 @@ class ConditionEmbedder(nn.Module):
         if config.num_classes:
             self.class_embedder = nn.Embedding(config.num_classes + 1, dim)
 
-    def forward(
-        self,
-        t: Float[Tensor, " B"],
-        pooled: Float[Tensor, "B P"] | None,
-        micro: Float[Tensor, "B 4"] | None,
-        label: Int[Tensor, " B"] | None,
-    ) -> list[Float[Tensor, "B D"]]:
+    def forward(self, t: Float[Tensor, " B"], conditions: Conditions) -> list[Float[Tensor, "B D"]]:
         vectors = [self.timestep_embedder(t)]
         if self.text_embedder is not None:
-            vectors.append(self.text_embedder(given("pooled", pooled)))
+            vectors.append(self.text_embedder(given("pooled", conditions.pooled)))
         if self.size_embedder is not None:
-            vectors.append(self.size_embedder(sinusoid(given("micro", micro), 256).flatten(1)))
+            micro = sinusoid(given("micro", conditions.micro), 256)  # (B, 4, 256)
+            vectors.append(self.size_embedder(micro.flatten(1)))
         if self.class_embedder is not None:
-            vectors.append(self.class_embedder(given("label", label)))
+            vectors.append(self.class_embedder(given("label", conditions.label)))
         return vectors
-
-
-def given(name: str, value: Tensor | None) -> Tensor:
-    """The value; raises ValueError where a condition that the network was built for is left out."""
-    if value is None:
-        raise ValueError(f"{name}: got None; this model was built to be conditioned on it")
-    return value
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

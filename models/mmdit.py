@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from models.conditions import Conditions, check_shapes, given
 from models.config import InputError
 from models.layers import (
     Attention,
@@ -20,7 +21,6 @@ from models.layers import (
     FeedForward,
     Modulation,
     PatchTransformer,
-    given,
     initialise,
     modulate,
     positions_2d,
@@ -173,30 +173,27 @@ class MMDiT(PatchTransformer):
         self,
         x_t: Float[Tensor, "B C h w"],
         t: Float[Tensor, " B"],
-        text_emb: Float[Tensor, "B L E"] | None = None,
-        text_mask: Bool[Tensor, "B L"] | None = None,
-        pooled: Float[Tensor, "B P"] | None = None,
-        micro: Float[Tensor, "B 4"] | None = None,
-        label: Int[Tensor, " B"] | None = None,
-        token_scores: Float[Tensor, "B M"] | None = None,
+        conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
 
-        `token_scores`, one a patch, choose those that `routing` or `masking` keeps; without, all are.
         In training with `alignment` also the projection of each patch, for the alignment's loss.
         """
+        check_shapes(x_t, t, *conditions)
         height, width = x_t.shape[-2:]
         x, rope = self.embed(x_t)  # (B, N, D)
-        c = sum(self.time_text_embed(t, pooled, micro, label))
-        text = self.context_embedder(given("text_emb", text_emb).to(x.dtype))  # (B, L, D)
+        c = sum(self.time_text_embed(t, conditions))
+        text = self.context_embedder(
+            given("text_emb", conditions.text_emb).to(x.dtype)
+        )  # (B, L, D)
         attend = self.attend(x)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
             nonlocal text
-            x, text = self.run(block, x, text, c, text_mask, rope, attend)
+            x, text = self.run(block, x, text, c, conditions.text_mask, rope, attend)
             return x
 
-        x, projection = self.through(x, rope, token_scores, step)
+        x, projection = self.through(x, rope, conditions.token_scores, step)
         scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
         num = height * width // self.config.patch_size**2
         x = x[:, :num]  # without registers

@@ -12,6 +12,8 @@ NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 class NetworkConfig(Config):
     """Sizes that the data fixes default to the dataset's."""
 
+    kind: Any  # each network's own, as in models.MODELS
+    size: Any  # likewise, a name of its table of sizes
     # Weights to begin with: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT.
     init_from: str | None = None
     size_conditioning: bool = False  # original size and crop, as SDXL (2307.01952, 2.2)
@@ -38,7 +40,6 @@ class TransformerConfig(NetworkConfig):
 
     SIZES: ClassVar[dict[str, tuple[int, int, int]]]  # hidden_size, depth, num_heads
 
-    size: Any  # each network's own: a name of its SIZES
     hidden_size: int | None = Field(default=None, gt=0)
     depth: int | None = Field(default=None, gt=0)
     num_heads: int | None = Field(default=None, gt=0)

@@ -6,12 +6,12 @@ Here are its size table, our signature and the zero initialisation that diffuser
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from models.conditions import Conditions, check_shapes, given
 from models.config import InputError
-from models.layers import given
 from models.networks import NetworkConfig
 
 # Channels a level, transformer layers a level (0: none), heads a level, ResNets a level.
@@ -95,13 +95,10 @@ class UNet(nn.Module):
         self,
         x_t: Float[Tensor, "B C h w"],
         t: Float[Tensor, " B"],
-        text_emb: Float[Tensor, "B L E"] | None = None,
-        text_mask: Bool[Tensor, "B L"] | None = None,
-        pooled: Float[Tensor, "B P"] | None = None,
-        micro: Float[Tensor, "B 4"] | None = None,
-        label: Int[Tensor, " B"] | None = None,
+        conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        check_shapes(x_t, t, *conditions)
         if t.dtype != torch.float32:
             raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")
         dtype = self.unet.conv_in.weight.dtype
@@ -111,15 +108,15 @@ class UNet(nn.Module):
             sides = torch.tensor(x_t.shape[-2:], device=x_t.device) * self.config.latent_downscale
             target = sides.expand(len(x_t), 2)
             added = {
-                "text_embeds": given("pooled", pooled),
-                "time_ids": torch.cat([given("micro", micro), target], dim=1),
+                "text_embeds": given("pooled", conditions.pooled),
+                "time_ids": torch.cat([given("micro", conditions.micro), target], dim=1),
             }
         return self.unet(
             x_t.to(dtype),
             1000.0 * t,
-            given("text_emb", text_emb).to(dtype),
-            class_labels=given("label", label) if self.config.num_classes else None,
-            encoder_attention_mask=text_mask,
+            given("text_emb", conditions.text_emb).to(dtype),
+            class_labels=given("label", conditions.label) if self.config.num_classes else None,
+            encoder_attention_mask=conditions.text_mask,
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

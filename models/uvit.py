@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from models.conditions import Conditions, check_shapes, given
 from models.config import InputError
 from models.layers import (
     Attention,
@@ -17,7 +18,6 @@ from models.layers import (
     ConditionEmbedder,
     FeedForward,
     PatchTransformer,
-    given,
     initialise,
     unpatchify,
 )
@@ -92,21 +92,18 @@ class UViT(PatchTransformer):
         self,
         x_t: Float[Tensor, "B C h w"],
         t: Float[Tensor, " B"],
-        text_emb: Float[Tensor, "B L E"] | None = None,
-        text_mask: Bool[Tensor, "B L"] | None = None,
-        pooled: Float[Tensor, "B P"] | None = None,
-        micro: Float[Tensor, "B 4"] | None = None,
-        label: Int[Tensor, " B"] | None = None,
+        conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
+        check_shapes(x_t, t, *conditions)
         height, width = x_t.shape[-2:]
         x, rope = self.embed(x_t)
-        tokens = [x, *(v[:, None] for v in self.time_text_embed(t, pooled, micro, label))]
+        tokens = [x, *(v[:, None] for v in self.time_text_embed(t, conditions))]
         x, mask = torch.cat(tokens, dim=1), None
         if self.context_embedder is not None:
-            text = self.context_embedder(given("text_emb", text_emb).to(x.dtype))
-            if text_mask is not None:
-                mask = F.pad(text_mask, (x.shape[1], 0), value=True)[:, None, None]
+            text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
+            if conditions.text_mask is not None:
+                mask = F.pad(conditions.text_mask, (x.shape[1], 0), value=True)[:, None, None]
             x = torch.cat([x, text], dim=1)  # (B, patches, registers, conditions, text; D)
         attend = self.attend(x)
         skips: list[Tensor] = []

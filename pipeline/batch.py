@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data_prep.schema import EMPTY_CAPTION, Manifest
+from models.conditions import Conditions
 from models.config import InputError
 from pipeline.shards import Rows, gather, gather_ragged
 from pipeline.snapshots import Bucket, Snapshot
@@ -52,6 +53,11 @@ class Batch:
     def _map(self, function: Any) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: function(t) for n, t in tensors.items() if torch.is_tensor(t)})
+
+    @property
+    def conditions(self) -> Conditions:
+        """What a network is told of the samples."""
+        return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
 
     def rows(self, begin: int, end: int) -> "Batch":
         """Some of the samples, as views."""

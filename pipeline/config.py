@@ -1,17 +1,16 @@
 """The config of a training run: every section from the module that it configures, and the checks between them."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 
 import yaml
 from pydantic import Discriminator, Field, Tag
 
 from data_prep.schema import Manifest
+from models import MODELS, config_class
 from models.config import Config, InputError, parse_config
 from models.dit import DiTConfig
-from models.mmdit import MMDiTConfig
-from models.unet import UNetConfig
-from models.uvit import UViTConfig
+from models.networks import NetworkConfig
 from pipeline.checkpoint import CheckpointConfig
 from pipeline.data import DataConfig
 from pipeline.ema import EMAConfig
@@ -39,17 +38,17 @@ def _kind(model: Any) -> str:
     return cast(dict[str, Any], model).get("kind", "dit") if isinstance(model, dict) else model.kind
 
 
-ModelConfig = Annotated[
-    Annotated[DiTConfig, Tag("dit")]
-    | Annotated[MMDiTConfig, Tag("mmdit")]
-    | Annotated[UViTConfig, Tag("uvit")]
-    | Annotated[UNetConfig, Tag("unet")],
-    Discriminator(
-        _kind,
-        custom_error_type="kind",
-        custom_error_message="kind: expected one of dit, mmdit, uvit, unet",
-    ),
-]
+if TYPE_CHECKING:
+    ModelConfig = NetworkConfig
+else:
+    ModelConfig = Annotated[
+        Union[tuple(Annotated[config_class(kind), Tag(kind)] for kind in MODELS)],  # noqa: UP007
+        Discriminator(
+            _kind,
+            custom_error_type="kind",
+            custom_error_message=f"kind: expected one of {', '.join(MODELS)}",
+        ),
+    ]
 
 
 class TrainingConfig(Config):

@@ -99,7 +99,7 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 
     def forward(self, x_t, t, **conditions):
         """The prediction for x_t (B, C, h, w) at t (B,) in [0, 1], fp32."""
-        return self.network(x_t, t, **conditions)
+        return self.network(x_t, t, Conditions(**conditions))
 '''
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
+from models.conditions import example_conditions
 
 # Dense bf16 TFLOP/s of the makers' data sheets (no sparsity), by a part of torch's device name.
 PEAK_TFLOPS = {
@@ -52,21 +53,10 @@ class ModelFlops:
         return np.linalg.lstsq(terms, np.array(counts), rcond=None)[0]
 
     def _count(self, network: Any, height: int, width: int, text_length: int) -> float:
-        config = self.config
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            given: dict[str, Any] = {}
-            if config.text_dim:
-                given["text_emb"] = torch.zeros(1, text_length, config.text_dim)
-                given["text_mask"] = torch.ones(1, text_length, dtype=torch.bool)
-            if config.pooled_dim:
-                given["pooled"] = torch.zeros(1, config.pooled_dim)
-            given["micro"] = torch.zeros(1, 4)
-            given["label"] = torch.zeros(1, dtype=torch.long)
-            if getattr(config, "span", None) is not None:  # some blocks see some of the patches
-                patches = height * width // config.latent_multiple**2
-                given["token_scores"] = torch.zeros(1, patches)
-            x_t = torch.zeros(1, config.latent_channels, height, width)
-            network(x_t, torch.zeros(1), **given).sum().backward()
+            conditions = example_conditions(self.config, 1, (height, width), text_length)
+            x_t = torch.zeros(1, self.config.latent_channels, height, width)
+            network(x_t, torch.zeros(1), conditions).sum().backward()
         return float(counter.get_total_flops())
 
 

@@ -47,14 +47,13 @@ def terms_at(
     shape = (codec.latent_channels, *batch.moments.shape[-2:])
     posterior = draw_noise(0, 0, places, shape, device, "posterior")
     latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
-    given = {n: getattr(batch, n) for n in ("text_emb", "text_mask", "pooled", "micro", "label")}
     times = list(times)
     loss, x0_mse = torch.zeros(2, len(times), len(places), device=device)
     for level, time in enumerate(times):
         t = torch.full((len(places),), time, device=device)
         for number in range(rounds):
             noise = draw_noise(1, level * rounds + number, places, shape, device)
-            pred = network(objective.add_noise(latents, noise, t), t, **given)
+            pred = network(objective.add_noise(latents, noise, t), t, batch.conditions)
             terms = objective.loss(pred, latents, noise, t)
             loss[level] += terms.loss / rounds
             x0_mse[level] += terms.x0_mse / rounds

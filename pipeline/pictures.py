@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from data_prep.schema import Manifest
+from models.conditions import Conditions
 from models.config import InputError
 from models.files import write_whole
 from models.text_encoder import TextEncoder
@@ -24,15 +25,6 @@ from models.weights import weights_sha256
 from pipeline import distributed
 from pipeline.objective import Objective, draw_noise
 from pipeline.sampling import SamplerConfig, generate
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Captions as a network takes them; tokens of several encoders one after another."""
-
-    text_emb: Float[Tensor, "B L D"]
-    text_mask: Bool[Tensor, "B L"]
-    pooled: Float[Tensor, "B P"]
 
 
 def encoder_folder(recorded: str, given: str | None, sha256: str, key: str) -> Path:
@@ -63,15 +55,15 @@ def load_encoders(
     return encoders
 
 
-def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditioning | None:
-    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; None without text."""
+def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
+    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; none without text."""
     if not encoders:
-        return None
+        return Conditions()
     tokens, masks, pooled = zip(*(encoder.encode(captions) for encoder in encoders), strict=True)
     width = max(part.shape[-1] for part in tokens)
     padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in tokens]
     text_emb, text_mask = torch.cat(padded, dim=1), torch.cat(masks, dim=1)
-    return Conditioning(text_emb.half().float(), text_mask, torch.cat(pooled, dim=1).half().float())
+    return Conditions(text_emb.half().float(), text_mask, torch.cat(pooled, dim=1).half().float())
 
 
 def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:
@@ -113,21 +105,16 @@ class Painter:
         """Encode other prompts; the encoders must have been kept."""
         self.prompts, texts = prompts, prompts
         # The empty caption, and no class, go last and make the unconditional half.
+        label = None
         if self.num_classes:
             labels, texts = zip(*(parse_class(p, self.num_classes) for p in prompts), strict=True)
-            self.labels = torch.tensor([*labels, self.num_classes], device=self.device)
-        self.encoded = encode_captions(self.encoders, [*texts, ""])
+            label = torch.tensor([*labels, self.num_classes], device=self.device)
+        self.encoded = encode_captions(self.encoders, [*texts, ""])._replace(label=label)
 
-    def _conditioning(self, rows: list[int], size: tuple[int, int]) -> dict[str, Tensor]:
-        """Arguments of a network's forward, for `rows` of the encoded prompts."""
+    def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
+        """What a network is told of `rows` of the encoded prompts, drawn at `size`."""
         micro = torch.tensor([[*size, 0.0, 0.0]], device=self.device).expand(len(rows), 4)
-        given = {"micro": micro}
-        if self.num_classes:
-            given["label"] = self.labels[rows]
-        if self.encoded is not None:
-            names = ("text_emb", "text_mask", "pooled")
-            given |= {name: getattr(self.encoded, name)[rows] for name in names}
-        return given
+        return self.encoded.map(lambda value: value[rows])._replace(micro=micro)
 
     @torch.no_grad()
     def draw_batch(
@@ -146,8 +133,8 @@ class Painter:
             raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")
         shape = (channels, size[0] // down, size[1] // down)
         noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
-        cond = self._conditioning(rows, size)
-        uncond = self._conditioning([len(self.prompts)] * len(rows), size)
+        cond = self._conditions(rows, size)
+        uncond = self._conditions([len(self.prompts)] * len(rows), size)
         latents = generate(network, objective, noise, cond, uncond, sampler, places)
         return self.codec.decode(latents).cpu()
 

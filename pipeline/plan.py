@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from models import build_model
+from models.conditions import example_conditions
 from models.config import InputError, load_config, run_command
 from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
@@ -129,26 +130,16 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
         torch.set_default_dtype(dtype)  # fake weights cannot be cast
         try:
             network = build_model(model)
+            size = (sample.height, sample.width)
+            x_t = torch.zeros(batch, model.latent_channels, *size)
+            conditions = example_conditions(model, batch, size, sample.tokens)
         finally:
             torch.set_default_dtype(default)
-        given: dict[str, Any] = {
-            "micro": torch.zeros(batch, 4),
-            "label": torch.zeros(batch, dtype=torch.long),
-        }
-        if model.text_dim:
-            given["text_emb"] = torch.zeros(batch, sample.tokens, model.text_dim, dtype=dtype)
-            given["text_mask"] = torch.ones(batch, sample.tokens, dtype=torch.bool)
-        if model.pooled_dim:
-            given["pooled"] = torch.zeros(batch, model.pooled_dim, dtype=dtype)
-        if getattr(model, "span", None):
-            num_patches = sample.height * sample.width // model.latent_multiple**2
-            given["token_scores"] = torch.zeros(batch, num_patches)
-        shape = (batch, model.latent_channels, sample.height, sample.width)
-        x_t, t = torch.zeros(shape, dtype=dtype), torch.zeros(batch, dtype=torch.float32)
+        t = torch.zeros(batch)
         tracker = MemTracker()
         tracker.track_external(network)
         with tracker:
-            outputs = network(x_t, t, **given)
+            outputs = network(x_t, t, conditions)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             sum(out.float().square().mean() for out in outputs).backward()  # pyright: ignore[reportAttributeAccessIssue]
     for table in tables:

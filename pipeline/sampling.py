@@ -5,7 +5,7 @@ tau = sigma / (alpha + sigma). So one adapter gives a scheduler explicit tau and
 noise - x0; the path, the prediction and a zero terminal SNR are no concern of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from models.conditions import Conditions
 from models.config import Config, InputError
 from pipeline.objective import Objective, Shift, draw_noise, expand
 
@@ -72,27 +73,27 @@ def generate(
     network: Network,
     objective: Objective,
     noise: Float[Tensor, "B C h w"],
-    conditioning: Mapping[str, Tensor],
-    unconditional: Mapping[str, Tensor] | None,
+    conditions: Conditions,
+    unconditional: Conditions | None,
     config: SamplerConfig,
     indices: Iterable[int] | None = None,
 ) -> Float[Tensor, "B C h w"]:
     """Normalised latents, fp32, from standard normal `noise`.
 
-    `network(x_t, t, **conditioning)` returns the objective's prediction; t is fp32 (B,).
-    `unconditional` holds the same keys and shapes; guidance needs it. Sample i's own randomness in
+    `network(x_t, t, conditions)` returns the objective's prediction; t is fp32 (B,).
+    `unconditional` has the same fields and shapes; guidance needs it. Sample i's own randomness in
     euler_ancestral is a function of (seed, indices[i]), 0.. by default, whatever the batch.
     """
     check_sampler(config, objective)
     if config.guidance_scale != 1 and unconditional is None:
         raise ValueError(
-            f"guidance_scale {config.guidance_scale}: expected unconditional conditioning"
+            f"guidance_scale {config.guidance_scale}: expected unconditional conditions"
         )
     schedule = make_schedule(objective, config, noise)
 
     def velocity(i: int, x_t: Tensor) -> Tensor:
         t = schedule.times[i].expand(len(x_t))
-        pred = guided(network, x_t, t, conditioning, unconditional, config)
+        pred = guided(network, x_t, t, conditions, unconditional, config)
         return objective.to_velocity(pred, x_t, t)
 
     x_t = noise.float() * torch.hypot(schedule.alpha[0], schedule.sigma[0])
@@ -216,16 +217,19 @@ def guided(
     network: Network,
     x_t: Tensor,
     t: Tensor,
-    conditioning: Mapping[str, Tensor],
-    unconditional: Mapping[str, Tensor] | None,
+    conditions: Conditions,
+    unconditional: Conditions | None,
     config: SamplerConfig,
 ) -> Tensor:
     """Prediction under classifier-free guidance (Ho 2207.12598), both halves in one batch, fp32."""
     low, high = config.guidance_interval
     if config.guidance_scale == 1 or unconditional is None or not low <= float(t[0]) <= high:
-        return network(x_t, t, **conditioning).float()
-    both = {key: torch.cat([unconditional[key], value]) for key, value in conditioning.items()}
-    uncond, cond = network(torch.cat([x_t, x_t]), torch.cat([t, t]), **both).float().chunk(2)
+        return network(x_t, t, conditions).float()
+    pairs = zip(unconditional, conditions, strict=True)
+    both = Conditions(
+        *(None if with_it is None else torch.cat([without, with_it]) for without, with_it in pairs)
+    )
+    uncond, cond = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
     pred = uncond + config.guidance_scale * (cond - uncond)
     if config.guidance_rescale > 0:
         # The floor is for a network that still predicts zero everywhere.

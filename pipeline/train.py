@@ -260,16 +260,7 @@ def losses(
     label = batch.label
     if label is not None:  # no class, which guidance is away from
         label = torch.where(dropped[indices].to(device), model.num_classes, label)
-    pred = engine(
-        x_t,
-        t,
-        text_emb=batch.text_emb,
-        text_mask=batch.text_mask,
-        pooled=batch.pooled,
-        micro=batch.micro,
-        label=label,
-        **routed,
-    )
+    pred = engine(x_t, t, batch.conditions._replace(label=label, **routed))
     alignment = None
     if isinstance(pred, tuple):
         pred, projection = pred

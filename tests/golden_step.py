@@ -4,6 +4,7 @@ import torch
 from pydantic import TypeAdapter
 
 from models import MODELS, build_model
+from models.conditions import Conditions
 from pipeline import distributed
 from pipeline.config import ModelConfig
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine, grad_norm, set_lr
@@ -37,7 +38,7 @@ def step(kind: str) -> tuple[float, float, float]:
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]
     text = drawn("text", 6, 8) * mask[..., None]
     x_t = objective.add_noise(latents, noise, t)
-    pred = engine(x_t, t, text_emb=text, text_mask=mask, pooled=drawn("pooled", 8))
+    pred = engine(x_t, t, Conditions(text, mask, drawn("pooled", 8)))
     loss = objective.loss(pred, latents, noise, t).loss.mean()
     engine.backward(loss)
     engine.step()

@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 
 from models import build_model
+from models.conditions import Conditions
 from models.dit import DiT, DiTConfig
 from pipeline import distributed
 from pipeline.ema import full_weights
@@ -79,7 +80,7 @@ def reference(kind: str) -> Result:
     norm, norms = torch.zeros(()), {}
     for t, x_t, text, pooled, target in batches():
         model.zero_grad()
-        (model(x_t, t, text, None, pooled) - target).square().mean().backward()
+        (model(x_t, t, Conditions(text, pooled=pooled)) - target).square().mean().backward()
         named = dict(model.named_parameters())
         norms = block_norms("gradient", {n: p.grad for n, p in named.items() if p.grad is not None})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
@@ -113,7 +114,7 @@ def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
         optimizer.watch = watch if number == STEPS - 1 else None
         for start in range(begin, begin + share, 2):
             t, x_t, text, pooled, target = (tensor[start : start + 2] for tensor in batch)
-            pred = engine(x_t, t, text, None, pooled)
+            pred = engine(x_t, t, Conditions(text, pooled=pooled))
             engine.backward((pred.float() - target).square().mean())
             engine.step()
     norm = grad_norm(engine, optimizer)

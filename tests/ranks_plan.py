@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from models import build_model
+from models.conditions import Conditions
 from models.dit import DiTConfig
 from pipeline import checkpoint, distributed
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
@@ -38,7 +39,7 @@ def main() -> None:
     held = 0
     for _ in range(2):  # the first step allocates the optimizer's states
         text, pooled = torch.randn(1, 4, 64), torch.randn(1, 64)
-        pred = engine(torch.randn(1, 4, 8, 8), torch.rand(1), text_emb=text, pooled=pooled)
+        pred = engine(torch.randn(1, 4, 8, 8), torch.rand(1), Conditions(text, pooled=pooled))
         engine.backward(pred.float().square().mean())
         del pred
         gc.collect()

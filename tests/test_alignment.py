@@ -17,6 +17,7 @@ from data_prep.prepare import PrepareConfig, prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.verify import verify
 from models import build_model
+from models.conditions import Conditions
 from models.config import InputError, load_config, parse_config
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
@@ -96,7 +97,7 @@ def test_the_projection_is_of_what_the_block_gave_and_in_training_alone(kind):
     model = build_model(config)
     seen = []
     model.transformer_blocks[1].register_forward_hook(lambda *a: seen.append(a[2]))
-    given = torch.randn(2, 4, 4, 8), torch.rand(2), torch.randn(2, 6, 8)
+    given = torch.randn(2, 4, 4, 8), torch.rand(2), Conditions(torch.randn(2, 6, 8))
     out, projection = model(*given)
     tokens = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     assert tokens.shape[1] == 8 + 3

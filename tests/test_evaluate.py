@@ -49,7 +49,7 @@ def test_a_network_that_implies_x0_of_zero_errs_by_the_latents_power_at_every_le
     objective = Objective(ObjectiveConfig.model_validate({"preset": preset}))
     batch, codec = loader.heldout_batch(60), loader.manifest.codec
 
-    def network(x_t, t, **given):
+    def network(x_t, t, conditions):
         _, sigma = objective.alpha_sigma(t)
         noise = x_t / sigma.view(-1, 1, 1, 1)
         return objective.target(torch.zeros_like(x_t), noise, t)
@@ -75,7 +75,7 @@ def test_the_levels_are_where_they_say(preset):
 def test_any_cut_of_the_heldout_batch_gives_the_same_errors(loader):
     objective = Objective(ObjectiveConfig())
     batch, codec = loader.heldout_batch(6), loader.manifest.codec
-    network = lambda x_t, t, **given: torch.tanh(x_t) * given["micro"][:, :1, None, None]  # noqa: E731
+    network = lambda x_t, t, given: torch.tanh(x_t) * given.micro[:, :1, None, None]  # noqa: E731
     whole = x0_errors(network, objective, codec, batch.rows(2, 5), rounds=2)
     parts = [
         x0_errors(network, objective, codec, batch.rows(i, i + 1), rounds=2) for i in range(2, 5)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import build_model, exchange, layers
+from models.conditions import Conditions
 from models.config import InputError
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
@@ -21,6 +22,7 @@ from models.uvit import UViTConfig
 from models.vae import LatentCodec
 from pipeline.objective import Objective, ObjectiveConfig
 from pipeline.sampling import SamplerConfig, generate
+from tests.test_networks import predict
 
 VAE = Path(__file__).parent.parent / "models" / "demo_vae"
 DDIM = {"clip_sample": False, "steps_offset": 1}  # what Stable Diffusion's pipeline insists on
@@ -115,7 +117,7 @@ def test_the_reference_class_computes_the_same_outputs_and_gradients(name, size)
     given["x_t"].requires_grad_()
     target = torch.randn(3, 4, *size)
     gradients, outputs = [], []
-    for run in (lambda: model(**given), lambda: reference(network, **given)):
+    for run in (lambda: predict(model, **given), lambda: reference(network, **given)):
         outputs.append(run())
         (outputs[-1] * target).mean().backward()
         gradients.append(given["x_t"].grad)
@@ -145,7 +147,7 @@ def test_masked_text_is_the_references_masked_text(name):
     model = random_model(PAIRS[name])
     given = inputs(PAIRS[name], 8, 4)
     given["text_mask"] = torch.arange(5) < torch.tensor([[2], [5], [3]])
-    assert_close(model(**given), reference(exchange.to_diffusers(model, 8), **given))
+    assert_close(predict(model, **given), reference(exchange.to_diffusers(model, 8), **given))
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd3.5"])
@@ -153,7 +155,7 @@ def test_masked_text_is_what_a_class_without_masks_makes_of_shorter_text(name):
     model = random_model(PAIRS[name])
     given = inputs(PAIRS[name], 8, 4)
     short = given | {"text_emb": given["text_emb"][:, :3]}
-    masked = model(**given, text_mask=(torch.arange(5) < 3).expand(3, 5))
+    masked = predict(model, **given, text_mask=(torch.arange(5) < 3).expand(3, 5))
     assert_close(masked, reference(exchange.to_diffusers(model), **short))
 
 
@@ -304,7 +306,7 @@ def by_hand(model: nn.Module, vae: Any, noise: Tensor, **given: Tensor) -> np.nd
     scheduler, x = diffusers.DDIMScheduler(**DDIM), noise
     scheduler.set_timesteps(3)
     for timestep in scheduler.timesteps:
-        pred = model(x, (timestep / 1000).expand(1).float(), **given)
+        pred = predict(model, x, (timestep / 1000).expand(1).float(), **given)
         x = scheduler.step(pred, timestep, x).prev_sample
     pictures = vae.decode(x / vae.config.scaling_factor).sample
     return (pictures / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -375,7 +377,7 @@ def test_the_sd3_pipeline_draws_what_our_sampler_and_codec_draw(encoded, tmp_pat
         output_type="np",
     ).images
     objective = Objective(ObjectiveConfig())  # SD3's
-    given = {"text_emb": tokens, "text_mask": mask, "pooled": pooled}
+    given = Conditions(tokens, mask, pooled)
     latents = generate(model, objective, noise, given, None, SamplerConfig(num_steps=3))
     ours = LatentCodec.load(VAE).decode(latents).permute(0, 2, 3, 1).numpy()
     assert ours.std() > 2

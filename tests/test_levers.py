@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from models import build_model, layers
+from models.conditions import Conditions
 from models.config import InputError
 from models.dit import DiTConfig
 from models.networks import MaskingConfig, RoutingConfig, Span
 from models.roles import parameter_roles
+from pipeline.batch import Batch
 from pipeline.objective import Objective, ObjectiveConfig, draw_noise
 from pipeline.train import losses
-from tests.test_networks import DATA, debug, inputs, randomise
+from tests.test_networks import DATA, debug, inputs, predict, randomise
 
 ROUTED = {"routing": RoutingConfig(ratio=0.5, start=1, end=-1), "depth": 4}
 MASKED = {"masking": MaskingConfig(ratio=0.75, mixer_depth=2), "depth": 2}
@@ -32,7 +34,7 @@ def watched(model: nn.Module, **given: Any) -> tuple[torch.Tensor, list[torch.Te
         block.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
         for block in model.blocks
     ]
-    out = model(**given)
+    out = predict(model, **given)
     for hook in hooks:
         hook.remove()
     return out, tokens
@@ -58,7 +60,7 @@ def test_tread_sends_half_of_the_patches_around_the_middle_blocks(kind, options)
     out, tokens = watched(model, **inputs())
     assert all(x.shape[1] == 16 + registers for x in tokens)
     plain = randomise(debug(kind, depth=4, **options))
-    assert torch.equal(out, plain(**inputs()))
+    assert torch.equal(out, predict(plain, **inputs()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,8 +68,8 @@ def test_kept_patches_keep_their_places_under_rope(kind):
     """Whatever is dropped, what is left attends by its own distances: keeping all but in name changes nothing."""
     routing = RoutingConfig(ratio=0.01, start=1, end=3)  # of 16 patches, none
     model = randomise(debug(kind, rope=True, depth=4, routing=routing))
-    expected = model(**inputs())
-    torch.testing.assert_close(model(**inputs(), token_scores=scores()), expected)
+    expected = predict(model, **inputs())
+    torch.testing.assert_close(predict(model, **inputs(), token_scores=scores()), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,10 +98,8 @@ def test_the_loss_is_over_the_kept_patches_alone():
         loader=SimpleNamespace(manifest=SimpleNamespace(codec=codec), empty_caption=None),
     )
     moments = torch.cat([torch.randn(3, 4, 8, 8), torch.zeros(3, 4, 8, 8)], dim=1)
-    names = ("text_emb", "text_mask", "pooled", "micro", "label")
-    batch: Any = SimpleNamespace(
-        moments=moments, indices=torch.arange(3), **dict.fromkeys(names), to=lambda _: batch
-    )
+    places = torch.arange(3)
+    batch = Batch(7, 0, (64, 64), indices=places, sample_ids=places, moments=moments)
     t = torch.tensor([0.2, 0.5, 0.8])
     own_t, terms = losses(
         plan, model, objective, batch, 7, t, torch.zeros(3, dtype=torch.bool), torch.device("cpu")
@@ -108,7 +108,7 @@ def test_the_loss_is_over_the_kept_patches_alone():
     kept = layers.kept_pixels(drawn, Span(2, 4, 0.75), 2, 8, 8)
     noise = draw_noise(5, 7, range(3), (4, 8, 8))
     latents = moments[:, :4]
-    pred = model(objective.add_noise(latents, noise, t), t, token_scores=drawn)
+    pred = model(objective.add_noise(latents, noise, t), t, Conditions(token_scores=drawn))
     squared = (pred - objective.target(latents, noise, t)).square()
     for row in range(3):
         expected = squared[row][:, kept[row, 0]].mean()
@@ -122,7 +122,7 @@ def test_levers_that_contradict_each_other_or_the_depth_are_refused():
     with pytest.raises(ValueError, match="got both"):
         debug("dit", **ROUTED | MASKED)
     with pytest.raises(InputError, match="blocks 2 to -2, expected some of 2"):
-        debug("dit", routing=RoutingConfig())(**inputs(), token_scores=scores())
+        predict(debug("dit", routing=RoutingConfig()), **inputs(), token_scores=scores())
     with pytest.raises(InputError, match="mup_base_width: got 48, expected a multiple of 32"):
         parameter_roles(debug("dit", mup_base_width=48))
 
@@ -141,10 +141,10 @@ def step_sizes(width: int, mup: bool) -> float:
     target = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     for _ in range(3):
         optimizer.zero_grad()
-        (model(**given) - target).square().mean().backward()
+        (predict(model, **given) - target).square().mean().backward()
         optimizer.step()
     with torch.no_grad():
-        return float(model(**given).square().mean().sqrt())
+        return float(predict(model, **given).square().mean().sqrt())
 
 
 def test_under_mup_the_same_lr_moves_the_output_as_far_at_any_width():

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
-from models import build_model, layers
+from models import MODELS, build_model, config_class, layers
+from models.conditions import Conditions
 from models.config import InputError
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
@@ -19,12 +21,7 @@ from models.uvit import UViTConfig
 from tests.benchmarks import sizes
 
 ROOT = Path(__file__).parent.parent
-CONFIGS: dict[str, Any] = {
-    "dit": DiTConfig,
-    "mmdit": MMDiTConfig,
-    "uvit": UViTConfig,
-    "unet": UNetConfig,
-}
+CONFIGS: dict[str, Any] = {kind: config_class(kind) for kind in MODELS}
 TRANSFORMERS = ["dit", "mmdit", "uvit"]
 DATA = {"latent_channels": 4, "text_dim": 12, "pooled_dim": 6}
 ALL = {"size_conditioning": True, "num_classes": 3}
@@ -67,9 +64,13 @@ def inputs(height: int = 8, width: int = 8, batch: int = 3) -> dict[str, torch.T
     }
 
 
+def predict(model: Any, x_t: torch.Tensor, t: torch.Tensor, **conditions: Any) -> Any:
+    return model(x_t, t, Conditions(**conditions))
+
+
 @pytest.mark.parametrize(("kind", "options"), VARIANTS)
 def test_an_untrained_network_returns_exactly_zero(kind, options):
-    assert debug(kind, **options, **ALL)(**inputs()).abs().max() == 0
+    assert predict(debug(kind, **options, **ALL), **inputs()).abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -83,19 +84,19 @@ def test_an_untrained_network_returns_exactly_zero(kind, options):
 )
 @pytest.mark.parametrize("size", [(8, 8), (8, 16), (12, 4)])
 def test_the_prediction_has_the_shape_of_the_latents(kind, options, size):
-    out = randomise(debug(kind, **options))(**inputs(*size))
+    out = predict(randomise(debug(kind, **options)), **inputs(*size))
     assert out.shape == (3, 4, *size)
     assert out.isfinite().all()
 
 
 def test_a_unet_takes_sides_that_halve_unevenly():
-    assert randomise(debug("unet"))(**inputs(7, 9)).shape == (3, 4, 7, 9)
+    assert predict(randomise(debug("unet")), **inputs(7, 9)).shape == (3, 4, 7, 9)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_a_latent_that_the_patch_does_not_divide_is_an_error(kind):
     with pytest.raises(ValueError, match=r"7x8.*patch_size 2"):
-        debug(kind)(**inputs(7, 8))
+        predict(debug(kind), **inputs(7, 8))
 
 
 @pytest.mark.parametrize("name", ["t", "text_emb", "text_mask", "pooled", "micro", "label", "x_t"])
@@ -103,26 +104,36 @@ def test_a_latent_that_the_patch_does_not_divide_is_an_error(kind):
 def test_each_condition_that_the_config_has_reaches_the_output(kind, name):
     model = randomise(debug(kind, **ALL))
     given = inputs()
-    before = model(**given)
+    before = predict(model, **given)
     changed = {
         "text_mask": torch.arange(5) < torch.tensor([[4], [3], [5]]),
         "label": given["label"].roll(1),
         "micro": given["micro"] + torch.tensor([0.0, 64.0, 0.0, 0.0]),
     }
     given[name] = changed.get(name, given[name].roll(1, -1))
-    assert (model(**given) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+    assert (predict(model, **given) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_conditions_of_another_shape_or_number_of_pictures_fail_where_shapes_are_checked(kind):
+    model = debug(kind, **ALL)
+    for name in ("text_emb", "text_mask", "pooled", "micro", "label"):
+        with pytest.raises(TypeCheckError):
+            predict(model, **inputs() | {name: inputs()[name][:2]})
+    with pytest.raises(TypeCheckError):
+        predict(model, **inputs() | {"text_mask": torch.ones(3, 4, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_tokens_behind_the_mask_and_further_padding_change_nothing(kind):
     model = randomise(debug(kind))
     given = inputs()
-    before = model(**given)
+    before = predict(model, **given)
     given["text_emb"] = given["text_emb"].masked_fill(~given["text_mask"][..., None], 7.0)
     given["text_emb"] = nn.functional.pad(given["text_emb"], (0, 0, 0, 4), value=7.0)
     given["text_mask"] = nn.functional.pad(given["text_mask"], (0, 4))
     # Masked weights are e^-inf; another order of summing.
-    torch.testing.assert_close(model(**given), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predict(model, **given), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -130,15 +141,15 @@ def test_without_a_mask_all_tokens_count(kind):
     model = randomise(debug(kind))
     given = inputs()
     whole = given | {"text_mask": torch.ones(3, 5, dtype=torch.bool)}
-    expected = model(**given | {"text_mask": None})
-    torch.testing.assert_close(model(**whole), expected, rtol=1e-5, atol=1e-5)
+    expected = predict(model, **given | {"text_mask": None})
+    torch.testing.assert_close(predict(model, **whole), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", ["pooled", "text_emb", "label", "micro"])
 def test_a_condition_that_the_network_needs_cannot_be_left_out(kind, name):
     with pytest.raises(ValueError, match=name):
-        debug(kind, **ALL)(**inputs() | {name: None})
+        predict(debug(kind, **ALL), **inputs() | {name: None})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -146,11 +157,11 @@ def test_time_in_lower_precision_is_refused_and_fp32_time_survives_a_bf16_networ
     model = randomise(debug(kind).bfloat16())
     given = inputs() | {"t": torch.tensor([0.5000, 0.5005, 0.5010])}
     with pytest.raises(TypeError, match="float32"):
-        model(**given | {"t": given["t"].bfloat16()})
+        predict(model, **given | {"t": given["t"].bfloat16()})
     # In bf16 the three times are one; their sinusoids in fp32 are far apart.
     assert given["t"].bfloat16().unique().numel() == 1
     given = {k: v[:1].expand(3, *v.shape[1:]) if k != "t" else v for k, v in given.items()}
-    out = model(**given)
+    out = predict(model, **given)
     assert out.dtype == torch.bfloat16
     assert (out[0] - out[2]).abs().max() > 0
 
@@ -164,7 +175,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind):
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, saved=saved: (saved.append(x.numel()), x)[1], lambda x: x
         ):
-            loss = model(**inputs()).square().mean()
+            loss = predict(model, **inputs()).square().mean()
         kept.append(sum(saved))
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -177,7 +188,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind):
 def test_every_parameter_has_a_gradient(kind):
     options = {"register_tokens": 2} if kind in TRANSFORMERS else {}
     model = randomise(debug(kind, **ALL, **options))
-    model(**inputs()).square().mean().backward()
+    predict(model, **inputs()).square().mean().backward()
     lacking = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert lacking == []
 
@@ -186,16 +197,16 @@ def test_every_parameter_has_a_gradient(kind):
 COMPILE = """
 import sys, torch
 from models.layers import compile_blocks
-from tests.test_networks import debug, inputs, randomise
+from tests.test_networks import debug, inputs, predict, randomise
 for kind in sys.argv[1:]:
     model = randomise(debug(kind, **({} if kind == "unet" else {"rope": True, "register_tokens": 2})))
-    expected = model(**inputs())
+    expected = predict(model, **inputs())
     graphs = []
     backend = lambda graph, _: graphs.append(graph) or graph.forward
     compile_blocks(model, backend=backend)
     for size in ((8, 8), (8, 16), (16, 8)):
-        model(**inputs(*size))
-    torch.testing.assert_close(model(**inputs()), expected, rtol=1e-5, atol=1e-5)
+        predict(model, **inputs(*size))
+    torch.testing.assert_close(predict(model, **inputs()), expected, rtol=1e-5, atol=1e-5)
     print(kind, len(graphs), len(model.blocks))
 """
 
@@ -230,8 +241,8 @@ def test_rope_turns_with_distance_alone(kind):
 def test_a_network_trains_at_a_size_that_it_first_saw_while_sampling(rope):
     model = randomise(debug("dit", rope=rope))
     with torch.inference_mode():
-        model(**inputs(20, 4))
-    model(**inputs(20, 4)).sum().backward()
+        predict(model, **inputs(20, 4))
+    predict(model, **inputs(20, 4)).sum().backward()
 
 
 def test_registers_are_rotated_nowhere():
@@ -304,7 +315,7 @@ def test_a_config_that_cannot_be_built_says_why(make, message):
 def test_a_latent_beyond_the_grid_of_positions_is_an_error():
     for learned in (False, True):
         with pytest.raises(ValueError, match="at most 4 a side"):
-            debug("mmdit", position_grid=4, learned_positions=learned)(**inputs(8, 16))
+            predict(debug("mmdit", position_grid=4, learned_positions=learned), **inputs(8, 16))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

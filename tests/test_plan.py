@@ -12,6 +12,7 @@ import torch
 from models import build_model
 from models.config import InputError, load_config
 from models.dit import DiTConfig
+from models.unet import UNetConfig
 from pipeline import plan
 from pipeline.config import TrainConfig
 from pipeline.plan import Sample, activation_bytes, checkpoint_bytes, state_bytes
@@ -46,6 +47,7 @@ def test_predicted_states_and_checkpoints_are_those_of_two_ranks_within_2_percen
 ACTIVATIONS = """
 import json, sys, torch
 from models import build_model
+from models.conditions import Conditions
 from models.dit import DiTConfig
 torch.set_num_threads(1)
 network = build_model(DiTConfig(**json.loads(sys.argv[3]), gradient_checkpointing=sys.argv[1] == "True"))
@@ -53,8 +55,8 @@ for p in network.parameters():
     p.grad = torch.zeros_like(p)
 def step(batch):
     text, mask = torch.randn(batch, 16, 64), torch.ones(batch, 16, dtype=torch.bool)
-    given = {"text_emb": text, "text_mask": mask, "pooled": torch.randn(batch, 64)}
-    network(torch.randn(batch, 4, 32, 32), torch.rand(batch), **given).square().mean().backward()
+    given = Conditions(text, mask, torch.randn(batch, 64))
+    network(torch.randn(batch, 4, 32, 32), torch.rand(batch), given).square().mean().backward()
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 step(2)
@@ -103,16 +105,17 @@ def test_stages_divide_what_they_say():
 
 def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     path = write_config(tmp_path)
-    # A network that needs every size which the data fix, the codec's downscale among them.
-    unet = ["model.kind=unet", "model.size_conditioning=true"]
-    plan.main(path, unet, gpus=2, gpu_memory=1.0)
-    plan.main(path, ["model.latent_channels=4", "model.text_dim=8", "model.pooled_dim=8", *unet], gpus=2, pictures=10)  # fmt: skip
-    assert "90 pictures" in capsys.readouterr().out
     plan.main(path, gpus=2, gpu_memory=1.0, fit=True)
     out = capsys.readouterr().out
     config = load_config(TrainConfig, path, [])
     data = plan.prepared_dataset(config)
     assert data.num_pictures == 90
+    # A network that needs all that the data fix, as `train` takes it.
+    unet = UNetConfig(size="debug", size_conditioning=True)
+    assumed = plan.assumed_dataset(9, 64, 8, 5, DiTConfig(**NETWORK))
+    for dataset in (data, assumed):
+        with torch.device("meta"):
+            build_model(unet.with_sizes(dataset.sizes))
     tars = list((tmp_path / "dataset").glob("shards/*/*.tar"))
     assert data.total_bytes == sum(p.stat().st_size for p in tars)
     assert "90 pictures" in out

@@ -15,11 +15,13 @@ from diffusers import (
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from models.conditions import Conditions
 from models.config import InputError, parse_config
 from pipeline.objective import Objective, draw_noise
 from pipeline.sampling import SamplerConfig, ancestral_step, generate, guided
 from tests.test_objective import COMBINATIONS, PATHS, make
 
+NONE = Conditions()
 SAMPLERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral")
 
 
@@ -62,7 +64,7 @@ def distance(points: Tensor, expected: Tensor) -> float:
 def posterior_mean(objective: Objective):
     """The network that training would end at: E[target | x_t], exact; each pixel is a point."""
 
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, _: Conditions = NONE) -> Tensor:
         alpha, sigma = (c.double().view(-1, 1, 1, 1, 1) for c in objective.alpha_sigma(t))
         variance = alpha**2 * STDS**2 + sigma**2
         offset = x_t.permute(0, 2, 3, 1)[..., None, :].double() - alpha * MEANS  # (B, h, w, K, 2)
@@ -103,7 +105,7 @@ def test_with_the_exact_posterior_mean_every_sampler_reaches_the_mixture(path, p
         # Ancestral is of first order and adds scatter of its own: more steps, and twice the distance.
         num_steps, limit = (200, 2 * own) if name == "euler_ancestral" else (50, own)
         config = sampler(name, num_steps)
-        latents = generate(posterior_mean(objective), objective, noise, {}, None, config)
+        latents = generate(posterior_mean(objective), objective, noise, NONE, None, config)
         assert distance(points_of(latents), expected) < limit, name
 
 
@@ -112,7 +114,7 @@ def test_every_prediction_takes_every_sampler_along_the_same_trajectory(path, pr
     noise = spread_noise(256)
     for name in SAMPLERS:
         latents = [
-            generate(posterior_mean(o), o, noise, {}, None, sampler(name, num_steps=8))
+            generate(posterior_mean(o), o, noise, NONE, None, sampler(name, num_steps=8))
             for o in (make(path, prediction), make(path, "flow"))
         ]
         # fp32, and epsilon at the noisiest level divides by alpha = 0.006 (ddpm), 0.0125 (edm).
@@ -129,7 +131,7 @@ def test_the_error_of_every_sampler_vanishes_with_its_steps(path):
         errors = []
         for num_steps in (10, 40, 160):
             config = sampler(name, num_steps)
-            latents = generate(posterior_mean(objective), objective, noise, {}, None, config)
+            latents = generate(posterior_mean(objective), objective, noise, NONE, None, config)
             errors.append(distance(points_of(latents), expected))
         print(f"{path:15} {name:16}", *(f"{e:.4f}" for e in errors), f"fresh {own:.4f}")
         assert errors[0] > errors[1] > errors[2], name
@@ -145,13 +147,13 @@ def calls(
 ) -> tuple[list[Tensor], list[float]]:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, _: Conditions) -> Tensor:
         assert t.dtype == torch.float32
         assert (t == t[0]).all()
         seen.append((x_t, t))
         return torch.zeros_like(x_t, dtype=torch.bfloat16)
 
-    generate(network, make(path, prediction), spread_noise(128), {}, None, config)
+    generate(network, make(path, prediction), spread_noise(128), NONE, None, config)
     return [x for x, _ in seen], [t[0].item() for _, t in seen]
 
 
@@ -172,7 +174,7 @@ def test_one_step_or_many_every_sampler_returns_finite_fp32(path, name):
             posterior_mean(objective),
             objective,
             spread_noise(128),
-            {},
+            NONE,
             None,
             sampler(name, num_steps),
         )
@@ -256,7 +258,7 @@ def test_samplers_follow_diffusers_stable_diffusion_trajectories(
     objective, noise = make("sd", prediction), spread_noise(256)
     scheduler = scheduler(prediction_type=theirs, **STABLE_DIFFUSION)
     expected = native(scheduler, prediction, noise, 20, objective)
-    ours = generate(posterior_mean(objective), objective, noise, {}, None, sampler(name, 20))
+    ours = generate(posterior_mean(objective), objective, noise, NONE, None, sampler(name, 20))
     # Rounding of 20 steps; UniPC's own table is of 1000 fp32 products.
     assert (ours - expected).abs().max() < 1e-3
 
@@ -268,7 +270,7 @@ def test_flow_euler_follows_diffusers_with_explicit_sigmas():
     x, network = noise, posterior_mean(objective)
     for timestep in scheduler.timesteps:
         x = scheduler.step(network(x, (timestep / 1000).expand(len(x))), timestep, x).prev_sample
-    ours = generate(network, objective, noise, {}, None, sampler("euler", 20))
+    ours = generate(network, objective, noise, NONE, None, sampler("euler", 20))
     assert (ours - x).abs().max() < 1e-4  # fp32
 
 
@@ -276,7 +278,7 @@ def test_ddim_is_euler_on_every_path():
     for path in PATHS:
         objective, noise = make(path), spread_noise(256)
         ddim, euler = (
-            generate(posterior_mean(objective), objective, noise, {}, None, sampler(name, 12))
+            generate(posterior_mean(objective), objective, noise, NONE, None, sampler(name, 12))
             for name in ("ddim", "euler")
         )
         assert (ddim - euler).abs().max() < 1e-4, path  # fp32
@@ -324,10 +326,10 @@ def test_an_ancestral_step_has_the_marginal_of_its_level_and_the_paths_own_memor
 def test_ancestral_noise_of_a_sample_does_not_depend_on_its_batch():
     objective, noise = make(), spread_noise(256)
     network, config = posterior_mean(objective), sampler("euler_ancestral", 6, seed=3)
-    whole = generate(network, objective, noise, {}, None, config)
-    part = generate(network, objective, noise[4:7], {}, None, config, indices=range(4, 7))
+    whole = generate(network, objective, noise, NONE, None, config)
+    part = generate(network, objective, noise[4:7], NONE, None, config, indices=range(4, 7))
     assert torch.allclose(part, whole[4:7], atol=1e-6)
-    other = generate(network, objective, noise, {}, None, sampler("euler_ancestral", 6, seed=4))
+    other = generate(network, objective, noise, NONE, None, sampler("euler_ancestral", 6, seed=4))
     assert (other - whole).abs().max() > 0.1
 
 
@@ -382,16 +384,22 @@ def test_diffusers_stochastic_flow_sampling_misses_the_distribution(mixture):
 # --- guidance --------------------------------------------------------------------------------------
 
 
-def scaled_network(x_t: Tensor, t: Tensor, factor: Tensor) -> Tensor:
-    return x_t * factor.view(-1, 1, 1, 1)
+def factors(values: list[float]) -> Conditions:
+    """What `scaled_network` is told."""
+    return Conditions(label=torch.tensor(values))
+
+
+def scaled_network(x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+    assert conditions.label is not None
+    return x_t * conditions.label.view(-1, 1, 1, 1)
 
 
 def guidance_case(**options) -> tuple[Tensor, Tensor, Tensor]:
     """Guided prediction, and the conditional and unconditional ones."""
     x_t, t = draw_noise(0, 0, range(3), (2, 4, 4)), torch.full((3,), 0.5)
-    cond, uncond = {"factor": torch.tensor([1.0, 2.0, 3.0])}, {"factor": torch.full((3,), 0.5)}
+    cond, uncond = factors([1.0, 2.0, 3.0]), factors([0.5] * 3)
     pred = guided(scaled_network, x_t, t, cond, uncond, sampler(**options))
-    return pred, scaled_network(x_t, t, **cond), scaled_network(x_t, t, **uncond)
+    return pred, scaled_network(x_t, t, cond), scaled_network(x_t, t, uncond)
 
 
 def test_guidance_extrapolates_from_the_unconditional_prediction():
@@ -414,7 +422,7 @@ def test_guidance_rescale_is_diffusers():
 def test_a_network_that_predicts_zero_survives_guidance_rescale():
     objective, noise = make(), spread_noise(128)
     config = sampler("euler", 4, guidance_scale=5.0, guidance_rescale=0.7)
-    factor = {"factor": torch.zeros(len(noise))}
+    factor = factors([0.0] * len(noise))
     latents = generate(scaled_network, objective, noise, factor, factor, config)
     assert torch.equal(latents, noise)
 
@@ -422,20 +430,20 @@ def test_a_network_that_predicts_zero_survives_guidance_rescale():
 def test_outside_the_guidance_interval_the_network_is_asked_once_and_conditionally():
     objective, noise, sizes = make(), spread_noise(128), []
 
-    def network(x_t: Tensor, t: Tensor, factor: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         sizes.append((len(x_t), t[0].item()))
-        return scaled_network(x_t, t, factor)
+        return scaled_network(x_t, t, conditions)
 
-    cond, uncond = ({"factor": torch.full((len(noise),), f)} for f in (-1.0, -0.5))
+    cond, uncond = (factors([f] * len(noise)) for f in (-1.0, -0.5))
     config = sampler("euler", 10, guidance_scale=3.0, guidance_interval=[0.25, 0.75])
     generate(network, objective, noise, cond, uncond, config)
     n = len(noise)
     assert [size for size, _ in sizes] == [n, n, n, 2 * n, 2 * n, 2 * n, 2 * n, 2 * n, n, n]
 
 
-def test_guidance_needs_unconditional_conditioning():
-    with pytest.raises(ValueError, match="expected unconditional conditioning"):
-        generate(scaled_network, make(), spread_noise(128), {}, None, sampler(guidance_scale=2.0))
+def test_guidance_needs_unconditional_conditions():
+    with pytest.raises(ValueError, match="expected unconditional conditions"):
+        generate(scaled_network, make(), spread_noise(128), NONE, None, sampler(guidance_scale=2.0))
 
 
 @pytest.mark.parametrize(
@@ -460,4 +468,4 @@ def test_sampler_options_without_meaning_are_refused(options, reason):
 def test_a_sampler_shift_is_refused_on_a_path_of_fixed_levels(path):
     config = sampler(shift={"kind": "constant", "value": 3.0})
     with pytest.raises(InputError, match="no meaning on path"):
-        generate(scaled_network, make(path), spread_noise(128), {}, None, config)
+        generate(scaled_network, make(path), spread_noise(128), NONE, None, config)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import build_model
+from models.conditions import Conditions
 from models.config import run_command
 from models.dit import DiTConfig
 from models.exchange import to_diffusers
@@ -53,16 +54,16 @@ def calls(config: Any, batch: int, device: torch.device) -> tuple[dict[str, Any]
     if config.num_classes:
         label = torch.arange(batch, device=device)
         theirs = {"hidden_states": x_t, "timestep": 1000 * t, "class_labels": label}
-        return {"x_t": x_t, "t": t, "label": label}, theirs
+        return {"x_t": x_t, "t": t, "conditions": Conditions(label=label)}, theirs
     text = torch.randn(batch, TOKENS, config.text_dim, **options)
-    ours = {"x_t": x_t, "t": t, "text_emb": text}
+    pooled = mask = None
     theirs = {"hidden_states": x_t, "timestep": 1000 * t, "encoder_hidden_states": text}
     if config.pooled_dim:
-        ours["pooled"] = theirs["pooled_projections"] = torch.randn(batch, 768, **options)
+        pooled = theirs["pooled_projections"] = torch.randn(batch, 768, **options)
     else:
         mask = torch.ones(batch, TOKENS, dtype=torch.bool, device=device)
-        ours["text_mask"], theirs["encoder_attention_mask"] = mask, mask
-    return ours, theirs
+        theirs["encoder_attention_mask"] = mask
+    return {"x_t": x_t, "t": t, "conditions": Conditions(text, mask, pooled)}, theirs
 
 
 def training_step(network: Any, given: dict[str, Any]) -> None:

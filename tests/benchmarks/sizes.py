@@ -12,11 +12,8 @@ from typing import Any, get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
-from models.dit import DiTConfig
-from models.mmdit import MMDiTConfig
-from models.unet import UNetConfig
-from models.uvit import UViTConfig
+from models import MODELS, build_model, config_class
+from models.conditions import example_conditions
 
 DATA: dict[str, Any] = {"latent_channels": 4, "text_dim": 768, "pooled_dim": 768}
 XL: dict[str, Any] = {"size_conditioning": True, "latent_downscale": 8}
@@ -26,26 +23,17 @@ def count(config: Any) -> tuple[int, int]:
     """Parameters, and FLOPs of one picture forward."""
     with torch.device("meta"), torch.no_grad():
         model = build_model(config)
-        given = {
-            "text_emb": torch.zeros(1, 77, 768),
-            "pooled": torch.zeros(1, 768),
-            "micro": torch.zeros(1, 4),
-        }
+        given = example_conditions(config, 1, (32, 32), 77)
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 4, 32, 32), torch.zeros(1), **given)
+            model(torch.zeros(1, 4, 32, 32), torch.zeros(1), given)
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
 def rows() -> Iterator[str]:
-    for kind, config_class in (
-        ("dit", DiTConfig),
-        ("mmdit", MMDiTConfig),
-        ("uvit", UViTConfig),
-        ("unet", UNetConfig),
-    ):
-        for size in get_args(config_class.model_fields["size"].annotation):
+    for kind in MODELS:
+        for size in get_args(config_class(kind).model_fields["size"].annotation):
             options = XL if size == "sdxl" else {}
-            parameters, flops = count(config_class(size=size, **DATA, **options))
+            parameters, flops = count(config_class(kind)(size=size, **DATA, **options))
             yield f"| {kind} | {size} | {parameters / 1e6:,.1f} M | {flops / 1e9:,.1f} G |"
 
 

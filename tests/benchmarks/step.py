@@ -55,7 +55,7 @@ def run_config(folder: Path, stage: int, batch: int, size: str, threads: int) ->
     return parse_config(TrainConfig, data, "benchmark")
 
 
-def fixed_batch(loader: Loader, objective: Objective) -> dict[str, torch.Tensor]:
+def fixed_batch(loader: Loader, objective: Objective) -> dict[str, Any]:
     """What the network takes, and its target, of step 0."""
     batch, codec = next(loader.batches(0)), loader.manifest.codec
     shape = (codec.latent_channels, *batch.moments.shape[-2:])
@@ -67,15 +67,10 @@ def fixed_batch(loader: Loader, objective: Objective) -> dict[str, torch.Tensor]
     )
     noise = draw_noise(0, 1, batch.indices, shape)
     t = objective.draw_t(0, 0, len(noise), shape[-2:])
-    assert batch.text_emb is not None
-    assert batch.text_mask is not None
-    assert batch.pooled is not None
     return {
         "x_t": objective.add_noise(latents, noise, t),
         "t": t,
-        "text_emb": batch.text_emb.clone(),
-        "text_mask": batch.text_mask,
-        "pooled": batch.pooled.clone(),
+        "conditions": batch.conditions.map(torch.clone),
         "target": objective.target(latents, noise, t),
     }
 
@@ -179,7 +174,7 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
 
 
 def measure_stage(
-    config: TrainConfig, model: DiTConfig, fixed: dict[str, torch.Tensor], rounds: int
+    config: TrainConfig, model: DiTConfig, fixed: dict[str, Any], rounds: int
 ) -> tuple[dict[str, float], list[str]]:
     """The figures of one ZeRO stage, and its row of the table."""
     stage = config.engine.zero_stage

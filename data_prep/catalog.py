@@ -13,11 +13,11 @@ from typing import Any, Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data_prep.decoder import Address, Answer, DecodePool, Probe, ProbeRequest
-from data_prep.expression import Unknown, names_in, parse_condition, value_of
 from data_prep.images import Rejected
+from data_prep.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
 from models.config import Config
@@ -49,16 +49,14 @@ STAGED = "staged"  # of the working folder
 class CaptionsConfig(Config):
     """Which captions are taken."""
 
-    empty: Literal["reject", "keep"] = (
-        "reject"  # a picture of which nothing, or only blanks, is said
-    )
-    min_chars: int = Field(default=1, ge=1)  # shorter ones are rejected, empty ones by `empty`
-    max_chars: int = Field(
-        default=4096, ge=1
-    )  # longer ones are rejected; encoders cut at their max_length
-    per_picture: int = Field(
-        default=1, ge=1, le=64
-    )  # drawn by the sources' weights; each makes a sample of the picture
+    empty: Literal["reject", "keep"] = "reject"
+    """What becomes of a picture of which nothing, or only blanks, is said."""
+    min_chars: int = Field(default=1, ge=1)
+    """Shorter captions are rejected, empty ones by `empty`."""
+    max_chars: int = Field(default=4096, ge=1)
+    """Longer captions are rejected; encoders cut at their max_length."""
+    per_picture: int = Field(default=1, ge=1, le=64)
+    """Captions drawn by the sources' weights; each makes a sample of the picture."""
 
     @model_validator(mode="after")
     def _some_length_is_allowed(self) -> Self:
@@ -70,19 +68,16 @@ class CaptionsConfig(Config):
 class FiltersConfig(Config):
     """Which pictures are taken. Null switches a filter off."""
 
-    min_side: int | None = Field(default=None, ge=1)  # pixels of the shorter side, before resizing
-    max_aspect: float | None = Field(default=None, ge=1)  # long over short side, before cropping
-    where: str | None = None  # a condition over metadata, as in aesthetic >= 5 and watermark < 0.5
-    duplicates: Literal["reject", "keep"] = "reject"  # the same file again, in any source
-    # Bits of the 64-bit dHash in which a near duplicate may differ; 0: none, but looks alike to it.
+    min_side: int | None = Field(default=None, ge=1)
+    """Pixels of the shorter side, before resizing."""
+    max_aspect: float | None = Field(default=None, ge=1)
+    """Long over short side, before cropping."""
+    metadata: dict[str, MetadataFilter] = Field(default_factory=dict)
+    """Field of the picture's metadata -> what it must be, as in `aesthetic: {min: 5}`."""
+    duplicates: Literal["reject", "keep"] = "reject"
+    """What becomes of the same file again, in any source."""
     near_duplicates: int | None = Field(default=None, ge=0, le=8)
-
-    @field_validator("where")
-    @classmethod
-    def _where_is_a_condition(cls, text: str | None) -> str | None:
-        if text is not None:
-            parse_condition(text)
-        return text
+    """Bits of the 64-bit dHash in which a near duplicate may differ; 0: none, but looks alike to it."""
 
 
 def scan_partition(
@@ -134,9 +129,7 @@ class _Scan:
     ):
         self._source, self._captions, self._pool = source, captions, pool
         self._staging, self._staged, self._staged_bytes = staging, staged, 0
-        self._text = filters.where
-        self._where = None if self._text is None else parse_condition(self._text)
-        self._looks = filters.near_duplicates is not None
+        self._metadata, self._looks = filters.metadata, filters.near_duplicates is not None
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
         waiting: deque[tuple[dict[str, Any], Future[Answer] | None]] = deque()
@@ -167,7 +160,8 @@ class _Scan:
             return row, None
         try:
             row["captions"] = draw_captions(row["key"], item.captions, self._captions)
-            self._check_metadata(item.metadata)
+            if why := refusal(item.metadata, self._metadata):
+                raise Rejected("metadata", why)
         except Rejected as rejected:
             return row | {"reason": rejected.reason, "detail": rejected.detail}, None
         path = item.copy or item.path
@@ -179,18 +173,6 @@ class _Scan:
             self._staged_bytes += len(item.data)
         address = Address(path, row["offset"], item.length)
         return row, self._pool.submit(ProbeRequest(address, self._looks))
-
-    def _check_metadata(self, facts: dict[str, Any]) -> None:
-        """Raises Rejected where the condition does not hold, or cannot be decided."""
-        if self._where is None:
-            return
-        try:
-            if value_of(self._where, facts):
-                return
-            found = ", ".join(f"{n}={facts.get(n)!r}" for n in dict.fromkeys(names_in(self._where)))
-        except Unknown as unknown:
-            found = str(unknown)
-        raise Rejected("where", f"{found}; wanted {self._text}"[:300])
 
 
 def _finish(row: dict[str, Any], future: "Future[Answer] | None") -> dict[str, Any]:

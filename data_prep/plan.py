@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
 from data_prep.duplicates import DROP, near_duplicates, same_files
 from data_prep.images import Bucket, nearest_bucket
+from data_prep.metadata import check_fields
 from data_prep.schema import REJECT_SCHEMA, SPLITS
 from data_prep.shards import NewTable, write_table
 from data_prep.storage import find_files, is_remote
@@ -50,9 +51,14 @@ def plan(
     samples_per_shard: int,
     heldout_fraction: float,
 ) -> None:
-    """Write plan/NNNNNN.parquet (a row a picture, a row group a shard), the rejects, and last the shard list."""
+    """Write plan/NNNNNN.parquet (a row a picture, a row group a shard), the rejects, and last the shard list.
+
+    Raises InputError where the filters speak of metadata that no picture has.
+    """
     names = sorted(name for name in find_files(work / "catalog") if name.endswith(".parquet"))
     parts = [work / "catalog" / name for name in names]
+    texts = (t for _, rows in _batches(parts, ["metadata"]) for t in rows["metadata"].to_pylist())
+    check_fields(texts, filters.metadata)
     local = not is_remote(work)
     for leftover in work.glob("plan-*.tmp") if local else ():  # of a killed run
         shutil.rmtree(leftover)

@@ -20,11 +20,11 @@ from models.config import InputError
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 5  # at reading or putting a file, 1, 2, 4 and 8 s apart
+# Attempts at reading or putting a file, 1, 2, 4 and 8 s apart.
+ATTEMPTS = 5
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)  # no store's, but bugs
-
-
+# No store's errors, but bugs.
+OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 # Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.
 LOCAL = LocalFileSystem()
 

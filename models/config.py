@@ -29,7 +29,9 @@ class InputError(ValueError):
 class Config(BaseModel):
     """Base of every config section: frozen, and a key that nobody reads is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def package_folder(name: str) -> str:

@@ -1,6 +1,7 @@
 """Which pictures are taken, and the plan as a pure function of them."""
 
 import hashlib
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,13 @@ from data_prep.catalog import (
 from data_prep.decoder import DecodePool
 from data_prep.duplicates import near_duplicates
 from data_prep.images import ImagesConfig, Rejected, list_buckets, perceptual_hash
+from data_prep.metadata import MetadataFilter
 from data_prep.plan import find_duplicates, plan, read_planned, sift
 from data_prep.shards import write_table
 from data_prep.sources import sample_key
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.tars import TarSource
+from models.config import InputError, parse_config
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 
 IMAGES = ImagesConfig(resolution=32, bucket_multiple=8)
@@ -200,16 +203,77 @@ def test_the_held_out_part_is_about_the_fraction_and_stays_when_data_is_added(tm
     assert few == {key for key in many if key in {row(i)["key"] for i in range(1000)}}
 
 
-def test_a_condition_over_metadata_rejects_before_the_picture_is_looked_at(tmp_path):
+AESTHETIC = FiltersConfig.model_validate({"metadata": {"aesthetic": {"min": 5}}})
+
+
+def test_a_filter_of_metadata_rejects_before_the_picture_is_looked_at(tmp_path):
     facts = [{"aesthetic": 6.0}, {"aesthetic": 3.0}, {}, {"aesthetic": "high"}]
     members = [m for i, more in enumerate(facts) for m in sample_members(i, **more)]
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     source = TarSource(kind="tars", path=str(tmp_path / "0.tar"))
-    rows = scanned(tmp_path, source, filters=FiltersConfig(where="aesthetic >= 5"))
-    assert [row["reason"] for row in rows] == [None, "where", "where", "where"]
-    assert rows[1]["detail"] == "aesthetic=3.0; wanted aesthetic >= 5"
-    assert rows[2]["detail"] == "aesthetic is missing; wanted aesthetic >= 5"
+    rows = scanned(tmp_path, source, filters=AESTHETIC)
+    assert [row["reason"] for row in rows] == [None, "metadata", "metadata", "metadata"]
+    assert [row["detail"] for row in rows[1:]] == [
+        f"aesthetic: got {got}, expected a number from 5" for got in ("3.0", "nothing", "'high'")
+    ]
     assert rows[1]["height"] is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [
+        ({"min": 1}, [1, 2.5]),
+        ({"max": 1}, [0, 1]),
+        ({"min": 1, "max": 1, "missing": "keep"}, [1, None]),
+        ({"one_of": ["en", 2.5]}, [2.5, "en"]),
+    ],
+)
+def test_a_field_of_metadata_is_taken_in_its_range_or_among_its_values(wanted, taken):
+    rule = MetadataFilter.model_validate(wanted)
+    values = [0, 1, 2.5, float("nan"), True, "en", "1", [1], None]
+    assert [value for value in values if rule.takes(value)] == taken
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({}, "expected min, max or both, or else one_of"),
+        ({"missing": "keep"}, "expected min, max or both, or else one_of"),
+        ({"min": 1, "one_of": ["en"]}, "expected min, max or both, or else one_of"),
+        ({"min": 2, "max": 1}, "min 2 is over max 1"),
+        ({"min": "high"}, "metadata.x.min: .*number .*got 'high'"),
+        ({"one_of": []}, "metadata.x.one_of: .*at least 1 item"),
+        ({"more": 3}, "metadata.x.more: unknown key"),
+    ],
+)
+def test_a_filter_of_metadata_that_says_nothing_or_two_things_is_refused(wanted, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(FiltersConfig, {"metadata": {"x": wanted}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (
+            [{"aesthtic": 6}, {"lang": "en"}],
+            "aesthetic: no picture has that field; got aesthtic, lang",
+        ),
+        ([{}, {"aesthetic": None}], "no picture has that field; got no metadata at all"),
+        ([{"aesthetic": "6"}], "no picture has a number there; got '6', expected a number from 5"),
+        ([{"aesthetic": "high"}, {"aesthetic": 1}], None),
+    ],
+)
+def test_a_filter_of_a_field_that_no_picture_has_is_an_error_of_the_config(
+    tmp_path, facts, message
+):
+    rows = [row(i, metadata=json.dumps(more)) for i, more in enumerate(facts)]
+    write_table(tmp_path / "catalog" / "part-000000.parquet", catalog(rows))
+    if message is None:
+        plan(tmp_path, list_buckets(IMAGES), AESTHETIC, 8, 0.0)
+        return
+    with pytest.raises(InputError, match=message):
+        plan(tmp_path, list_buckets(IMAGES), AESTHETIC, 8, 0.0)
+    assert not (tmp_path / "shard_list.parquet").exists()
 
 
 def test_captions_are_drawn_as_often_as_their_weights_say():

@@ -54,7 +54,7 @@ def dataset(tmp_path_factory, vae_folder, text_folder, ray_address):
         text_folder,
         images={"resolution": 32, "bucket_multiple": 8, "flip": True},
         captions={"per_picture": 4},
-        filters={"where": "score >= 0.1", "near_duplicates": 0},
+        filters={"metadata": {"score": {"min": 0.1}}, "near_duplicates": 0},
         heldout_fraction=0.2,
     )
     prepare(load_config(PrepareConfig, config, []))
@@ -98,7 +98,7 @@ def test_every_picture_has_its_samples_in_the_index_and_its_arrays_once_in_the_t
     assert count == NUM - 2
     assert splits["heldout"] >= 1
     counts = read_manifest(dataset).counts
-    assert (counts.seen, counts.kept, counts.rejected) == (NUM, NUM - 2, {"where": 2})
+    assert (counts.seen, counts.kept, counts.rejected) == (NUM, NUM - 2, {"metadata": 2})
 
 
 def test_what_is_stored_is_what_the_encoders_say_of_mirror_image_and_second_caption(dataset):

@@ -1,0 +1,86 @@
+"""What the fields of a picture's metadata must be: a range of numbers, or one of some values."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from models.config import Config, InputError
+
+
+class MetadataFilter(Config):
+    """What one field must be: a number from `min` to `max`, or one of some values."""
+
+    min: FiniteFloat | None = None
+    max: FiniteFloat | None = None
+    one_of: tuple[str | bool | int | float, ...] | None = Field(default=None, min_length=1)
+    missing: Literal["reject", "keep"] = "reject"
+    """What becomes of a picture that lacks the field."""
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if (self.min is None and self.max is None) == (self.one_of is None):
+            raise ValueError("expected min, max or both, or else one_of")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is over max {self.max:g}")
+        return self
+
+    def wanted(self) -> str:
+        """What is taken, in words."""
+        if self.one_of is not None:
+            return f"one of {', '.join(map(repr, self.one_of))}"
+        ends = {"from": self.min, "to": self.max}
+        return "a number " + " ".join(f"{w} {e:g}" for w, e in ends.items() if e is not None)
+
+    def fits(self, value: Any) -> bool:
+        """Whether it is a value of the kind that is asked for."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return self.one_of is not None or number
+
+    def takes(self, value: Any) -> bool:
+        if value is None:
+            return self.missing == "keep"
+        if self.one_of is not None:
+            return value in self.one_of
+        if not self.fits(value):
+            return False
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+
+def refusal(facts: Mapping[str, Any], filters: Mapping[str, MetadataFilter]) -> str:
+    """Why the first filter that does not take a picture's metadata does not; "" where all do."""
+    for name, wanted in filters.items():
+        value = facts.get(name)
+        if not wanted.takes(value):
+            got = "nothing" if value is None else repr(value)
+            return f"{name}: got {got}, expected {wanted.wanted()}"[:300]
+    return ""
+
+
+def check_fields(texts: Iterable[str], filters: Mapping[str, MetadataFilter]) -> None:
+    """Raises InputError where a filter's field is in no picture's metadata (JSON), or never of its kind."""
+    left, fields = dict(filters), Counter[str]()
+    misfits = dict[str, Any]()
+    for text in texts:
+        if not left:
+            return
+        facts = json.loads(text) if text else {}
+        fields.update(name for name, value in facts.items() if value is not None)
+        for name in [name for name in left if facts.get(name) is not None]:
+            if left[name].fits(facts[name]):
+                del left[name]
+            else:
+                misfits.setdefault(name, facts[name])
+    for name, wanted in left.items():
+        where = f"filters.metadata.{name}"
+        if name in misfits:
+            raise InputError(
+                f"{where}: no picture has a number there; got {misfits[name]!r}, expected "
+                f"{wanted.wanted()}. Remedy: one_of takes such values; --restart with it."
+            )
+        found = ", ".join(name for name, _ in fields.most_common(20)) or "no metadata at all"
+        raise InputError(
+            f"{where}: no picture has that field; got {found}. Remedy: --restart with another name."
+        )

@@ -1,7 +1,7 @@
 """Stages on a cluster: `flowmill submit prepare|train|evaluate CONFIG.yaml [section.key=value ...] --address URL`.
 
 The working directory is uploaded, so that nothing of flowmill need be installed there; its dependencies
-must be. `flowmill submit logs|status|stop JOB` attends to a job. `--launcher slurm` calls sbatch instead.
+must be. `ray job logs|status|stop` attend to a job. `--launcher slurm` calls sbatch instead.
 """
 
 import asyncio
@@ -41,9 +41,6 @@ class Action(StrEnum):
     PREPARE = "prepare"
     TRAIN = "train"
     EVALUATE = "evaluate"
-    LOGS = "logs"
-    STATUS = "status"
-    STOP = "stop"
 
 
 MODULES = {
@@ -67,13 +64,10 @@ class Job:
 
     def command_line(self, address: str) -> str:
         """The `ray job submit` that asks for the same."""
-        # Ray lets these variables win over --address.
-        unset = [f"-u {name}" for name in ADDRESS_VARIABLES if os.environ.get(name)]
         environment = {k: v for k, v in self.runtime_env.items() if k != "working_dir"}
         return " ".join(
             [
-                *(["env", *unset] if unset else []),
-                f"ray job submit --address {shlex.quote(address)}",
+                ray_job("submit", address),
                 f"--working-dir {shlex.quote(self.runtime_env['working_dir'])}",
                 *([f"--runtime-env-json {_quoted(environment)}"] if environment else []),
                 *([f"--entrypoint-num-gpus {self.gpus:g}"] if self.gpus else []),
@@ -81,6 +75,13 @@ class Job:
                 f"-- {shlex.join(self.entrypoint)}",
             ]
         )
+
+
+def ray_job(action: str, address: str) -> str:
+    """The beginning of a `ray job` command; what Ray would prefer to --address is unset for it."""
+    unset = [f"-u {name}" for name in ADDRESS_VARIABLES if os.environ.get(name)]
+    env = ["env", *unset] if unset else []
+    return " ".join([*env, f"ray job {action} --address {shlex.quote(address)}"])
 
 
 def _quoted(value: dict[str, Any]) -> str:
@@ -257,7 +258,7 @@ class Cluster:
         self.client = self.call(JobSubmissionClient, address)
 
     def call(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """The answer; raises InputError where the server is not there, refuses us or knows no such job."""
+        """The answer; raises InputError where the server is not there or refuses us."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -272,10 +273,6 @@ class Cluster:
                 f"{self.address}: no job server answers. Remedy: start the cluster, or forward its port: "
                 "ssh -L 8265:127.0.0.1:8265 HEAD"
             ) from None
-        except RuntimeError as error:
-            if "status code 404" in str(error):
-                raise InputError(f"{self.address}: no such job: {arguments[0]}") from None
-            raise
 
     def submit(self, job: Job, name: str | None) -> str:
         return self.call(
@@ -292,10 +289,7 @@ class Cluster:
         try:
             asyncio.run(self._tail(name))
         except KeyboardInterrupt:
-            print(
-                f"\n{name} goes on; flowmill submit logs {name} follows it again, stop ends it",
-                file=sys.stderr,
-            )
+            print(f"\n{name} goes on", file=sys.stderr)
             return 130
         details = self.call(self.client.get_job_info, name)
         print(f"{name}: {details.status.value}: {details.message}", file=sys.stderr)
@@ -305,41 +299,29 @@ class Cluster:
 
     async def _tail(self, name: str) -> None:
         """A dropped connection is taken up where it broke: each begins with the whole log."""
-        shown, pause_s = 0, 1.0
+        from aiohttp import ClientError
+
+        shown = 0
         while True:
-            seen = 0
+            seen, whole = 0, True
             try:
                 async for text in self.client.tail_job_logs(name):
                     print(text[max(shown - seen, 0) :], end="", flush=True)
                     seen += len(text)
                     shown = max(shown, seen)
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, ClientError) as error:
                 print(f"log connection lost ({error}); trying again", file=sys.stderr)
-            if self.call(self.client.get_job_status, name).is_terminal():
+                whole = False
+            ended = self.call(self.client.get_job_status, name).is_terminal()
+            if ended and whole:
                 return
-            await asyncio.sleep(pause_s)
-
-
-def attend(cluster: Cluster, action: Action, name: str) -> int:
-    """`logs`, `status` and `stop` of one job."""
-    details = cluster.call(cluster.client.get_job_info, name)
-    if action is Action.LOGS:
-        return cluster.follow(name)
-    if action is Action.STOP:
-        stopped = cluster.call(cluster.client.stop_job, name)
-        print(f"{name}: " + ("stopping" if stopped else f"had ended: {details.status.value}"))
-        return 0
-    print(f"{name}: {details.status.value}: {details.message}\n{details.entrypoint}")
-    for key, value in (details.metadata or {}).items():
-        print(f"  {key}: {value}")
-    return 0
+            await asyncio.sleep(1.0)
 
 
 def main(
-    action: Annotated[Action, typer.Argument(help="a stage, or what to do with a job")],
+    action: Annotated[Action, typer.Argument(help="the stage")],
     arguments: Annotated[
-        list[str],
-        typer.Argument(help="the stage's own, such as CONFIG --workers 8; or a job's name"),
+        list[str], typer.Argument(help="the stage's own, such as CONFIG --workers 8")
     ],
     address: Annotated[
         str, typer.Option(envvar=ADDRESS_VARIABLES[0], help="of the job server")
@@ -355,9 +337,7 @@ def main(
     follow: Annotated[bool, typer.Option(help="print what the job prints, to its end")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check; print the command")] = False,
 ) -> None:
-    """Run a stage on a cluster, or attend to a job there: logs, status, stop."""
-    if action in (Action.LOGS, Action.STATUS, Action.STOP):
-        sys.exit(attend(Cluster(address), action, arguments[0]))
+    """Run a stage on a cluster; with Ray, follow it to its end and exit as it does."""
     if launcher is Launcher.SLURM:
         line = sbatch_line(action, arguments, nodes)
         print(shlex.join(line), flush=True)
@@ -367,9 +347,11 @@ def main(
     if dry_run:
         print(job.command_line(address))
         return
+    attending = [ray_job(action, address) for action in ("logs --follow", "status", "stop")]
     cluster = Cluster(address)
     name = cluster.submit(job, name)
     print(f"{name}: submitted to {address}", file=sys.stderr)
+    print(*(f"  {line} {name}" for line in attending), sep="\n", file=sys.stderr)
     sys.exit(cluster.follow(name) if follow else 0)
 
 

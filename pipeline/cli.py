@@ -29,7 +29,7 @@ STAGES = {
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
     "submit": (
         "cluster.submit",
-        "prepare, train or evaluate as a Ray job or on Slurm; its logs, stop",
+        "prepare, train or evaluate as a Ray job or on Slurm",
     ),
 }
 # Stage -> a key that its configs alone have, and the class.

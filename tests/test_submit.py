@@ -1,15 +1,21 @@
 """Submitting: what is refused before anything is sent, and the command that is printed instead."""
 
+import asyncio
 import json
 import shlex
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
+from aiohttp import web
 
-from cluster.submit import Action, main, make_job, read_runtime_env
+from cluster.submit import Action, Cluster, main, make_job, read_runtime_env
 from models.config import InputError, load_config, run_command
 from pipeline.config import TrainConfig
 from pipeline.train import make_plan, record_run
@@ -126,14 +132,74 @@ def test_the_printed_command_asks_for_the_same_job(checkout, tmp_path, monkeypat
     assert metadata["run"] == "/shared/run"
 
 
-def test_where_no_job_server_answers_the_message_says_so(monkeypatch, capsys):
+def test_where_no_job_server_answers_the_message_says_so(checkout, monkeypatch, capsys):
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     address = f"http://127.0.0.1:{free_port()}"
-    assert run(monkeypatch, "status", "job", "--address", address) == 2
+    evaluate = ["evaluate", "/run", "--working-dir", str(checkout), "--address"]
+    assert run(monkeypatch, *evaluate, address) == 2
     assert f"{address}: no job server answers" in capsys.readouterr().err
-    assert run(monkeypatch, "status", "job", "--address", "127.0.0.1:6379") == 2
+    assert run(monkeypatch, *evaluate, "127.0.0.1:6379") == 2
     assert "expected the job server's URL" in capsys.readouterr().err
+
+
+LOG = "one\ntwo\nthree\nfour\nfive\n"
+# How much of the log each connection brings, whether it is then cut, and the job's state thereafter.
+CONNECTIONS = [
+    (LOG[:10], True, "RUNNING"),
+    (LOG[:16], False, "RUNNING"),
+    (LOG[:20], True, "FAILED"),
+    (LOG, False, "FAILED"),
+]
+
+
+class JobServer:
+    """What a Ray head answers while one job fails and its connections break, by Ray's own protocol."""
+
+    def __init__(self):
+        self.accepted = 0
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": ray.__version__})
+
+    async def job(self, request: web.Request) -> web.Response:
+        assert request.match_info["name"] == "job-1"
+        state = CONNECTIONS[self.accepted - 1][2]
+        about = {"type": "SUBMISSION", "entrypoint": "x", "message": "it broke"}
+        return web.json_response(about | {"status": state, "driver_exit_code": 7})
+
+    async def tail(self, request: web.Request) -> web.WebSocketResponse:
+        text, is_cut, _ = CONNECTIONS[self.accepted]
+        self.accepted += 1
+        log = web.WebSocketResponse()
+        await log.prepare(request)
+        for begin in range(0, len(text), 7):
+            await log.send_str(text[begin : begin + 7])
+        if is_cut and request.transport:
+            await asyncio.sleep(0.1)  # so that what was sent arrives
+            request.transport.abort()
+        await log.close()
+        return log
+
+    def serve(self, port: int) -> None:
+        app = web.Application()
+        app.router.add_get("/api/version", self.version)
+        app.router.add_get("/api/jobs/{name}", self.job)
+        app.router.add_get("/api/jobs/{name}/logs/tail", self.tail)
+        web.run_app(app, host="127.0.0.1", port=port, handle_signals=False, print=None)
+
+
+def test_a_followed_job_shows_its_log_once_through_broken_connections_and_gives_its_status(capsys):
+    server, port = JobServer(), free_port()
+    threading.Thread(target=server.serve, args=[port], daemon=True).start()
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        time.sleep(0.05)
+    assert Cluster(f"http://127.0.0.1:{port}").follow("job-1") == 7
+    shown = capsys.readouterr()
+    assert shown.out == LOG
+    assert shown.err.count("log connection lost") == 2
+    assert "job-1: FAILED: it broke" in shown.err
+    assert server.accepted == len(CONNECTIONS)
 
 
 def test_slurms_command_is_printed_once_the_config_is_right(checkout, monkeypatch, capsys):

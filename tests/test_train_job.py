@@ -1,5 +1,6 @@
 """Stages as Ray jobs on two raylets behind a token: submitted, followed, a node killed in the midst."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def submit(cluster: RayCluster, checkout: Path, *arguments: str, **more: str) ->
 def test_a_wrong_token_and_a_missing_one_are_refused_and_not_shown(cluster, checkout):
     wrong = {"RAY_AUTH_TOKEN": "f" * 64}
     for environment in (wrong, {"RAY_AUTH_TOKEN_PATH": "/nowhere"}, {"RAY_AUTH_MODE": "disabled"}):
-        job = submit(cluster, checkout, "status", "any", **environment)
+        job = submit(cluster, checkout, "evaluate", "/run", **environment)
         output, _ = job.communicate()
         assert job.returncode == 2, output
         assert "refused the token" in output
@@ -92,9 +93,10 @@ def test_a_preparation_outlives_a_killed_node(tmp_path, cluster, checkout, vae_f
     assert "prepare-1: SUCCEEDED" in output
     assert read_manifest(dataset).counts.kept == 240
     assert verify(dataset) == []
-    status, _ = submit(cluster, checkout, "status", "prepare-1").communicate()
-    assert f"output: {dataset}" in status
-    expect_no_secret(dataset, output, status)
+    line = next(line for line in output.splitlines() if " ray job status " in line)
+    status = subprocess.run(shlex.split(line), env=cluster.environment, capture_output=True)
+    assert b"succeeded" in status.stdout
+    expect_no_secret(dataset, output, status.stdout.decode())
 
 
 def _actors(node: subprocess.Popen) -> list[psutil.Process]:

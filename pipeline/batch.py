@@ -59,6 +59,18 @@ class Batch:
         """What a network is told of the samples."""
         return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
 
+    def drop(self, dropped: Tensor, caption: "EmptyCaption | None", num_classes: int) -> "Batch":
+        """The batch with the empty caption and no class where `dropped`, bool (b,): what guidance is away from."""
+        nothing = Conditions() if caption is None else caption.as_in(self)
+        if self.label is not None:
+            nothing = nothing._replace(label=self.label.new_full((1,), num_classes))
+        told: dict[str, Tensor] = {}
+        for name, value, none in zip(Conditions._fields, self.conditions, nothing, strict=True):
+            if value is not None and none is not None:
+                rows = dropped.view(-1, *[1] * (value.ndim - 1))
+                told[name] = torch.where(rows, none, value)
+        return replace(self, **told)
+
     def rows(self, begin: int, end: int) -> "Batch":
         """Some of the samples, as views."""
         return self._map(lambda t: t[begin:end])
@@ -90,27 +102,24 @@ class EmptyCaption:
 
     parts: list[tuple[Tensor, Tensor]]
 
-    def put(self, batch: Batch, dropped: Tensor) -> Batch:
-        """The batch with this caption in place of the dropped ones; dropped bool (b,)."""
-        if batch.text_emb is None or batch.text_mask is None:
-            return batch
+    def to(self, device: torch.device) -> "EmptyCaption":
+        return EmptyCaption(
+            [(tokens.to(device), pooled.to(device)) for tokens, pooled in self.parts]
+        )
+
+    def as_in(self, batch: Batch) -> Conditions:
+        """One row of text, mask and pooled text, laid out and padded as the batch's."""
+        assert batch.text_emb is not None
+        assert batch.text_mask is not None
         text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
         begin = 0
         for (tokens, _), length in zip(self.parts, batch.text_lengths, strict=True):
             kept = min(len(tokens), length)
-            text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept].to(text.device)
+            text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept]
             mask[:, begin : begin + kept] = True
             begin += length
-        dropped, pooled = dropped.to(text.device)[:, None], batch.pooled
-        if pooled is not None:
-            empty = torch.cat([part for _, part in self.parts])[None].to(pooled)
-            pooled = torch.where(dropped, empty, pooled)
-        return replace(
-            batch,
-            text_emb=torch.where(dropped[..., None], text, batch.text_emb),
-            text_mask=torch.where(dropped, mask, batch.text_mask),
-            pooled=pooled,
-        )
+        pooled = torch.cat([part for _, part in self.parts])[None]
+        return Conditions(text, mask, pooled)
 
 
 def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:

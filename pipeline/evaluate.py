@@ -27,8 +27,9 @@ from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import DataConfig, Loader
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
-from pipeline.objective import Objective, make_generator
+from pipeline.objective import Objective
 from pipeline.pictures import Draw, Request, draw_files, drawer, largest_bucket
+from pipeline.randomness import make_generator
 from pipeline.reference import DatasetPictures, FolderPictures, features_of, share
 from pipeline.sample import Trained, join, open_trained, parse_sampler, parse_size, read_prompts
 from pipeline.sampling import SamplerConfig

@@ -38,9 +38,10 @@ from models.vae import LatentCodec
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.config import dump_config
-from pipeline.objective import ConstantShift, ObjectiveConfig, Shift
+from pipeline.objective import ObjectiveConfig
 from pipeline.pictures import encoder_folder, largest_bucket, load_encoders
 from pipeline.sample import Trained, open_trained
+from pipeline.timesteps import ConstantShift, Shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,9 @@ from data_prep.schema import CodecRecord
 from models.vae import sample_latents
 from pipeline.batch import Batch
 from pipeline.monitor import NUM_LEVELS
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.paths import NUM_TIMESTEPS
+from pipeline.randomness import draw_noise
 from pipeline.sampling import Network
 
 LOG_SNR = (-5, -4, -2, 0, 2, 4, 6)
@@ -22,8 +24,8 @@ LOG_SNR = (-5, -4, -2, 0, 2, 4, 6)
 
 def time_at(objective: Objective, log_snr: float) -> float:
     """The t of a path whose SNR is nearest."""
-    t = torch.arange(1000) / 1000
-    if objective.config.path.kind != "vp_discrete":
+    t = torch.arange(NUM_TIMESTEPS) / NUM_TIMESTEPS
+    if not objective.config.path.discrete:
         t = torch.linspace(1e-4, 1 - 1e-4, 20_001)
     alpha, sigma = objective.alpha_sigma(t)
     return float(t[(2 * (alpha / sigma).log() - log_snr).abs().argmin()])

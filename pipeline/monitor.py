@@ -88,18 +88,19 @@ class SampleLog:
 
 
 class LossMeter:
-    """Sums of loss and x0 error by noise level on the device: nothing waits for the GPU between logs."""
+    """Sums of loss terms by noise level on the device: nothing waits for the GPU between logs."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(NUM_LEVELS, 4, dtype=torch.float64, device=device)
-        self.aligns = False
+        self.names: tuple[str, ...] = ("loss",)
+        self.sums = torch.zeros(NUM_LEVELS, 2, dtype=torch.float64, device=device)
 
-    def add(self, t: Tensor, loss: Tensor, x0_mse: Tensor, alignment: Tensor | None = None) -> None:
-        """Samples of one micro-batch, each (b,)."""
+    def add(self, t: Tensor, terms: dict[str, Tensor]) -> None:
+        """Samples of one micro-batch, t and each term (b,); the terms are the same at every call."""
+        if self.names != tuple(terms):
+            self.names = tuple(terms)
+            self.sums = self.sums.new_zeros(NUM_LEVELS, 1 + len(terms))
         level = (t * NUM_LEVELS).long().clamp_(max=NUM_LEVELS - 1)
-        self.aligns = alignment is not None
-        last = torch.zeros_like(loss) if alignment is None else alignment
-        rows = torch.stack([torch.ones_like(loss), loss.detach(), x0_mse, last], dim=1).double()
+        rows = torch.stack([torch.ones_like(t), *terms.values()], dim=1).double()
         self.sums.index_add_(0, level, rows)
 
     def collect(self) -> dict[str, float]:
@@ -109,17 +110,14 @@ class LossMeter:
         sums = self.sums.to("cpu", copy=True)
         self.sums.zero_()
         count = sums[:, 0].sum()
-        values = {
-            "loss/train": float(sums[:, 1].sum() / count),
-            "loss/x0_mse": float(sums[:, 2].sum() / count),
-        }
-        if self.aligns:
-            values["loss/alignment"] = float(sums[:, 3].sum() / count)
-        for level, (number, loss, x0_mse, _) in enumerate(sums.tolist()):
-            if number:
-                name = f"t_{(level + 0.5) / NUM_LEVELS:.4f}"
-                values[f"loss_by_noise_level/{name}"] = loss / number
-                values[f"x0_mse_by_noise_level/{name}"] = x0_mse / number
+        values: dict[str, float] = {}
+        for column, name in enumerate(self.names, 1):
+            tag = "train" if name == "loss" else name
+            values[f"loss/{tag}"] = float(sums[:, column].sum() / count)
+            for level, row in enumerate(sums.tolist()):
+                if row[0]:
+                    middle = (level + 0.5) / NUM_LEVELS
+                    values[f"{name}_by_noise_level/t_{middle:.4f}"] = row[column] / row[0]
         return values
 
 

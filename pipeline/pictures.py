@@ -23,7 +23,8 @@ from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.weights import weights_sha256
 from pipeline import distributed
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.randomness import draw_noise
 from pipeline.sampling import SamplerConfig, generate
 
 

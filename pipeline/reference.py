@@ -19,8 +19,8 @@ from models.vae import LatentCodec, sample_latents
 from pipeline import distributed
 from pipeline.data import Loader
 from pipeline.metrics import FeatureNetwork
-from pipeline.objective import make_generator
 from pipeline.pictures import encoder_folder, read_picture
+from pipeline.randomness import make_generator
 from pipeline.snapshots import Snapshot
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

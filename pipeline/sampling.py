@@ -15,7 +15,9 @@ from torch import Tensor
 
 from models.conditions import Conditions
 from models.config import Config, InputError
-from pipeline.objective import Objective, Shift, draw_noise, expand
+from pipeline.objective import Objective, expand
+from pipeline.randomness import draw_noise
+from pipeline.timesteps import Shift
 
 Network = Callable[..., Tensor]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -62,7 +64,7 @@ class Schedule(NamedTuple):
 def check_sampler(config: SamplerConfig, objective: Objective) -> None:
     """Raises InputError where the sampler's options have no meaning on the objective's path."""
     path = objective.config.path
-    if config.shift is not None and path.kind not in ("rectified_flow", "vp_cosine"):
+    if config.shift is not None and not path.shiftable:
         raise InputError(
             f"sampler.shift has no meaning on path {path.kind}: its noise levels are fixed. Remedy: remove it"
         )

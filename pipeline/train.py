@@ -4,13 +4,12 @@ Run the same command again to resume; on several GPUs `torchrun --nproc-per-node
 """
 
 import importlib.metadata
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +21,6 @@ from torch import nn
 from models import build_model
 from models.config import InputError, run_command
 from models.files import write_text
-from models.layers import kept_pixels
-from models.networks import RoutedConfig
-from models.vae import sample_latents
 from pipeline import checkpoint, distributed
 from pipeline.config import (
     RESULTS,
@@ -47,10 +43,11 @@ from pipeline.engine import (
     native_precision,
     set_lr,
 )
+from pipeline.forward import Forward
 from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
-from pipeline.objective import LossTerms, Objective, alignment_loss, draw_dropout, draw_noise
+from pipeline.objective import Objective
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
@@ -230,59 +227,6 @@ def network_for_sampling(config: TrainConfig, weights: dict, device: torch.devic
     return network.to(device, torch.bfloat16 if half else torch.float32).eval()
 
 
-def losses(
-    plan: Plan,
-    engine: Any,
-    objective: Objective,
-    batch: Batch,
-    step: int,
-    t: torch.Tensor,
-    dropped: torch.Tensor,
-    device: torch.device,
-) -> tuple[torch.Tensor, Any]:
-    """Forward one micro-batch; t and `dropped` are the global batch's. Returns its t and loss terms."""
-    seed, codec = plan.config.seed, plan.loader.manifest.codec
-    indices = batch.indices
-    if plan.loader.empty_caption is not None:
-        batch = plan.loader.empty_caption.put(batch, dropped[indices])
-    batch = batch.to(device)
-    shape = (codec.latent_channels, *batch.moments.shape[-2:])
-    posterior = draw_noise(seed, step, indices, shape, device, "posterior")
-    noise = draw_noise(seed, step, indices, shape, device)
-    latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
-    t = t[indices].to(device)
-    x_t = objective.add_noise(latents, noise, t)
-    model, routed = plan.config.model, {}
-    span = model.span if isinstance(model, RoutedConfig) else None
-    if span is not None:
-        num_patches = shape[1] * shape[2] // model.latent_multiple**2
-        routed["token_scores"] = draw_noise(seed, step, indices, (num_patches,), device, "tokens")
-    label = batch.label
-    if label is not None:  # no class, which guidance is away from
-        label = torch.where(dropped[indices].to(device), model.num_classes, label)
-    pred = engine(x_t, t, batch.conditions._replace(label=label, **routed))
-    alignment = None
-    if isinstance(pred, tuple):
-        pred, projection = pred
-        assert batch.vision is not None
-        alignment = alignment_loss(projection, batch.vision)
-    if span is None or not isinstance(model, RoutedConfig) or not model.masking:
-        return t, replace(objective.loss(pred, latents, noise, t), alignment=alignment)
-    # Over the patches that the network kept: no error where it dropped one.
-    kept = kept_pixels(routed["token_scores"], span, model.patch_size, *shape[1:])
-    pred = torch.where(kept, pred, objective.target(latents, noise, t))
-    terms, share = objective.loss(pred, latents, noise, t), kept.float().mean()
-    return t, LossTerms(terms.loss / share, terms.x0_mse / share, alignment)
-
-
-def alignment_weight(config: TrainConfig, images: int) -> float:
-    """Of REPA's loss after so many pictures."""
-    alignment = getattr(config.model, "alignment", None)
-    if alignment is None or images >= (alignment.until_images or math.inf):
-        return 0.0
-    return alignment.weight
-
-
 def train(config: TrainConfig, override: bool = False) -> None:
     """One run, from wherever it stands to `training.images` pictures or a signal."""
     train_stages([config], override)
@@ -352,6 +296,7 @@ def run_steps(
             config.model.num_classes,
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
+    forward = Forward(engine, objective, config, loader, device)
     lr_of = lr_schedule(config.optimizer, global_batch, config.training.num_steps)
     saver = checkpoint.Saver(run, config.checkpoint)
     rejection = Rejection(config.rejection, run, engine, optimizer)
@@ -402,31 +347,25 @@ def run_steps(
         if sample_log is not None:
             sample_log.write(batch)
         latent_size = (batch.moments.shape[-2], batch.moments.shape[-1])
-        t = objective.draw_t(config.seed, step, global_batch, latent_size)
-        dropped = draw_dropout(config.seed, step, global_batch, config.training.caption_dropout)
-        micro_batches = batch.split(plan.micro_batch)
-        align = alignment_weight(config, taken * global_batch)
-        done = []  # t, loss, x0_mse and alignment of each micro-batch
+        draws = forward.draw(step, latent_size)
+        micro_batches, done = batch.split(plan.micro_batch), []
         for number, micro_batch in enumerate(micro_batches, 1):
-            own_t, terms = losses(plan, engine, objective, micro_batch, step, t, dropped, device)
-            total, detached = terms.loss.mean(), None
-            if terms.alignment is not None:
-                total, detached = total + align * terms.alignment.mean(), terms.alignment.detach()
-            done.append((own_t, terms.loss.detach(), terms.x0_mse, detached))
+            terms = forward(micro_batch, draws, taken * global_batch)
+            done.append(terms)
             monitor.mark("forward")
-            engine.backward(total)
+            engine.backward(terms.total)
             monitor.mark("backward")
             if number == len(micro_batches):
-                rejection.judge(torch.cat([part[1] for part in done]).mean())
+                rejection.judge(torch.cat([part.named["loss"] for part in done]).mean())
             engine.step()
             monitor.mark("optimizer")
-        sample_losses = torch.cat([part[1] for part in done])
+        sample_losses = torch.cat([part.named["loss"] for part in done])
         accepted = rejection.settle(step, batch, loader.era_at(batch.step).snapshot, sample_losses)
         for part in done if accepted else ():
-            meter.add(*part)
+            meter.add(part.t, part.named)
         step += 1
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
-        monitor.advance(step, t, latent_size, text_length)
+        monitor.advance(step, draws.t, latent_size, text_length)
         watchdog.alive(step)
         stopping, saving = exchange.any(step, stop_signal.name is not None, saver.busy)
         if not saving:

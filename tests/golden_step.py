@@ -8,7 +8,8 @@ from models.conditions import Conditions
 from pipeline import distributed
 from pipeline.config import ModelConfig
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine, grad_norm, set_lr
-from pipeline.objective import Objective, ObjectiveConfig, draw_noise
+from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.randomness import draw_noise
 
 SIZES = {"latent_channels": 4, "text_dim": 8, "pooled_dim": 8, "latent_downscale": 8}
 BATCH = 4

@@ -13,8 +13,9 @@ from models.config import parse_config
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.engine import build_engine
-from pipeline.objective import Objective, draw_dropout
-from pipeline.train import losses, make_plan
+from pipeline.forward import Forward
+from pipeline.objective import Objective
+from pipeline.train import make_plan
 
 STEPS, BATCH = 200, 8
 VP = {"path": {"kind": "vp_discrete"}, "timesteps": {"kind": "uniform"}}
@@ -43,19 +44,16 @@ def run(dataset: str, folder: str, stage: int, model: dict, objective_section: d
     engine, optimizer = build_engine(
         build_model(config.model), config.engine, config.optimizer, BATCH
     )
+    forward = Forward(engine, objective, config, plan.loader, torch.device("cpu"))
     values, batches = [], plan.loader.batches(0)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
         batch = next(batches)
-        t = objective.draw_t(0, step, BATCH, tuple(batch.moments.shape[-2:]))
-        dropped = draw_dropout(0, step, BATCH, 0.1)
-        device = torch.device("cpu")
-        _, terms = losses(plan, engine, objective, batch, step, t, dropped, device)
-        loss = terms.loss.mean()
-        engine.backward(loss)
+        terms = forward(batch, forward.draw(step, batch.moments.shape[-2:]), images=0)
+        engine.backward(terms.total)
         engine.step()
-        values.append(sum(distributed.gather_objects(float(loss.detach()))))
+        values.append(sum(distributed.gather_objects(float(terms.named["loss"].mean()))))
     plan.loader.close()
     return [value / distributed.world_size() for value in values]
 

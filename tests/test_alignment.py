@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -25,8 +24,8 @@ from models.networks import AlignmentConfig, MaskingConfig, RoutingConfig
 from models.vision_encoder import VisionEncoder
 from pipeline.checkpoint import load_weights
 from pipeline.data import DataConfig, Loader
+from pipeline.forward import alignment_weight
 from pipeline.objective import alignment_loss
-from pipeline.train import alignment_weight
 from tests import train_factory
 from tests.prep_factory import fill_folder, write_config
 from tests.test_train import scalars
@@ -209,9 +208,7 @@ def test_features_of_other_squares_are_refused_in_words(dataset, tmp_path):
     assert "vision_encoder.patch_pixels: got 8, expected 4" in " ".join(done.stderr.split())
 
 
-def test_the_weight_ends_after_so_many_pictures(tmp_path):
-    from pipeline.config import TrainConfig
-
-    text = RUN.format(data="x", run="y", stage=0, until=100)
-    config = TrainConfig.model_validate(yaml.safe_load(text))
-    assert [alignment_weight(config, n) for n in (0, 99, 100)] == [0.5, 0.5, 0.0]
+def test_the_weight_ends_after_so_many_pictures():
+    model = DiTConfig(alignment=AlignmentConfig(until_images=100))
+    assert [alignment_weight(model, n) for n in (0, 99, 100)] == [0.5, 0.5, 0.0]
+    assert alignment_weight(DiTConfig(), 0) == 0

@@ -134,9 +134,7 @@ def test_a_dropped_caption_is_replaced_by_the_empty_one(tmp_path, pad_text):
     folder = make_dataset(tmp_path, MIXED, Kind({"clip": (5, 4), "t5": (7, 6)}))
     loader = Loader(config(folder, pad_text=pad_text), global_batch=8, seed=5)
     (batch,) = take(loader, 1)
-    assert loader.empty_caption is not None
-    dropped = torch.arange(8) % 2 == 0
-    after = loader.empty_caption.put(batch, dropped)
+    after = batch.drop(torch.arange(8) % 2 == 0, loader.empty_caption, num_classes=0)
     assert torch.equal(after.text_emb[1::2], batch.text_emb[1::2])
     assert torch.equal(after.text_mask[1::2], batch.text_mask[1::2])
     clip, t5 = batch.text_lengths

@@ -22,7 +22,8 @@ from models.config import InputError, parse_config
 from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.randomness import draw_noise
 from pipeline.sample import Trained, open_trained
 from tests.test_evaluate import Convolutions
 

@@ -14,8 +14,9 @@ from models.dit import DiTConfig
 from models.networks import MaskingConfig, RoutingConfig, Span
 from models.roles import parameter_roles
 from pipeline.batch import Batch
-from pipeline.objective import Objective, ObjectiveConfig, draw_noise
-from pipeline.train import losses
+from pipeline.forward import Draws, Forward
+from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.randomness import draw_noise
 from tests.test_networks import DATA, debug, inputs, predict, randomise
 
 ROUTED = {"routing": RoutingConfig(ratio=0.5, start=1, end=-1), "depth": 4}
@@ -93,17 +94,14 @@ def test_the_loss_is_over_the_kept_patches_alone():
     config = DiTConfig(size="debug", **DATA | {"text_dim": 0, "pooled_dim": 0}, **MASKED)
     model, objective = randomise(build_model(config)), Objective(ObjectiveConfig())
     codec = SimpleNamespace(latent_channels=4, scaling_factor=1.0, shift_factor=0.0)
-    plan: Any = SimpleNamespace(
-        config=SimpleNamespace(seed=5, model=config),
-        loader=SimpleNamespace(manifest=SimpleNamespace(codec=codec), empty_caption=None),
-    )
+    loader: Any = SimpleNamespace(manifest=SimpleNamespace(codec=codec), empty_caption=None)
+    run: Any = SimpleNamespace(seed=5, model=config, training=None)
+    forward = Forward(model, objective, run, loader, torch.device("cpu"))
     moments = torch.cat([torch.randn(3, 4, 8, 8), torch.zeros(3, 4, 8, 8)], dim=1)
     places = torch.arange(3)
     batch = Batch(7, 0, (64, 64), indices=places, sample_ids=places, moments=moments)
     t = torch.tensor([0.2, 0.5, 0.8])
-    own_t, terms = losses(
-        plan, model, objective, batch, 7, t, torch.zeros(3, dtype=torch.bool), torch.device("cpu")
-    )
+    terms = forward(batch, Draws(7, t, torch.zeros(3, dtype=torch.bool)), images=0)
     drawn = draw_noise(5, 7, range(3), (16,), purpose="tokens")
     kept = layers.kept_pixels(drawn, Span(2, 4, 0.75), 2, 8, 8)
     noise = draw_noise(5, 7, range(3), (4, 8, 8))
@@ -112,8 +110,8 @@ def test_the_loss_is_over_the_kept_patches_alone():
     squared = (pred - objective.target(latents, noise, t)).square()
     for row in range(3):
         expected = squared[row][:, kept[row, 0]].mean()
-        torch.testing.assert_close(terms.loss[row], expected)
-    assert torch.equal(own_t, t)
+        torch.testing.assert_close(terms.named["loss"][row], expected)
+    assert torch.equal(terms.t, t)
     # Another step keeps other patches.
     assert not torch.equal(drawn, draw_noise(5, 8, range(3), (16,), purpose="tokens"))
 

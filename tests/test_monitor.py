@@ -14,7 +14,8 @@ from pipeline.config import load_run_config
 from pipeline.data import Loader
 from pipeline.flops import ModelFlops, peak_flops
 from pipeline.norms import block_of
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.randomness import draw_noise
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 

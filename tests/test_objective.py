@@ -19,13 +19,8 @@ from scipy import integrate, stats
 from scipy.special import logit
 
 from models.config import InputError, parse_config
-from pipeline.objective import (
-    PRESETS,
-    Objective,
-    ObjectiveConfig,
-    draw_dropout,
-    draw_noise,
-)
+from pipeline.objective import PRESETS, Objective, ObjectiveConfig
+from pipeline.randomness import draw_dropout, draw_noise
 
 PATHS = {
     "rectified_flow": {"kind": "rectified_flow"},

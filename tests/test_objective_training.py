@@ -9,7 +9,8 @@ import torch
 from models import build_model
 from models.config import parse_config
 from models.dit import DiTConfig
-from pipeline.objective import Objective, ObjectiveConfig, draw_noise
+from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.randomness import draw_noise
 from tests import train_factory
 
 RECORD_T = """

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from models.conditions import Conditions
 from models.config import InputError, parse_config
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.randomness import draw_noise
 from pipeline.sampling import SamplerConfig, ancestral_step, generate, guided
 from tests.test_objective import COMBINATIONS, PATHS, make
 

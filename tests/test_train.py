@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,11 +15,10 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models import build_model
 from models.config import InputError, load_config
 from pipeline.config import TrainConfig
-from pipeline.objective import Objective
-from pipeline.train import check_run, losses, make_plan
+from pipeline.randomness import draw_dropout
+from pipeline.train import check_run, make_plan
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.train_factory import write_config
@@ -330,24 +331,49 @@ def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_pat
     assert shard.name in done.stderr + done.stdout
 
 
-def test_a_dropped_sample_has_no_class_so_that_guidance_is_learnt(tmp_path):
-    data = make_dataset(tmp_path / "data", [((32, 32), 16)], Kind(channels=4, label=True))
-    config = {
-        "data": {"path": str(data)},
-        "model": {"size": "debug", "num_classes": 10},
-        "training": {"images": 16, "global_batch": 8},
-        "run": str(tmp_path / "run"),
-    }
-    plan = make_plan(TrainConfig.model_validate(config))
-    batch, objective = next(plan.loader.batches()), Objective(plan.config.objective)
-    network, seen = build_model(plan.config.model), []
-    network.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given["label"]), with_kwargs=True
+# In a process of its own: what the trainer's step tells the network, and what the step was of.
+RECORD = """
+import sys
+from pathlib import Path
+import torch
+from models.config import load_config
+from models.dit import DiT
+from pipeline.batch import Batch
+from pipeline.config import TrainConfig
+from pipeline.train import train
+
+told, batches = [], []
+forward, split = DiT.forward, Batch.split
+DiT.forward = lambda self, *given: told.append([None if c is None else c.clone() for c in given[2]]) or forward(self, *given)
+Batch.split = lambda self, size: batches.append((self.step, self.indices.clone(), [c if c is None else c.clone() for c in self.conditions])) or split(self, size)
+train(load_config(TrainConfig, Path(sys.argv[1]), sys.argv[3:]))
+torch.save((told, batches), sys.argv[2])
+"""
+
+
+def test_the_network_is_told_neither_caption_nor_class_of_the_samples_that_a_step_drops(tmp_path):
+    kind = Kind(encoders={"mini": (5, 8)}, channels=4, label=True)
+    make_dataset(tmp_path / "dataset", [((32, 32), 40)], kind)
+    options = ["training.images=48", "training.caption_dropout=0.4", "model.num_classes=10"]
+    recorded = tmp_path / "told.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", RECORD, str(write_config(tmp_path)), str(recorded), *options],
+        capture_output=True,
+        text=True,
+        env=train_factory.environment(),
+        cwd=train_factory.ROOT,
     )
-    dropped = torch.arange(8) % 2 == 0
-    losses(plan, network, objective, batch, 0, torch.full((8,), 0.5), dropped, torch.device("cpu"))
-    plan.loader.close()
-    (label,) = seen
-    assert label[dropped].eq(10).all()
-    assert torch.equal(label[~dropped], batch.label[~dropped])
-    assert batch.label.lt(10).all()
+    assert done.returncode == 0, done.stderr
+    told, batches = torch.load(recorded)
+    assert len(told) == len(batches) == 6
+    for now, (step, places, before) in zip(told, batches, strict=True):
+        dropped = draw_dropout(3, step, 8, 0.4)[places]
+        for condition, given in zip(now, before, strict=True):
+            assert condition is given is None or torch.equal(condition[~dropped], given[~dropped])
+        text, mask, pooled, _, label, _ = now
+        # The empty caption is two tokens of 0.5, its pooled vector 0.25; ten classes are 0 to 9.
+        rows = (torch.arange(text.shape[1]) < 2).expand(int(dropped.sum()), -1)
+        assert torch.equal(mask[dropped], rows)
+        assert torch.equal(text[dropped], 0.5 * rows[..., None].expand(-1, -1, 8).half())
+        assert (pooled[dropped] == 0.25).all()
+        assert (label[dropped] == 10).all()

@@ -32,7 +32,8 @@ from pipeline.config import TrainConfig
 from pipeline.data import Loader
 from pipeline.engine import deepspeed_config, parameter_groups
 from pipeline.monitor import LossMeter
-from pipeline.objective import Objective, draw_noise
+from pipeline.objective import Objective
+from pipeline.randomness import draw_noise
 from pipeline.train import steps
 from tests.shard_factory import Kind, make_dataset
 
@@ -165,7 +166,7 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
         ],
         "latents, x_t, loss": objective_alone,
         "EMA": lambda: torch._foreach_lerp_(averages, weights, 0.001),
-        "loss meter": lambda: meter.add(t, t, t),
+        "loss meter": lambda: meter.add(t, {"loss": t, "x0_mse": t}),
     }
     return {
         name: statistics.median(seconds(part)[0] for _ in range(rounds))

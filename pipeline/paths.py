@@ -1,0 +1,191 @@
+"""Paths from data to noise: x_t = alpha_t latents + sigma_t noise, t from 0, data, to 1, noise.
+
+What the rest of the project must know of a path is a fact of its class: a new one is a class here and its
+name in `Path`.
+"""
+
+import math
+from functools import cache, lru_cache
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from torch import Tensor
+
+from models.config import Config
+
+NUM_TIMESTEPS = 1000  # of the discrete paths; the network is given t = k / 1000
+
+
+def named(value: Any) -> Any:
+    """`path: edm` is short for `path: {kind: edm}`; before the validation of any such union."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class NoisePath(Config):
+    """What every path answers; most are continuous and made for latents of variance 1."""
+
+    kind: Any  # each path's own name
+    discrete: ClassVar[bool] = False  # t is one of k / NUM_TIMESTEPS
+    shiftable: ClassVar[bool] = False  # `shift` is defined
+
+    @property
+    def data_std(self) -> float:
+        """The latents' standard deviation, where the path knows of one."""
+        return 1.0
+
+    @property
+    def sigma_range(self) -> tuple[float, float] | None:
+        """The least and the largest sigma/alpha of a path that `time_of` inverts, else None."""
+        return None
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, of t's shape."""
+        raise NotImplementedError
+
+    def sampling_times(self, num_steps: int) -> np.ndarray:
+        """The t at which a sampler calls the network, noisiest first: evenly spaced from 1."""
+        return np.linspace(1, 0, num_steps + 1)[:-1]
+
+    def shift(self, t: np.ndarray, a: float) -> np.ndarray:
+        """The t whose sigma/alpha is a times that of the one given."""
+        raise NotImplementedError
+
+    def time_of(self, sigma: np.ndarray) -> np.ndarray:
+        """The t of a sigma/alpha."""
+        raise NotImplementedError
+
+    def snap(self, t: np.ndarray) -> np.ndarray:
+        """The path's own t at each t or below it."""
+        return t
+
+    def ends(self) -> tuple[list[float], list[float]]:
+        """alpha and sigma, both at the cleanest t and at the noisiest."""
+        alpha, sigma = self.alpha_sigma(torch.from_numpy(self.snap(np.array([0.0, 1.0]))).float())
+        return alpha.tolist(), sigma.tolist()
+
+
+class RectifiedFlow(NoisePath):
+    """Straight line (Liu 2209.03003): alpha 1 - t, sigma t."""
+
+    kind: Literal["rectified_flow"] = "rectified_flow"
+    shiftable: ClassVar[bool] = True
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def shift(self, t: np.ndarray, a: float) -> np.ndarray:
+        """SD3 2403.03206, eq. 23."""
+        return a * t / (1 + (a - 1) * t)
+
+
+class VPCosine(NoisePath):
+    """Continuous cosine: alpha cos(pi t/2), sigma sin(pi t/2)."""
+
+    kind: Literal["vp_cosine"] = "vp_cosine"
+    shiftable: ClassVar[bool] = True
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # sin of the complement: fp32 cos(pi/2) is -4e-8, and alpha must end at exactly 0.
+        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+
+    def shift(self, t: np.ndarray, a: float) -> np.ndarray:
+        """Hoogeboom 2301.11093, sec. 3.1."""
+        return 2 / math.pi * np.arctan2(a * np.sin(math.pi / 2 * t), np.sin(math.pi / 2 * (1 - t)))
+
+
+class VPDiscrete(NoisePath):
+    """1000 noise levels (Ho 2006.11239): alpha sqrt(abar_k), sigma sqrt(1 - abar_k), t = k / 1000.
+
+    betas: `scaled_linear` as Stable Diffusion, `linear` as DDPM, `cosine` as Nichol 2102.09672.
+    zero_terminal_snr: rescaled so that the last level is noise alone (Lin 2305.08891, Alg. 1).
+    """
+
+    kind: Literal["vp_discrete"] = "vp_discrete"
+    discrete: ClassVar[bool] = True
+    betas: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    zero_terminal_snr: bool = False
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = vp_table(self.betas, self.zero_terminal_snr, t.device)
+        k = (t * NUM_TIMESTEPS).round().long()
+        return alpha[k], sigma[k]
+
+    def sampling_times(self, num_steps: int) -> np.ndarray:
+        """Trailing levels (Lin 2305.08891, sec. 3.3): the first step is at the noisiest one."""
+        k = np.round(np.arange(num_steps, 0, -1) * NUM_TIMESTEPS / num_steps) - 1
+        return k / NUM_TIMESTEPS
+
+    def snap(self, t: np.ndarray) -> np.ndarray:
+        return np.minimum(np.floor(t * NUM_TIMESTEPS), NUM_TIMESTEPS - 1) / NUM_TIMESTEPS
+
+
+class EDM(NoisePath):
+    """Karras 2206.00364: latents + sigma noise, sigma = sigma_min (sigma_max/sigma_min)^t.
+
+    x_t is that times c_in = (sigma^2 + sigma_data^2)^-1/2, what the network is to see; t is linear
+    in c_noise = ln(sigma)/4. sigma_data is the latents' standard deviation.
+    """
+
+    kind: Literal["edm"] = "edm"
+    sigma_data: PositiveFloat = 1.0
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "EDM":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+    @property
+    def data_std(self) -> float:
+        return self.sigma_data
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+        sigma = torch.exp(low + (high - low) * t)
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        return c_in, c_in * sigma
+
+    def time_of(self, sigma: np.ndarray) -> np.ndarray:
+        return np.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+    def sampling_times(self, num_steps: int) -> np.ndarray:
+        """Eq. 5 with rho 7."""
+        low, high = self.sigma_min ** (1 / 7), self.sigma_max ** (1 / 7)
+        return self.time_of(np.linspace(high, low, num_steps) ** 7)
+
+
+Path = Annotated[
+    Annotated[RectifiedFlow | VPDiscrete | VPCosine | EDM, Field(discriminator="kind")],
+    BeforeValidator(named),
+]
+
+
+@cache
+def vp_signal(betas: str, zero_terminal_snr: bool) -> np.ndarray:
+    """sqrt(abar_k), float64 (1000,)."""
+    n = NUM_TIMESTEPS
+    if betas == "scaled_linear":
+        beta = np.linspace(0.00085**0.5, 0.012**0.5, n) ** 2
+    elif betas == "linear":
+        beta = np.linspace(1e-4, 0.02, n)
+    else:
+        abar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+    q = np.sqrt(np.cumprod(1 - beta))
+    return (q - q[-1]) * q[0] / (q[0] - q[-1]) if zero_terminal_snr else q
+
+
+@lru_cache(maxsize=16)
+def vp_table(betas: str, zero_terminal_snr: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """alpha, sigma of the 1000 levels, fp32 (1000,)."""
+    q = vp_signal(betas, zero_terminal_snr)
+    alpha, sigma = torch.from_numpy(q).float(), torch.from_numpy(np.sqrt(1 - q**2)).float()
+    return alpha.to(device), sigma.to(device)

@@ -1,27 +1,24 @@
 """Checkpoints that are whole or absent: a folder appears under its name only when every file is on disk.
 
     RUN/checkpoints/step_00001000/
-      deepspeed/            each rank's masters, moments and EMA
-      ema.safetensors       full fp32 weights, for sampling, evaluation and export; and every other
-      raw.safetensors       average of the config's
-      checkpoint.json       step, layout, and bytes and sha256 of every other file; written last
-    RUN/checkpoints/latest  the newest one's name
+      rank_00000.safetensors   what rank 0 owns of the weights, moments and averages (pipeline/pieces.py)
+      index.json               where each parameter's pieces are
+      checkpoint.json          step, counters, and bytes and sha256 of every other file; written last
+    RUN/checkpoints/latest     the newest one's name
 
 Training waits only for a copy in CPU memory; a thread of each rank writes it. All ranks having written,
-rank 0 commits. Flipped bits load silently in torch files and safetensors alike, so every hash is checked first.
+rank 0 commits. Flipped bits load silently, so every hash is checked first, the files shared out over the ranks.
 """
 
 import glob
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,13 +26,15 @@ from torch import Tensor
 
 from models.config import Config, InputError
 from models.files import file_sha256, publish, sync, write_text, write_whole
-from pipeline import distributed, universal
-from pipeline.ema import WithEMA, full_weights
+from pipeline import distributed, pieces
+from pipeline.ema import WithEMA
+from pipeline.pieces import INDEX, Contents, Pieces
 
 RECORD = "checkpoint.json"
-DEEPSPEED = "deepspeed"  # the folder within
+FORMAT = 2
+CHECKPOINTS = "checkpoints"  # the folder of a run
 
-Writes = list[tuple[str, Callable[[Path], None]]]  # what is to be written, by name in the folder
+Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
 
 
 class CheckpointConfig(Config):
@@ -53,53 +52,29 @@ class CheckpointConfig(Config):
         return self
 
 
-def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
+def step_folder(parent: Path, step: int) -> Path:
+    return parent / f"step_{step:08d}"
 
 
-def snapshot(folder: Path, engine: Any, optimizer: WithEMA) -> Writes:
-    """A copy in CPU memory of what this rank has to write; collective."""
-    from deepspeed.checkpoint.utils import clone_tensors_for_torch_save as to_cpu
-
-    writes: Writes = []
-
-    def keep(state_dict: Any, path: str) -> None:
-        name = str(Path(path).relative_to(folder))
-        writes.append((name, partial(torch.save, to_cpu(state_dict))))
-
-    # Nothing here touches the disk: neither files, folders nor the script that would read them.
-    files, nothing = engine.checkpoint_engine, lambda *_, **__: None
-    files.save, files.makedirs, engine._copy_recovery_script = keep, nothing, nothing
-    try:
-        engine.save_checkpoint(str(folder), tag=DEEPSPEED, save_latest=False)
-    finally:
-        del files.save, files.makedirs, engine._copy_recovery_script
-    for which in (*optimizer.decays, "raw"):
-        weights = full_weights(engine, optimizer, which)
-        if distributed.is_main():
-            writes.append((f"{which}.safetensors", partial(save_file, weights)))
-    return writes
+def describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def write(folder: Path, writes: Writes) -> dict[str, dict[str, Any]]:
-    """Write files and force them to disk; their bytes and sha256 by name."""
-    written = {}
-    while writes:
-        name, put = writes.pop(0)  # its memory is free once it is written
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        put(folder / name)
-        sync(folder / name)
-        written[name] = {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": file_sha256(folder / name),
-        }
-    return written
+def write(path: Path, tensors: dict[str, Tensor]) -> Files:
+    """Write what one rank saves and force it to disk; `tensors` is empty then, so that their memory is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    tensors.clear()
+    sync(path)
+    return {path.name: describe(path)}
 
 
-def commit(unfinished: Path, record: dict[str, Any]) -> Path:
-    """Make a folder whose files are all on disk a checkpoint, in steps of which each is whole or absent."""
+def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Make a folder whose pieces are all on disk a checkpoint, in steps of which each is whole or absent."""
     folder = unfinished.with_suffix("")
-    write_text(unfinished / RECORD, json.dumps(record, indent=1))
+    write_text(unfinished / INDEX, json.dumps(index))
+    files = record["files"] | {INDEX: describe(unfinished / INDEX)}
+    write_text(unfinished / RECORD, json.dumps(record | {"files": files}, indent=1))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
     publish(unfinished, folder)
     write_text(folder.parent / "latest", folder.name + "\n")
@@ -107,12 +82,13 @@ def commit(unfinished: Path, record: dict[str, Any]) -> Path:
 
 
 class Saver:
-    """Saves while training goes on, one checkpoint at a time."""
+    """Saves to a folder per step while training goes on, one at a time. Without a config all are kept."""
 
-    def __init__(self, run: Path, config: CheckpointConfig):
-        self.run, self.config = run, config
+    def __init__(self, parent: Path, config: CheckpointConfig | None = None):
+        self.parent, self.config = parent, config
         self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[dict[str, dict[str, Any]]] | None = None
+        self.writing: Future[Files] | None = None
+        self.contents: Contents | None = None
         self.record: dict[str, Any] = {}
         self.failed = False  # the last save
         self.stall_s = 0.0  # that the last save kept training waiting
@@ -122,16 +98,32 @@ class Saver:
         """Whether this rank is still writing."""
         return self.writing is not None and not self.writing.done()
 
-    def save(self, step: int, engine: Any, optimizer: WithEMA, state: dict[str, Any]) -> None:
-        """Begin the checkpoint of `step`; `state` is JSON for the restart. Collective."""
+    def save(
+        self,
+        step: int,
+        engine: Any,
+        optimizer: WithEMA,
+        state: dict[str, Any],
+        states: Container[str] | None = None,
+    ) -> None:
+        """Begin the checkpoint of `step`, of some of the optimizer's states or of all. Collective.
+
+        `state` is JSON for the restart.
+        """
         begin = time.perf_counter()
         self.finish()
-        unfinished = step_folder(self.run, step).with_suffix(".partial")
+        self.record = state | {
+            "format": FORMAT,
+            "step": step,
+            "world_size": distributed.world_size(),
+            "optimizer": type(optimizer).__name__,
+        }
         if distributed.is_main():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.record = state | {"step": step} | universal.layout(engine, optimizer)
-        writes = snapshot(unfinished, engine, optimizer)
-        self.writing = self.writer.submit(write, unfinished, writes)
+            shutil.rmtree(self._unfinished(), ignore_errors=True)
+        distributed.barrier()  # before anyone writes
+        tensors, self.contents = pieces.collect(engine, optimizer, states)
+        path = self._unfinished() / f"rank_{distributed.rank():05d}.safetensors"
+        self.writing = self.writer.submit(write, path, tensors)
         self.stall_s = time.perf_counter() - begin
 
     def finish(self) -> None:
@@ -142,35 +134,37 @@ class Saver:
         if self.writing is None:
             return
         error = self.writing.exception()
-        if error is not None and not isinstance(error, OSError | RuntimeError | SafetensorError):
+        if error is not None and not isinstance(error, OSError | SafetensorError):
             raise error
-        mine = None if error else self.writing.result()
+        files = {} if error else self.writing.result()
         message = error and f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
         self.writing = None
-        everyone = distributed.gather_objects((mine, message))
+        everyone = distributed.gather_objects((files, message, self.contents))
         if distributed.is_main():
-            message = next((text for _, text in everyone if text), None)
-            files = {name: entry for part, _ in everyone for name, entry in (part or {}).items()}
-            message = message or self._commit(self.record | {"files": dict(sorted(files.items()))})
+            message = next((text for _, text, _ in everyone if text), None)
+            message = message or self._commit([(f, contents) for f, _, contents in everyone])
             if message:
                 shutil.rmtree(self._unfinished(), ignore_errors=True)
-                free = shutil.disk_usage(self.run).free >> 20
+                free = shutil.disk_usage(self.parent).free >> 20
                 distributed.say(
                     f"checkpoint of step {self.record['step']} NOT saved: {message} ({free:,} MiB free in "
-                    f"{self.run}); the previous one stays"
+                    f"{self.parent}); the previous one stays"
                 )
         self.failed = any(distributed.gather_objects(message))
 
     def _unfinished(self) -> Path:
-        return step_folder(self.run, self.record["step"]).with_suffix(".partial")
+        return step_folder(self.parent, self.record["step"]).with_suffix(".partial")
 
-    def _commit(self, record: dict[str, Any]) -> str | None:
+    def _commit(self, everyone: list[tuple[Files, Contents]]) -> str | None:
         """On rank 0; what went wrong, if anything."""
+        files = {name: entry for part, _ in everyone for name, entry in part.items()}
+        index = pieces.make_index({name: held for part, held in everyone for name in part})
         try:
-            folder = commit(self._unfinished(), record)
+            folder = commit(self._unfinished(), index, self.record | {"files": files})
         except OSError as error:
             return str(error)
-        prune(folder.parent, self.config)
+        if self.config is not None:
+            prune(folder.parent, self.config)
         distributed.say(f"saved {folder}, for which training waited {self.stall_s:.2f} s")
         return None
 
@@ -186,19 +180,33 @@ def prune(parent: Path, config: CheckpointConfig) -> None:
 
 def candidates(run: Path) -> list[Path]:
     """Checkpoints to try, best first: the one that `latest` names, then the others, newest first."""
-    parent = run / "checkpoints"
+    parent = run / CHECKPOINTS
     folders = sorted((p for p in parent.glob("step_*[0-9]") if p.is_dir()), reverse=True)
     pointer = parent / "latest"
     named = parent / pointer.read_text().strip() if pointer.is_file() else None
     return sorted(folders, key=lambda p: p != named)
 
 
-def faults(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint: files missing or changed; every `parts`-th file is looked at."""
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint: files missing or changed; each rank looks at some. Collective.
+
+    Raises InputError where another version of flowmill wrote it.
+    """
+    mine = _faults(folder, distributed.rank(), distributed.world_size())
+    return [fault for part in distributed.gather_objects(mine) for fault in part]
+
+
+def _faults(folder: Path, part: int, parts: int) -> list[str]:
     try:
-        files = json.loads((folder / RECORD).read_text())["files"]
+        record = json.loads((folder / RECORD).read_text())
+        files, version = record["files"], record.get("format", 1)
     except (OSError, ValueError, KeyError) as error:
         return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
+    if version != FORMAT:
+        raise InputError(
+            f"{folder}: got a checkpoint of format {version}, expected {FORMAT}. Remedy: the flowmill that wrote "
+            "it (its commit is in the run's git.txt), whose export this one can begin with (model.init_from)."
+        )
     found = []
     for name in sorted(files)[part::parts]:
         path = folder / name
@@ -220,26 +228,21 @@ def newest_sound(run: Path) -> Path | None:
     # One rank lists: a folder that another deletes meanwhile must not part the ranks.
     folders = distributed.gather_objects(candidates(run) if distributed.is_main() else None)[0]
     for folder in folders:
-        mine = faults(folder, distributed.rank(), distributed.world_size())
-        found = [fault for part in distributed.gather_objects(mine) for fault in part]
-        if not found:
+        if not (found := faults(folder)):
             return folder
         distributed.say(f"checkpoint passed over: {found[0]}")
     if folders:
         raise InputError(
-            f"{run / 'checkpoints'}: none of {len(folders)} checkpoints is whole. Remedy: restore one "
+            f"{run / CHECKPOINTS}: none of {len(folders)} checkpoints is whole. Remedy: restore one "
             "from a backup, or delete the folder to start from step 0."
         )
     return None
 
 
 def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective.
-
-    One written on another number of ranks, at another stage or in another precision is converted.
-    """
+    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective."""
     if distributed.is_main():
-        for left_over in (run / "checkpoints").glob("step_*.*"):  # of a save or a conversion
+        for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
             shutil.rmtree(left_over)
     folder = newest_sound(run)
     if folder is None:
@@ -250,11 +253,7 @@ def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None
             f"{folder}: written by {record['optimizer']}, got {type(optimizer).__name__}, which cannot read its "
             "state. Remedy: a new run with start_from, which takes the weights only."
         )
-    if universal.fits(record, engine):
-        path, _ = engine.load_checkpoint(str(folder), tag=DEEPSPEED)
-        assert path is not None, f"{folder}: DeepSpeed found nothing in it"
-    else:
-        universal.load(folder, DEEPSPEED, record, engine, optimizer)
+    pieces.load(Pieces(folder), engine, optimizer)
     return record
 
 
@@ -296,15 +295,17 @@ def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[s
     if step is None:
         folder = newest_sound(run)
     else:
-        folder = step_folder(run, step)
+        folder = step_folder(run / CHECKPOINTS, step)
         if found := faults(folder):
             raise InputError(found[0])
     if folder is None:
-        raise InputError(f"{run / 'checkpoints'}: no checkpoint yet. Remedy: flowmill train.")
-    if not (path := folder / f"{which}.safetensors").is_file():
-        names = sorted(p.stem for p in folder.glob("*.safetensors"))
+        raise InputError(f"{run / CHECKPOINTS}: no checkpoint yet. Remedy: flowmill train.")
+    stored = Pieces(folder)
+    names = [state for state in stored.states if pieces.is_weights(state)]
+    if which not in names:
         raise InputError(
             f"weights {which!r}: got a name that {folder} lacks, expected one of {names}, or one that "
             "`flowmill ema` made"
         )
-    return load_file(path), json.loads((folder / RECORD).read_text())["step"]
+    weights = {name: stored.whole(which, name) for name in stored.shapes}
+    return weights, json.loads((folder / RECORD).read_text())["step"]

@@ -1,9 +1,8 @@
 """Exponential moving averages of the weights, fp32, as more states of the optimizer.
 
 DeepSpeed hands the optimizer the fp32 partition that a rank owns. Keeping the averages there, beside
-Adam's moments, partitions them, checkpoints them and restores them with it, at every ZeRO stage, for
-4 bytes a parameter and average, divided by the ranks. They are gathered only to sample, evaluate, save
-and export.
+Adam's moments, partitions them with it at every ZeRO stage: 4 bytes per parameter and average, divided by
+the ranks. They are saved as they lie; only a preview of the run in training gathers them.
 """
 
 import math
@@ -16,7 +15,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.config import Config, InputError
-from pipeline import distributed
 
 
 class EMAConfig(Config):
@@ -132,42 +130,3 @@ class WithEMA(torch.optim.Optimizer):
 
 class AdamWithEMA(WithEMA, torch.optim.AdamW):
     """AdamW and averages of the weights."""
-
-
-def masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Each parameter's fp32 master where no ZeRO partitions it (stage 0)."""
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):  # bf16 beside whole fp32 copies
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        return {p: m for low, high in pairs for p, m in zip(low, high, strict=True)}
-    return {p: p for g in optimizer.param_groups for p in g["params"]}
-
-
-@torch.no_grad()
-def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
-    """All fp32 weights by name on rank 0's CPU, "raw" or an average's; an empty dict elsewhere. Collective.
-
-    One parameter at a time, so that no device holds more than the largest beside its own.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    # Before the first step an average is the weights.
-    averaged = which != "raw" and any(which in state for state in optimizer.state.values())
-    whole = masters(engine) if engine.zero_optimization_stage() == 0 else None
-    if whole is None and averaged and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        # Loading a checkpoint replaces the state that the first step linked to the parameters.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        if whole is not None:
-            master = whole[parameter]
-            value = optimizer.state[master][which] if averaged else master
-        elif averaged:
-            value = safe_get_full_optimizer_state(parameter, which)
-        else:
-            value = safe_get_full_fp32_param(parameter)
-        assert value is not None
-        if distributed.is_main():
-            weights[name] = value.detach().float().cpu().clone()
-    return weights

@@ -7,7 +7,6 @@ reduction joins the ranks. Nothing is gathered.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import distributed
-from pipeline.ema import masters
+from pipeline.pieces import owned_pieces
 
 KINDS = ("gradient", "update", "weight", "ema_distance")
 
@@ -26,28 +25,6 @@ def block_of(name: str) -> str:
     return match[0] if match else name.split(".")[0]
 
 
-def owned_pieces(engine: Any) -> Iterator[tuple[str, Tensor, int, int]]:
-    """This rank's part of every parameter: name, the tensor that the optimizer steps, first element, count."""
-    stage = engine.zero_optimization_stage()
-    whole = masters(engine) if stage == 0 else {}
-    for name, parameter in engine.module.named_parameters():
-        if stage == 0:
-            yield name, whole[parameter], 0, parameter.numel()
-        elif stage == 3:
-            optimizer = engine.optimizer
-            group, start, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            # The last rank's part may end in padding, which holds anything.
-            count = max(0, min(count, parameter.ds_numel - distributed.rank() * count))
-            yield name, optimizer.fp32_partitioned_groups_flat[group], start, count
-        elif parameter._hp_mapping is not None:
-            mapping, optimizer = parameter._hp_mapping, engine.optimizer
-            # Stage 1 in bf16 has an optimizer of its own.
-            flats = getattr(optimizer, "fp32_groups_flat_partition", None)
-            flats = flats or optimizer.single_partition_of_fp32_groups
-            place = mapping.hp_fragment_address
-            yield name, flats[mapping.param_group_index], place.start, place.numel
-
-
 class BlockNorms:
     """Set as an optimizer's `watch` for one step, it sums squares by block; `collect` gives their roots."""
 
@@ -56,10 +33,8 @@ class BlockNorms:
         names = [name for name, _ in engine.module.named_parameters()]
         self.blocks = list(dict.fromkeys(map(block_of, names)))
         self.pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for name, tensor, start, count in owned_pieces(engine):
-            if count:
-                place = self.blocks.index(block_of(name))
-                self.pieces[id(tensor)].append((place, start, count))
+        for name, _, tensor, start, count in owned_pieces(engine):
+            self.pieces[id(tensor)].append((self.blocks.index(block_of(name)), start, count))
         self.sums = torch.zeros(len(KINDS), len(self.blocks), dtype=torch.float64, device=device)
         self.old: dict[int, Tensor] = {}
 

@@ -3,10 +3,11 @@
 EDM2 (Karras et al. 2312.02696), section 3.2 and appendix C.3: a run that keeps power-function averages
 (`ema.sigma_rels`) stores snapshots of them; the wanted profile is their least-squares combination.
 
-    RUN/ema_snapshots/step_00001000.ema_sigma_0.05.safetensors (.sha256)   written while training
-    RUN/ema/step_00004000.ema_sigma_0.15.safetensors (.sha256)             made here
+    RUN/ema_snapshots/step_00001000/                             written while training, laid out as a checkpoint
+    RUN/ema/step_00004000.ema_sigma_0.15.safetensors (.sha256)   made here
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,36 +16,31 @@ import numpy as np
 import torch
 import typer
 from rich.progress import track
-from safetensors import safe_open
 
 from models.config import InputError, run_command
-from pipeline import distributed
-from pipeline.checkpoint import check_weights, save_weights
+from pipeline.checkpoint import RECORD, Saver, faults, save_weights
 from pipeline.config import load_run_config
-from pipeline.ema import EMAConfig, WithEMA, full_weights, power_exponent, power_name
+from pipeline.ema import EMAConfig, WithEMA, power_exponent, power_name
+from pipeline.pieces import Pieces
+
+SNAPSHOTS = "ema_snapshots"  # the folder of a run
 
 
 def store_snapshots(
     run: Path, config: EMAConfig, step: int, images_seen: int, engine: Any, optimizer: WithEMA
 ) -> None:
     """Every power-function average as it is now; collective."""
-    for sigma_rel in config.sigma_rels:
-        name = power_name(sigma_rel)
-        weights = full_weights(engine, optimizer, name)
-        if distributed.is_main():
-            path = run / "ema_snapshots" / f"step_{step:08d}.{name}.safetensors"
-            save_weights(path, weights, _about(step, images_seen, sigma_rel))
-
-
-def _about(step: int, images_seen: int, sigma_rel: float) -> dict[str, str]:
-    return {"step": str(step), "images_seen": str(images_seen), "sigma_rel": f"{sigma_rel:g}"}
+    saver = Saver(run / SNAPSHOTS)
+    state = {"images_seen": images_seen, "sigma_rels": config.sigma_rels}
+    saver.save(step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
+    saver.finish()
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A power-function average as it was after `images_seen` pictures."""
 
-    path: Path
+    folder: Path
     step: int
     images_seen: int
     sigma_rel: float
@@ -53,15 +49,15 @@ class Snapshot:
 def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
     """Those up to a step (null: all), oldest first; raises InputError where there are none."""
     found = []
-    for path in sorted((run / "ema_snapshots").glob("step_*.safetensors")):
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-        found.append(
-            Snapshot(path, int(about["step"]), int(about["images_seen"]), float(about["sigma_rel"]))
-        )
+    for path in sorted((run / SNAPSHOTS).glob(f"step_*[0-9]/{RECORD}")):
+        about = json.loads(path.read_text())
+        found += [
+            Snapshot(path.parent, about["step"], about["images_seen"], sigma_rel)
+            for sigma_rel in about["sigma_rels"]
+        ]
     if not found:
         raise InputError(
-            f"{run / 'ema_snapshots'}: no snapshots. Remedy: train with ema.sigma_rels=[0.05,0.1] and "
+            f"{run / SNAPSHOTS}: no snapshots. Remedy: train with ema.sigma_rels=[0.05,0.1] and "
             "ema.snapshot_images; a profile cannot be made after a run that kept none."
         )
     steps = sorted({s.step for s in found})
@@ -102,8 +98,9 @@ def coefficients(
 
 def reconstruct(snapshots: list[Snapshot], sigma_rel: float) -> dict[str, torch.Tensor]:
     """The weights of that width at the last snapshot's time, summed in float64, returned in fp32."""
-    for snapshot in snapshots:
-        check_weights(snapshot.path)
+    for folder in {s.folder: None for s in snapshots}:
+        if found := faults(folder):
+            raise InputError(found[0])
     times = np.array([s.images_seen for s in snapshots], np.float64)
     widths = np.array([s.sigma_rel for s in snapshots])
     shares = coefficients(times, widths, times[-1], sigma_rel)
@@ -111,10 +108,10 @@ def reconstruct(snapshots: list[Snapshot], sigma_rel: float) -> dict[str, torch.
     for snapshot, share in track(
         list(zip(snapshots, shares.tolist(), strict=True)), "snapshots", transient=True
     ):
-        with safe_open(snapshot.path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = file.get_tensor(name).double() * share
-                sums[name] = sums[name].add_(part) if name in sums else part
+        stored = Pieces(snapshot.folder)
+        for name in stored.shapes:
+            part = stored.whole(power_name(snapshot.sigma_rel), name).double() * share
+            sums[name] = sums[name].add_(part) if name in sums else part
     return {name: value.float() for name, value in sums.items()}
 
 
@@ -136,8 +133,9 @@ def main(
     )
     if dry_run:
         return
-    about = _about(step, snapshots[-1].images_seen, sigma_rel)
-    save_weights(path, reconstruct(snapshots, sigma_rel), about)
+    about = {"step": step, "images_seen": snapshots[-1].images_seen, "sigma_rel": f"{sigma_rel:g}"}
+    weights = reconstruct(snapshots, sigma_rel)
+    save_weights(path, weights, {key: str(value) for key, value in about.items()})
 
 
 if __name__ == "__main__":

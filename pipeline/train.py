@@ -32,7 +32,7 @@ from pipeline.config import (
     sizes_of,
 )
 from pipeline.data import Batch, Loader
-from pipeline.ema import WithEMA, ema_decays, full_weights
+from pipeline.ema import WithEMA, ema_decays
 from pipeline.engine import (
     EngineConfig,
     build_engine,
@@ -49,6 +49,7 @@ from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
 from pipeline.objective import Objective
 from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
+from pipeline.pieces import full_weights
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
 from pipeline.snapshots import SNAPSHOTS, check_dataset
@@ -298,7 +299,7 @@ def run_steps(
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
     forward = Forward(engine, objective, config, loader, device)
     lr_of = lr_schedule(config.optimizer, global_batch, config.training.num_steps)
-    saver = checkpoint.Saver(run, config.checkpoint)
+    saver = checkpoint.Saver(run / checkpoint.CHECKPOINTS, config.checkpoint)
     rejection = Rejection(config.rejection, run, engine, optimizer)
     record = checkpoint.restore(run, engine, optimizer)
     record_run(plan)

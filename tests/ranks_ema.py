@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from pipeline import distributed
-from pipeline.ema import EMAConfig, ema_decays, full_weights
+from pipeline.ema import EMAConfig, ema_decays
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.pieces import full_weights
 
 CONFIG = EMAConfig(halflife_images=300, more_halflives_images=[2000], sigma_rels=[0.1])
 BATCH = 4

@@ -8,7 +8,6 @@ from models import build_model
 from models.conditions import Conditions
 from models.dit import DiT, DiTConfig
 from pipeline import distributed
-from pipeline.ema import full_weights
 from pipeline.engine import (
     EngineConfig,
     OptimizerConfig,
@@ -18,6 +17,7 @@ from pipeline.engine import (
     set_lr,
 )
 from pipeline.norms import BlockNorms, block_of
+from pipeline.pieces import full_weights
 
 MODEL = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=0.5)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
 
 from pipeline import checkpoint, distributed
-from pipeline.checkpoint import CheckpointConfig, Saver
-from pipeline.ema import full_weights, masters
+from pipeline.checkpoint import Saver
 from pipeline.engine import EngineConfig, build_engine
+from pipeline.pieces import full_weights
 from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
 
 STEPS = 3
@@ -47,29 +46,19 @@ def step(engine: Any, batch: list[torch.Tensor], update: bool) -> float:
 
 def states(engine: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """Every state of every parameter, whole."""
-    found = {
-        f"{w}.{n}": v
-        for w in ("raw", *optimizer.decays)
-        for n, v in full_weights(engine, optimizer, w).items()
-    }  # pyright: ignore[reportArgumentType]
-    whole = masters(engine) if engine.zero_optimization_stage() == 0 else {}
-    for name, parameter in engine.module.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq"):
-            value = (
-                optimizer.state[whole[parameter]][key]
-                if whole
-                else safe_get_full_optimizer_state(parameter, key)
-            )
-            assert value is not None
-            found[f"{key}.{name}"] = value.float().cpu().clone()
-    return found
+    names = ("raw", "exp_avg", "exp_avg_sq", *optimizer.decays)
+    return {
+        f"{state}.{name}": value
+        for state in names
+        for name, value in full_weights(engine, optimizer, state).items()
+    }
 
 
 def write(folder: Path, layout: str) -> None:
     engine, optimizer = engine_of(layout)
     for batch in batches()[:STEPS]:
         step(engine, batch, update=True)
-    saver = Saver(folder / layout, CheckpointConfig())
+    saver = Saver(folder / layout / checkpoint.CHECKPOINTS)
     saver.save(STEPS, engine, optimizer, {})
     expected: dict[str, Any] = {"states": states(engine, optimizer)}
     saver.finish()

@@ -8,8 +8,8 @@ import torch
 from pipeline import distributed
 from pipeline.batch import Batch
 from pipeline.data import DataConfig, Loader
-from pipeline.ema import full_weights
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.pieces import full_weights
 from pipeline.rejection import Rejection, RejectionConfig
 from tests.ranks_engine import BATCH, DECAY, batches, fresh_model
 

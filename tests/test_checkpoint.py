@@ -10,31 +10,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from models.config import InputError, parse_config
 from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointConfig, Saver, Writes, candidates, newest_sound
+from pipeline.checkpoint import CheckpointConfig, Saver, candidates, newest_sound, step_folder
+from pipeline.pieces import Contents
 
+CONFIG = CheckpointConfig(every_steps=1, keep=2)
 TOUCHES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
-def writes() -> Writes:
-    """What one rank writes: three files of 64 KiB and more, one of them in a folder."""
-    weights = {"a": torch.arange(20_000.0)}
-    return [
-        ("deepspeed/rank_0.pt", lambda path: torch.save(weights, path)),
-        ("ema.safetensors", lambda path: save_file(weights, path)),
-        ("raw.safetensors", lambda path: save_file(weights, path)),
-    ]
+def tensors() -> dict[str, torch.Tensor]:
+    """What one rank writes: 80 KB."""
+    return {"raw/a": torch.arange(20_000.0)}
 
 
-def save(run: Path, step: int, keep: int = 2) -> None:
+def save(run: Path, step: int, config: CheckpointConfig = CONFIG) -> None:
     """As the trainer does, less the engine."""
-    unfinished = checkpoint.step_folder(run, step).with_suffix(".partial")
-    files = checkpoint.write(unfinished, writes())
-    folder = checkpoint.commit(unfinished, {"step": step, "files": files})
-    checkpoint.prune(folder.parent, CheckpointConfig(every_steps=1, keep=keep))
+    unfinished = step_folder(run / "checkpoints", step).with_suffix(".partial")
+    files = checkpoint.write(unfinished / "rank_00000.safetensors", tensors())
+    record = {"format": checkpoint.FORMAT, "step": step, "files": files}
+    folder = checkpoint.commit(unfinished, {"pieces": {}}, record)
+    checkpoint.prune(folder.parent, config)
 
 
 def in_child(function: Callable[[], None]) -> int:
@@ -95,13 +92,17 @@ def test_a_save_that_is_killed_at_any_touch_of_the_disk_leaves_a_whole_checkpoin
 
 def test_half_of_every_file_in_an_unfinished_folder_is_no_checkpoint(tmp_path):
     save(tmp_path, 1)
-    unfinished = checkpoint.step_folder(tmp_path, 2).with_suffix(".partial")
-    files = checkpoint.write(unfinished, writes())
-    for name in files:
-        whole = (unfinished / name).read_bytes()
-        (unfinished / name).write_bytes(whole[: len(whole) // 2])
+    save(tmp_path, 2)
+    folder = step_folder(tmp_path / "checkpoints", 2)
+    unfinished = folder.rename(folder.with_suffix(".partial"))
+    files = list(unfinished.iterdir())
+    assert len(files) == 3
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
         assert steps_on_disk(tmp_path) == [1]
-        (unfinished / name).write_bytes(whole)
+        assert newest_sound(tmp_path) == step_folder(tmp_path / "checkpoints", 1)
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 70 << 10])
@@ -109,10 +110,11 @@ def test_a_full_disk_fails_the_save_with_its_reason_and_nothing_else(tmp_path, l
     save(tmp_path, 1)
 
     def save_to_the_end(step: int) -> Saver:
-        saver = Saver(tmp_path, CheckpointConfig())
-        unfinished = checkpoint.step_folder(tmp_path, step).with_suffix(".partial")
-        saver.record = {"step": step}
-        saver.writing = saver.writer.submit(checkpoint.write, unfinished, writes())
+        saver = Saver(tmp_path / "checkpoints", CheckpointConfig())
+        path = step_folder(saver.parent, step).with_suffix(".partial") / "rank_00000.safetensors"
+        saver.record = {"step": step, "format": checkpoint.FORMAT}
+        saver.contents = Contents({"raw/a": (0, 20_000)}, {"a": [20_000]}, 1)
+        saver.writing = saver.writer.submit(checkpoint.write, path, tensors())
         saver.finish()
         return saver
 
@@ -129,7 +131,7 @@ def test_a_full_disk_fails_the_save_with_its_reason_and_nothing_else(tmp_path, l
 
 
 def test_what_is_no_failure_of_the_disk_is_raised(tmp_path):
-    saver = Saver(tmp_path, CheckpointConfig())
+    saver = Saver(tmp_path)
     saver.writing = saver.writer.submit(lambda: {"a": {"bytes": 1 / 0}})
     with pytest.raises(ZeroDivisionError):
         saver.finish()
@@ -138,11 +140,7 @@ def test_what_is_no_failure_of_the_disk_is_raised(tmp_path):
 def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):
     config = CheckpointConfig(every_steps=2, keep=2, keep_every_steps=4)
     for step in range(2, 14, 2):
-        unfinished = checkpoint.step_folder(tmp_path, step).with_suffix(".partial")
-        files = checkpoint.write(unfinished, writes())
-        checkpoint.prune(
-            checkpoint.commit(unfinished, {"step": step, "files": files}).parent, config
-        )
+        save(tmp_path, step, config)
     assert sorted(steps_on_disk(tmp_path)) == [4, 8, 10, 12]
 
 

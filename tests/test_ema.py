@@ -2,16 +2,23 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from models.config import InputError
-from pipeline.checkpoint import load_weights, save_weights
+from pipeline.checkpoint import load_weights
 from pipeline.ema import AdamWithEMA, EMAConfig, ema_decays, power_exponent
-from pipeline.posthoc_ema import coefficients, inner_product, read_snapshots, reconstruct
+from pipeline.pieces import Pieces
+from pipeline.posthoc_ema import (
+    coefficients,
+    inner_product,
+    read_snapshots,
+    reconstruct,
+    store_snapshots,
+)
 from tests import train_factory
 
 
@@ -96,6 +103,9 @@ def store(run: Path, every: int, steps: int, batch: int = 4) -> torch.Tensor:
     walk = random_walk(steps)
     parameter = torch.nn.Parameter(walk[0].float())
     optimizer = AdamWithEMA([parameter], lr=0.0, weight_decay=0.0)
+    module = torch.nn.ParameterDict({"w": parameter})
+    # What DeepSpeed's engine says at stage 0 in fp32.
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 0, optimizer=optimizer, module=module)
     config = EMAConfig(sigma_rels=[0.05, 0.1])
     for step in range(steps):
         optimizer.decays = ema_decays(config, step * batch, batch)
@@ -103,17 +113,7 @@ def store(run: Path, every: int, steps: int, batch: int = 4) -> torch.Tensor:
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         if (step + 1) % every == 0:
-            for sigma_rel in config.sigma_rels:
-                name = f"ema_sigma_{sigma_rel:g}"
-                save_weights(
-                    run / "ema_snapshots" / f"step_{step + 1:08d}.{name}.safetensors",
-                    {"w": optimizer.state[parameter][name]},
-                    {
-                        "step": str(step + 1),
-                        "images_seen": str((step + 1) * batch),
-                        "sigma_rel": str(sigma_rel),
-                    },
-                )
+            store_snapshots(run, config, step + 1, (step + 1) * batch, engine, optimizer)
     return walk
 
 
@@ -140,13 +140,13 @@ def test_a_profile_made_after_training_is_the_exact_weighted_sum_of_all_steps(tm
 def test_a_kept_width_comes_back_as_it_was_stored(tmp_path):
     store(tmp_path, every=50, steps=200)
     made = reconstruct(read_snapshots(tmp_path, 150), 0.1)["w"]
-    stored = load_file(tmp_path / "ema_snapshots" / "step_00000150.ema_sigma_0.1.safetensors")["w"]
+    stored = Pieces(tmp_path / "ema_snapshots" / "step_00000150").whole("ema_sigma_0.1", "w")
     torch.testing.assert_close(made, stored, rtol=0, atol=1e-5)  # values up to 20 in fp32
 
 
 def test_a_changed_snapshot_is_found_and_named(tmp_path):
     store(tmp_path, every=50, steps=100)
-    path = tmp_path / "ema_snapshots" / "step_00000050.ema_sigma_0.1.safetensors"
+    path = tmp_path / "ema_snapshots" / "step_00000050" / "rank_00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -167,9 +167,9 @@ def test_a_run_keeps_its_averages_and_any_width_can_be_made_and_sampled_from_it(
     done = train_factory.run("pipeline.train", str(config), *options)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    names = sorted(p.name for p in (run / "ema_snapshots").glob("*.safetensors"))
-    assert len(names) == 8
-    assert names[0] == "step_00000006.ema_sigma_0.05.safetensors"
+    snapshots = read_snapshots(run, None)
+    assert [s.step for s in snapshots] == [6, 6, 12, 12, 18, 18, 24, 24]
+    assert Pieces(snapshots[0].folder).states == ["ema_sigma_0.05", "ema_sigma_0.1"]
     loaded = {
         n: load_weights(run, n)[0] for n in ("raw", "ema", "ema_halflife_32", "ema_sigma_0.05")
     }

@@ -18,7 +18,7 @@ from pipeline.checkpoint import candidates
 from tests import prep_factory, train_factory
 from tests.hosts import ADDRESSES, NAMES, Hosts, two_hosts, why_not
 from tests.ray_cluster import BIN, RAY
-from tests.test_train import weights
+from tests.test_train import saved
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -105,7 +105,7 @@ def test_training_outlives_a_short_cut_and_a_long_one_ends_it_so_that_it_resumes
     whole = train_factory.write_config(tmp_path, "whole")
     done = train_factory.run("pipeline.train", str(whole), *options, ranks=2)
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights(tmp_path / "run", 150), weights(tmp_path / "whole", 150)
+    ours, theirs = saved(tmp_path / "run", 150), saved(tmp_path / "whole", 150)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

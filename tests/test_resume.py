@@ -79,7 +79,7 @@ def test_killed_and_resumed_on_other_ranks_and_stages_a_run_sees_the_same_and_le
     last = [*options, "engine.zero_stage=1"]
     done = train_factory.run("pipeline.train", str(broken), *last, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "from ZeRO stage 3, 1 ranks, fp32 to stage 1, 2 ranks, fp32" in done.stdout
+    assert "engine.zero_stage: saved 3, given 1" in done.stdout
     assert seen(tmp_path / "broken") == seen(tmp_path / "whole")
     assert len(seen(tmp_path / "whole")) == 320
     ours, theirs = (dict(scalars(tmp_path / n, "loss/train")) for n in ("broken", "whole"))
@@ -260,19 +260,16 @@ def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rat
 
 
 @pytest.mark.slow
-def test_an_optimizer_whose_state_cannot_be_carried_over_is_refused(tmp_path):
+def test_muons_state_goes_to_another_precision_and_adamw_refuses_it(tmp_path):
     config = str(write_config(tmp_path))
     done = train_factory.run("pipeline.train", config, "training.images=48", "optimizer.kind=muon")
     assert done.returncode == 0, done.stderr
     options = ["training.images=96", "--override"]
-    precision = train_factory.run(
-        "pipeline.train", config, *options, "optimizer.kind=muon", "engine.precision=bf16"
-    )
-    kind = train_factory.run("pipeline.train", config, *options)
-    for done, said in (
-        (precision, "momentum_buffer"),
-        (kind, "written by MuonWithEMA, got AdamWithEMA"),
-    ):
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
+    done = train_factory.run("pipeline.train", config, *options)
+    assert done.returncode == 2
+    assert "written by MuonWithEMA, got AdamWithEMA" in done.stderr
+    assert "Traceback" not in done.stderr
+    options += ["optimizer.kind=muon", "engine.precision=bf16"]
+    done = train_factory.run("pipeline.train", config, *options, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 6 of 12" in done.stdout

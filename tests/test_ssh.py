@@ -13,7 +13,7 @@ import torch
 from tests import train_factory
 from tests.hosts import NAMES, Hosts, lacking, two_hosts
 from tests.ray_cluster import BIN
-from tests.test_train import weights
+from tests.test_train import saved
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -77,5 +77,5 @@ def test_the_deepspeed_launcher_trains_on_the_machines_of_a_hostfile(hosts, tmp_
     whole = train_factory.write_config(tmp_path, "whole")
     done = train_factory.run("pipeline.train", str(whole), *overrides, ranks=2)
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights(tmp_path / "run", 24), weights(tmp_path / "whole", 24)
+    ours, theirs = saved(tmp_path / "run", 24), saved(tmp_path / "whole", 24)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

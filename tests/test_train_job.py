@@ -16,7 +16,7 @@ from data_prep.schema import read_manifest
 from data_prep.verify import verify
 from tests import prep_factory, train_factory
 from tests.ray_cluster import TOKEN, RayCluster, copy_checkout, ray_cluster
-from tests.test_train import scalars, weights
+from tests.test_train import saved, scalars
 
 ROOT = Path(__file__).parent.parent
 LONG = ("engine.zero_stage=2", "training.images=4800")  # 600 steps, so that a kill falls among them
@@ -128,7 +128,7 @@ def test_training_with_a_killed_node_ends_with_the_bits_of_an_undisturbed_run(
     whole = train_factory.write_config(tmp_path, "whole")
     done = train_factory.run("pipeline.train", str(whole), *LONG, ranks=2)
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights(tmp_path / "job", 600), weights(tmp_path / "whole", 600)
+    ours, theirs = saved(tmp_path / "job", 600), saved(tmp_path / "whole", 600)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert scalars(tmp_path / "job", "loss/train") == scalars(tmp_path / "whole", "loss/train")
 

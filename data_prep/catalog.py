@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from data_prep.decoder import Address, Answer, DecodePool, Probe, ProbeRequest
-from data_prep.images import Rejected
+from data_prep.images import ImagesConfig, Rejected
 from data_prep.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
@@ -80,27 +81,31 @@ class FiltersConfig(Config):
     """Bits of the 64-bit dHash in which a near duplicate may differ; 0: none, but looks alike to it."""
 
 
+@dataclass(frozen=True)
+class ScanSettings:
+    """What is the same for all parts of a catalog, which lies in `work`."""
+
+    work: Path
+    class_names: list[str]
+    images: ImagesConfig
+    captions: CaptionsConfig
+    filters: FiltersConfig
+
+
 def scan_partition(
-    work: Path,
-    name: str,
-    entries: list[Entry],
-    source: SourceConfig,
-    class_names: list[str],
-    captions: CaptionsConfig,
-    filters: FiltersConfig,
-    pool: DecodePool,
+    settings: ScanSettings, name: str, source: SourceConfig, entries: list[Entry], pool: DecodePool
 ) -> int:
     """Write the catalog part NAME.parquet of some entries; returns its rows.
 
     Pictures that came as bytes in a table are laid end to end in STAGED/NAME, for a row of a compressed
     column has no address of its own; that file appears first, and the part is then NAME.staged.parquet.
     """
-    staged = work / STAGED / name
+    work, staged = settings.work, settings.work / STAGED / name
     temporary, staging, count = temporary_for(work / "catalog" / name), temporary_for(staged), 0
-    scan = _Scan(entries[0].source, captions, filters, pool, str(staging), str(staged))
+    scan = _Scan(settings, entries[0].source, pool, str(staging), str(staged))
     try:
         with pq.ParquetWriter(temporary, CATALOG_SCHEMA, compression="zstd") as writer:
-            rows = scan.rows(read_entries(entries, source, class_names))
+            rows = scan.rows(read_entries(entries, source, settings.class_names))
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist(some, CATALOG_SCHEMA))
                 count += len(some)
@@ -119,15 +124,10 @@ class _Scan:
     """The rows of one partition, in the order of its items, several probes ahead."""
 
     def __init__(
-        self,
-        source: str,
-        captions: CaptionsConfig,
-        filters: FiltersConfig,
-        pool: DecodePool,
-        staging: str,
-        staged: str,
+        self, settings: ScanSettings, source: str, pool: DecodePool, staging: str, staged: str
     ):
-        self._source, self._captions, self._pool = source, captions, pool
+        filters = settings.filters
+        self._source, self._captions, self._pool = source, settings.captions, pool
         self._staging, self._staged, self._staged_bytes = staging, staged, 0
         self._metadata, self._looks = filters.metadata, filters.near_duplicates is not None
 

@@ -7,8 +7,8 @@ from pydantic import AfterValidator, Field, model_validator
 from data_prep.catalog import CaptionsConfig, FiltersConfig
 from data_prep.encode import EncodeConfig, TextEncoderConfig, VaeConfig, VisionEncoderConfig
 from data_prep.images import ImagesConfig
-from data_prep.pool import RayConfig
 from data_prep.sources import SourceConfig
+from data_prep.workers import RayConfig
 from models.config import Config
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from data_prep.schema import (
 )
 from data_prep.shards import WORK, ShardWriter, write_text
 from data_prep.storage import open_root
-from models.config import Config
+from data_prep.workers import ATTEMPTS, Worker
+from models.config import Config, InputError
 from models.weights import Dtype
 
 # torch is imported by `load`: this module is also imported where only decoding is done.
@@ -77,29 +78,32 @@ class Encoders:
     empty_caption: dict[str, np.ndarray]
 
 
-class ShardEncoder:
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What is the same for all shards; paths are absolute, and the output may be a URL."""
+
+    output: str
+    vae: VaeConfig
+    text_encoders: dict[str, TextEncoderConfig]
+    vision_encoder: VisionEncoderConfig | None
+    images: ImagesConfig
+    encode: EncodeConfig
+    has_labels: bool
+
+
+class ShardEncoder(Worker):
     """Holds the encoders; `encode_shard` may run in two threads, so that one decodes while one encodes."""
 
-    def __init__(
-        self,
-        dataset: str,
-        vae: VaeConfig,
-        text_encoders: dict[str, TextEncoderConfig],
-        vision: VisionEncoderConfig | None,
-        images: ImagesConfig,
-        config: EncodeConfig,
-        has_labels: bool,
-        num_decoders: int,
-    ):
-        self._dataset = open_root(dataset, "output")
-        self._images, self._config, self._has_labels = images, config, has_labels
-        self._vae, self._text_configs, self._vision_config = vae, text_encoders, vision
-        self._pool = DecodePool(images, num_decoders)
+    def __init__(self, settings: EncoderSettings, num_decoders: int):
+        self._dataset = open_root(settings.output, "output")
+        self._images, self._config = settings.images, settings.encode
+        self._has_labels, self._vae = settings.has_labels, settings.vae
+        self._text_configs, self._vision_config = settings.text_encoders, settings.vision_encoder
+        self._pool = DecodePool(settings.images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._codec: Any = None
         self._text: dict[str, Any] = {}
         self._vision: Any = None
-        self._in_flight: dict[str, int] = {}  # shard -> pictures decoded
         self._metrics = _Metrics()
 
     def describe(self) -> Encoders:
@@ -156,19 +160,25 @@ class ShardEncoder:
         labels = [Member(name="label", dtype="int64", shape=())]
         return members + labels * self._has_labels
 
-    def num_in_flight(self) -> int:
-        """Pictures decoded of shards not yet committed: for the progress bar."""
-        return sum(list(self._in_flight.values()))
+    def encode_shard(
+        self, spec: ShardSpec, number: int, deadly: Container[int] = ()
+    ) -> dict[str, Any]:
+        """Write and commit the shard that is the plan's `number`th, unless that is done; its commit record.
 
-    def encode_shard(self, spec: ShardSpec, number: int) -> dict[str, Any]:
-        """Write and commit the shard that is the plan's `number`th, unless that is done; its commit record."""
+        The pictures in the `deadly` places are rejected for having killed their encoder.
+        """
         if commit := read_commit(self._dataset, spec.path):
             return commit
         self._load()
-        rows = read_planned(self._dataset / WORK, number).to_pylist()
+        planned = read_planned(self._dataset / WORK, number).to_pylist()
+        rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, [m.name for m in self._members()])
         sums = _LatentSums(self._codec.channels)
-        rejects: list[dict[str, str]] = []
+        rejects = [
+            _reject(row, "encoder_crash", f"its encoder died {ATTEMPTS} times")
+            for place, row in enumerate(planned)
+            if place in deadly
+        ]
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
@@ -180,9 +190,15 @@ class ShardEncoder:
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()
-            self._in_flight.pop(spec.path, None)
         self._metrics.count(spec.num_planned - len(rejects), rejects, commit["bytes"])
         return commit
+
+    def try_picture(self, spec: ShardSpec, number: int, place: int) -> None:
+        """Encode one picture of a shard for nothing, which finds the one that kills its encoder."""
+        rows = read_planned(self._dataset / WORK, number).slice(place, 1).to_pylist()
+        for batch in self._batches(spec, rows, []):
+            for _ in self._encode_batch(batch, [], self._flips(spec)):
+                pass
 
     def _flips(self, spec: ShardSpec) -> bool:
         return self._images.flip and spec.split == "train"
@@ -201,7 +217,6 @@ class ShardEncoder:
                 break
             row, future = waiting.popleft()
             answer = future.result()
-            self._in_flight[spec.path] = self._in_flight.get(spec.path, 0) + 1
             if isinstance(answer, Picture):
                 batch.append((row, answer))
             else:
@@ -228,11 +243,11 @@ class ShardEncoder:
         captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
         with self._encoding:
             pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
-            seen = self._encode_pixels(pixels)
+            seen = in_halves(self._encode_pixels, pixels)
             if flip:
-                mirrored = self._encode_pixels(pixels[:, :, ::-1].copy())
+                mirrored = in_halves(self._encode_pixels, pixels[:, :, ::-1].copy())
                 seen |= {f"{name}.flip": values for name, values in mirrored.items()}
-            text = self._encode_text([text for texts in captions for text in texts])
+            text = in_halves(self._encode_text, [text for texts in captions for text in texts])
         place = 0
         for i, (row, picture) in enumerate(batch):
             arrays = {name: values[i] for name, values in seen.items()}
@@ -291,6 +306,29 @@ class ShardEncoder:
         noise = torch.zeros(len(values), codec.channels, *values.shape[2:])
         latents = sample_latents(values, noise, codec.scaling_factor, codec.shift_factor)
         return codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
+
+
+def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str, Any]:
+    """encode(values) in halves, and halves of halves, where the GPU's memory is too small for all at once.
+
+    Batches of another size may round otherwise in the last bit. A shard's bytes then depend on the memory
+    that is free: a GPU of the same size with nothing else on it divides the same batches again, and only
+    these; no batch is smaller because one before it was.
+    """
+    import torch
+
+    try:
+        return encode(values)
+    except torch.cuda.OutOfMemoryError as error:
+        if len(values) == 1:
+            raise InputError(
+                f"encode: out of memory on a GPU with a batch of one: {error}. Remedy: a smaller "
+                "images.resolution, dtype bf16, or fewer actors on the GPU (ray.gpus_per_actor)."
+            ) from error
+    torch.cuda.empty_cache()
+    middle = len(values) // 2
+    first, second = (in_halves(encode, half) for half in (values[:middle], values[middle:]))
+    return {name: [*first[name], *second[name]] for name in first}
 
 
 class _LatentSums:

@@ -19,9 +19,9 @@ from data_prep.config import PrepareConfig
 from data_prep.encode import ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.plan import plan
-from data_prep.prepare import check_buckets, check_settings, encoder_arguments
+from data_prep.prepare import check_buckets, check_settings, encoder_settings
 from data_prep.report import Progress
-from data_prep.scan import class_names, list_sources, scan_entries
+from data_prep.scan import class_names, list_sources, scan_part, scan_settings
 from data_prep.schema import index_path
 from data_prep.shards import WORK
 from models.config import InputError, load_config, run_command
@@ -53,23 +53,24 @@ def estimate(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
     """
     check_settings(config)
     listing = list_sources(config)
-    names, rng = class_names(listing), random.Random(0)
+    rng = random.Random(0)
     pictures, sampled = 0.0, 0
     with tempfile.TemporaryDirectory(prefix="flowmill-plan-") as folder:
         dataset = Path(folder)
+        settings = scan_settings(config, dataset, class_names(listing))
         for number, (name, source) in enumerate(config.sources.items()):
             rows = listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
             chosen, seen = rng.sample(range(len(rows)), len(rows)), 0
             share = -(-wanted // len(config.sources))
             if source.per_task > 1:
                 some = rows.take(sorted(chosen[:share]))
-                seen = scan_entries(config, dataset, f"part-{number}", some, names)
+                seen = scan_part(settings, f"part-{number}", source, some)
                 pictures += len(rows)
             else:
                 taken = 0
                 while taken < len(chosen) and (seen < share or taken < AT_LEAST):
                     one = rows.take([chosen[taken]])
-                    seen += scan_entries(config, dataset, f"part-{number}-{taken}", one, names)
+                    seen += scan_part(settings, f"part-{number}-{taken}", source, one)
                     taken += 1
                 read, every = (
                     pc.sum(t["size"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,7 +110,7 @@ def _encode(
     console: Console,
 ) -> tuple[int, float, float]:
     """Pictures encoded, the seconds that took, and their bytes in shards and indices."""
-    encoder = ShardEncoder(str(dataset), *encoder_arguments(config), num_decoders=1)
+    encoder = ShardEncoder(encoder_settings(config, dataset), num_decoders=1)
     encoders = encoder.describe()
     check_buckets(config, encoders.codec.downscale)
     done, spent, size = 0, 0.0, 0.0

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep import pool
 from data_prep.commits import read_commits, shard_list
 from data_prep.config import PrepareConfig
 from data_prep.publish import AUDITED
@@ -15,6 +14,7 @@ from data_prep.report import console
 from data_prep.schema import MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, open_root, patient
+from data_prep.workers import in_ray_job
 from models.config import InputError
 
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
@@ -24,7 +24,7 @@ def open_output(
     config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
 ) -> Path:
     """The output folder, ours and of these settings and sources; raises InputError where it is not."""
-    if pool.in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
+    if in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
         raise InputError(
             f"output: got {config.output}, expected an absolute path: in a Ray job a relative one lies in "
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."

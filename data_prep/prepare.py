@@ -3,26 +3,26 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from data_prep import pool
 from data_prep.catalog import STAGED
 from data_prep.commits import ShardSpec, read_commits, shard_list
 from data_prep.config import INDECISIVE, PrepareConfig
-from data_prep.encode import Encoders, ShardEncoder
+from data_prep.encode import Encoders, EncoderSettings, ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
 from data_prep.plan import plan
-from data_prep.pool import ActorPool
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result
 from data_prep.scan import class_names, list_sources, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK, read_table
-from data_prep.storage import delete, is_remote
+from data_prep.storage import delete
+from data_prep.workers import LOST, Actors, connect, share_out
 from models.config import InputError, load_config, run_command
 from models.weights import read_model_config, weights_sha256
 
@@ -56,14 +56,15 @@ def prepare(
         console.print(f"{dataset} is complete; nothing to do.")
     else:
         clock.mark("list")
-        pool.connect(config.ray)
+        connect(config.ray)
         clock.mark("start Ray")
         scan(config, dataset, listing)
         clock.mark("scan")
         shards = make_plan(config, dataset)
         clock.mark("plan")
-        actors = start_encoders(config, len(shards))
-        encoders: Encoders = actors.ask("describe", tick=lambda: _say(actors.unscheduled()))
+        shares = share_out(config.ray, config.encode.threads, most=len(shards))
+        actors = Actors(ShardEncoder, encoder_settings(config, dataset), shares, console.print)
+        encoders: Encoders = actors.describe()
         check_buckets(config, encoders.codec.downscale)
         clock.mark("load encoders")
         commits = encode(config, dataset, shards, actors, encoders)
@@ -85,11 +86,6 @@ class _Clock:
         """What came since the last mark was this."""
         now = time.monotonic()
         self.spent[stage], self._last = now - self._last, now
-
-
-def _say(message: str | None) -> None:
-    if message:
-        console.print(message)
 
 
 def check_settings(config: PrepareConfig) -> dict[str, Any]:
@@ -143,15 +139,8 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     return shards
 
 
-def start_encoders(config: PrepareConfig, num_shards: int) -> ActorPool:
-    """The actors; they open their encoders when they are first asked."""
-    output = config.output if is_remote(config.output) else os.path.abspath(config.output)
-    arguments = (output, *encoder_arguments(config))
-    return ActorPool(ShardEncoder, arguments, config.ray, config.encode.threads, most=num_shards)
-
-
-def encoder_arguments(config: PrepareConfig) -> tuple[Any, ...]:
-    """Of a ShardEncoder, but for the output before them and the number of decoders after; absolute paths."""
+def encoder_settings(config: PrepareConfig, dataset: Path) -> EncoderSettings:
+    """What the actors are made with; absolute paths."""
     vae = config.vae.model_copy(update={"path": os.path.abspath(config.vae.path)})
     texts = {
         name: text.model_copy(update={"path": os.path.abspath(text.path)})
@@ -161,37 +150,58 @@ def encoder_arguments(config: PrepareConfig) -> tuple[Any, ...]:
     vision = config.vision_encoder
     if vision is not None:
         vision = vision.model_copy(update={"path": os.path.abspath(vision.path)})
-    return vae, texts, vision, config.images, config.encode, labels
+    return EncoderSettings(str(dataset), vae, texts, vision, config.images, config.encode, labels)
 
 
 def encode(
     config: PrepareConfig,
     dataset: Path,
     shards: list[ShardSpec],
-    actors: ActorPool,
+    actors: Actors,
     encoders: Encoders,
 ) -> list[dict[str, Any]]:
     """Every shard that is not committed yet; returns all commits in the order of the list."""
     commits = read_commits(dataset, shards)
     places = {spec.path: i for i, spec in enumerate(shards)}
-    work = ((shards[i], i) for i, commit in enumerate(commits) if commit is None)
+    todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
     total = sum(shard.num_planned for shard in shards)
     done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
     with Progress(console, "encode", total, "pictures", done) as progress:
-
-        def tick() -> None:
-            progress.update(done + actors.poll("num_in_flight"), rejected)
-            _say(actors.unscheduled())
-
-        for count, commit in enumerate(actors.run("encode_shard", work, tick), start=1):
+        for count, commit in enumerate(encode_shards(actors, todo), start=1):
             commits[places[commit["path"]]] = commit
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
+            progress.update(done, rejected)
             if config.publish_every_shards and count % config.publish_every_shards == 0:
                 publish(config, dataset, [c for c in commits if c], encoders)
     whole = [commit for commit in commits if commit]
     assert len(whole) == len(shards), "the actors returned before every shard was committed"
     return whole
+
+
+def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
+    """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
+    lost = list[tuple[ShardSpec, int]]()
+    for (spec, number), commit in actors.run("encode_shard", ([shard] for shard in todo)):
+        if commit is LOST:
+            lost.append((spec, number))
+        else:
+            yield commit
+    # Each picture alone shows which of them kill. The others are then encoded as if those had been
+    # rejected earlier, so that a shard's bytes depend on its pictures and not on what its search met.
+    deadly: dict[int, list[int]] = {number: [] for _, number in lost}
+    pictures = ([(*shard, place) for place in range(shard[0].num_planned)] for shard in lost)
+    for (_, number, place), answer in actors.run("try_picture", pictures):
+        if answer is LOST:
+            deadly[number].append(place)
+    again = ([(spec, number, sorted(deadly[number]))] for spec, number in lost)
+    for (spec, *_), commit in actors.run("encode_shard", again):
+        if commit is LOST:
+            raise RuntimeError(
+                f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
+                "memory is short, lower encode.batch_size."
+            )
+        yield commit
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from data_prep.commits import ShardSpec
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
-from data_prep.pool import ActorPool
 from data_prep.report import contact_sheet, html_report
 from data_prep.schema import (
     CONTACT_SHEET,
@@ -27,6 +26,7 @@ from data_prep.schema import (
 )
 from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
+from data_prep.workers import Actors
 from models.config import InputError
 from models.files import file_sha256
 
@@ -39,7 +39,7 @@ def finalise(
     shards: list[ShardSpec],
     commits: list[dict[str, Any]],
     encoders: Encoders,
-    actors: ActorPool,
+    actors: Actors,
     names: list[str],
 ) -> None:
     """Tables, the empty caption, the contact sheet, the report, and last the manifest."""

@@ -22,10 +22,10 @@ from data_prep.commits import ShardSpec
 from data_prep.encode import Encoders
 from data_prep.images import Bucket
 from data_prep.plan import read_planned
-from data_prep.pool import ActorPool
 from data_prep.schema import CONTACT_SHEET, SPLITS, Manifest, index_path, read_shard_table
 from data_prep.shards import WORK
 from data_prep.storage import is_remote
+from data_prep.workers import Actors
 
 SHEET_PAIRS, SHEET_COLUMNS, SHEET_CELL = 24, 8, 192
 LINE_EVERY_S = 30.0  # where there is no terminal to draw a bar on
@@ -38,7 +38,7 @@ class Progress:
 
     def __init__(self, console: Console, what: str, total: int, unit: str, done: int = 0):
         self._console, self._what, self._total, self._unit = console, what, total, unit
-        self._first = self._last = done
+        self._first = done
         self._started = self._said = time.monotonic()
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -59,8 +59,6 @@ class Progress:
         self._bar.stop()
 
     def update(self, done: int, rejected: int = 0) -> None:
-        """Never runs backwards, though work whose worker died is done again."""
-        done = self._last = max(done, self._last)
         now = time.monotonic()
         speed = (done - self._first) / max(now - self._started, 1e-3)
         rate = f"{speed:.1f} {self._unit}/s" + (f", {rejected} rejected" if rejected else "")
@@ -154,7 +152,7 @@ def contact_sheet(
     shards: list[ShardSpec],
     commits: list[dict[str, Any]],
     encoders: Encoders,
-    actors: ActorPool,
+    actors: Actors,
 ) -> tuple[Image.Image, float]:
     """Some originals of every bucket, each above what the codec makes of its stored latents, and their PSNR in dB."""
     first: dict[Bucket, int] = {}

@@ -2,13 +2,11 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep import pool
-from data_prep.catalog import STAGED, CaptionsConfig, FiltersConfig, scan_partition
+from data_prep.catalog import STAGED, ScanSettings, scan_partition
 from data_prep.config import PrepareConfig
 from data_prep.decoder import DecodePool
 from data_prep.images import ImagesConfig
@@ -16,8 +14,10 @@ from data_prep.report import Progress, console
 from data_prep.shards import WORK
 from data_prep.sources import Entry, SourceConfig
 from data_prep.storage import find_files
+from data_prep.workers import ATTEMPTS, LOST, Tasks, num_cpus
 
 ENTRIES_AT_ONCE = 1 << 16
+PARTS_AT_ONCE = 8
 
 
 LISTING_SCHEMA = pa.schema(
@@ -49,67 +49,56 @@ def class_names(listing: pa.Table) -> list[str]:
 
 
 def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
-    """One catalog part a partition of the sources; parts that exist are not made again."""
-    names, partitions = class_names(listing), _partitions(config, listing)
-    done, staged = (find_files(dataset / WORK / name) for name in ("catalog", STAGED))
+    """One catalog part per partition of the sources; parts that exist are not made again."""
+    made, staged = (set(find_files(dataset / WORK / name)) for name in ("catalog", STAGED))
     todo = []
-    for number, (source, begin, end) in enumerate(partitions):
+    for number, (source, begin, end) in enumerate(_partitions(config, listing)):
         name = f"part-{number:06d}"
         # A part whose pictures were staged wants them there, so long as shards are to be made.
-        there = f"{name}.staged.parquet" in done and name in staged
-        if there or f"{name}.parquet" in done:
-            continue
-        todo.append((dataset / WORK, name, source, begin, end))
-    settings = (names, config.images, config.captions, config.filters)
-    work = (
-        (folder, name, listing.slice(begin, end - begin), config.sources[source], *settings)
-        for folder, name, source, begin, end in todo
+        there = f"{name}.staged.parquet" in made and name in staged
+        if not (there or f"{name}.parquet" in made):
+            todo.append((name, source, begin, end))
+    settings = scan_settings(config, dataset, class_names(listing))
+    parts = (
+        (settings, name, config.sources[source], listing.slice(begin, end - begin))
+        for name, source, begin, end in todo
     )
+    # A task scans several parts, but not so many that a CPU is left without.
+    size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
+    groups = iter(lambda: list(islice(parts, size)), [])
     with Progress(console, "scan", len(todo), "parts") as progress:
-        for count, _ in enumerate(pool.run_tasks(_scan_task, work, _scan_lost, console.print)):
-            progress.update(count + 1)
+        answers = Tasks("_scan", console.print).run(scan_part, groups)
+        for count, (part, answer) in enumerate(answers, start=1):
+            if answer is LOST:
+                _reject_part(*part)
+            progress.update(count)
 
 
-def scan_entries(
-    config: PrepareConfig, dataset: Path, name: str, rows: pa.Table, names: list[str]
-) -> int:
-    """Write the catalog part of some of a source's entries, here; returns its pictures."""
-    source = config.sources[rows["source"][0].as_py()]
-    settings = (names, config.images, config.captions, config.filters)
-    return _scan_task(dataset / WORK, name, rows, source, *settings)
+def scan_settings(config: PrepareConfig, dataset: Path, names: list[str]) -> ScanSettings:
+    work = dataset / WORK
+    return ScanSettings(work, names, config.images, config.captions, config.filters)
 
 
-_probes: dict[
-    ImagesConfig, DecodePool
-] = {}  # a worker's own, so that its child serves many partitions
+# A worker keeps its child process for all the parts that it scans.
+_probes: dict[ImagesConfig, DecodePool] = {}
 
 
-def _scan_task(
-    work: Path,
-    name: str,
-    rows: pa.Table,
-    source: SourceConfig,
-    names: list[str],
-    images: ImagesConfig,
-    captions: CaptionsConfig,
-    filters: FiltersConfig,
-) -> int:
-    probes = _probes.setdefault(images, DecodePool(images, num_children=1))
+def scan_part(settings: ScanSettings, name: str, source: SourceConfig, rows: pa.Table) -> int:
+    """Write the catalog part of some of a source's entries; returns its pictures."""
+    probes = _probes.setdefault(settings.images, DecodePool(settings.images, num_children=1))
     entries = [Entry(**row) for row in rows.to_pylist()]
-    return scan_partition(work, name, entries, source, names, captions, filters, probes)
+    return scan_partition(settings, name, source, entries, probes)
 
 
-def _scan_lost(attempts: int, work: Path, name: str, rows: pa.Table, *settings: Any) -> bool:
-    """Reject a table that kills whoever reads it; other partitions do not, so theirs is another trouble."""
-    if not settings[0].can_kill_its_reader:
-        return False
-    detail = f"its reader died {attempts} times"
-    columns = {"reason": "scan_crash", "detail": detail}
-    for column, value in columns.items():
+def _reject_part(settings: ScanSettings, name: str, source: SourceConfig, rows: pa.Table) -> None:
+    """Reject a table that kills its readers; another partition does not, so that is another trouble."""
+    detail = f"its reader died {ATTEMPTS} times"
+    if not source.can_kill_its_reader:
+        raise RuntimeError(f"{rows['path'][0]}: {detail}")
+    for column, value in {"reason": "scan_crash", "detail": detail}.items():
         place = rows.schema.get_field_index(column)
         rows = rows.set_column(place, column, pa.array([value] * len(rows), pa.string()))
-    _scan_task(work, name, rows, *settings)
-    return True
+    scan_part(settings, name, source, rows)
 
 
 def _partitions(config: PrepareConfig, listing: pa.Table) -> list[tuple[str, int, int]]:

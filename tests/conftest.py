@@ -16,7 +16,7 @@ def ray_address() -> Iterator[str]:
     """One embedded Ray for all tests; its address, for drivers in processes of their own."""
     import ray
 
-    from data_prep.pool import RayConfig, connect
+    from data_prep.workers import RayConfig, connect
 
     connect(RayConfig(num_cpus=4))
     yield ray.get_runtime_context().gcs_address

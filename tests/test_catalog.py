@@ -13,6 +13,7 @@ from data_prep.catalog import (
     CATALOG_SCHEMA,
     CaptionsConfig,
     FiltersConfig,
+    ScanSettings,
     clean_caption,
     draw_captions,
     scan_partition,
@@ -60,7 +61,8 @@ def catalog(rows) -> pa.Table:
 def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) -> list[dict]:
     """The catalog's rows of a source, read as one partition."""
     entries, pool = list(source.entries("s")), DecodePool(IMAGES, 1)
-    count = scan_partition(work, "part", entries, source, [], captions, filters, pool)
+    settings = ScanSettings(work, [], IMAGES, captions, filters)
+    count = scan_partition(settings, "part", source, entries, pool)
     (part,) = (work / "catalog").iterdir()
     rows = pq.read_table(part).to_pylist()
     part.unlink()

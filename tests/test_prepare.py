@@ -1,5 +1,6 @@
 """Preparation end to end on tiny encoders: what is written, what a kill costs, and what is refused."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -26,11 +27,17 @@ from PIL import Image
 from safetensors.numpy import load_file
 from webdataset.compat import WebDataset
 
-from data_prep import pool
 from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.commits import ShardSpec
 from data_prep.config import PrepareConfig
-from data_prep.encode import EncodeConfig, ShardEncoder, TextEncoderConfig, VaeConfig
+from data_prep.encode import (
+    EncodeConfig,
+    EncoderSettings,
+    ShardEncoder,
+    TextEncoderConfig,
+    VaeConfig,
+    in_halves,
+)
 from data_prep.images import ImagesConfig, decode
 from data_prep.output import open_output
 from data_prep.prepare import check_buckets, check_settings, main, prepare
@@ -38,6 +45,7 @@ from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
 from data_prep.shards import write_table
 from data_prep.verify import verify
+from data_prep.workers import ATTEMPTS
 from models.config import InputError, load_config, run_command
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
@@ -294,6 +302,80 @@ def test_two_actors_one_of_them_killed_write_the_same_bytes_as_one(reference, me
     assert dataset_bytes(dataset) == dataset_bytes(reference)
 
 
+def test_a_caption_that_kills_the_encoder_is_rejected_and_every_other_picture_is_kept(
+    small, tmp_path, text_folder, ray_address
+):
+    """A tokenizer whose pattern needs exponential time: on such a caption the library panics."""
+    text = shutil.copytree(text_folder, tmp_path / "text")
+    tokenizer = json.loads((text / "tokenizer.json").read_text())
+    pattern = {"Regex": "poison(x+x+)+y"}
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": pattern, "content": "z"}
+    (text / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "pictures" / "odd" / "0001.txt").write_text("poison" + "x" * 40)
+    driver = drive(small, ray_address, f"text_encoders.bert.path={text}")
+    shown = driver.communicate()
+    assert driver.returncode == 0, shown
+    dataset = tmp_path / "dataset"
+    (reject,) = pq.read_table(dataset / "rejects.parquet").to_pylist()
+    assert (reject["name"], reject["reason"]) == ("odd/0001.jpg", "encoder_crash")
+    assert reject["detail"] == f"its encoder died {ATTEMPTS} times"
+    counts = read_manifest(dataset).counts
+    assert (counts.seen, counts.kept, counts.rejected) == (4, 3, {"encoder_crash": 1})
+    assert verify(dataset) == []
+
+
+def test_a_table_that_kills_its_readers_is_rejected_and_every_other_picture_is_kept(
+    small, tmp_path, ray_address
+):
+    (tmp_path / "tables").mkdir()
+    deadly = tmp_path / "tables" / "deadly.parquet"
+    rows = [{"image": encoded(pixels(100 + i)), "text": "volcano"} for i in range(100)]
+    pq.write_table(pa.Table.from_pylist(rows), deadly)
+    pq.write_table(pa.Table.from_pylist(rows[:3]), tmp_path / "tables" / "good.parquet")
+    killed, stop = set[int](), threading.Event()
+
+    def kill_readers() -> None:
+        while not stop.is_set():
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    opened = process.name() == "ray::_scan" and process.open_files()
+                    if any(file.path == str(deadly) for file in opened or []):
+                        process.kill()
+                        killed.add(process.pid)
+
+    killer = threading.Thread(target=kill_readers)
+    killer.start()
+    try:
+        table = f"{{kind: table, path: {tmp_path / 'tables'}, captions: {{text: 1}}}}"
+        dataset = run(small, f"sources.t={table}")
+    finally:
+        stop.set()
+        killer.join()
+    assert len(killed) == ATTEMPTS
+    (reject,) = pq.read_table(dataset / "rejects.parquet").to_pylist()
+    assert (reject["name"], reject["reason"]) == ("deadly.parquet", "scan_crash")
+    assert read_manifest(dataset).counts.kept == 4 + 3
+
+
+def test_a_batch_too_large_for_the_gpu_is_encoded_in_halves():
+    batches = list[int]()
+
+    def encode(values: list[int]) -> dict[str, list[int]]:
+        batches.append(len(values))
+        if len(values) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return {"double": [2 * value for value in values]}
+
+    assert in_halves(encode, list(range(7))) == {"double": list(range(0, 14, 2))}
+    assert batches == [7, 3, 1, 2, 4, 2, 2]
+
+    def never(values: list[int]) -> dict[str, list[int]]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(InputError, match="a batch of one: CUDA out of memory"):
+        in_halves(never, [1, 2])
+
+
 def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
     vae = save_kl(tmp_path / "vae")
     weights = vae / "diffusion_pytorch_model.safetensors"
@@ -315,7 +397,7 @@ def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
         "captions": ["volcano"],
         "metadata": "",
     }
-    encoder = ShardEncoder(
+    settings = EncoderSettings(
         str(tmp_path / "dataset"),
         VaeConfig(path=str(vae)),
         {"bert": TextEncoderConfig(path=str(text_folder), max_length=8)},
@@ -323,8 +405,8 @@ def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
         ImagesConfig(resolution=32, bucket_multiple=8),
         EncodeConfig(),
         has_labels=False,
-        num_decoders=1,
     )
+    encoder = ShardEncoder(settings, num_decoders=1)
     spec = ShardSpec("shards/32x32/train-000000.tar", "train", 32, 32, 1)
     try:
         plan = tmp_path / "dataset" / "work" / "plan" / "000000.parquet"
@@ -470,20 +552,6 @@ def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_add
         run(small, "ray.gpus_per_actor=7")
 
 
-@pytest.mark.slow
-def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", ray_address)  # of a cluster, which may grow
-    config = pool.RayConfig(num_actors=1, gpus_per_actor=3)
-    arguments = ("out", VaeConfig(path="vae"), {}, None, ImagesConfig(), EncodeConfig(), False)
-    actors = pool.ActorPool(ShardEncoder, arguments, config, threads=1, most=1)
-    monkeypatch.setattr(pool, "SAY_EVERY_S", 0.0)
-    said = actors.unscheduled()
-    assert said
-    assert said.startswith("waiting for 1 of 1 actors to be scheduled, each of which wants")
-    assert "3 GPUs; the cluster has 1 nodes, free are" in said
-    assert "0 of 0 GPUs" in said
-
-
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(small, tmp_path, capsys):
     run(small, dry_run=True)
     shown = capsys.readouterr().out
@@ -616,36 +684,3 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
     assert abs(found.total_bytes / found.kept / (every / counts.kept) - 1) < 0.05
     assert found.seconds_a_picture > 0
     assert not list(Path(tempfile.gettempdir()).glob("flowmill-plan-*"))
-
-
-class Doubler:
-    """A body whose work says what it did."""
-
-    def __init__(self, num_decoders: int):
-        self.num_decoders = num_decoders
-
-    def double(self, number: int) -> int:
-        return 2 * number
-
-
-def test_an_actor_that_finds_no_room_keeps_no_work_from_the_others(ray_address):
-    import ray
-
-    @ray.remote(num_cpus=3)
-    class Tenant:
-        pass
-
-    tenant = Tenant.remote()
-    ray.get(tenant.__ray_ready__.remote())
-    begun = time.monotonic()
-
-    def tick():
-        assert time.monotonic() - begun < 60, "work waits for an actor that cannot begin"
-
-    try:
-        # Of the four CPUs one is left, for one of the two.
-        actors = pool.ActorPool(Doubler, (), pool.RayConfig(num_actors=2), threads=1, most=2)
-        assert sorted(actors.run("double", ((n,) for n in range(9)), tick)) == [*range(0, 18, 2)]
-        assert len(ray.wait(actors._ready, num_returns=2, timeout=0)[1]) == 1
-    finally:
-        ray.kill(tenant)

@@ -1,0 +1,350 @@
+"""Ray: how preparation connects, and how work is done whose worker may die.
+
+`Tasks` works on the cluster's CPUs; `Actors` are processes that hold what is slow to open, and a GPU, for
+their whole life. Both share one scheduler. Work comes in groups of items, and a worker answers the items
+of its group one by one. When it dies the first item without an answer is the suspect: the suspect gets a
+worker for itself, the rest of its group goes on without it. A suspect that has killed ATTEMPTS workers is
+handed back as LOST.
+"""
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import ray
+from pydantic import Field
+from ray.exceptions import RayError, RayTaskError
+
+from models.config import Config, InputError
+
+# Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
+ATTEMPTS = 3
+# Deaths per actor, with no answer between them, after which the trouble is not in the items.
+PATIENCE = 4 * ATTEMPTS
+# One call decodes while the other encodes.
+CALLS_PER_ACTOR = 2
+# Addresses and records pass through the object store, pictures never.
+OBJECT_STORE_BYTES = 256 << 20
+SAY_EVERY_S = 20.0
+# The answer to an item that killed its workers.
+LOST = object()
+
+Item = tuple[Any, ...]
+
+
+class RayConfig(Config):
+    """How fast, never what. Null: what the machine or the cluster has."""
+
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of the embedded Ray; a cluster knows its own."""
+    num_actors: int | None = Field(default=None, ge=1)
+    """Null: one per GPU, or one per `encode.threads` CPUs."""
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    """Null: 1 where there are GPUs."""
+    decoders_per_actor: int | None = Field(default=None, ge=1)
+    """Null: the CPUs that are left, shared out."""
+
+
+def in_ray_job() -> bool:
+    """Whether `ray job submit` runs us."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def connect(config: RayConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, else start a Ray of our own; raises InputError."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        raise InputError(
+            f"RAY_ADDRESS: got {address}, a dashboard's address, expected HOST:PORT of the cluster. "
+            "Remedy: unset it, or submit: ray job submit --working-dir . -- python -m data_prep.prepare ..."
+        )
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=config.num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        **quiet,
+    )
+
+
+@dataclass
+class _Group:
+    """What one worker does in turn; a group with deaths is a single item under suspicion."""
+
+    items: deque[Item]
+    deaths: int = 0
+
+    @property
+    def weight(self) -> int:
+        """Calls that it fills: a suspect has its worker to itself, lest it take an innocent with it."""
+        return CALLS_PER_ACTOR if self.deaths else 1
+
+
+class _Workers:
+    """The scheduler; a subclass says where there is room, starts a group there, replaces the dead."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._said = say, time.monotonic()
+        # By what an actor that is beginning will say once it has begun.
+        self._beginning: dict[Any, Any] = {}
+        self._deaths_in_a_row = 0
+
+    def run(self, work: Any, groups: Iterable[Iterable[Item]]) -> Iterator[tuple[Item, Any]]:
+        """Every item with the answer to it, or LOST, in any order; raises what the work raises."""
+        todo = (_Group(deque(items)) for items in groups)
+        queue, flying = deque[_Group](), dict[Any, tuple[Any, _Group]]()
+        while True:
+            load = Counter[Any]()
+            for place, group in flying.values():
+                load[place] += group.weight
+            while queue or (queue := deque(islice(todo, 1))):
+                if (place := self._place(load, queue[0].weight)) is None:
+                    break
+                group = queue.popleft()
+                load[place] += group.weight
+                flying[self._start(place, work, list(group.items))] = place, group
+            if not (flying or queue):
+                return
+            for stream in self._wait(flying):
+                place, group = flying[stream]
+                try:
+                    answer = value(next(stream))
+                except StopIteration:
+                    del flying[stream]
+                except RayTaskError:
+                    raise
+                except RayError as error:
+                    del flying[stream]
+                    self._replace(place, error)
+                    suspect = group.items.popleft()
+                    if group.items:
+                        queue.append(_Group(group.items))
+                    if group.deaths + 1 < ATTEMPTS:
+                        queue.appendleft(_Group(deque([suspect]), group.deaths + 1))
+                    else:
+                        yield suspect, LOST
+                else:
+                    self._deaths_in_a_row = 0
+                    yield group.items.popleft(), answer
+
+    def _wait(self, flying: dict[Any, Any]) -> list[Any]:
+        """Those that have something new, after a second at most; says now and then what is waited for."""
+        ready, others = ray.wait([*flying, *self._beginning], timeout=1.0, fetch_local=False)
+        # With hundreds of actors several answer while one answer is dealt with.
+        if ready and others:
+            ready += ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
+        if time.monotonic() - self._said > SAY_EVERY_S:
+            self._said = time.monotonic()
+            if message := self.waits_for():
+                self._say(message)
+        return [stream for stream in ready if stream in flying]
+
+    def _place(self, load: Counter[Any], weight: int) -> Any | None:
+        """Where there is room for so many calls more."""
+        raise NotImplementedError
+
+    def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
+        """The stream of answers to the items."""
+        raise NotImplementedError
+
+    def _replace(self, place: Any, error: RayError) -> None:
+        """Do what the loss of a worker asks for."""
+
+    def waits_for(self) -> str | None:
+        """What the cluster lacks for the work to go on at full speed, in words."""
+        raise NotImplementedError
+
+
+def num_cpus() -> int:
+    """The cluster's CPUs, 1 where it has none."""
+    return max(int(ray.cluster_resources().get("CPU", 1)), 1)
+
+
+class Tasks(_Workers):
+    """Workers that hold nothing, which Ray shows by `name`; `run` takes a function."""
+
+    def __init__(self, name: str, say: Callable[[str], None]):
+        super().__init__(say)
+        # Ray would retry a group whole, where here its suspect is retried alone.
+        remote = ray.remote(num_returns="streaming", max_calls=0, max_retries=0)(_answers)
+        self._remote = remote.options(name=name)
+
+    def _place(self, load: Counter[Any], weight: int) -> Any | None:
+        return "a CPU" if load.total() < 2 * num_cpus() else None
+
+    def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
+        return self._remote.remote(work, items)
+
+    def waits_for(self) -> str | None:
+        enough = ray.cluster_resources().get("CPU", 0) >= 1
+        return None if enough else f"waiting for a CPU to work on; {_cluster()}"
+
+
+class Worker:
+    """Base of an actor's body: it is made with settings and the number of its decoders."""
+
+    def describe(self) -> Any:
+        """Open what the work needs; returns what is to be said of it. Called before there is work."""
+
+    def answers(self, method: str, items: list[Item]) -> Iterator[Any]:
+        yield from _answers(getattr(self, method), items)
+
+
+def _answers(function: Callable[..., Any], items: list[Item]) -> Iterator[Any]:
+    for item in items:
+        try:
+            answer = function(*item)
+        except Exception:
+            raise
+        except BaseException:  # noqa: BLE001
+            # A panic of a compiled library, such as a tokenizer's, leaves it in no known state.
+            os._exit(1)
+        yield answer
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each of the actors gets of the machine or the cluster."""
+
+    num_actors: int
+    cpus: float
+    gpus: float
+    decoders: int
+
+
+def share_out(config: RayConfig, threads: int, most: int) -> Shares:
+    """At most `most` actors, which without GPUs use `threads` CPUs each; raises InputError."""
+    resources = ray.cluster_resources()
+    num_gpus, num_cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
+    gpus = config.gpus_per_actor
+    gpus = (1.0 if num_gpus else 0.0) if gpus is None else gpus
+    places = num_gpus / gpus if gpus else num_cpus / threads
+    # A cluster's autoscaler may bring what is not there yet.
+    grows = "RAY_ADDRESS" in os.environ
+    if gpus and (config.num_actors or 1) * gpus > num_gpus and not grows:
+        raise InputError(
+            f"ray: {config.num_actors or 1} actors of {gpus:g} GPUs each, expected no more than the "
+            f"{num_gpus:g} GPUs there are. Remedy: lower ray.num_actors or ray.gpus_per_actor."
+        )
+    num_actors = min(config.num_actors or max(int(places), 1), most)
+    spare = int(num_cpus / num_actors) - threads
+    cpus = 1.0 if gpus else min(float(threads), num_cpus / num_actors)
+    # Ray divides one CPU, not several.
+    cpus = cpus if cpus < 1 else int(cpus)
+    return Shares(num_actors, cpus, gpus, config.decoders_per_actor or max(spare, 1))
+
+
+class Actors(_Workers):
+    """Workers that hold what they have opened, and their GPU, until they die; `run` takes a method's name.
+
+    Ray changes a task's CUDA_VISIBLE_DEVICES from one call to the next, which a process that has opened
+    CUDA ignores; it never changes an actor's. An actor gets work once it has begun: one in a lost one's
+    place may wait for room for ever.
+    """
+
+    def __init__(
+        self, body: type[Worker], settings: Any, shares: Shares, say: Callable[[str], None]
+    ):
+        super().__init__(say)
+        remote = ray.remote(body).options(  # pyright: ignore[reportAttributeAccessIssue]
+            num_cpus=shares.cpus, num_gpus=shares.gpus, max_concurrency=CALLS_PER_ACTOR
+        )
+        self._make: Callable[[], Any] = lambda: remote.remote(settings, shares.decoders)
+        self._shares, self._begun, self._description = shares, list[Any](), None
+        for _ in range(shares.num_actors):
+            self._begin()
+
+    def describe(self) -> Any:
+        """What an actor says of itself, waited for until one has begun; raises InputError."""
+        while not self._begun:
+            self._wait({})
+        return self._description
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The answer of any one actor."""
+        _, answer = next(self.run(method, [[arguments]]))
+        if answer is LOST:
+            raise RuntimeError(f"{method}: lost its worker {ATTEMPTS} times")
+        return answer
+
+    def _begin(self) -> None:
+        actor = self._make()
+        self._beginning[actor.describe.remote()] = actor
+
+    def _wait(self, flying: dict[Any, Any]) -> list[Any]:
+        streams = super()._wait(flying)
+        starts = list(self._beginning)
+        for start in ray.wait(starts, num_returns=len(starts), timeout=0)[0] if starts else []:
+            actor = self._beginning.pop(start)
+            try:
+                self._description = value(start)
+                self._begun.append(actor)
+            except RayTaskError:
+                raise
+            except RayError as error:
+                self._count_death(error)
+                self._begin()
+        return streams
+
+    def _place(self, load: Counter[Any], weight: int) -> Any | None:
+        room = (a for a in self._begun if load[a] + weight <= CALLS_PER_ACTOR)
+        return min(room, key=lambda actor: load[actor], default=None)
+
+    def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
+        return place.answers.remote(work, items)
+
+    def _replace(self, place: Any, error: RayError) -> None:
+        """Begin a new actor in the lost one's place, once, though all its calls fail."""
+        if place in self._begun:
+            self._begun.remove(place)
+            ray.kill(place)
+            self._count_death(error)
+            self._begin()
+
+    def _count_death(self, error: RayError) -> None:
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > PATIENCE * self._shares.num_actors:
+            raise RuntimeError(
+                f"{self._deaths_in_a_row} encoders in a row died before they had done anything. "
+                "Remedy: see Ray's log; where memory is short, lower encode.batch_size."
+            ) from error
+
+    def waits_for(self) -> str | None:
+        if not self._beginning:
+            return None
+        wanted = f"{self._shares.cpus:g} CPUs"
+        wanted += f" and {self._shares.gpus:g} GPUs" * bool(self._shares.gpus)
+        return (
+            f"waiting for {len(self._beginning)} of {self._shares.num_actors} actors to begin, each "
+            f"of which wants {wanted}; {_cluster()}"
+        )
+
+
+def value(reference: Any) -> Any:
+    """The value, or the error that the worker's code raised, as itself where it is the user's."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise
+
+
+def _cluster() -> str:
+    """What the cluster has and what of it is free, in words."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{free.get(k, 0):g} of {total.get(k, 0):g} {k}s" for k in ("CPU", "GPU")]
+    return f"the cluster has {nodes} nodes, free are {' and '.join(parts)}"

@@ -128,6 +128,9 @@ class _Workers:
                 except RayError as error:
                     del flying[stream]
                     self._replace(place, error)
+                    # All may be answered, and the end of the stream alone be lost.
+                    if not group.items:
+                        continue
                     suspect = group.items.popleft()
                     if group.items:
                         queue.append(_Group(group.items))

@@ -48,6 +48,13 @@ class Stillborn(Doubler):
         os._exit(1)
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class GpuHolder(Worker):
     """Notes which GPU it saw when it began and at each call; the work in the list kills it, once."""
 
@@ -56,10 +63,8 @@ class GpuHolder(Worker):
 
     def describe(self) -> None:
         self.gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-        before = [
-            int(pid) for kind, pid, gpu in notes(self.folder) if (kind, gpu) == ("begun", self.gpu)
-        ]
-        shared = any(psutil.pid_exists(pid) for pid in before if pid != os.getpid())
+        others = {int(pid) for _, pid, gpu in notes(self.folder) if gpu == self.gpu}
+        shared = any(alive(pid) for pid in others)
         note(self.folder, "shared" if shared else "begun", os.getpid(), self.gpu)
 
     def hold(self, number: int) -> None:
@@ -75,11 +80,18 @@ def hold_gpus(folder: Path) -> None:
     """40 shards on four GPUs in which Ray believes, with a lull in which Ray ends idle workers."""
     ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False)
     actors = Actors(GpuHolder, folder, share_out(RayConfig(), threads=1, most=40), print)
+    all_have_begun(actors)
     done = actors.run("hold", ([(number,)] for number in range(40)))
     assert len(list(islice(done, 20))) == 20
     time.sleep(5)
     assert len(list(done)) == 20
-    assert len(list(actors.run("hold", [[(number,)] for number in range(4)]))) == 4
+    all_have_begun(actors)
+    assert len(list(actors.run("hold", [[(number,)] for number in range(8)]))) == 8
+
+
+def all_have_begun(actors: Actors) -> None:
+    while actors._beginning:
+        actors._wait({})
 
 
 @pytest.fixture

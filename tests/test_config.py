@@ -1,7 +1,5 @@
 """Configs: what is wrong is said with its path, what was got and the remedy; the shipped ones build."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from models import build_model
 from models.config import InputError, load_config
 from pipeline import cli
 from pipeline.config import TrainConfig, differences, dump_config
+from tests.train_factory import run
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = "data: {path: somewhere}\ntraining: {images: 100}\nrun: somewhere\n"
@@ -89,13 +88,7 @@ def test_a_command_ends_wrong_input_with_status_2_and_no_traceback(tmp_path):
         ["train", "absent.yaml"],
         ["trian"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        )
+        done = run("pipeline.cli", *arguments, cwd=tmp_path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("error ")

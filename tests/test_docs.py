@@ -13,7 +13,7 @@ from models.config import parse_config, read_yaml
 from pipeline.cli import CONFIGS, STAGES
 from pipeline.show_config import config_class
 from tests.prep_factory import fill_folder
-from tests.train_factory import ROOT, environment
+from tests.train_factory import ROOT, environment, run
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("c*/README.md"))]
 
@@ -38,10 +38,7 @@ ALL = [(p, c) for p in PAGES for words in commands(p) if (c := ours(words))]
 
 
 def options_of(module: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True,
-        env=environment() | {"COLUMNS": "300"}, cwd=ROOT,
-    )  # fmt: skip
+    done = run(module, "--help", COLUMNS="300")
     assert done.returncode == 0, f"{module}: {done.stderr}"
     return done.stdout
 
@@ -114,10 +111,10 @@ def test_a_new_user_gets_from_pictures_to_an_exported_model_by_the_readme_alone(
         runs = [arguments]
         if "--dry-run" in arguments:  # "then without"
             runs.append([a for a in arguments if a != "--dry-run"])
-        for run in runs:
+        for given in runs:
             done = subprocess.run(
-                [sys.executable, "-m", module, *run], capture_output=True, text=True,
+                [sys.executable, "-m", module, *given], capture_output=True, text=True,
                 env=environment() | {"PATH": os.environ["PATH"]}, cwd=ROOT, timeout=900,
             )  # fmt: skip
-            assert done.returncode == 0, f"{module} {run}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == 0, f"{module} {given}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "data" / "first_pipeline" / "model_index.json").is_file()

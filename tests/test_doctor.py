@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import doctor
-from tests.train_factory import command, environment
+from tests.train_factory import command, environment, run
 
 # tmpfs needs a mount namespace of one's own.
 MOUNT = ["unshare", "--mount", "sh", "-c"]
@@ -38,10 +38,7 @@ def test_a_sound_machine_has_all_it_needs_and_says_so(tmp_path):
 
 
 def test_the_command_ends_with_status_1_where_something_is_lacking(tmp_path):
-    done = subprocess.run(
-        command("pipeline.doctor", "--folder", str(tmp_path), "--need-gib", "1e9"),
-        capture_output=True, text=True, env=environment() | {"COLUMNS": "200"},
-    )  # fmt: skip
+    done = run("pipeline.doctor", "--folder", str(tmp_path), "--need-gib", "1e9", COLUMNS="200")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "expected at least 1e+09" in done.stdout
     assert "1 lacking" in done.stdout
@@ -116,9 +113,7 @@ def test_a_low_limit_of_open_files_is_named():
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512));"
         "from pipeline.doctor import *; [print(f) for f in check_memory()]"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
-    )
+    done = run("-c", code)
     line = next(line for line in done.stdout.splitlines() if "open files" in line)
     assert "lack" in line
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 512  # ours is untouched

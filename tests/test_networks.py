@@ -1,7 +1,5 @@
 """What every architecture promises: shapes, conditioning, initialisation, masks, options that act."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from models.roles import parameter_roles
 from models.unet import UNetConfig
 from models.uvit import UViTConfig
 from tests.benchmarks import sizes
+from tests.train_factory import run
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: dict[str, Any] = {kind: config_class(kind) for kind in MODELS}
@@ -215,8 +214,7 @@ for kind in sys.argv[1:]:
     "kinds", [TRANSFORMERS, pytest.param(["unet"], marks=pytest.mark.slow)], ids=len
 )
 def test_every_block_compiles_whole_and_predicts_the_same(kinds):
-    command = [sys.executable, "-c", COMPILE, *kinds]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = run("-c", COMPILE, *kinds)
     assert done.returncode == 0, done.stderr
     for line, kind in zip(done.stdout.splitlines(), kinds, strict=True):
         name, graphs, blocks = line.split()

@@ -1,8 +1,5 @@
 """The objective inside training: time in fp32 all the way, and steps that do not depend on how they are cut."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -49,12 +46,7 @@ def test_bf16_training_hands_t_to_the_embedding_exactly_as_drawn(tmp_path):
     config = train_factory.write_config(tmp_path)
     options = ["engine.precision=bf16", "engine.zero_stage=1", "engine.micro_batch=4"]
     options += ["training.images=32"]
-    done = subprocess.run(
-        [sys.executable, "-c", RECORD_T, str(config), str(tmp_path / "t.pt"), *options],
-        capture_output=True,
-        text=True,
-        env=train_factory.environment(),
-    )
+    done = train_factory.run("-c", RECORD_T, str(config), str(tmp_path / "t.pt"), *options)
     assert done.returncode == 0, done.stderr
     seen = torch.load(tmp_path / "t.pt", weights_only=True)
     assert [t.dtype for t, _ in seen] == [torch.float32] * 8  # four steps of two micro-batches

@@ -16,7 +16,7 @@ from models.unet import UNetConfig
 from pipeline import plan
 from pipeline.config import TrainConfig
 from pipeline.plan import Sample, activation_bytes, checkpoint_bytes, state_bytes
-from tests.train_factory import ROOT, command, environment, write_config
+from tests.train_factory import ROOT, environment, run, write_config
 
 RECIPES = sorted((ROOT / "configs").glob("train_*.yaml"))
 ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
@@ -30,10 +30,7 @@ ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
 def test_predicted_states_and_checkpoints_are_those_of_two_ranks_within_2_percent(
     tmp_path, stage, precision
 ):
-    done = subprocess.run(
-        command("tests.ranks_plan", str(stage), precision, str(tmp_path), ranks=2),
-        capture_output=True, text=True, env=environment(), timeout=300,
-    )  # fmt: skip
+    done = run("tests.ranks_plan", str(stage), precision, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     line = next(li for li in done.stdout.splitlines() if li.startswith("result "))
     found = json.loads(line.removeprefix("result "))
@@ -154,10 +151,7 @@ def test_every_recipe_is_built_and_has_the_size_that_it_states(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_every_recipe_is_planned_as_it_says_and_fits(path):
-    done = subprocess.run(
-        command("pipeline.plan", *plan_line(path)),
-        capture_output=True, text=True, env=environment() | {"COLUMNS": "150"}, cwd=ROOT,
-    )  # fmt: skip
+    done = run("pipeline.plan", *plan_line(path), COLUMNS="150")
     assert done.returncode == 0, done.stderr
     assert "GPU-hours" in done.stdout
     assert "Nothing fits" not in done.stdout

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.forked import run_forked
 from tests.shard_factory import Kind, make_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -41,15 +42,11 @@ def command(module: str, *arguments: str, ranks: int = 1) -> list[str]:
     return [sys.executable, *(launcher if ranks > 1 else []), "-m", module, *arguments]
 
 
-def run(module: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """The command to its end."""
-    return subprocess.run(
-        command(module, *arguments, ranks=ranks),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
+def run(
+    module: str, *arguments: str, ranks: int = 1, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The command to its end, what it imports of others being there already; module: -c for code."""
+    return run_forked([module, *arguments], environment() | variables, cwd, ranks)
 
 
 def start(module: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:

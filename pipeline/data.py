@@ -26,9 +26,9 @@ from pipeline.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.order import Order, Plan, Window, choose_partitions
 from pipeline.remote import CacheConfig, ShardCache, is_remote
 from pipeline.shards import Rows, ShardStore, Skipped
-from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_dataset, read_dataset
+from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_fits, read_dataset
 
-__all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_dataset", "load_empty_caption"]
+__all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_fits", "load_empty_caption"]
 
 log = logging.getLogger(__name__)
 

@@ -91,20 +91,24 @@ class Watch(Protocol):
 
 
 class WithEMA(torch.optim.Optimizer):
-    """Before an optimizer class: a state a parameter and average, ema <- decay ema + (1 - decay) parameter.
+    """Before an optimizer class: one state per parameter and average, ema <- decay ema + (1 - decay) parameter.
 
     A step that DeepSpeed skips (NaN, overflow) never reaches it, so the averages skip it as well.
     Where no wrapper of DeepSpeed's looks at the gradients (stage 0 in fp32), `clip` has it done here.
+    While `veto` holds a reason, a step changes nothing.
     """
 
     decays: dict[str, float] = {"ema": 0.0}  # of each average; the loop sets them before a step
     clip: float | None = None  # 0: measure the norm only
     watch: Watch | None = None  # of this step alone
+    veto: str = ""
     grad_norm: float | None = None
     num_skipped: int = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        if self.veto:
+            return None
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if self.clip is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)

@@ -15,7 +15,7 @@ from models.layers import compile_blocks
 from models.roles import parameter_roles
 from pipeline import distributed
 from pipeline.ema import AdamWithEMA, WithEMA
-from pipeline.optimizers import MuonWithEMA, adamw_8bit
+from pipeline.optimizers import MuonWithEMA
 
 BUCKET_ELEMENTS = 500_000_000  # of gradients reduced at once, at most: DeepSpeed's own number
 PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewise
@@ -24,8 +24,8 @@ PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewis
 class OptimizerConfig(Config):
     """lr is for this global batch, nothing rescales it."""
 
-    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr; adamw_8bit: needs a GPU, bitsandbytes
-    kind: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -124,12 +124,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
-    """The optimizer that DeepSpeed drives; raises InputError where it cannot run here."""
+    """The optimizer that DeepSpeed drives."""
     groups = parameter_groups(model, config.weight_decay, config.kind == "muon")
     # DeepSpeed may step once while it sets up, hence no LR.
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    if config.kind == "adamw_8bit":
-        return adamw_8bit(groups, **options)
     return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
 
 

@@ -1,10 +1,9 @@
-"""Optimizers beside AdamW, each with the averages of the weights: Muon and 8-bit AdamW."""
+"""Muon with the averages of the weights."""
 
 from typing import Any
 
 import torch
 
-from models.config import InputError
 from pipeline.ema import WithEMA
 
 # torch.optim.Muon's defaults, and the scale that makes AdamW's learning rate and decay fit (2502.16982, 2.2).
@@ -42,20 +41,3 @@ class MuonAdamW(torch.optim.AdamW):
 
 class MuonWithEMA(WithEMA, MuonAdamW):
     """Muon, AdamW and averages of the weights."""
-
-
-def adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> WithEMA:
-    """bitsandbytes' AdamW with moments of 8 bits (2110.02861); raises InputError where it cannot run."""
-    if not torch.cuda.is_available():
-        raise InputError("optimizer.kind: adamw_8bit needs a CUDA device; got a CPU. Remedy: adamw")
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(
-            "optimizer.kind: adamw_8bit needs bitsandbytes. Remedy: pip install bitsandbytes, or adamw"
-        ) from error
-
-    class AdamW8bitWithEMA(WithEMA, AdamW8bit):
-        """Moments of 8 bits, averages of 32."""
-
-    return AdamW8bitWithEMA(groups, **options)

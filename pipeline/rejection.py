@@ -38,16 +38,11 @@ class Rejection:
         self.total, self.in_a_row = 0, 0
         self.recent: deque[float] = deque(maxlen=config.window)
         self.loss, self.reason = 0.0, ""  # of the step in hand
-        self.apply = optimizer.step
-        optimizer.step = self._step  # what DeepSpeed calls, at every stage
         self.skipped = self._skipped()
 
     def _skipped(self) -> int:
         """Steps that DeepSpeed, or the optimizer where DeepSpeed does not look, found not to be finite."""
         return self.engine.skipped_steps + self.optimizer.num_skipped
-
-    def _step(self, closure: Any = None) -> Any:
-        return None if self.reason else self.apply(closure)
 
     def state(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row, "recent": list(self.recent)}
@@ -58,7 +53,7 @@ class Rejection:
         self.skipped = self._skipped()
 
     def judge(self, loss: Tensor) -> None:
-        """Before the optimizer's step: look at the rank's mean loss of the global batch. Collective."""
+        """Before the optimizer's step: veto it for the rank's mean loss of the global batch. Collective."""
         loss = loss.detach().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)
@@ -71,6 +66,7 @@ class Rejection:
             self.reason = f"loss {mean}"
         elif mean > limit:
             self.reason = f"loss {mean:.4g} is above {limit:.4g}"
+        self.optimizer.veto = self.reason
 
     def settle(self, step: int, batch: Batch, snapshot: Snapshot, losses: Tensor) -> bool:
         """After the optimizer's step: whether it was taken; losses (b,) of the rank's samples. Collective.

@@ -22,13 +22,13 @@ from data_prep.schema import (
     SHARD_SCHEMA,
     SHARD_TABLE,
     Manifest,
-    TextEncoderRecord,
     fingerprint,
     read_manifest,
     read_shard_table,
 )
 from models.config import Config, InputError
 from models.files import file_sha256, write_text
+from models.networks import NetworkConfig
 from pipeline.order import Part
 from pipeline.remote import ShardCache
 
@@ -44,58 +44,61 @@ class DatasetConfig(Config):
     repeat: float = Field(default=1.0, gt=0)  # times that a sample comes in an epoch
 
 
-def check_dataset(
-    manifest: Manifest,
-    where: str,
-    *,
-    codec: dict[str, Any] | None = None,
-    text_encoders: dict[str, TextEncoderRecord] | None = None,
-    latent_channels: int | None = None,
-    latent_multiple: int = 1,
-    text_dim: int | None = None,
-    pooled_dim: int | None = None,
-    labels: bool = False,
-    vision_cell: int | None = None,
-) -> None:
-    """Raise InputError with every difference between a dataset and what a run expects; None expects nothing.
+Difference = tuple[str, Any, Any]  # what, got, expected
 
-    codec: fields of a CodecRecord, of which path and dtype may differ; path of an encoder likewise.
-    latent_multiple: what the network needs the sides of the latents to be a multiple of.
-    vision_cell: pixels of the square that one of the network's patches stands for, where it is to be aligned.
-    """
-    pairs: list[tuple[str, Any, Any]] = []
-    for name, value in (codec or {}).items():
-        if name not in ("path", "dtype"):
-            pairs.append((f"codec.{name}", getattr(manifest.codec, name), value))
-    if text_encoders is not None:
-        pairs.append(("text_encoders", list(manifest.text_encoders), list(text_encoders)))
-        for name in manifest.text_encoders.keys() & text_encoders.keys():
-            got, expected = manifest.text_encoders[name], text_encoders[name]
-            for key in ("weights_sha256", "max_length", "dim", "pooled_dim"):
-                pairs.append((f"{name}.{key}", getattr(got, key), getattr(expected, key)))
-    records = manifest.text_encoders.values()
-    if latent_channels is not None:
-        pairs.append(("latent channels", manifest.codec.latent_channels, latent_channels))
-    if text_dim is not None:
-        pairs.append(("text width", max((r.dim for r in records), default=0), text_dim))
-    if pooled_dim is not None:
-        pairs.append(("pooled text width", sum(r.pooled_dim for r in records), pooled_dim))
-    if labels:
+
+def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
+    """Raise InputError with every difference between a dataset and what a network takes; a size of 0 takes any."""
+    records, codec = manifest.text_encoders.values(), manifest.codec
+    pairs: list[Difference] = [("latent channels", codec.latent_channels, model.latent_channels)]
+    if model.text_dim:
+        pairs.append(("text width", max((r.dim for r in records), default=0), model.text_dim))
+    if model.pooled_dim:
+        pairs.append(("pooled text width", sum(r.pooled_dim for r in records), model.pooled_dim))
+    if model.num_classes:
         pairs.append(("class labels", any(m.name == "label" for m in manifest.members), True))
-    if vision_cell is not None:
-        vision = manifest.vision_encoder
-        pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, vision_cell))
+    if getattr(model, "alignment", None) is not None:
+        # The square of pixels that one of the network's patches stands for.
+        vision, cell = manifest.vision_encoder, model.latent_multiple * codec.downscale
+        pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, cell))
     for bucket in manifest.buckets:
-        sides = bucket.height // manifest.codec.downscale, bucket.width // manifest.codec.downscale
-        if any(side % latent_multiple for side in sides):
+        sides = bucket.height // codec.downscale, bucket.width // codec.downscale
+        if any(side % model.latent_multiple for side in sides):
             what = f"latents of bucket {bucket.height}x{bucket.width}"
-            pairs.append((what, sides, f"multiples of {latent_multiple}"))
-    lines = [f"  {what}: got {got}, expected {want}" for what, got, want in pairs if got != want]
+            pairs.append((what, sides, f"multiples of {model.latent_multiple}"))
+    remedy = "change the config, or prepare the pictures again with what it names"
+    _refuse(f"{where}: does not fit the training config", pairs, remedy)
+
+
+def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
+    """Raise InputError with all that keeps a dataset from being mixed with a run's first one."""
+    got, want = _mixed_by(dataset.manifest), _mixed_by(first.manifest)
+    pairs = [(key, got.get(key), want.get(key)) for key in {**want, **got}]
+    what = f"{dataset.source.path}: does not fit {first.source.path}, with which it is to be mixed"
+    _refuse(what, pairs, "prepare both with the same encoders, or train on one of them")
+
+
+def _mixed_by(manifest: Manifest) -> dict[str, Any]:
+    """What must be the same of datasets that are mixed; where the encoders lie and their dtype need not."""
+    found: dict[str, Any] = {
+        "members": [(m.name, m.dtype, m.shape) for m in manifest.members],
+        "text_encoders": list(manifest.text_encoders),
+    }
+    for key, value in manifest.codec.model_dump(exclude={"path", "dtype"}).items():
+        found[f"codec.{key}"] = value
+    for name, record in manifest.text_encoders.items():
+        for key in ("weights_sha256", "max_length", "dim", "pooled_dim"):
+            found[f"{name}.{key}"] = getattr(record, key)
+    for key in ("weights_sha256", "patch_pixels"):
+        found[f"vision_encoder.{key}"] = getattr(manifest.vision_encoder, key, None)
+    return found
+
+
+def _refuse(what: str, pairs: list[Difference], remedy: str) -> None:
+    """Raise InputError where any of what was got is not what is expected."""
+    lines = [f"  {name}: got {got}, expected {want}" for name, got, want in pairs if got != want]
     if lines:
-        raise InputError(
-            f"{where}: does not fit the training config:\n" + "\n".join(lines) + "\n"
-            "Remedy: change the config, or prepare the pictures again with what it names."
-        )
+        raise InputError("\n".join([f"{what}:", *lines, f"Remedy: {remedy}."]))
 
 
 @dataclass(frozen=True)
@@ -160,28 +163,13 @@ def _check_members(manifest: Manifest, where: Path) -> None:
             )
 
 
-def _vision(manifest: Manifest) -> tuple[str, int] | None:
-    """What makes features comparable."""
-    vision = manifest.vision_encoder
-    return vision and (vision.weights_sha256, vision.patch_pixels)
-
-
 class Snapshot:
     """The datasets of a run as they stood at one moment, and one shard table of all."""
 
     def __init__(self, datasets: list[Dataset]):
         self.datasets, self.manifest = datasets, datasets[0].manifest
         for other in datasets[1:]:
-            if other.manifest.members != self.manifest.members:
-                raise InputError(
-                    f"{other.source.path}: its members are not those of {datasets[0].source.path}, to mix with"
-                )
-            codec, encoders = self.manifest.codec.model_dump(), self.manifest.text_encoders
-            check_dataset(other.manifest, other.source.path, codec=codec, text_encoders=encoders)
-            if _vision(other.manifest) != _vision(self.manifest):
-                raise InputError(
-                    f"{other.source.path}: its vision_encoder is not that of {datasets[0].source.path}, to mix with"
-                )
+            check_mixes(other, datasets[0])
         sizes = [len(dataset.table) for dataset in datasets]
         self.dataset = np.repeat(np.arange(len(datasets)), sizes)
         self.table = pa.concat_tables([dataset.table for dataset in datasets]).combine_chunks()

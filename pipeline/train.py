@@ -52,7 +52,7 @@ from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
 from pipeline.pieces import full_weights
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
-from pipeline.snapshots import SNAPSHOTS, check_dataset
+from pipeline.snapshots import SNAPSHOTS, check_fits
 from pipeline.stages import finished, load_stages, load_start
 from pipeline.watchdog import Watchdog
 
@@ -88,20 +88,11 @@ def make_plan(config: TrainConfig) -> Plan:
     )
     manifest = loader.manifest
     model = config.model.with_sizes(sizes_of(manifest))
-    aligns = getattr(model, "alignment", None) is not None
     config = config.model_copy(update={"model": model, "engine": resolve_precision(config)})
     micro_steps = config.training.global_batch // micro_batch // distributed.world_size()
     check_engine(config.engine, config.optimizer, micro_steps)
-    check_dataset(
-        manifest,
-        ", ".join(source.path for source in config.data.sources.values()),
-        latent_channels=model.latent_channels,
-        latent_multiple=model.latent_multiple,
-        text_dim=model.text_dim or None,
-        pooled_dim=model.pooled_dim or None,
-        labels=model.num_classes > 0,
-        vision_cell=model.latent_multiple * manifest.codec.downscale if aligns else None,
-    )
+    where = ", ".join(source.path for source in config.data.sources.values())
+    check_fits(manifest, where, model)
     if config.encoders.vae is not None:
         encoder_folder(
             manifest.codec.path, config.encoders.vae, manifest.codec.weights_sha256, "encoders.vae"

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,9 @@ import torch
 
 from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
 from models.config import InputError, parse_config
-from pipeline.data import Batch, DataConfig, Loader, check_dataset
+from models.dit import DiTConfig
+from models.networks import AlignmentConfig
+from pipeline.data import Batch, DataConfig, Loader, check_fits
 from pipeline.remote import ShardError
 from tests.shard_factory import Kind, make_dataset
 
@@ -181,42 +184,37 @@ def test_partitions_that_do_not_divide_are_refused_with_the_valid_numbers(
 
 
 def test_a_dataset_that_does_not_fit_is_refused_with_every_difference(tmp_path):
-    loader = Loader(config(make_dataset(tmp_path, MIXED)), global_batch=8, seed=1)
-    codec = loader.manifest.codec.model_dump()
-    encoders = loader.manifest.text_encoders
-    fitting = {"codec": codec, "text_encoders": encoders, "latent_channels": 2, "text_dim": 4}
-    check_dataset(loader.manifest, "data", latent_multiple=2, **fitting)
-    other = codec | {"weights_sha256": "other", "path": "elsewhere"}
-    longer = {"mini": encoders["mini"].model_copy(update={"max_length": 77})}
+    manifest = Loader(config(make_dataset(tmp_path, MIXED)), global_batch=8, seed=1).manifest
+    check_fits(manifest, "data", DiTConfig(latent_channels=2, text_dim=4))
+    sizes = {"latent_channels": 16, "text_dim": 768, "pooled_dim": 9, "num_classes": 10}
     with pytest.raises(InputError) as caught:
-        check_dataset(
-            loader.manifest,
-            "data",
-            codec=other,
-            text_encoders=longer,
-            latent_channels=16,
-            latent_multiple=4,
-            text_dim=768,
-        )
+        check_fits(manifest, "data", DiTConfig(patch_size=4, alignment=AlignmentConfig(), **sizes))
     message = str(caught.value)
     for part in (
-        "codec.weights_sha256: got c0dec, expected other",
-        "mini.max_length: got 5, expected 77",
         "latent channels: got 2, expected 16",
         "text width: got 4, expected 768",
+        "pooled text width: got 4, expected 9",
+        "class labels: got False, expected True",
+        "vision_encoder.patch_pixels: got None, expected 32",
         "bucket 16x64: got (2, 8), expected multiples of 4",
     ):
         assert part in message
-    assert "elsewhere" not in message
     assert "32x32" not in message
 
 
 def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
-    make_dataset(tmp_path / "a", MIXED)
-    make_dataset(tmp_path / "b", MIXED, codec={"weights_sha256": "other"})
-    sources = {name: {"path": str(tmp_path / name)} for name in "ab"}
-    with pytest.raises(InputError, match=r"b: does not fit(.|\n)*weights_sha256: got other"):
+    def load(**codec: object) -> None:
+        make_dataset(tmp_path / "b", MIXED, codec=codec)
         Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
+
+    make_dataset(tmp_path / "a", MIXED)
+    sources = {name: {"path": str(tmp_path / name)} for name in "ab"}
+    load(path="elsewhere")
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(InputError) as caught:
+        load(weights_sha256="other", scaling_factor=9.0)
+    for part in ("b: does not fit", "weights_sha256: got other", "scaling_factor: got 9.0"):
+        assert part in str(caught.value)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ TO_CONVERT = """
     pipeline/data.py pipeline/ema.py pipeline/engine.py pipeline/evaluate.py pipeline/monitor.py
     pipeline/objective.py pipeline/objective_report.py pipeline/order.py pipeline/pictures.py
     pipeline/plan.py pipeline/sample.py pipeline/shards.py pipeline/show_data.py pipeline/train.py
-    pipeline/universal.py tests/benchmarks/RESULTS.md tests/benchmarks/__main__.py
+    tests/benchmarks/RESULTS.md tests/benchmarks/__main__.py
     tests/benchmarks/loader.py tests/benchmarks/model.py tests/benchmarks/order.py
     tests/benchmarks/plan_scale.py tests/benchmarks/prepare.py tests/benchmarks/scaling.py
     tests/benchmarks/sizes.py tests/benchmarks/step.py tests/ranks_plan.py tests/test_docs.py

@@ -34,7 +34,7 @@ FLOORS = {
         "inference pictures heldout diffusers_pipeline",
         "runs stages",
         "config",
-        "training engine optimizers ema monitor norms flops checkpoint universal rejection",
+        "training engine optimizers ema monitor norms flops pieces checkpoint rejection",
         "objectives objective sampling",
         "data batch order remote shards snapshots",
         "distributed watchdog",
@@ -71,7 +71,6 @@ MANY_PARAMETERS = {
     "pipeline.sample.draw_cells",
     "pipeline.sampling.ancestral_step",
     "pipeline.sampling.generate",
-    "pipeline.snapshots.check_dataset",
     "pipeline.train.look",
     "pipeline.train.losses",
 }

@@ -100,7 +100,7 @@ def run_subject(trained: Trained, overrides: list[str], device: torch.device) ->
 
     def make_draw() -> Draw:
         objective = Objective(trained.config.objective)
-        return drawer(trained.painter(device), trained.network(device), objective)
+        return drawer(trained.encoders(device), trained.network(device), objective)
 
     name = f"step_{trained.step:08d}_{trained.weights}"
     return Subject(

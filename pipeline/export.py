@@ -34,12 +34,11 @@ from models import MODELS, build_model
 from models.config import InputError, run_command
 from models.exchange import layout_of, to_diffusers
 from models.files import publish
-from models.vae import LatentCodec
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.config import dump_config
 from pipeline.objective import ObjectiveConfig
-from pipeline.pictures import encoder_folder, largest_bucket, load_encoders
+from pipeline.pictures import largest_bucket
 from pipeline.sample import Trained, open_trained
 from pipeline.timesteps import ConstantShift, Shift
 
@@ -271,16 +270,12 @@ def make_recipe(trained: Trained, shift: Shift | None) -> dict[str, Any]:
 
 def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, list[str]]:
     """VAE, text encoders and tokenizers, copied or as links to where they are here; their index entries."""
-    manifest, given = trained.manifest, trained.config.encoders
-    record, cpu = manifest.codec, torch.device("cpu")
-    where = encoder_folder(record.path, given.vae, record.weights_sha256, "encoders.vae")
-    codec = LatentCodec.load(where, record.dtype)  # pyright: ignore[reportArgumentType]
-    parts = [("vae", "diffusers", codec.network, where)]
-    encoders = load_encoders(manifest, given.text, cpu)
-    if len(encoders) > 3:
-        raise InputError(f"{len(encoders)} text encoders: the exported pipeline holds at most 3")
+    encoders = trained.encoders(torch.device("cpu"))
+    parts = [("vae", "diffusers", encoders.codec.network, encoders.codec_folder)]
+    if (count := len(encoders.text)) > 3:
+        raise InputError(f"{count} text encoders: the exported pipeline holds at most 3")
     entries = {}
-    for number, encoder in enumerate(encoders, start=1):
+    for number, encoder in enumerate(encoders.text, start=1):
         suffix = f"_{number}" if number > 1 else ""
         parts.append((f"text_encoder{suffix}", "transformers", encoder.network, encoder.path))
         encoder.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")

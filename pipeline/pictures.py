@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from data_prep.schema import Manifest
+from data_prep.schema import CodecRecord, Manifest
 from models.conditions import Conditions
 from models.config import InputError
 from models.files import write_whole
@@ -43,17 +43,30 @@ def encoder_folder(recorded: str, given: str | None, sha256: str, key: str) -> P
     return folder
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """A dataset's codec and its text encoders in its order, each checked to be the one that prepared the data."""
+
+    record: CodecRecord
+    codec: LatentCodec
+    codec_folder: Path
+    text: list[TextEncoder]
+    device: torch.device
+
+
 def load_encoders(
-    manifest: Manifest, folders: dict[str, str], device: torch.device
-) -> list[TextEncoder]:
-    """The dataset's text encoders in its order, each checked to be the one that prepared the data."""
-    encoders = []
-    for name, record in manifest.text_encoders.items():
+    manifest: Manifest, vae: str | None, text: dict[str, str], device: torch.device
+) -> Encoders:
+    """Load them from `vae` and `text` (a folder by name) where given, else from where they were."""
+    record, encoders = manifest.codec, []
+    where = encoder_folder(record.path, vae, record.weights_sha256, "encoders.vae")
+    codec = LatentCodec.load(where, record.dtype, device)  # pyright: ignore[reportArgumentType]
+    for name, encoder in manifest.text_encoders.items():
         folder = encoder_folder(
-            record.path, folders.get(name), record.weights_sha256, f"encoders.text.{name}"
+            encoder.path, text.get(name), encoder.weights_sha256, f"encoders.text.{name}"
         )
-        encoders.append(TextEncoder.load(folder, record.max_length, record.dtype, device))  # pyright: ignore[reportArgumentType]
-    return encoders
+        encoders.append(TextEncoder.load(folder, encoder.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
+    return Encoders(record, codec, where, encoders, device)
 
 
 def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
@@ -78,39 +91,20 @@ def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:
 
 
 class Painter:
-    """Draws prompts with any network. They are encoded once; the text encoders are then let go, unless kept.
+    """Draws prompts, which are encoded once, with any network; it keeps the codec, not the text encoders.
 
     Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        prompts: list[str],
-        vae: str | None,
-        text: dict[str, str],
-        device: torch.device,
-        num_classes: int = 0,
-        keep_encoders: bool = False,
-    ):
-        self.manifest, self.device, self.num_classes = manifest, device, num_classes
-        codec = manifest.codec
-        folder = encoder_folder(codec.path, vae, codec.weights_sha256, "encoders.vae")
-        self.codec = LatentCodec.load(folder, codec.dtype, device)  # pyright: ignore[reportArgumentType]
-        self.encoders = load_encoders(manifest, text, device)
-        self.set_prompts(prompts)
-        if not keep_encoders:
-            self.encoders = []
-
-    def set_prompts(self, prompts: list[str]) -> None:
-        """Encode other prompts; the encoders must have been kept."""
+    def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
+        self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
         self.prompts, texts = prompts, prompts
         # The empty caption, and no class, go last and make the unconditional half.
         label = None
-        if self.num_classes:
-            labels, texts = zip(*(parse_class(p, self.num_classes) for p in prompts), strict=True)
-            label = torch.tensor([*labels, self.num_classes], device=self.device)
-        self.encoded = encode_captions(self.encoders, [*texts, ""])._replace(label=label)
+        if num_classes:
+            labels, texts = zip(*(parse_class(p, num_classes) for p in prompts), strict=True)
+            label = torch.tensor([*labels, num_classes], device=self.device)
+        self.encoded = encode_captions(encoders.text, [*texts, ""])._replace(label=label)
 
     def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
         """What a network is told of `rows` of the encoded prompts, drawn at `size`."""
@@ -128,7 +122,7 @@ class Painter:
         places: list[int],
     ) -> UInt8[Tensor, "B 3 H W"]:
         """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
-        down, channels = self.manifest.codec.downscale, self.manifest.codec.latent_channels
+        down, channels = self.record.downscale, self.record.latent_channels
         multiple = down * network.config.latent_multiple  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
         if any(side % multiple for side in size):
             raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")
@@ -147,7 +141,7 @@ class Painter:
         size: tuple[int, int],
         batch_size: int = 16,
     ) -> UInt8[Tensor, "B 3 H W"]:
-        """A picture a prompt; picture i from the noise of place i."""
+        """One picture per prompt; picture i from the noise of place i."""
         every = list(range(len(self.prompts)))
         parts = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
         return torch.cat(
@@ -190,11 +184,12 @@ def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch
                 write_whole(request.path, save, durable=False)
 
 
-def drawer(painter: Painter, network: nn.Module, objective: Objective) -> Draw:
-    """Draws requests with a painter that has kept its encoders."""
+def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw:
+    """Draws requests, whose prompts it encodes as they come."""
+    num_classes = network.config.num_classes  # pyright: ignore[reportAttributeAccessIssue]
 
     def draw(requests: list[Request]) -> Tensor:
-        painter.set_prompts([request.prompt for request in requests])
+        painter = Painter(encoders, [request.prompt for request in requests], num_classes)  # pyright: ignore[reportArgumentType]
         places = [request.place for request in requests]
         sampler, size = requests[0].sampler, requests[0].size
         rows = list(range(len(requests)))

@@ -27,17 +27,17 @@ Place = tuple[str, int, int]  # a file, the first element that it holds of a par
 
 
 class Piece(NamedTuple):
-    """`count` elements of a parameter from `at` on, which lie in `tensor`, flat, from `start` on."""
+    """`size` elements of a parameter from `at` on, which lie in `tensor`, flat, from `start` on."""
 
     name: str
     at: int
     tensor: Tensor
     start: int
-    count: int
+    size: int
 
     def of(self, state: Tensor) -> Tensor:
         """The piece's view of a state that is shaped as `tensor`."""
-        return state.detach().view(-1)[self.start : self.start + self.count]
+        return state.detach().view(-1)[self.start : self.start + self.size]
 
 
 def shape_of(parameter: Any) -> torch.Size:
@@ -62,11 +62,11 @@ def owned_pieces(engine: Any) -> Iterator[Piece]:
         if stage == 0:
             yield Piece(name, 0, whole[parameter], 0, parameter.numel())
         elif stage == 3:
-            group, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            at = size * distributed.rank()
+            group, start, part = zero.grad_position[zero.get_param_id(parameter)]
+            at = part * distributed.rank()
             # The last rank's part may end in padding, which holds anything.
-            if (count := min(size, parameter.ds_numel - at)) > 0:
-                yield Piece(name, at, zero.fp32_partitioned_groups_flat[group], start, count)
+            if (size := min(part, parameter.ds_numel - at)) > 0:
+                yield Piece(name, at, zero.fp32_partitioned_groups_flat[group], start, size)
         elif (mapping := parameter._hp_mapping) is not None:
             # Stage 1 in bf16 has an optimizer of its own.
             flats = getattr(zero, "fp32_groups_flat_partition", None)
@@ -77,14 +77,14 @@ def owned_pieces(engine: Any) -> Iterator[Piece]:
 
 def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
     """One rank's share of what all ranks hold alike: laid end to end, the pieces are cut into equal runs."""
-    total = sum(piece.count for piece in pieces)
+    total = sum(piece.size for piece in pieces)
     begin, end = total * rank // ranks, total * (rank + 1) // ranks
     first = 0  # element of the piece, counted over all of them
-    for name, at, tensor, start, count in pieces:
-        low, high = max(begin - first, 0), min(end - first, count)
+    for name, at, tensor, start, size in pieces:
+        low, high = max(begin - first, 0), min(end - first, size)
         if low < high:
             yield Piece(name, at + low, tensor, start + low, high - low)
-        first += count
+        first += size
 
 
 @dataclass
@@ -120,7 +120,7 @@ def collect(
                 continue
             key = f"{state}/{piece.name}"
             tensors[key] = piece.of(value).to("cpu", copy=True)
-            contents.places[key] = piece.at, piece.count
+            contents.places[key] = piece.at, piece.size
     return tensors, contents
 
 
@@ -207,7 +207,7 @@ def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
                 continue
             if name != RAW:
                 tensor = state.setdefault(name, torch.zeros_like(piece.tensor))
-            piece.of(tensor).copy_(stored.read(key, piece.at, piece.count))
+            piece.of(tensor).copy_(stored.read(key, piece.at, piece.size))
         if "exp_avg" in state:
             step = torch.tensor(float(stored.optimizer_step), device=piece.tensor.device)
             state.setdefault("step", step)
@@ -237,7 +237,7 @@ def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tenso
         if (piece := own.get(name)) is not None:
             # Before the first step an average is the weights.
             state = optimizer.state[piece.tensor].get(which, piece.tensor)
-            value[piece.at : piece.at + piece.count] = piece.of(state)
+            value[piece.at : piece.at + piece.size] = piece.of(state)
         if divided:  # as integers, so that every bit arrives, a negative zero's too
             dist.reduce(value.view(torch.int32), 0)
         if distributed.is_main():

@@ -19,12 +19,13 @@ from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.objective import Objective
 from pipeline.pictures import (
-    Painter,
+    Encoders,
     Request,
     draw_files,
     drawer,
     grid,
     largest_bucket,
+    load_encoders,
     read_picture,
 )
 from pipeline.sampling import SamplerConfig
@@ -89,12 +90,10 @@ class Trained:
     def network(self, device: torch.device) -> nn.Module:
         return network_for_sampling(self.config, self.state, device)
 
-    def painter(self, device: torch.device) -> Painter:
-        """One that takes any prompts."""
-        encoders, model = self.config.encoders, self.config.model
-        prompts = ["0"] if model.num_classes else [""]
-        where = encoders.vae, encoders.text, device
-        return Painter(self.manifest, prompts, *where, model.num_classes, keep_encoders=True)
+    def encoders(self, device: torch.device) -> Encoders:
+        return load_encoders(
+            self.manifest, self.config.encoders.vae, self.config.encoders.text, device
+        )
 
 
 def open_trained(run: Path, weights: str, step: int | None) -> Trained:
@@ -162,7 +161,7 @@ def draw_cells(
         for i, c in enumerate(cells)
     ]
     objective = Objective(trained.config.objective)
-    draw = drawer(trained.painter(device), trained.network(device), objective)
+    draw = drawer(trained.encoders(device), trained.network(device), objective)
     draw_files(requests, draw, trained.facts, batch_size)
     distributed.barrier()
     if distributed.is_main():

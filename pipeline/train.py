@@ -48,7 +48,7 @@ from pipeline.heldout import by_noise_level
 from pipeline.monitor import LossMeter, Monitor, SampleLog
 from pipeline.norms import BlockNorms
 from pipeline.objective import Objective
-from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket
+from pipeline.pictures import Painter, encoder_folder, grid, largest_bucket, load_encoders
 from pipeline.pieces import full_weights
 from pipeline.posthoc_ema import store_snapshots
 from pipeline.rejection import Rejection
@@ -202,7 +202,7 @@ def draw_sheet(
     plan: Plan, painter: Painter, network: nn.Module, objective: Objective, step: int
 ) -> np.ndarray:
     """The prompts' pictures as one, uint8 (H, W, 3), also in the run's samples."""
-    size = largest_bucket(painter.manifest)
+    size = largest_bucket(plan.loader.manifest)
     pictures = painter.draw(network, objective, plan.config.sampler, size)
     sheet = grid(pictures, painter.prompts, columns=5)
     folder = plan.run / "samples"
@@ -279,12 +279,11 @@ def run_steps(
     num_parameters = sum(p.numel() for p in model.parameters())
     painter = None
     if config.monitor.prompts and distributed.is_main():
+        # Only the painter keeps what is loaded here, which is the codec alone.
+        encoders = config.encoders.vae, config.encoders.text
         painter = Painter(
-            manifest,
+            load_encoders(manifest, *encoders, device),
             config.monitor.prompts,
-            config.encoders.vae,
-            config.encoders.text,
-            device,
             config.model.num_classes,
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)

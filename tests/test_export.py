@@ -23,6 +23,7 @@ from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network
 from pipeline.objective import Objective
+from pipeline.pictures import Painter
 from pipeline.randomness import draw_noise
 from pipeline.sample import Trained, open_trained
 from tests.test_evaluate import Convolutions
@@ -167,8 +168,8 @@ def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
 def test_stock_diffusers_draws_the_picture_that_sample_draws(exported, trained_run, name):
     trained, folder = make_trained(trained_run, name), exported[name]
     case = json.loads((folder.parent / "case.json").read_text())
-    painter = trained.painter(CPU)
-    painter.set_prompts(case["prompts"])
+    classes = trained.config.model.num_classes
+    painter = Painter(trained.encoders(CPU), case["prompts"], classes)
     sampler = trained.config.sampler.model_copy(update={"seed": 7})
     network, objective = trained.network(CPU), Objective(trained.config.objective)
     ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
@@ -189,12 +190,11 @@ def test_the_comparison_notices_another_step_another_shift_and_a_lost_mask(expor
     stock = torch.from_numpy(np.load(exported["dit"].parent / "stock.npy") * 255).permute(
         0, 3, 1, 2
     )
-    painter = trained.painter(CPU)
+    painter = Painter(trained.encoders(CPU), case["prompts"])
     network, objective = trained.network(CPU), Objective(trained.config.objective)
     sampler = trained.config.sampler.model_copy(update={"seed": 7})
     shift = {"shift": type(trained.config.objective.shift)(value=2.5)}
     for changes in ({"num_steps": 9}, {"guidance_interval": (0.0, 1.0)}, shift):
-        painter.set_prompts(case["prompts"])
         other = sampler.model_copy(update=changes)
         ours = painter.draw_batch(network, objective, other, tuple(case["size"]), [0, 1], [0, 1])
         assert (ours.float() - stock).abs().max() > 5, changes

@@ -50,10 +50,10 @@ def test_an_element_that_no_file_holds_is_named(places, data):
 def test_equal_shares_hold_each_element_once_and_none_is_larger_by_more_than_one(sizes, ranks):
     whole = [Piece(str(i), 0, torch.empty(0), 0, size) for i, size in enumerate(sizes)]
     shares = [list(even_share(whole, rank, ranks)) for rank in range(ranks)]
-    held = [(p.name, p.at + i) for share in shares for p in share for i in range(p.count)]
+    held = [(p.name, p.at + i) for share in shares for p in share for i in range(p.size)]
     assert held == [(str(i), element) for i, size in enumerate(sizes) for element in range(size)]
     assert all(p.start == p.at for share in shares for p in share)
-    counts = [sum(p.count for p in share) for share in shares]
+    counts = [sum(p.size for p in share) for share in shares]
     assert max(counts) - min(counts) <= 1
 
 

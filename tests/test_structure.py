@@ -67,7 +67,6 @@ MANY_PARAMETERS = {
     "pipeline.data.__init__",
     "pipeline.diffusers_pipeline.__call__",
     "pipeline.diffusers_pipeline.__init__",
-    "pipeline.pictures.__init__",
     "pipeline.sample.draw_cells",
     "pipeline.sampling.ancestral_step",
     "pipeline.sampling.generate",

@@ -1,6 +1,5 @@
 """Levers on the cost of pretraining: each does what its paper says, and nothing when it is off."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,14 +9,15 @@ from torch import nn
 from models import build_model, layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.dit import DiTConfig
 from models.networks import MaskingConfig, RoutingConfig, Span
 from models.roles import parameter_roles
-from pipeline.batch import Batch
+from pipeline.config import TrainConfig
 from pipeline.forward import Draws, Forward
 from pipeline.objective import Objective, ObjectiveConfig
 from pipeline.randomness import draw_noise
-from tests.test_networks import DATA, debug, inputs, predict, randomise
+from pipeline.train import make_plan
+from tests.shard_factory import Kind, make_dataset
+from tests.test_networks import debug, inputs, predict, randomise
 
 ROUTED = {"routing": RoutingConfig(ratio=0.5, start=1, end=-1), "depth": 4}
 MASKED = {"masking": MaskingConfig(ratio=0.75, mixer_depth=2), "depth": 2}
@@ -89,23 +89,26 @@ def test_deferred_masking_lets_dropped_patches_reach_kept_ones_through_the_mixer
     assert (gradient * ~kept).abs().max() > 1e-4
 
 
-def test_the_loss_is_over_the_kept_patches_alone():
+def test_the_loss_is_over_the_kept_patches_alone(tmp_path):
     """The trainer's own loss, against the mean over kept pixels written out."""
-    config = DiTConfig(size="debug", **DATA | {"text_dim": 0, "pooled_dim": 0}, **MASKED)
-    model, objective = randomise(build_model(config)), Objective(ObjectiveConfig())
-    codec = SimpleNamespace(latent_channels=4, scaling_factor=1.0, shift_factor=0.0)
-    loader: Any = SimpleNamespace(manifest=SimpleNamespace(codec=codec), empty_caption=None)
-    run: Any = SimpleNamespace(seed=5, model=config, training=None)
-    forward = Forward(model, objective, run, loader, torch.device("cpu"))
-    moments = torch.cat([torch.randn(3, 4, 8, 8), torch.zeros(3, 4, 8, 8)], dim=1)
-    places = torch.arange(3)
-    batch = Batch(7, 0, (64, 64), indices=places, sample_ids=places, moments=moments)
-    t = torch.tensor([0.2, 0.5, 0.8])
+    kind = Kind(encoders={}, channels=4, deterministic=True)
+    section = {
+        "seed": 5,
+        "data": {"path": str(make_dataset(tmp_path / "data", [((64, 64), 6)], kind))},
+        "model": {"size": "debug", **MASKED},
+        "training": {"images": 3, "global_batch": 3},
+        "run": str(tmp_path / "run"),
+    }
+    plan, objective = make_plan(TrainConfig.model_validate(section)), Objective(ObjectiveConfig())
+    model = randomise(build_model(plan.config.model))
+    forward = Forward(model, objective, plan.config, plan.loader, torch.device("cpu"))
+    batch, t = next(plan.loader.batches(7)), torch.tensor([0.2, 0.5, 0.8])
     terms = forward(batch, Draws(7, t, torch.zeros(3, dtype=torch.bool)), images=0)
+    plan.loader.close()
     drawn = draw_noise(5, 7, range(3), (16,), purpose="tokens")
     kept = layers.kept_pixels(drawn, Span(2, 4, 0.75), 2, 8, 8)
     noise = draw_noise(5, 7, range(3), (4, 8, 8))
-    latents = moments[:, :4]
+    latents = 0.5 * batch.moments.float()  # the dataset's scaling factor
     pred = model(objective.add_noise(latents, noise, t), t, Conditions(token_scores=drawn))
     squared = (pred - objective.target(latents, noise, t)).square()
     for row in range(3):

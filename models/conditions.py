@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Conditions(NamedTuple):
-    """Of each picture; None where the dataset has none, or the network takes none."""
+    """What a network is told of each picture; None where the dataset has none, or the network takes none."""
 
     text_emb: Tensor | None = None  # (B, L, E), text encoders one after another
     text_mask: Tensor | None = None  # bool (B, L), True keeps; None: all tokens count
     pooled: Tensor | None = None  # (B, P), text encoders side by side
     micro: Tensor | None = None  # (B, 4), original height and width, crop top and left
     label: Tensor | None = None  # int64 (B,); the number of classes stands for none of them
-    # (B, M), one a patch: the lowest choose those that `routing` or `masking` keeps; None: all are
+    # (B, M), one per patch: the lowest choose those that `routing` or `masking` keeps; None: all are
     token_scores: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditions":

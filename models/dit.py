@@ -42,8 +42,10 @@ class DiTConfig(RoutedConfig):
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
     modulation: Literal["block", "shared"] = "block"
-    position_extent: float | None = None  # positions run from 0 to this, as PixArt's; else by patch
-    timestep_shift: Literal[0, 1] = 0  # of t's frequencies: diffusers' DiT has 1, all others 0
+    position_extent: float | None = None
+    """Positions run from 0 to this, as PixArt's; null: a patch is 1."""
+    timestep_shift: Literal[0, 1] = 0
+    """Shift of t's frequencies: diffusers' DiT has 1, all others 0."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "DiTConfig":
@@ -69,18 +71,13 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        c: Float[Tensor, "B D"],
-        shared: Float[Tensor, "B 6 D"] | None,
+        c: Float[Tensor, "B D"] | Float[Tensor, "B 6 D"],
         text: Float[Tensor, "B L D"] | None,
         mask: Bool[Tensor, "B 1 1 L"] | None,
         rope: Float[Tensor, "R M e 2"] | None,
         attend: AttentionFunction,
     ) -> Float[Tensor, "B N D"]:
-        if self.norm1 is not None:
-            table = self.norm1(c)  # (B, 6, D)
-        else:
-            assert shared is not None
-            table = shared + self.scale_shift_table
+        table = c + self.scale_shift_table if self.norm1 is None else self.norm1(c)  # (B, 6, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unsqueeze(2).unbind(1)
         h = self.attn1(modulate(self.norm(x), shift_a, scale_a), attend, rope=rope)
         x = torch.addcmul(x, gate_a, h)
@@ -138,11 +135,11 @@ class DiT(PatchTransformer):
             text = self.caption_projection(given("text_emb", conditions.text_emb))  # (B, L, D)
             if conditions.text_mask is not None:
                 mask = conditions.text_mask[:, None, None, :]
-        shared = None if self.adaln_single is None else self.adaln_single(c)
+        of_blocks = c if self.adaln_single is None else self.adaln_single(c)
         attend = self.attend(x)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-            return self.run(block, x, c, shared, text, mask, rope, attend)
+            return self.run(block, x, of_blocks, text, mask, rope, attend)
 
         x, projection = self.through(x, rope, conditions.token_scores, step)
         if self.modulation_out is not None:

@@ -43,11 +43,14 @@ class MMDiTConfig(RoutedConfig):
     }
     kind: Literal["mmdit"] = "mmdit"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
-    dual_attention_layers: int = Field(default=0, ge=0)  # first blocks; SD3.5 medium has 13
-    # Positions: the middle of a square of so many patches, numbered 0 to extent. Larger: an error.
+    dual_attention_layers: int = Field(default=0, ge=0)
+    """How many of the first blocks have a second attention; SD3.5 medium has 13."""
     position_grid: int = Field(default=192, gt=0)
+    """Positions are the middle of a square of so many patches; a larger latent is an error."""
     position_extent: float = Field(default=64.0, gt=0)
-    learned_positions: bool = False  # trained from there; else fixed
+    """The square's positions run from 0 to this."""
+    learned_positions: bool = False
+    """Positions are trained from there; else they are fixed."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "MMDiTConfig":

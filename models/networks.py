@@ -12,17 +12,23 @@ NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 class NetworkConfig(Config):
     """Sizes that the data fixes default to the dataset's."""
 
-    kind: Any  # each network's own, as in models.MODELS
-    size: Any  # likewise, a name of its table of sizes
-    # Weights to begin with: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT.
+    kind: Any
+    """The network's name in the registry of `models`."""
+    size: Any
+    """A name of the network's own table of sizes."""
     init_from: str | None = None
-    size_conditioning: bool = False  # original size and crop, as SDXL (2307.01952, 2.2)
+    """Weights to begin with: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT."""
+    size_conditioning: bool = False
+    """The network is told the picture's original size and crop, as SDXL (2307.01952, 2.2)."""
     gradient_checkpointing: bool = False
-    # The dataset's, where left out.
     latent_channels: int | None = None
-    text_dim: int | None = None  # 0: none
-    pooled_dim: int | None = None  # 0: none
-    num_classes: int = 0  # one more is added, for no class
+    """Channels of a latent, the dataset's where left out."""
+    text_dim: int | None = None
+    """Width of the text tokens, the dataset's where left out; 0: none."""
+    pooled_dim: int | None = None
+    """Width of the pooled text, the dataset's where left out; 0: none."""
+    num_classes: int = 0
+    """Classes of the dataset; one more is added, for no class."""
 
     @property
     def latent_multiple(self) -> int:
@@ -46,11 +52,13 @@ class TransformerConfig(NetworkConfig):
     patch_size: int = Field(default=2, gt=0)
     mlp_ratio: float = Field(default=4.0, gt=0)
     qk_norm: bool = False
-    rope: bool = False  # instead of fixed positions
-    register_tokens: int = Field(default=0, ge=0)  # 2309.16588
+    rope: bool = False
+    """Rotary positions in place of fixed ones."""
+    register_tokens: int = Field(default=0, ge=0)
+    """Tokens that stand for no patch (2309.16588)."""
     attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
-    # muP (2203.03466) for Adam: tune at this width, train at another with the same lr and heads as wide.
     mup_base_width: int | None = Field(default=None, gt=0)
+    """muP (2203.03466) for Adam: tune at this width, train at another with the same lr and heads as wide."""
 
     @property
     def latent_multiple(self) -> int:
@@ -83,9 +91,12 @@ class TransformerConfig(NetworkConfig):
 class RoutingConfig(Config):
     """TREAD (2501.04765): in training, a random part of the tokens goes around some blocks unchanged."""
 
-    ratio: float = Field(default=0.5, gt=0, lt=1)  # of tokens that go around
-    start: int = Field(default=2, ge=0)  # first block gone around
-    end: int = -4  # first block of all tokens again; negative from the last
+    ratio: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the tokens that go around."""
+    start: int = Field(default=2, ge=0)
+    """The first block that they go around."""
+    end: int = -4
+    """The first block that all tokens enter again; negative counts from the last."""
 
 
 class MaskingConfig(Config):
@@ -94,8 +105,10 @@ class MaskingConfig(Config):
     The loss is over the kept ones. Fine-tune without it at the end, as the paper does.
     """
 
-    ratio: float = Field(default=0.75, gt=0, lt=1)  # of patches dropped
-    mixer_depth: int = Field(default=4, gt=0)  # blocks beside `depth`
+    ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of the patches that are dropped."""
+    mixer_depth: int = Field(default=4, gt=0)
+    """Blocks that mix all patches, beside `depth`."""
 
 
 class AlignmentConfig(Config):
@@ -104,10 +117,14 @@ class AlignmentConfig(Config):
     Needs a dataset prepared with `vision_encoder`.
     """
 
-    block: int = Field(default=8, gt=0)  # after how many blocks; 8 of XL's 28 in the paper
-    weight: float = Field(default=0.5, gt=0)  # of 1 - cosine similarity in the loss
-    hidden_size: int = Field(default=2048, gt=0)  # of the projection's three layers
-    until_images: int | None = Field(default=None, gt=0)  # then no more (2505.16792); null: always
+    block: int = Field(default=8, gt=0)
+    """After how many blocks patches are aligned; 8 of XL's 28 in the paper."""
+    weight: float = Field(default=0.5, gt=0)
+    """Weight of 1 - cosine similarity in the loss."""
+    hidden_size: int = Field(default=2048, gt=0)
+    """Width of the projection's three layers."""
+    until_images: int | None = Field(default=None, gt=0)
+    """After so many pictures there is no more alignment (2505.16792); null: always."""
 
 
 class Span(NamedTuple):
@@ -122,12 +139,13 @@ class Span(NamedTuple):
 
 
 class RoutedConfig(TransformerConfig):
-    """Of networks whose blocks may run on a part of the patches; both need `token_scores` in forward."""
+    """Networks whose blocks may run on a part of the patches, which `token_scores` choose."""
 
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
     alignment: AlignmentConfig | None = None
-    vision_dim: int | None = None  # the dataset's, where left out; 0: none
+    vision_dim: int | None = None
+    """Width of the vision encoder's features, the dataset's where left out; 0: none."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "RoutedConfig":

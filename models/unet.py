@@ -14,7 +14,7 @@ from models.conditions import Conditions, check_shapes, given
 from models.config import InputError
 from models.networks import NetworkConfig
 
-# Channels a level, transformer layers a level (0: none), heads a level, ResNets a level.
+# By level: channels, transformer layers (0: none) and heads; then ResNets per level.
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]] = {
     "debug": ((32, 64), (0, 1), (2, 2), 1),
     "tiny": ((64, 128, 256), (0, 1, 1), (4, 4, 4), 1),
@@ -26,9 +26,9 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]] 
 class UNetConfig(NetworkConfig):
     kind: Literal["unet"] = "unet"
     size: Literal["debug", "tiny", "sd15", "sdxl"] = "sd15"
-    # size_conditioning is SDXL's "text_time": pooled text and six numbers, of which the last two are the
-    # picture's own size: the latent's times this, the dataset's where left out.
     latent_downscale: int | None = Field(default=None, gt=0)
+    """Pixels per latent pixel, the dataset's where left out. size_conditioning is SDXL's "text_time": pooled text and
+    six numbers, of which the last two are the picture's own size, the latent's times this."""
 
     def diffusers(self) -> dict[str, Any]:
         """Arguments of diffusers' class; raises InputError where it has no such network."""

@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.layers import kept_pixels
-from models.networks import RoutedConfig
+from models.networks import NetworkConfig, RoutedConfig
 from models.vae import sample_latents
-from pipeline.config import TrainConfig
 from pipeline.data import Batch, Loader
 from pipeline.objective import Latents, LossTerms, Objective, PerSample, alignment_loss
 from pipeline.randomness import draw_dropout, draw_noise
@@ -41,22 +40,23 @@ class Forward:
         self,
         network: Any,
         objective: Objective,
-        config: TrainConfig,
         loader: Loader,
+        model: NetworkConfig,
+        caption_dropout: float,
         device: torch.device,
     ):
         self.network, self.objective, self.device = network, objective, device
-        self.seed, self.training = config.seed, config.training
-        self.model: Any = config.model
+        self.seed, self.global_batch = loader.plan.seed, loader.plan.global_batch
+        self.caption_dropout, self.model = caption_dropout, cast(Any, model)
         self.span = self.model.span if isinstance(self.model, RoutedConfig) else None
         self.codec, caption = loader.manifest.codec, loader.empty_caption
         self.empty_caption = None if caption is None else caption.to(device)
 
     def draw(self, step: int, latent_size: tuple[int, int]) -> Draws:
         """A pure function of the seed and the step."""
-        size, p = self.training.global_batch, self.training.caption_dropout
-        t = self.objective.draw_t(self.seed, step, size, latent_size)
-        return Draws(step, t, draw_dropout(self.seed, step, size, p))
+        t = self.objective.draw_t(self.seed, step, self.global_batch, latent_size)
+        dropped = draw_dropout(self.seed, step, self.global_batch, self.caption_dropout)
+        return Draws(step, t, dropped)
 
     def __call__(self, batch: Batch, draws: Draws, images: int) -> Terms:
         """What a micro-batch comes to after `images` pictures."""

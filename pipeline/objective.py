@@ -74,7 +74,7 @@ class MSE(Config):
 
 
 class PseudoHuber(Config):
-    """2c (sqrt(e^2 + c^2) - c) an element: e^2 where small against `c`, 2c|e| where large."""
+    """2c (sqrt(e^2 + c^2) - c) per element: e^2 where small against `c`, 2c|e| where large."""
 
     kind: Literal["pseudo_huber"] = "pseudo_huber"
     c: PositiveFloat = 0.1
@@ -98,7 +98,8 @@ class ObjectiveConfig(Config):
     prediction: Literal["epsilon", "v", "sample", "flow", "edm"] = "flow"
     timesteps: Timesteps = LogitNormal()
     shift: Shift | None = None
-    uniform_fraction: Share = 0.0  # of samples whose t is uniform instead
+    uniform_fraction: Share = 0.0
+    """Share of the samples whose t is uniform instead."""
     weighting: Weighting = Unweighted()
     loss: Loss = MSE()
 
@@ -321,7 +322,7 @@ class Objective:
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y in fp32, a coefficient a sample."""
+    """a x + b y in fp32, with coefficients (B,)."""
     return expand(a, x) * x.float() + expand(b, y) * y.float()
 
 

@@ -92,8 +92,10 @@ class FluxShift(Config):
     """sigma/alpha times e^mu, mu linear in the tokens of 2x2 latent pixels, as FLUX.1's sampler."""
 
     kind: Literal["flux"] = "flux"
-    base_mu: float = 0.5  # at 256 tokens
-    max_mu: float = 1.15  # at 4096 tokens
+    base_mu: float = 0.5
+    """mu at 256 tokens."""
+    max_mu: float = 1.15
+    """mu at 4096 tokens."""
 
     def factor(self, latent_size: tuple[int, int]) -> float:
         tokens = latent_size[0] * latent_size[1] / 4

@@ -287,7 +287,8 @@ def run_steps(
             config.model.num_classes,
         )
     engine, optimizer = build_engine(model, config.engine, config.optimizer, global_batch)
-    forward = Forward(engine, objective, config, loader, device)
+    dropout = config.training.caption_dropout
+    forward = Forward(engine, objective, loader, config.model, dropout, device)
     lr_of = lr_schedule(config.optimizer, global_batch, config.training.num_steps)
     saver = checkpoint.Saver(run / checkpoint.CHECKPOINTS, config.checkpoint)
     rejection = Rejection(config.rejection, run, engine, optimizer)

@@ -44,7 +44,7 @@ def run(dataset: str, folder: str, stage: int, model: dict, objective_section: d
     engine, optimizer = build_engine(
         build_model(config.model), config.engine, config.optimizer, BATCH
     )
-    forward = Forward(engine, objective, config, plan.loader, torch.device("cpu"))
+    forward = Forward(engine, objective, plan.loader, config.model, 0.1, torch.device("cpu"))
     values, batches = [], plan.loader.batches(0)
     for step in range(STEPS):
         for group in optimizer.param_groups:

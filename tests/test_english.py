@@ -14,15 +14,15 @@ TO_CONVERT = """
     configs/prepare_sources.yaml configs/train_dit_b.yaml configs/train_sit_xl_imagenet256.yaml
     data_prep/catalog.py data_prep/encode.py data_prep/estimate.py data_prep/plan.py
     data_prep/prepare.py data_prep/report.py data_prep/schema.py data_prep/sources.py
-    models/README.md models/config.py models/fit_vae.py models/networks.py models/unet.py
+    models/README.md models/config.py models/fit_vae.py
     pipeline/data.py pipeline/ema.py pipeline/engine.py pipeline/evaluate.py pipeline/monitor.py
-    pipeline/objective.py pipeline/objective_report.py pipeline/order.py pipeline/pictures.py
+    pipeline/objective_report.py pipeline/order.py pipeline/pictures.py
     pipeline/plan.py pipeline/sample.py pipeline/shards.py pipeline/show_data.py pipeline/train.py
     tests/benchmarks/RESULTS.md tests/benchmarks/__main__.py
     tests/benchmarks/loader.py tests/benchmarks/model.py tests/benchmarks/order.py
     tests/benchmarks/plan_scale.py tests/benchmarks/prepare.py tests/benchmarks/scaling.py
     tests/benchmarks/sizes.py tests/benchmarks/step.py tests/ranks_plan.py tests/test_docs.py
-    tests/test_ema.py tests/test_exchange.py tests/test_networks.py tests/test_objective.py
+    tests/test_ema.py tests/test_exchange.py tests/test_networks.py
     tests/test_sampling.py tests/test_vae.py
 """
 

@@ -101,7 +101,7 @@ def test_the_loss_is_over_the_kept_patches_alone(tmp_path):
     }
     plan, objective = make_plan(TrainConfig.model_validate(section)), Objective(ObjectiveConfig())
     model = randomise(build_model(plan.config.model))
-    forward = Forward(model, objective, plan.config, plan.loader, torch.device("cpu"))
+    forward = Forward(model, objective, plan.loader, plan.config.model, 0.1, torch.device("cpu"))
     batch, t = next(plan.loader.batches(7)), torch.tensor([0.2, 0.5, 0.8])
     terms = forward(batch, Draws(7, t, torch.zeros(3, dtype=torch.bool)), images=0)
     plan.loader.close()

@@ -36,11 +36,12 @@ ATTEMPTS = 3  # an innocent picture may lose its child to an outside kill, hardl
 
 @dataclass(frozen=True)
 class Address:
-    """Where a picture's bytes lie."""
+    """Where a picture's bytes lie, or the bytes themselves where nothing else holds them."""
 
     path: str
     offset: int
     length: int
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class ProbeRequest:
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """Refused if the bytes are no longer those that the scan saw."""
+    """Refused if the bytes are no longer those that a scan saw; None: there was none."""
 
     address: Address
-    content_hash: bytes
+    content_hash: bytes | None
     bucket: Bucket
     crop_at: tuple[float, float]
 
@@ -158,16 +159,18 @@ def _work(request: Request, config: ImagesConfig) -> Answer:
     address = request.address
     if address.length > config.max_bytes:
         raise Rejected("too_many_bytes", f"{address.length} > {config.max_bytes}")
-    try:
-        data = read_bytes(address.path, address.offset, address.length)
-    except OSError as error:
-        raise Rejected("unreadable", error.strerror or type(error).__name__) from error
+    data = address.data
+    if data is None:
+        try:
+            data = read_bytes(address.path, address.offset, address.length)
+        except OSError as error:
+            raise Rejected("unreadable", error.strerror or type(error).__name__) from error
     signal.alarm(config.timeout_s)  # waiting for a store is no fault of the picture's
     content_hash = hashlib.sha256(data).digest()
     if isinstance(request, ProbeRequest):
         height, width = probe(data, config)
         looks = perceptual_hash(data, config) if request.perceptual_hash else None
         return Probe(content_hash, height, width, looks)
-    if content_hash != request.content_hash:
+    if request.content_hash not in (None, content_hash):
         raise Rejected("changed_since_scan", "its bytes are no longer those that were scanned")
     return decode(data, request.bucket, config, request.crop_at)

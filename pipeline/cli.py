@@ -16,6 +16,7 @@ STAGES = {
     "config": ("pipeline.show_config", "show|diff|schema: resolved, against another, for editors"),
     "plan": ("pipeline.plan", "before spending: memory, hours, disk, bandwidth of a config"),
     "prepare": ("data_prep.prepare", "sources -> shards; run it again to resume"),
+    "fit-vae": ("data_prep.fit_vae", "a small autoencoder of your own kind of pictures"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),
     "objective": (
@@ -32,11 +33,11 @@ STAGES = {
         "prepare, train or evaluate as a Ray job or on Slurm",
     ),
 }
-# Stage -> a key that its configs alone have, and the class.
+# Stage -> a key that its configs have and those of the stages after it lack, and the class.
 CONFIGS = {
     "train": ("training", "pipeline.config:TrainConfig"),
-    "prepare": ("sources", "data_prep.prepare:PrepareConfig"),
-    "fit_vae": ("pictures", "models.fit_vae:FitVaeConfig"),
+    "prepare": ("vae", "data_prep.prepare:PrepareConfig"),
+    "fit-vae": ("sources", "data_prep.fit_vae:FitVaeConfig"),
 }
 
 

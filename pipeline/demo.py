@@ -29,7 +29,7 @@ def stages(folder: Path) -> list[tuple[str, list[str]]]:
     return [
         (
             "Draw OpenMoji pictures with their captions",
-            ["data_prep.openmoji", pictures, "--size", "64"],
+            ["pipeline.openmoji", pictures, "--size", "64"],
         ),
         (
             "Prepare: latents and text embeddings in shards",

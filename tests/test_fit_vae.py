@@ -1,6 +1,5 @@
 """Fitting an autoencoder: the pictures it reads, resuming, what it refuses; and the demo's own weights."""
 
-import io
 import json
 import subprocess
 import tarfile
@@ -8,26 +7,20 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
-from data_prep import openmoji
-from models import fit_vae
+from data_prep import fit_vae
+from data_prep.fit_vae import FitVaeConfig, heldout_psnr, name_hash, psnr, read_pictures
 from models.config import InputError, load_config, parse_config
 from models.files import temporary_for
-from models.fit_vae import (
-    Address,
-    FitVaeConfig,
-    heldout_psnr,
-    name_hash,
-    psnr,
-    read_picture,
-    read_pictures,
-)
 from models.vae import LatentCodec, sample_latents
 from models.weights import weights_sha256
+from pipeline import openmoji
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "models" / "demo_vae"
@@ -59,7 +52,7 @@ def draw_shapes(folder: Path, count: int) -> Path:
 
 def tiny_config(tmp_path: Path, **changes) -> FitVaeConfig:
     settings = {
-        "pictures": {"shapes": tmp_path / "shapes"},
+        "sources": {"shapes": {"kind": "folder", "path": str(tmp_path / "shapes")}},
         "output": tmp_path / "vae",
         "resolution": 16,
         "channels": [16, 16],
@@ -196,56 +189,62 @@ def test_pictures_are_held_out_by_name_whatever_else_lies_beside_them(tmp_path, 
     assert few[0].shape[0] > few[1].shape[0], "cutting the set keeps both parts"
 
 
-def test_a_tar_gives_the_same_pictures_as_the_folder_it_was_made_from(tmp_path, shapes):
-    from_folder = read_pictures(tiny_config(tmp_path), "shapes")
+def test_a_tar_and_a_table_give_the_same_pictures_as_the_folder_they_were_made_from(
+    tmp_path, shapes
+):
+    paths = sorted(shapes.iterdir(), reverse=True)
     (tmp_path / "tars" / "deep").mkdir(parents=True)
     with tarfile.open(tmp_path / "tars" / "deep" / "00000.tar", "w") as tar:
-        for path in sorted(shapes.iterdir(), reverse=True):
+        for path in paths:
             tar.add(path, arcname=f"sub/{path.name}")
-            caption = tarfile.TarInfo(f"sub/{path.stem}.txt")
-            caption.size = 1
-            tar.addfile(caption, io.BytesIO(b"x"))
-    from_tar = read_pictures(
-        tiny_config(tmp_path, pictures={"shapes": tmp_path / "tars"}), "shapes"
+    data = {"image": [path.read_bytes() for path in paths], "caption": [p.stem for p in paths]}
+    pq.write_table(pa.table(data), tmp_path / "t.parquet")
+    sources = {
+        "shapes": {"kind": "folder", "path": str(shapes)},
+        "tars": {"kind": "tars", "path": str(tmp_path / "tars")},
+        "table": {"kind": "table", "path": str(tmp_path / "t.parquet")},
+    }
+    config = tiny_config(tmp_path, sources=sources)
+    folder, *others = (
+        sorted(
+            picture.numpy().tobytes() for part in read_pictures(config, name) for picture in part
+        )
+        for name in sources
     )
-    assert all(torch.equal(a, b) for a, b in zip(from_folder, from_tar, strict=True))
+    assert others == [folder, folder]
 
 
-def test_transparent_pixels_become_white_whatever_colour_they_hide(tmp_path):
-    hidden = np.zeros((8, 8, 4), dtype=np.uint8)
-    hidden[:, :4] = (255, 0, 0, 255)
-    hidden[:, 4:] = (0, 0, 255, 0)
-    Image.fromarray(hidden).save(tmp_path / "a.webp", lossless=True, exact=True)
-    pixels = read_picture(Address("a.webp", tmp_path / "a.webp"), 8)
-    assert (pixels[:, :, :4] == np.array([255, 0, 0])[:, None, None]).all()
-    assert (pixels[:, :, 4:] == 255).all()
-
-
-def test_pictures_are_turned_upright_and_cut_to_the_centre_square(tmp_path):
-    pixels = np.zeros((8, 24, 3), dtype=np.uint8)
-    pixels[:, 8:16] = 200
+def test_pictures_are_read_as_preparation_reads_them(tmp_path, shapes):
+    """Turned upright, on white where transparent, 16 bits scaled, the centre cut out."""
+    for path in shapes.iterdir():
+        path.unlink()
+    wide = np.zeros((16, 48, 4), dtype=np.uint8)
+    wide[:, 16:32] = (200, 200, 200, 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert (read_picture(Address("a.png", tmp_path / "a.png"), 8) == 200).all()
+    Image.fromarray(wide).save(shapes / "turned.png", exif=exif)
+    wide[:, 16:32] = (0, 0, 255, 0)
+    Image.fromarray(wide).save(shapes / "clear.webp", lossless=True, exact=True)
+    Image.fromarray(np.full((16, 16), 100 * 257, dtype=np.uint16)).save(shapes / "deep.png")
+    config = tiny_config(tmp_path, heldout_fraction=0.5)
+    found = torch.cat(read_pictures(config, "shapes"))
+    assert found.shape == (3, 3, 16, 16)
+    assert sorted(picture.unique().tolist() for picture in found) == [[100], [200], [255]]
 
 
-def test_damaged_and_16_bit_pictures_are_counted_by_reason(tmp_path, shapes, capsys):
+def test_damaged_pictures_are_counted_by_reason(tmp_path, shapes, capsys):
     (shapes / "damaged.png").write_bytes(b"\x89PNG nothing")
-    Image.fromarray(np.zeros((8, 8), dtype=np.uint16)).save(shapes / "deep.png")
+    (shapes / "gone.png").symlink_to("nothing")
     parts = read_pictures(tiny_config(tmp_path), "shapes")
     assert sum(len(p) for p in parts) == 40
-    told = capsys.readouterr().err
-    assert "'UnidentifiedImageError': 1" in told
-    assert "'ValueError': 1" in told
+    assert "rejected: {'unreadable': 1, 'undecodable': 1}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: folder.rename(folder.parent / "gone"), "no such folder"),
-        (lambda folder: [p.unlink() for p in folder.iterdir()], "got no picture"),
-        (lambda folder: (folder / "a.tar").write_bytes(b"x" * 2000), "not a whole tar"),
+        (lambda folder: [p.unlink() for p in folder.iterdir()], "no pictures there"),
         (lambda folder: [p.write_bytes(b"") for p in folder.iterdir()], "got 0 pictures to fit on"),
     ],
 )
@@ -304,7 +303,7 @@ def heldout_openmoji(tmp_path_factory) -> torch.Tensor:
         pytest.importorskip(package, reason="install flowmill[demo] to draw OpenMoji")
     folder = tmp_path_factory.mktemp("openmoji")
     openmoji.draw(folder, size=64, limit=500)
-    config = load_config(FitVaeConfig, CONFIG, [f"pictures.openmoji={folder}"])
+    config = load_config(FitVaeConfig, CONFIG, [f"sources.openmoji.path={folder}"])
     heldout = read_pictures(config, "openmoji")[1]
     assert len(heldout) > 30
     return heldout

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import openmoji
 from models.config import InputError
+from pipeline import openmoji
 
 
 @pytest.fixture

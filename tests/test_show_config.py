@@ -69,7 +69,7 @@ def test_the_schema_is_json_of_every_section(capsys):
 @pytest.mark.parametrize(
     ("action", "arguments", "message"),
     [
-        ("schema", ["trian"], "expected one of train, prepare, fit_vae"),
+        ("schema", ["trian"], "expected one of train, prepare, fit-vae"),
         ("diff", [str(DEMO)], "got 1 names, expected 2"),
         ("show", [str(CONFIG_FOLDER / "demo_tain.yaml")], "Did you mean demo_train.yaml"),
         ("diff", [str(DEMO), str(CONFIG_FOLDER / "demo_prepare.yaml")], "different stages"),

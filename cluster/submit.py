@@ -102,7 +102,7 @@ def check_stage(
     if not (folder / file).resolve().is_relative_to(folder):
         raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")
     if action is Action.PREPARE:
-        from data_prep.prepare import PrepareConfig
+        from data_prep.config import PrepareConfig
 
         prepare = load_config(PrepareConfig, folder / file, overrides)
         inputs = {f"sources.{n}.path": source.path for n, source in prepare.sources.items()}

@@ -1,6 +1,7 @@
-"""Which shards are to be made, and which are made: the plan's list and the commits."""
+"""Which shards are to be made, and which are made: the plan's list, the commits, and how one leads to the other."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from data_prep.plan import SHARD_LIST_SCHEMA
 from data_prep.schema import index_path
 from data_prep.shards import WORK, read_table
 from data_prep.storage import find_files
+from data_prep.workers import LOST, Actors
 
 COMMITS = "commits"  # of the working folder
 READERS = 16  # of commits, which on an object store wait for each other's round trips
@@ -62,3 +64,28 @@ def read_commits(dataset: Path, shards: list[ShardSpec]) -> list[dict[str, Any] 
 
     with ThreadPoolExecutor(READERS) as threads:
         return list(threads.map(read, shards))
+
+
+def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
+    """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
+    lost = list[tuple[ShardSpec, int]]()
+    for (spec, number), commit in actors.run("encode_shard", ([shard] for shard in todo)):
+        if commit is LOST:
+            lost.append((spec, number))
+        else:
+            yield commit
+    # Each picture alone shows which of them kill. The others are then encoded as if those had been
+    # rejected earlier, so that a shard's bytes depend on its pictures and not on what its search met.
+    deadly: dict[int, list[int]] = {number: [] for _, number in lost}
+    pictures = ([(*shard, place) for place in range(shard[0].num_planned)] for shard in lost)
+    for (_, number, place), answer in actors.run("try_picture", pictures):
+        if answer is LOST:
+            deadly[number].append(place)
+    again = ([(spec, number, sorted(deadly[number]))] for spec, number in lost)
+    for (spec, *_), commit in actors.run("encode_shard", again):
+        if commit is LOST:
+            raise RuntimeError(
+                f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
+                "memory is short, lower encode.batch_size."
+            )
+        yield commit

@@ -19,10 +19,10 @@ from data_prep.config import PrepareConfig
 from data_prep.encode import ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.plan import plan
-from data_prep.prepare import check_buckets, check_settings, encoder_settings
 from data_prep.report import Progress
 from data_prep.scan import class_names, list_sources, scan_part, scan_settings
 from data_prep.schema import index_path
+from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK
 from models.config import InputError, load_config, run_command
 

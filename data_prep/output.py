@@ -15,7 +15,7 @@ from data_prep.schema import MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, open_root, patient
 from data_prep.workers import in_ray_job
-from models.config import InputError
+from models.config import InputError, differences
 
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
 
@@ -68,11 +68,10 @@ def _delete_earlier(dataset: Path) -> None:
 
 
 def _refuse_other_settings(output: str, work: Path, settings: dict[str, Any]) -> None:
-    before, now = _flat(json.loads((work / "config.json").read_text())), _flat(settings)
+    begun = json.loads((work / "config.json").read_text())
     changes = [
-        f"  {key.removeprefix('config.')}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted(before | now)
-        if before.get(key, "absent") != now.get(key, "absent")
+        f"  {key.removeprefix('config.')}: {old} -> {new}"
+        for key, (old, new) in differences(begun, settings).items()
     ]
     if changes:
         raise InputError(
@@ -94,12 +93,6 @@ def _refuse_other_sources(output: str, work: Path, now: pa.Table) -> None:
         f"sources: not what they were when {output} was begun: files {', '.join(found)}. "
         "Remedy: restore them, choose another output, or --restart to delete it and start anew."
     )
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict) or not data:
-        return {prefix: data}
-    return {k: v for key in data for k, v in _flat(data[key], f"{prefix}.{key}".strip(".")).items()}
 
 
 def is_complete(dataset: Path) -> bool:

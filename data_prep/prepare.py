@@ -1,18 +1,16 @@
 """Pictures to shards: `flowmill prepare CONFIG.yaml [section.key=value ...]`. Run it again to resume."""
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from data_prep.catalog import STAGED
-from data_prep.commits import ShardSpec, read_commits, shard_list
-from data_prep.config import INDECISIVE, PrepareConfig
-from data_prep.encode import Encoders, EncoderSettings, ShardEncoder
+from data_prep.commits import ShardSpec, encode_shards, read_commits, shard_list
+from data_prep.config import PrepareConfig
+from data_prep.encode import Encoders, ShardEncoder
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
 from data_prep.plan import plan
@@ -20,11 +18,11 @@ from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result
 from data_prep.scan import class_names, list_sources, scan
 from data_prep.schema import read_manifest
+from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK, read_table
 from data_prep.storage import delete
-from data_prep.workers import LOST, Actors, connect, share_out
+from data_prep.workers import Actors, connect, share_out
 from models.config import InputError, load_config, run_command
-from models.weights import read_model_config, weights_sha256
 
 
 def main(
@@ -88,39 +86,6 @@ class _Clock:
         self.spent[stage], self._last = now - self._last, now
 
 
-def check_settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the result, the encoders' weights included; raises InputError where one is not there."""
-    folders = {"vae": (config.vae.path, "a diffusers autoencoder")}
-    for name, text in config.text_encoders.items():
-        folders[f"text_encoders.{name}"] = (text.path, "a transformers text encoder")
-    if config.vision_encoder is not None:
-        folders["vision_encoder"] = (config.vision_encoder.path, "a vision transformer")
-    weights = {}
-    for name, (path, what) in folders.items():
-        try:
-            read_model_config(Path(path), what)
-            weights[name] = weights_sha256(Path(path))
-        except InputError as error:
-            raise InputError(f"{name}.path: {error}") from None
-    decisive = config.model_dump(mode="json", exclude=INDECISIVE)
-    return {"config": decisive, "weights": weights}
-
-
-def check_buckets(config: PrepareConfig, downscale: int) -> None:
-    """Raises InputError where a bucket's sides are not whole latents."""
-    if config.images.bucket_multiple % downscale:
-        raise InputError(
-            f"images.bucket_multiple: got {config.images.bucket_multiple}, expected a multiple of "
-            f"{downscale}, the downscale of {config.vae.path}, times the patch size of the model."
-        )
-    vision = config.vision_encoder
-    if vision is not None and config.images.bucket_multiple % vision.patch_pixels:
-        raise InputError(
-            f"vision_encoder.patch_pixels: got {vision.patch_pixels}, expected a divisor of "
-            f"images.bucket_multiple, {config.images.bucket_multiple}"
-        )
-
-
 def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     """The shards to be made; raises InputError if no picture is left to fill one."""
     work = dataset / WORK
@@ -137,20 +102,6 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
             + f" (see {work}/plan_rejects.parquet). Remedy: other pictures, captions or filters, and --restart."
         )
     return shards
-
-
-def encoder_settings(config: PrepareConfig, dataset: Path) -> EncoderSettings:
-    """What the actors are made with; absolute paths."""
-    vae = config.vae.model_copy(update={"path": os.path.abspath(config.vae.path)})
-    texts = {
-        name: text.model_copy(update={"path": os.path.abspath(text.path)})
-        for name, text in config.text_encoders.items()
-    }
-    labels = any(source.labels for source in config.sources.values())
-    vision = config.vision_encoder
-    if vision is not None:
-        vision = vision.model_copy(update={"path": os.path.abspath(vision.path)})
-    return EncoderSettings(str(dataset), vae, texts, vision, config.images, config.encode, labels)
 
 
 def encode(
@@ -177,31 +128,6 @@ def encode(
     whole = [commit for commit in commits if commit]
     assert len(whole) == len(shards), "the actors returned before every shard was committed"
     return whole
-
-
-def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
-    """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
-    lost = list[tuple[ShardSpec, int]]()
-    for (spec, number), commit in actors.run("encode_shard", ([shard] for shard in todo)):
-        if commit is LOST:
-            lost.append((spec, number))
-        else:
-            yield commit
-    # Each picture alone shows which of them kill. The others are then encoded as if those had been
-    # rejected earlier, so that a shard's bytes depend on its pictures and not on what its search met.
-    deadly: dict[int, list[int]] = {number: [] for _, number in lost}
-    pictures = ([(*shard, place) for place in range(shard[0].num_planned)] for shard in lost)
-    for (_, number, place), answer in actors.run("try_picture", pictures):
-        if answer is LOST:
-            deadly[number].append(place)
-    again = ([(spec, number, sorted(deadly[number]))] for spec, number in lost)
-    for (spec, *_), commit in actors.run("encode_shard", again):
-        if commit is LOST:
-            raise RuntimeError(
-                f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
-                "memory is short, lower encode.batch_size."
-            )
-        yield commit
 
 
 if __name__ == "__main__":

@@ -128,6 +128,26 @@ def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]
     return parse_config(config_class, read_yaml(path, overrides), str(path))
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b": value}."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}".lstrip("."))
+    return flat
+
+
+def differences(saved: Any, given: Any) -> dict[str, tuple[Any, Any]]:
+    """{"section.key": (saved, given)} wherever two configs differ, or plain data that has them in it."""
+    old, new = (
+        flatten(side.model_dump(mode="json") if isinstance(side, Config) else side)
+        for side in (saved, given)
+    )
+    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old | new)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def run_command(function: Callable[..., None], **settings: Any) -> None:
     """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
     import typer

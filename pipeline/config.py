@@ -125,19 +125,3 @@ def load_run_config(run: Path) -> TrainConfig:
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected the folder of a training run")
     return parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {"a.b": value}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in cast(dict[str, Any], tree).items():
-        flat |= flatten(value, f"{prefix}.{key}".lstrip("."))
-    return flat
-
-
-def differences(saved: Config, given: Config) -> dict[str, tuple[Any, Any]]:
-    """{"section.key": (saved, given)} wherever two configs differ."""
-    old, new = flatten(saved.model_dump(mode="json")), flatten(given.model_dump(mode="json"))
-    return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}

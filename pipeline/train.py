@@ -19,15 +19,13 @@ import typer
 from torch import nn
 
 from models import build_model
-from models.config import InputError, run_command
+from models.config import InputError, differences, flatten, run_command
 from models.files import write_text
 from pipeline import checkpoint, distributed
 from pipeline.config import (
     RESULTS,
     TrainConfig,
-    differences,
     dump_config,
-    flatten,
     load_run_config,
     sizes_of,
 )

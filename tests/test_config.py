@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from models import build_model
-from models.config import InputError, load_config
+from models.config import InputError, differences, load_config
 from pipeline import cli
-from pipeline.config import TrainConfig, differences, dump_config
+from pipeline.config import TrainConfig, dump_config
 from tests.train_factory import run
 
 ROOT = Path(__file__).parent.parent

@@ -40,9 +40,10 @@ from data_prep.encode import (
 )
 from data_prep.images import ImagesConfig, decode
 from data_prep.output import open_output
-from data_prep.prepare import check_buckets, check_settings, main, prepare
+from data_prep.prepare import main, prepare
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
+from data_prep.settings import check_buckets, check_settings
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS

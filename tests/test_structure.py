@@ -44,7 +44,6 @@ FLOORS = {
 CIRCLES: set[str] = set()
 UPWARD: set[str] = set()
 IMPORTED_COMMANDS = {
-    "data_prep.estimate -> data_prep.prepare",
     "pipeline.evaluate -> pipeline.sample",
     "pipeline.export -> pipeline.objective_report",
     "pipeline.export -> pipeline.sample",

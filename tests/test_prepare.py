@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.torch
 import torch
 import yaml
@@ -377,49 +380,73 @@ def test_a_batch_too_large_for_the_gpu_is_encoded_in_halves():
         in_halves(never, [1, 2])
 
 
+SPEC = ShardSpec("shards/32x32/train-000000.tar", "train", 32, 32, 2)
+
+
+def planned_shard(folder: Path, vae: Path, text: Path) -> EncoderSettings:
+    """Settings of a ShardEncoder for SPEC: two pictures, of which the second changed since the scan."""
+    rows = []
+    for number in range(2):
+        data = encoded(pixels(number))
+        (folder / f"{number}.png").write_bytes(data)
+        row = {"key": f"{number:020}", "source": "s", "name": "x.png", "metadata": ""}
+        row |= {"path": str(folder / f"{number}.png"), "offset": 0, "length": len(data)}
+        row |= {"content_hash": hashlib.sha256(data + bytes(number)).digest()}
+        rows.append(row | {"height": 40, "width": 40, "captions": ["volcano"]})
+    plan = folder / "dataset" / "work" / "plan" / "000000.parquet"
+    write_table(plan, pa.Table.from_pylist(rows, CATALOG_SCHEMA))
+    texts = {"bert": TextEncoderConfig(path=str(text), max_length=8)}
+    images = ImagesConfig(resolution=32, bucket_multiple=8)
+    vae_config, dataset = VaeConfig(path=str(vae)), str(folder / "dataset")
+    return EncoderSettings(dataset, vae_config, texts, None, images, EncodeConfig(), False)
+
+
 def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
     vae = save_kl(tmp_path / "vae")
     weights = vae / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     tensors["quant_conv.bias"] += 1e6
     safetensors.torch.save_file(tensors, weights)
-    (tmp_path / "x.png").write_bytes(encoded(pixels(0)))
-    data = (tmp_path / "x.png").read_bytes()
-    row = {
-        "key": "0" * 20,
-        "source": "s",
-        "name": "x.png",
-        "path": str(tmp_path / "x.png"),
-        "offset": 0,
-        "length": len(data),
-        "content_hash": hashlib.sha256(data).digest(),
-        "height": 40,
-        "width": 40,
-        "captions": ["volcano"],
-        "metadata": "",
-    }
-    settings = EncoderSettings(
-        str(tmp_path / "dataset"),
-        VaeConfig(path=str(vae)),
-        {"bert": TextEncoderConfig(path=str(text_folder), max_length=8)},
-        None,
-        ImagesConfig(resolution=32, bucket_multiple=8),
-        EncodeConfig(),
-        has_labels=False,
-    )
-    encoder = ShardEncoder(settings, num_decoders=1)
-    spec = ShardSpec("shards/32x32/train-000000.tar", "train", 32, 32, 1)
     try:
-        plan = tmp_path / "dataset" / "work" / "plan" / "000000.parquet"
-        write_table(plan, pa.Table.from_pylist([row], CATALOG_SCHEMA))
-        commit = encoder.encode_shard(spec, 0)
+        encoder = ShardEncoder(planned_shard(tmp_path, vae, text_folder), num_decoders=1)
+        commit = encoder.encode_shard(SPEC, 0)
     finally:
         torch.use_deterministic_algorithms(False)
     assert commit["num_samples"] == 0
-    assert [(r["reason"], r["detail"].split(":")[0]) for r in commit["rejects"]] == [
-        ("not_finite", "moments")
+    assert sorted((r["reason"], r["detail"].split(":")[0]) for r in commit["rejects"]) == [
+        ("changed_since_scan", "its bytes are no longer those that were scanned"),
+        ("not_finite", "moments"),
     ]
-    assert not (tmp_path / "dataset" / spec.path).exists()
+    assert not (tmp_path / "dataset" / SPEC.path).exists()
+
+
+class NamedEncoder(ShardEncoder):
+    def worker(self) -> str:
+        return ray.get_runtime_context().get_worker_id()
+
+
+def test_prometheus_reads_the_pictures_bytes_and_rejects_that_were_committed(
+    tmp_path, vae_folder, text_folder, ray_address
+):
+    settings = planned_shard(tmp_path, vae_folder, text_folder)
+    actor = ray.remote(NamedEncoder).remote(settings, 1)
+    commit = ray.get(actor.encode_shard.remote(SPEC, 0))
+    worker, node = ray.get(actor.worker.remote()), ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = {"pictures": 1.0, "bytes": float(commit["bytes"]), "changed_since_scan": 1.0}
+    found, deadline = {}, time.monotonic() + 120
+    while found.keys() != expected.keys():
+        assert time.monotonic() < deadline, f"got {found}"
+        time.sleep(0.5)
+        text = urllib.request.urlopen(address, timeout=60).read().decode()
+        lines = [line for line in text.splitlines() if worker in line]
+        for name, labels, value in re.findall(
+            r"^ray_flowmill_(\w+)_total\{(.*)\} (\S+)$", "\n".join(lines), re.M
+        ):
+            reason = re.search('reason="(.*?)"', labels)
+            found[reason[1] if reason else name] = float(value)
+    assert found == expected
+    ray.kill(actor)
 
 
 def fails(capsys, monkeypatch, *arguments: str) -> str:

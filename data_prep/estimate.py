@@ -1,147 +1,156 @@
-"""What a preparation will take, `flowmill plan CONFIG.yaml`: a random part of its pictures is prepared here and now,
-and the rest is arithmetic."""
+"""What a preparation will take, `flowmill plan CONFIG.yaml`: the stages of `flowmill prepare` for a random part of its
+pictures, here and now; the rest is arithmetic."""
 
+import os
 import random
+import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from data_prep.commits import ShardSpec, read_commit, shard_list
+from data_prep.commits import ShardSpec, encode_shards
 from data_prep.config import PrepareConfig
 from data_prep.encode import ShardEncoder
-from data_prep.images import list_buckets
-from data_prep.plan import plan
-from data_prep.report import Progress
-from data_prep.scan import class_names, list_sources, scan_part, scan_settings
-from data_prep.schema import index_path
+from data_prep.prepare import make_plan
+from data_prep.report import Progress, console
+from data_prep.scan import list_sources, scan
 from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK
-from models.config import InputError, load_config, run_command
+from data_prep.workers import Actors, connect, share_out
+from models.config import load_config, run_command
 
-TAR_END = 1024 + tarfile.RECORDSIZE / 2  # bytes after the last member: two blocks, and to a record
-NPY_HEADER = 128
-AT_LEAST = 3  # tars or tables of a source, for they differ
+# Bytes of a shard that are no picture's: two blocks, half a record on average, and the index's header.
+SHARD_END = 1024 + tarfile.RECORDSIZE / 2 + 128
+# Tars or tables of a source that are read, for they differ.
+TABLES = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the whole, from a sample of `sampled` pictures, of which `kept_share` were kept."""
+    """The whole, from a sample of `sampled` pictures, of which `kept_share` were kept."""
 
-    pictures: int  # in the sources
+    pictures: int
+    """Pictures in the sources."""
     sampled: int
     kept_share: float
     kept: int
     shards: int
-    bytes_a_picture: float  # in a shard and its index
+    bytes_per_picture: float
+    """Bytes in a shard and its index."""
     total_bytes: float
-    seconds_a_picture: float  # of one actor
+    seconds_per_picture: float
+    """Seconds that one actor takes."""
 
 
-def estimate(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
+def estimate(config: PrepareConfig, wanted: int) -> Estimate:
     """Prepare about `wanted` pictures in a folder that is then deleted; raises InputError.
 
-    A tar or table is taken whole, since only reading says how many pictures it has; those of the other tars
-    and tables are reckoned by their bytes. Duplicates are found in the sample alone, so `kept` is at most.
+    Duplicates are found in the sample alone, so `kept` is at most.
     """
     check_settings(config)
     listing = list_sources(config)
-    rng = random.Random(0)
-    pictures, sampled = 0.0, 0
+    sample = sample_of(config, listing, wanted)
+    small = min(config.samples_per_shard, wanted)
+    # The folder is this machine's own, which no other node could write to.
+    os.environ.pop("RAY_ADDRESS", None)
+    connect(config.ray)
     with tempfile.TemporaryDirectory(prefix="flowmill-plan-") as folder:
         dataset = Path(folder)
-        settings = scan_settings(config, dataset, class_names(listing))
-        for number, (name, source) in enumerate(config.sources.items()):
-            rows = listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
-            chosen, seen = rng.sample(range(len(rows)), len(rows)), 0
-            share = -(-wanted // len(config.sources))
-            if source.per_task > 1:
-                some = rows.take(sorted(chosen[:share]))
-                seen = scan_part(settings, f"part-{number}", source, some)
-                pictures += len(rows)
-            else:
-                taken = 0
-                while taken < len(chosen) and (seen < share or taken < AT_LEAST):
-                    one = rows.take([chosen[taken]])
-                    seen += scan_part(settings, f"part-{number}-{taken}", source, one)
-                    taken += 1
-                read, every = (
-                    pc.sum(t["size"]).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
-                    for t in (rows.take(chosen[:taken]), rows)
-                )
-                pictures += seen * every / read if read else seen
-            sampled += seen
-        buckets = list_buckets(config.images)
-        size = min(config.samples_per_shard, wanted)
-        plan(dataset / WORK, buckets, config.filters, size, config.heldout_fraction)
-        specs = list(enumerate(shard_list(dataset)))
-        kept = sum(spec.num_planned for _, spec in specs)
-        if not kept:
-            raise InputError(f"sources: of a sample of {sampled} pictures none would be kept")
-        rng.shuffle(specs)
-        num, spent, size = _encode(config, dataset, specs, wanted, console)
-    share = kept / sampled
-    total, groups = round(pictures * share), len({(s.height, s.width, s.split) for _, s in specs})
-    shards = round(total / config.samples_per_shard + groups / 2)
+        scan(config, dataset, sample)
+        shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset)
+        num, spent, size = _encode(config, dataset, shards, wanted)
+        seen = Counter(
+            pq.read_table(dataset / WORK / "catalog", columns=["source"])["source"].to_pylist()
+        )
+    pictures = sum(_pictures(config, name, seen[name], listing, sample) for name in config.sources)
+    kept_share = sum(spec.num_planned for spec in shards) / seen.total()
+    kept, groups = round(pictures * kept_share), len({(s.height, s.width, s.split) for s in shards})
+    num_shards = max(round(kept / config.samples_per_shard + groups / 2), groups)
     return Estimate(
         pictures=round(pictures),
-        sampled=sampled,
-        kept_share=share,
-        kept=total,
-        shards=max(shards, groups),
-        bytes_a_picture=size / num,
-        total_bytes=total * size / num + max(shards, groups) * (TAR_END + NPY_HEADER),
-        seconds_a_picture=spent / num,
+        sampled=seen.total(),
+        kept_share=kept_share,
+        kept=kept,
+        shards=num_shards,
+        bytes_per_picture=size / num,
+        total_bytes=kept * size / num + num_shards * SHARD_END,
+        seconds_per_picture=spent / num,
     )
 
 
+def sample_of(config: PrepareConfig, listing: pa.Table, wanted: int) -> pa.Table:
+    """A random part of the listing, of every source alike.
+
+    A tar or table is taken whole, since only reading says how many pictures it has.
+    """
+    rng, parts = random.Random(0), []
+    for name, source in config.sources.items():
+        rows = _of_source(listing, name)
+        count = -(-wanted // len(config.sources)) if source.per_task > 1 else TABLES
+        parts.append(rows.take(sorted(rng.sample(range(len(rows)), min(count, len(rows))))))
+    return pa.concat_tables(parts)
+
+
+def _of_source(listing: pa.Table, name: str) -> pa.Table:
+    return listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pictures(
+    config: PrepareConfig, name: str, seen: int, listing: pa.Table, sample: pa.Table
+) -> float:
+    """Pictures in a source; those of the tars and tables that were not read are reckoned by their bytes."""
+    every = _of_source(listing, name)
+    if config.sources[name].per_task > 1:
+        return len(every)
+    read = pc.sum(_of_source(sample, name)["size"]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+    return seen * pc.sum(every["size"]).as_py() / read if read else seen  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _encode(
-    config: PrepareConfig,
-    dataset: Path,
-    specs: list[tuple[int, ShardSpec]],
-    wanted: int,
-    console: Console,
+    config: PrepareConfig, dataset: Path, shards: list[ShardSpec], wanted: int
 ) -> tuple[int, float, float]:
-    """Pictures encoded, the seconds that took, and their bytes in shards and indices."""
-    encoder = ShardEncoder(encoder_settings(config, dataset), num_decoders=1)
-    encoders = encoder.describe()
-    check_buckets(config, encoders.codec.downscale)
-    done, spent, size = 0, 0.0, 0.0
-    with Progress(console, "sample", wanted, "pictures") as progress:
-        for number, spec in specs:
-            begin = time.perf_counter()
-            encoder.encode_shard(spec, number)
-            spent += time.perf_counter() - begin
-            commit = read_commit(dataset, spec.path)
-            done += spec.num_planned
-            if commit and commit["num_samples"]:
-                with tarfile.open(dataset / spec.path) as tar:
-                    blocks = (-(-info.size // tarfile.BLOCKSIZE) + 1 for info in tar)
-                    size += tarfile.BLOCKSIZE * sum(blocks)
-                size += (dataset / index_path(spec.path)).stat().st_size - NPY_HEADER
+    """Pictures encoded by one actor, the seconds that took, and their bytes in shards and indices."""
+    todo, num = list[tuple[ShardSpec, int]](), 0
+    for number in random.Random(0).sample(range(len(shards)), len(shards)):
+        if num < wanted:
+            todo.append((shards[number], number))
+            num += shards[number].num_planned
+    # The actor gets what each would get where there are as many as there is room for.
+    shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
+    settings = encoder_settings(config, dataset)
+    actors = Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print)
+    check_buckets(config, actors.describe().codec.downscale)
+    begin = time.perf_counter()
+    with Progress(console, "sample", num, "pictures") as progress:
+        done = 0
+        for commit in encode_shards(actors, todo):
+            done += commit["num_planned"]
             progress.update(done)
-            if done >= wanted:
-                break
-    return done, spent, size
+    spent = time.perf_counter() - begin
+    size = sum(path.stat().st_size for path in (dataset / "shards").rglob("*.*"))
+    return num, spent, size - SHARD_END * len(todo)
 
 
-def report(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
+def report(config: PrepareConfig, wanted: int) -> Estimate:
     """Print what a preparation will take."""
-    found = estimate(config, wanted, console)
-    hours = found.kept * found.seconds_a_picture / 3600
+    found = estimate(config, wanted)
+    hours = found.kept * found.seconds_per_picture / 3600
     rows = [
         ("pictures", f"{found.pictures:,} in the sources"),
         ("kept", f"{found.kept:,} at most, {found.kept_share:.1%} of {found.sampled:,} looked at"),
         ("shards", f"{found.shards:,} of {config.samples_per_shard} samples"),
-        ("bytes", f"{found.total_bytes / 2**30:,.3f} GiB, {found.bytes_a_picture / 1024:.1f} KiB a picture"),
-        ("speed", f"{1 / found.seconds_a_picture:,.1f} pictures/s with one actor on this machine"),
+        ("bytes", f"{found.total_bytes / 2**30:,.3f} GiB, {found.bytes_per_picture / 1024:.1f} KiB per picture"),
+        ("speed", f"{1 / found.seconds_per_picture:,.1f} pictures/s with one actor on this machine"),
         ("hours", ", ".join(f"{hours / n:,.2f} with {n} actor{'s' * (n > 1)}" for n in (1, 8, 64))),
     ]  # fmt: skip
     table = Table(title="Preparation", title_justify="left", show_header=False)
@@ -149,7 +158,7 @@ def report(config: PrepareConfig, wanted: int, console: Console) -> Estimate:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "Actors: one a GPU, or one a CPU. Duplicates were looked for in the sample alone."
+        "Actors: one per GPU, or one per CPU. Duplicates were looked for in the sample alone."
     )
     return found
 
@@ -160,7 +169,7 @@ def main(
     sample: Annotated[int, typer.Option(min=1, help="pictures to prepare, to see")] = 128,
 ) -> None:
     """Pictures, shards, bytes and hours of a preparation, before it starts."""
-    report(load_config(PrepareConfig, config, overrides or []), sample, Console())
+    report(load_config(PrepareConfig, config, overrides or []), sample)
 
 
 if __name__ == "__main__":

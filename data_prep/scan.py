@@ -58,7 +58,8 @@ def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
         there = f"{name}.staged.parquet" in made and name in staged
         if not (there or f"{name}.parquet" in made):
             todo.append((name, source, begin, end))
-    settings = scan_settings(config, dataset, class_names(listing))
+    names = class_names(listing)
+    settings = ScanSettings(dataset / WORK, names, config.images, config.captions, config.filters)
     parts = (
         (settings, name, config.sources[source], listing.slice(begin, end - begin))
         for name, source, begin, end in todo
@@ -72,11 +73,6 @@ def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
             if answer is LOST:
                 _reject_part(*part)
             progress.update(count)
-
-
-def scan_settings(config: PrepareConfig, dataset: Path, names: list[str]) -> ScanSettings:
-    work = dataset / WORK
-    return ScanSettings(work, names, config.images, config.captions, config.filters)
 
 
 # A worker keeps its child process for all the parts that it scans.

@@ -97,7 +97,7 @@ class Rejection:
             bad[:] = True
         rows = [
             {"index": int(batch.indices[i]), "loss": str(float(losses[i]))}
-            | snapshot.describe(int(batch.sample_ids[i]))
+            | snapshot.locate(int(batch.sample_ids[i]))
             for i in bad.nonzero().flatten().tolist()
         ]
         everyone = distributed.gather_objects(rows)

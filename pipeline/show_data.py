@@ -1,7 +1,5 @@
 """What an epoch of a run will be, and the exact samples of a step: `python -m pipeline.show_data RUN_OR_CONFIG`."""
 
-import json
-import tarfile
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +15,7 @@ from pipeline.batch import Batch
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import Era, Loader
 from pipeline.pictures import encoder_folder, grid
-from pipeline.snapshots import SNAPSHOTS, Snapshot
+from pipeline.snapshots import SNAPSHOTS
 
 GIB = 1 << 30
 
@@ -105,28 +103,13 @@ def reading_table(era: Era, local: int, world_size: int, ranks_per_node: int) ->
     return table
 
 
-def caption_of(snapshot: Snapshot, shard: int, row: int) -> str:
-    """From KEY.json; empty where there is none, or the shard is not on this machine."""
-    dataset = snapshot.datasets[snapshot.dataset[shard]]
-    path = dataset.home / snapshot.text("path", shard)
-    if not path.is_file():
-        return ""
-    with tarfile.open(path) as tar:
-        facts = [member for member in tar if member.name.endswith(".json")]
-        file = tar.extractfile(facts[row]) if facts else None
-        return str(json.load(file).get("caption", "")) if file else ""
-
-
 def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, console: Console) -> None:
     """Print the samples of a step's global batch and save them, decoded, as one picture."""
     batch: Batch = next(loader.batches(step))
     snapshot, codec = loader.era_at(step).snapshot, loader.manifest.codec
     ids = batch.sample_ids.numpy()
-    shards = np.searchsorted(snapshot.first_id, ids, "right") - 1
-    rows = ids - snapshot.first_id[shards]
-    captions = [
-        caption_of(snapshot, s, r) for s, r in zip(shards.tolist(), rows.tolist(), strict=True)
-    ]
+    samples = [snapshot.locate(number) for number in ids.tolist()]
+    captions = [sample.get("caption", "") for sample in samples]
     table = Table(
         title=f"step {step}, epoch {batch.epoch}, bucket {batch.bucket[0]}x{batch.bucket[1]}"
     )
@@ -134,9 +117,9 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
         table.add_column(
             name, justify="left" if name in ("shard", "caption") else "right", overflow="fold"
         )
-    for place, (sample, shard, row) in enumerate(zip(ids, shards, rows, strict=True)):
-        where = snapshot.text("path", int(shard))
-        table.add_row(str(place), f"{sample}", where, f"{row}", captions[place])
+    for place, (number, sample) in enumerate(zip(ids, samples, strict=True)):
+        where, row = sample["shard"], str(sample["row"])
+        table.add_row(str(place), str(number), where, row, captions[place])
     console.print(table)
     folder = encoder_folder(codec.path, config.encoders.vae, codec.weights_sha256, "encoders.vae")
     network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]

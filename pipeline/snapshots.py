@@ -23,6 +23,8 @@ from data_prep.schema import (
     SHARD_TABLE,
     Manifest,
     fingerprint,
+    index_path,
+    read_index,
     read_manifest,
     read_shard_table,
 )
@@ -187,17 +189,16 @@ class Snapshot:
     def text(self, column: str, shard: int) -> str:
         return self.table[column][shard].as_py()
 
-    def describe(self, sample_id: int) -> dict[str, Any]:
-        """Dataset, shard and row of a sample, and its key where the shard is on this machine."""
+    def locate(self, sample_id: int) -> dict[str, Any]:
+        """Where a sample lies: dataset, shard and row; key and caption too where the shard is on this machine."""
         shard = int(np.searchsorted(self.first_id, sample_id, "right")) - 1
         row, path = sample_id - int(self.first_id[shard]), self.text("path", shard)
         dataset = self.datasets[self.dataset[shard]]
         found = {"dataset": dataset.name, "shard": path, "row": row}
-        local = dataset.home / path
-        if local.is_file():
-            with tarfile.open(local) as tar:
-                keys = dict.fromkeys(name.split(".", 1)[0] for name in tar.getnames())
-            found["key"] = list(keys)[row]
+        tar, index = dataset.home / path, dataset.home / index_path(path)
+        if tar.is_file() and index.is_file():
+            offset = int(read_index(index)[row, 0, 0])
+            found["key"], found["caption"] = _key_and_caption(tar, offset)
         return found
 
     def bucket(self, shard: int) -> Bucket:
@@ -221,6 +222,16 @@ class Snapshot:
         """Every member's shape in a bucket; of a text, the shape of one token."""
         shapes = [self.manifest.shape_in_bucket(m, *bucket) for m in self.manifest.members]
         return [tuple(side for side in shape if side is not None) for shape in shapes]
+
+
+def _key_and_caption(path: Path, offset: int) -> tuple[str, str]:
+    """The sample of a tar to which the byte at `offset` belongs; an empty caption where it has no KEY.json."""
+    with tarfile.open(path) as tar:
+        member = next(m for m in tar if m.offset_data <= offset < m.offset_data + m.size)
+        key = member.name.split(".", 1)[0]
+        facts = next((m for m in tar if m.name == f"{key}.json"), None)
+        file = tar.extractfile(facts) if facts else None
+        return key, str(json.load(file).get("caption", "")) if file else ""
 
 
 class Record:

@@ -146,19 +146,23 @@ def test_the_audit_finds_nothing_wrong_but_an_index_that_leaves_out_the_mirror_i
     assert problem.endswith("moments.flip: the index leads nowhere to it")
 
 
-def test_training_reads_every_sample_once_an_epoch(dataset):
+def test_training_reads_every_sample_once_an_epoch_and_knows_its_picture(dataset):
     config = DataConfig(path=str(dataset), prefetch=0, canonical_partitions=1)
     loader = Loader(config, global_batch=1, seed=0)
     train = sum(
         r["num_samples"] for r in read_shard_table(dataset).to_pylist() if r["split"] == "train"
     )
     batches = loader.batches()
-    seen = Counter()
+    seen, keys = Counter(), Counter()
     for _ in range(train):
         batch = next(batches)
         assert batch.epoch == 0
         seen[int(batch.sample_ids[0]), int(batch.label[0])] += 1
+        where = loader.now.locate(int(batch.sample_ids[0]))
+        assert int(where["caption"].split()[-1]) % 3 == int(batch.label[0])
+        keys[where["key"]] += 1
     assert len(seen) == train
+    assert len(set(keys.values())) == 1  # each picture has as many samples as any other
 
 
 def test_the_report_is_one_file_with_the_numbers_and_the_sheet(dataset):

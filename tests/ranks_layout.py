@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from models.conditions import Conditions
 from pipeline import checkpoint, distributed
 from pipeline.checkpoint import Saver
 from pipeline.engine import EngineConfig, build_engine
@@ -36,7 +37,9 @@ def step(engine: Any, batch: list[torch.Tensor], update: bool) -> float:
     for start in range(begin, begin + share, 4):
         t, x_t, text, pooled, target = (tensor[start : start + 4] for tensor in batch)
         with torch.set_grad_enabled(update):
-            loss = (engine(x_t, t, text, None, pooled).float() - target).square().mean()
+            loss = (
+                (engine(x_t, t, Conditions(text, pooled=pooled)).float() - target).square().mean()
+            )
         total += float(loss) * 4 / BATCH
         if update:
             engine.backward(loss)

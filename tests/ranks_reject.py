@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from models.conditions import Conditions
 from pipeline import distributed
 from pipeline.batch import Batch
 from pipeline.data import DataConfig, Loader
@@ -46,7 +47,7 @@ def take(
         losses = []
         for start in range(begin, begin + share, 2):
             t, x_t, text, pooled, target = (x[start : start + 2] for x in spoil(harm, batch))
-            pred = engine(x_t, t, text, None, pooled).float()
+            pred = engine(x_t, t, Conditions(text, pooled=pooled)).float()
             loss = (pred - target).square().mean(dim=(1, 2, 3))
             losses.append(loss.detach())
             if harm == "gradient" and start == BATCH - 2:

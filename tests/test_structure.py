@@ -14,7 +14,7 @@ import jaxtyping
 import pytest
 import torch
 
-from pipeline.cli import CONFIGS, STAGES
+from pipeline.cli import STAGES
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
@@ -45,9 +45,7 @@ CIRCLES: set[str] = set()
 UPWARD: set[str] = set()
 IMPORTED_COMMANDS = {
     "pipeline.evaluate -> pipeline.sample",
-    "pipeline.export -> pipeline.objective_report",
     "pipeline.export -> pipeline.sample",
-    "pipeline.plan -> pipeline.cli",
     "pipeline.sample -> pipeline.train",
     "pipeline.show_config -> pipeline.cli",
     "pipeline.train -> pipeline.posthoc_ema",
@@ -184,6 +182,7 @@ def test_no_function_is_longer_than_60_lines_or_takes_more_than_six_parameters()
 
 # Examples in tests and code within strings, which name nothing of this repository.
 NOT_OURS = {
+    "data_prep.__file__",
     "pipeline.set_progress_bar_config",
     "models.py",
     "cluster.yaml",
@@ -230,6 +229,9 @@ def resolves(name: str) -> bool:
 def test_every_module_and_path_that_a_text_names_is_there():
     lost = set()
     for path in tracked():
+        # The lists of what is to be mended go out of date by being mended.
+        if path.name in ("test_structure.py", "test_english.py"):
+            continue
         text = prose(path)
         names = {name for name in DOTTED.findall(text) if not resolves(name)}
         names |= {name for name in SLASHED.findall(text) if not (ROOT / name).exists()}
@@ -237,12 +239,9 @@ def test_every_module_and_path_that_a_text_names_is_there():
     report("names that nothing has", lost, set())
 
 
-def test_every_stage_and_config_class_of_the_command_line_is_there():
+def test_every_stage_of_the_command_line_is_a_command():
     for module, _ in STAGES.values():
         assert 'if __name__ == "__main__":' in MODULES[module].read_text(), module
-    for _, name in CONFIGS.values():
-        module, _, cls = name.partition(":")
-        assert f"\nclass {cls}(" in MODULES[module].read_text(), name
 
 
 def test_what_the_type_checker_reads_strictly_is_there():
@@ -278,7 +277,8 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
         ),
         "pipeline.pictures": lambda: pictures.to_pil(flat.byte()),
     }
-    assert wrong.keys() == set(COVERED)
+    # The draws take no tensors.
+    assert wrong.keys() == set(COVERED) - {"pipeline.randomness"}
     for package, call in wrong.items():
         with pytest.raises(jaxtyping.TypeCheckError) as error:
             call()

@@ -1,10 +1,13 @@
 """What tests of several modules share: one Ray, and the tiny encoders."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests import ray_cluster
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +24,22 @@ def ray_address() -> Iterator[str]:
     connect(RayConfig(num_cpus=4))
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_cluster.RayCluster]:
+    """A head with two CPUs that takes jobs, for tests that kill no node of it."""
+    with ray_cluster.ray_cluster(tmp_path_factory.mktemp("ray"), [2]) as cluster:
+        yield cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Say where Ray's log stays, where a test fails while a Ray runs."""
+    report = yield
+    if report.failed and (places := ray_cluster.logs()):
+        report.sections.append(("Ray's log", "\n".join(places)))
+    return report
 
 
 @pytest.fixture(scope="session")

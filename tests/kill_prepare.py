@@ -7,17 +7,14 @@ undisturbed one of one actor on one raylet: every byte of every file, so no samp
 
 import contextlib
 import io
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,106 +25,34 @@ import typer
 
 from data_prep.schema import read_shard_table
 from tests.prep_factory import encoded, fill_folder, pixels, tar_bytes, write_config
+from tests.ray_cluster import RayCluster, below
 
 ROOT = Path(__file__).parent.parent
 EMOJI = ROOT.parent / "shared" / "data" / "fluent-emoji"  # a real set, where there is one
-TOKEN = "0123456789abcdef" * 4
-STARTS = 5  # attempts at a node
 VICTIMS = ("actor", "decoder", "scanner", "raylet", "driver")
 CMDLINES = {"actor": "ray::ShardEncoder", "decoder": "data_prep.decoder", "scanner": "ray::_scan"}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+class TwoRaylets(RayCluster):
+    """A head and, once it is asked for, a second node, two CPUs each."""
 
-
-class TwoRaylets:
-    """A head and, once it is asked for, a second node on loopback, both started with `ray start`."""
-
-    def __init__(self, folder: Path, num_cpus: int = 2):
-        (folder / "token").write_text(TOKEN)
-        self._cpus = num_cpus
-        # A short path whatever TMPDIR is, for a socket's has at most 107 characters.
-        self._temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        self.address = f"127.0.0.1:{free_port()}"
-        self.environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-            "RAY_ADDRESS": self.address,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            # On a busy machine what is only slow is not to be taken for dead.
-            "RAY_worker_niceness": "0",
-            "RAY_agent_register_timeout_ms": "300000",
-            "RAY_worker_register_timeout_seconds": "300",
-        }
-        port = self.address.split(":")[1]
-        self._head = self._start("--head", "--port", port, "--temp-dir", str(self._temporary))
-        self._other: subprocess.Popen | None = None
-
-    def _start(self, *arguments: str) -> subprocess.Popen:
-        ports = ("node-manager", "object-manager", "dashboard-agent-listen", "metrics-export")
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", *arguments]
-        command += [f"--{name}-port={free_port()}" for name in ports]
-        command += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"]
-        command += ["--include-dashboard=false"] * ("--head" in arguments)
-        command += [f"--num-cpus={self._cpus}", f"--object-store-memory={100 << 20}"]
-        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
-        for _ in range(STARTS):  # a busy machine may miss Ray's own time limits
-            log = self._temporary / f"start-{uuid.uuid4().hex}.log"
-            with log.open("wb") as file:
-                started = subprocess.Popen(
-                    command,
-                    env=environment,
-                    cwd=self._temporary,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            while started.poll() is None:
-                if "Ray runtime started" in log.read_text():
-                    return started
-                time.sleep(0.2)
-        raise AssertionError(f"{' '.join(command)}: {log.read_text()}")
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._head, self._other = self.start(2, head=True), None
+        more = {"RAY_ADDRESS": self.gcs, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.environment |= more | {"RAY_USAGE_STATS_ENABLED": "0"}
 
     def victims(self, kind: str) -> list[psutil.Process]:
-        other = below(self._other.pid) if self._other else []
+        other = below(self._other) if self._other else []
         if kind == "raylet":
             return [p for p in other if p.name() == "raylet"]
-        found = below(self._head.pid) + other
-        return [p for p in found if CMDLINES[kind] in command_line(p)]
+        return [p for p in below(self._head) + other if CMDLINES[kind] in command_line(p)]
 
     def new_other(self) -> None:
         """The second node; of one whose raylet was killed nothing is left."""
         if self._other:
-            self._end(self._other)
-        self._other = self._start("--address", self.address)
-
-    def _end(self, node: subprocess.Popen) -> None:
-        started = below(node.pid)
-        node.kill()
-        node.wait()
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(started, timeout=30)
-
-    def stop(self) -> None:
-        for node in (self._other, self._head):
-            if node:
-                self._end(node)
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def below(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+            self.end(self._other)
+        self._other = self.start(2)
 
 
 def command_line(process: psutil.Process) -> str:

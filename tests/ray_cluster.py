@@ -1,5 +1,6 @@
 """Real Ray clusters for tests: a head and further raylets on loopback, each on its own ports, behind a token."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,22 +35,31 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+RUNNING: list["RayCluster"] = []
+
+
 class RayCluster:
-    """`environment` reaches it: the job server's address and the token."""
+    """`environment` reaches it: the job server's address and the token; `folder` keeps what its nodes log."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        RUNNING.append(self)
         (folder / "token").write_text(TOKEN)
         self.environment = {
             **{k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")},
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            # On a busy machine what is only slow is not to be taken for dead.
+            "RAY_worker_niceness": "0",
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
         }
         self.nodes: list[subprocess.Popen] = []
 
     def start(self, num_cpus: int, head: bool = False, tries: int = 3) -> subprocess.Popen:
         """A raylet, with the cluster's services if it is the head; on a busy machine Ray may give up once."""
+        number = len(list(self.folder.glob("node*.log")))
         ports = {name: free_port() for name in (*NODE_PORTS, *(HEAD_PORTS if head else ()))}
         command = [RAY, "start", "--block", "--node-ip-address", "127.0.0.1", "--num-gpus", "0"]
         command += ["--num-cpus", str(num_cpus), "--object-store-memory", str(100 << 20)]
@@ -62,18 +72,20 @@ class RayCluster:
         else:
             command += ["--address", self.gcs]
             # A node's own folder, as on a host of its own: a dying node cleans up there.
-            own = 'mount -t tmpfs none /tmp/ray && exec "$@"'
+            own = self.folder / f"ray{number}"
+            own.mkdir()
+            mount = f'mount --bind "{own}" /tmp/ray && exec "$@"'
             user = [] if os.geteuid() == 0 else ["--map-root-user"]
-            command = ["unshare", "--mount", *user, "sh", "-c", own, "sh", *command]
+            command = ["unshare", "--mount", *user, "sh", "-c", mount, "sh", *command]
         command += [f"--{name}={port}" for name, port in ports.items()]
         known = set() if head else self._alive()
-        log = (self.folder / f"node{len(self.nodes)}.log").open("w")
+        log = self.folder / f"node{number}.log"
         node = subprocess.Popen(
             command,
             env=self.environment,
             cwd=self.folder,
-            stdout=log,
-            stderr=log,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         self.nodes.append(node)
@@ -81,7 +93,7 @@ class RayCluster:
         self._until(lambda: node.poll() is not None or joined())
         if node.poll() is not None:
             self.nodes.remove(node)
-            assert tries, (self.folder / f"node{len(self.nodes)}.log").read_text()
+            assert tries, log.read_text()
             return self.start(num_cpus, head, tries - 1)
         return node
 
@@ -108,20 +120,47 @@ class RayCluster:
 
     def kill_raylet(self, node: subprocess.Popen) -> None:
         """SIGKILL to what makes it a node; the rest of it follows by itself."""
-        for process in psutil.Process(node.pid).children(recursive=True):
+        for process in below(node):
             if process.name() == "raylet":
                 process.send_signal(signal.SIGKILL)
 
+    def end(self, node: subprocess.Popen) -> None:
+        """Kill all of a node, which may have lost its raylet."""
+        started = below(node)
+        node.kill()
+        node.wait()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=30)
+        self.nodes.remove(node)
+
     def stop(self) -> None:
-        started = []
+        RUNNING.remove(self)
+        started = [process for node in self.nodes for process in below(node)]
         for node in reversed(self.nodes):
-            if node.poll() is None:
-                started += psutil.Process(node.pid).children(recursive=True)
-                node.terminate()
+            node.terminate()
         for node in self.nodes:
             node.wait(timeout=60)
         for process in psutil.wait_procs(started, timeout=10)[1]:
             process.kill()
+
+
+def below(node: subprocess.Popen) -> list[psutil.Process]:
+    """All processes of a node, none where it has ended."""
+    try:
+        return psutil.Process(node.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def logs() -> list[str]:
+    """Where each Ray that runs now keeps its log, with what its nodes said at the start."""
+    places = [str(cluster.folder / "*.log") for cluster in RUNNING]
+    ray = sys.modules.get("ray")
+    if RUNNING or (ray and ray.is_initialized()):
+        places.append(f"{Path('/tmp/ray/session_latest').resolve()}/logs")
+    return places
 
 
 @contextmanager

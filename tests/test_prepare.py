@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +63,7 @@ from tests.prep_factory import (
     tar_bytes,
     write_config,
 )
+from tests.ray_cluster import RAY, copy_checkout
 from tests.test_vae import save_kl
 
 ROOT = Path(__file__).parent.parent
@@ -594,83 +594,24 @@ def test_every_shipped_config_is_valid(path, tmp_path):
     load_config(PrepareConfig, path, [])
 
 
-@pytest.fixture
-def hand_started_cluster(tmp_path):
-    """`ray start --head` on its own ports, loopback only; yields the environment that reaches it."""
-    ports = [free_port() for _ in range(8)]
-    names = (
-        "port",
-        "dashboard-port",
-        "node-manager-port",
-        "object-manager-port",
-        "ray-client-server-port",
-        "dashboard-agent-listen-port",
-        "runtime-env-agent-port",
-        "metrics-export-port",
-    )
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    environment.pop("RAY_ADDRESS", None)
-    ray = str(Path(sys.executable).parent / "ray")
-    command = [ray, "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
-    command += ["--num-cpus", "2", "--dashboard-host", "127.0.0.1", "--disable-usage-stats"]
-    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    cluster = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
-    deadline = time.monotonic() + 300
-    probe = [ray, "job", "submit", "--", "true"]
-    while subprocess.run(probe, env=environment, capture_output=True).returncode:
-        assert cluster.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(1)
-    yield environment
-    started = psutil.Process(cluster.pid).children(recursive=True)
-    cluster.terminate()
-    cluster.wait(timeout=60)
-    for process in psutil.wait_procs(started, timeout=10)[1]:
-        process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_ray_job_runs_the_uploaded_code_with_nothing_installed(
-    tmp_path, text_folder, hand_started_cluster
+    tmp_path, text_folder, job_cluster
 ):
     """From a copy of the repository, so that what git ignores is there to be left behind."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True
-    ).stdout.decode()
-    copy = tmp_path / "flowmill"
-    for name in filter(None, names.split("\0")):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, copy / name)
+    copy = copy_checkout(tmp_path / "flowmill")
     (copy / "outputs").mkdir()
     (copy / "outputs" / "large.bin").write_bytes(b"x" * 100)
-    outside = "import importlib.util, sys; sys.exit(bool(importlib.util.find_spec('data_prep')))"
-    assert subprocess.run([sys.executable, "-c", outside], cwd=tmp_path).returncode == 0
     sources = messy_sources(tmp_path)
     write_config(copy / "job.yaml", sources, Path("./models/demo_vae"), text_folder)
     arguments = f"job.yaml output={tmp_path / 'dataset'} images.bucket_multiple=16"
-    entry = f"ls -a; {sys.executable} -m data_prep.prepare {arguments}"
-    ray = str(Path(sys.executable).parent / "ray")
+    which = f"{sys.executable} -c 'import data_prep; print(data_prep.__file__)'"
+    entry = f"ls -a; {which}; {sys.executable} -m data_prep.prepare {arguments}"
     done = subprocess.run(
-        [ray, "job", "submit", "--working-dir", ".", "--", "bash", "-c", entry],
+        [RAY, "job", "submit", "--working-dir", ".", "--", "bash", "-c", entry],
         cwd=copy,
-        env=hand_started_cluster,
+        env=job_cluster.environment,
         capture_output=True,
         text=True,
     )
@@ -678,6 +619,7 @@ def test_a_ray_job_runs_the_uploaded_code_with_nothing_installed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "job.yaml" in done.stdout
     assert "\noutputs\n" not in done.stdout
+    assert re.search(r"^/.*_ray_pkg.*/data_prep/__init__.py$", done.stdout, re.M)
     assert read_manifest(tmp_path / "dataset").counts.kept == NUM_GOOD
     assert verify(tmp_path / "dataset") == []
 

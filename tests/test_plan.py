@@ -64,9 +64,8 @@ print("result", peak() - before)
 NETWORK = {"size": "tiny", "latent_channels": 4, "text_dim": 64, "pooled_dim": 64}
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "batch"), [(False, 32), pytest.param(True, 96, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpointing", "batch"), [(False, 32), (True, 96)])
 def test_predicted_activations_are_the_memory_that_a_step_takes_within_15_percent(checkpointing, batch):  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", ACTIVATIONS, str(checkpointing), str(batch), json.dumps(NETWORK)],

@@ -5,6 +5,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +40,8 @@ def _become(words: list[str], environment: dict[str, str], cwd: Path, folder: st
     """What `python -m` or `python -c` does in a process of its own; its output goes to files of `folder`."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[attr-defined]
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -81,3 +84,43 @@ def run_forked(
     if time.monotonic() > deadline:
         raise subprocess.TimeoutExpired(words, timeout_s, *texts)
     return subprocess.CompletedProcess(words, codes[0] if ranks == 1 else int(any(codes)), *texts)
+
+
+class Forked:
+    """A module or -c CODE with its arguments, running, with the members of a subprocess.Popen that tests use."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], cwd: Path, merged: bool):
+        """merged: one stream for standard output and error."""
+        self._folder = tempfile.TemporaryDirectory()
+        out, err = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
+        os.mkfifo(out)
+        err.symlink_to(out) if merged else os.mkfifo(err)
+        place = self._folder.name
+        self._process = SERVER.Process(target=_become, args=(words, environment, cwd, place))
+        self._process.start()
+        self.pid = self._process.pid or 0
+        self.stdout, self.stderr = out.open(), None if merged else err.open()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.stdout.read(), self.stderr.read() if self.stderr else ""
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -361,13 +359,8 @@ def test_the_network_is_told_neither_caption_nor_class_of_the_samples_that_a_ste
     make_dataset(tmp_path / "dataset", [((32, 32), 40)], kind)
     options = ["training.images=48", "training.caption_dropout=0.4", "model.num_classes=10"]
     recorded = tmp_path / "told.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", RECORD, str(write_config(tmp_path)), str(recorded), *options],
-        capture_output=True,
-        text=True,
-        env=train_factory.environment(),
-        cwd=train_factory.ROOT,
-    )
+    config = str(write_config(tmp_path))
+    done = train_factory.run("-c", RECORD, config, str(recorded), *options)
     assert done.returncode == 0, done.stderr
     told, batches = torch.load(recorded)
     assert len(told) == len(batches) == 6

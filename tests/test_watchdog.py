@@ -2,35 +2,24 @@
 
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests import train_factory
+from tests.forked import Forked, free_port
 
 pytestmark = pytest.mark.distributed
-Ranks = list[subprocess.Popen[str]]
+Ranks = list[Forked]
 
 
 def launch(harm: str, where: int) -> Ranks:
     """Two ranks by hand, so that nobody but the watchdog ends them; rank 0 holds the store."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    words = ("tests.ranks_watchdog", harm, str(where))
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks_watchdog", harm, str(where)],
-            env=train_factory.environment() | address | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        train_factory.start(*words, merged=False, **address, RANK=str(rank)) for rank in range(2)
     ]
 
 
@@ -43,7 +32,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
         process.communicate()
 
 
-def ended(process: subprocess.Popen[str]) -> str:
+def ended(process: Forked) -> str:
     """What a rank said at its end, which must come soon and not be a success."""
     _, errors = process.communicate(timeout=90)
     assert process.returncode not in (0, -signal.SIGKILL)

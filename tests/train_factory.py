@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.forked import run_forked
+from tests.forked import Forked, run_forked
 from tests.shard_factory import Kind, make_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +49,12 @@ def run(
     return run_forked([module, *arguments], environment() | variables, cwd, ranks)
 
 
-def start(module: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
-    """The command, running; its output in one stream."""
+def start(
+    module: str, *arguments: str, ranks: int = 1, merged: bool = True, **variables: str
+) -> subprocess.Popen[str] | Forked:
+    """The command, running; merged: its output in one stream. Several ranks are torchrun's own."""
+    if ranks == 1:
+        return Forked([module, *arguments], environment() | variables, ROOT, merged)
     return subprocess.Popen(
         command(module, *arguments, ranks=ranks),
         stdout=subprocess.PIPE,
@@ -60,7 +64,7 @@ def start(module: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]
     )
 
 
-def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
+def wait_for(process: subprocess.Popen[str] | Forked, text: str) -> list[str]:
     """Read the output until a line holds `text`; fails with all of it if none does."""
     assert process.stdout is not None
     lines: list[str] = []

@@ -19,7 +19,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from models.config import InputError, load_config, parse_config, run_command
 from pipeline.config import TrainConfig
 from pipeline.order import choose_partitions
-from pipeline.train import make_plan, train
+from pipeline.setup import fit_run
+from pipeline.train import train_all
 
 
 def valid_sizes(config: TrainConfig, least: int, most: int) -> list[int]:
@@ -69,7 +70,7 @@ class _Trainer(TorchTrainer):
 
 def _rank(job: dict[str, Any]) -> None:
     """One rank's whole life; Ray has set RANK, WORLD_SIZE and the rest, and joined the group."""
-    train(parse_config(TrainConfig, job["config"], "the job"), job["override"])
+    train_all([parse_config(TrainConfig, job["config"], "the job")], job["override"])
 
 
 def fit(
@@ -140,7 +141,7 @@ def main(
             "relative one lies in a node's own copy of the working directory"
         )
     sizes = valid_sizes(parsed, min_workers or workers, workers)
-    make_plan(parsed).loader.close()  # the user's errors, before anything is started
+    fit_run(parsed).loader.close()  # the user's errors, before anything is started
     if not ray.is_initialized():
         ray.init()
     fit(

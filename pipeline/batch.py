@@ -59,6 +59,11 @@ class Batch:
         """What a network is told of the samples."""
         return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.moments.shape[-2], self.moments.shape[-1]
+
     def drop(self, dropped: Tensor, caption: "EmptyCaption | None", num_classes: int) -> "Batch":
         """The batch with the empty caption and no class where `dropped`, bool (b,): what guidance is away from."""
         nothing = Conditions() if caption is None else caption.as_in(self)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
@@ -239,7 +239,16 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
-def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None:
+class Stateful(Protocol):
+    """What has a state, JSON, beside the optimizer's tensors."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+def restore(
+    run: Path, engine: Any, optimizer: WithEMA, stateful: dict[str, Stateful] | None = None
+) -> dict[str, Any] | None:
     """Load the newest sound checkpoint and return its record, or None at a run's start. Collective."""
     if distributed.is_main():
         for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
@@ -254,6 +263,8 @@ def restore(run: Path, engine: Any, optimizer: WithEMA) -> dict[str, Any] | None
             "state. Remedy: a new run with start_from, which takes the weights only."
         )
     pieces.load(Pieces(folder), engine, optimizer)
+    for name, part in (stateful or {}).items():
+        part.load(record[name])
     return record
 
 

@@ -15,10 +15,9 @@ from pipeline.checkpoint import CheckpointConfig
 from pipeline.data import DataConfig
 from pipeline.ema import EMAConfig
 from pipeline.engine import EngineConfig, OptimizerConfig
-from pipeline.monitor import MonitorConfig
 from pipeline.objective import ObjectiveConfig
-from pipeline.rejection import RejectionConfig
 from pipeline.sampling import SamplerConfig
+from pipeline.training_config import MonitorConfig, RejectionConfig
 
 # Sections that change results: a resumed run may not change them unasked.
 RESULTS = (

@@ -98,12 +98,24 @@ class WithEMA(torch.optim.Optimizer):
     While `veto` holds a reason, a step changes nothing.
     """
 
-    decays: dict[str, float] = {"ema": 0.0}  # of each average; the loop sets them before a step
+    lr: float = 0.0
+    decays: dict[str, float] = {"ema": 0.0}  # of each average
     clip: float | None = None  # 0: measure the norm only
     watch: Watch | None = None  # of this step alone
     veto: str = ""
     grad_norm: float | None = None
     num_skipped: int = 0
+
+    def prepare(self, lr: float, decays: dict[str, float], watch: Watch | None) -> None:
+        """Set what holds for the next step alone; `lr` is scaled by the group's own factor."""
+        self.lr, self.decays, self.watch = lr, decays, watch
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def scalars(self) -> dict[str, float]:
+        """What the last step was taken with, for the log."""
+        decays = {f"optimizer/{name}_decay": decay for name, decay in self.decays.items()}
+        return {"optimizer/lr": self.lr, **decays}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -131,11 +131,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
     return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
 
 
-def set_lr(optimizer: WithEMA, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-
-
 def lr_schedule(
     config: OptimizerConfig, global_batch: int, num_steps: int
 ) -> Callable[[int], float]:

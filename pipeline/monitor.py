@@ -3,12 +3,14 @@
 import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from jaxtyping import UInt8
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,26 +22,23 @@ from rich.progress import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from models.config import Config
+from models.config import flatten
 from pipeline import distributed
 from pipeline.batch import Batch
+from pipeline.clock import Clock
+from pipeline.config import TrainConfig, dump_config
+from pipeline.data import Loader
+from pipeline.ema import WithEMA
+from pipeline.engine import grad_norm
 from pipeline.flops import ModelFlops, peak_flops
+from pipeline.forward import Draws, Terms
+from pipeline.norms import BlockNorms
 from pipeline.objective import Objective
 
-NUM_LEVELS = 8  # of t, each 1/8 wide
+NUM_LEVELS = 8
+"""Equal parts of t, from 0 to 1, by which losses are logged."""
 
-
-class MonitorConfig(Config):
-    every_steps: int = Field(default=50, gt=0)
-    sample_every_steps: int = Field(default=1000, gt=0)
-    prompts: list[str] = []  # drawn at the same noise each time, EMA weights
-    heldout_samples: int = Field(default=64, ge=0)  # measured when pictures are drawn; 0: none
-    mfu: bool = (
-        True  # counts the model's FLOPs and, on a device no table knows, times it: seconds, once
-    )
-    block_norms: bool = True  # of gradient, update, weights, EMA distance; in logged steps only
-    profile_steps: tuple[int, int] | None = None  # first and last to trace, for chrome://tracing
-    log_samples: bool = False  # write down the samples of every step, in RUN/samples_seen/
+PAUSED = "paused"
 
 
 class StepClock:
@@ -122,93 +121,163 @@ class LossMeter:
 
 
 class Monitor:
-    """Rank 0's TensorBoard writer and progress; on other ranks only the collective parts do anything."""
+    """TensorBoard, the terminal's line and the rates; only rank 0 writes.
+
+    What must be summed over the ranks is collective.
+    """
 
     def __init__(
-        self,
-        run: Path,
-        config: MonitorConfig,
-        start_step: int,
-        num_steps: int,
-        global_batch: int,
-        device: torch.device,
+        self, config: TrainConfig, clock: Clock, objective: Objective, loader: Loader, engine: Any
     ):
-        self.run, self.config, self.device = run, config, device
-        self.num_steps, self.global_batch = num_steps, global_batch
-        self.images_before = 0  # more than the steps say, from when the global batch was another
-        self.clock, self.times, self.profiler = StepClock(device), [], None
-        self.shapes: Counter[tuple[int, int, int]] = (
-            Counter()
-        )  # of steps: latent h and w, text tokens
+        self.config, self.settings, self.run = config, config.monitor, Path(config.run)
+        self.run_clock, self.objective, self.loader = clock, objective, loader
+        self.device = torch.device(engine.device)
+        self.step_clock, self.times, self.profiler = StepClock(self.device), list[Tensor](), None
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+        """Steps by the height and width of their latents and by their number of text tokens."""
+        self.meter = LossMeter(self.device)
+        self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
+        self.sample_log = SampleLog(self.run) if self.settings.log_samples else None
         self.flops: ModelFlops | None = None
-        self.writer = self.progress = None
+        self.writer: SummaryWriter | None = None
         if distributed.is_main():
             # Points beyond the step we resume from were written by a run that went on and was lost.
-            self.writer = SummaryWriter(
-                str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None
-            )
-            self.progress = Progress(
-                TextColumn("train"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.task = self.progress.add_task(
-                "train", total=num_steps, completed=start_step, line=""
-            )
-            if self.progress.console.is_terminal:
-                self.progress.start()
-        self.restart_clock(start_step)
+            purge = clock.step + 1 if clock.step else None
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
+            if self.settings.mfu:
+                self._measure_flops(self.writer)
+        self.progress = progress_bar()
+        self.task = self.progress.add_task(
+            "train", total=clock.num_steps, completed=clock.step, line=""
+        )
+        if distributed.is_main() and self.progress.console.is_terminal:
+            self.progress.start()
+        self.restart()
 
-    def restart_clock(self, step: int) -> None:
-        """Rates count from here: saving and drawing pictures are not training."""
-        self.since, self.since_step, self.data_wait_s = time.perf_counter(), step, 0.0
+    def restart(self) -> None:
+        """Begin a new interval of rates."""
+        self.since, self.since_step = time.perf_counter(), self.run_clock.step
+        self.waited_before_s = self.loader.wait_s
         self.shapes.clear()
         self.times.clear()
-        self.clock.reset()
+        self.step_clock.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done within out of the rates: saving and drawing are not training."""
+        self.mark("other")
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+        self.mark(PAUSED)
 
     def mark(self, part: str) -> None:
-        """What the step did since the last mark: data, forward, backward, optimizer or other."""
-        self.clock.mark(part)
+        """Count the time since the last mark as that of data, forward, backward, optimizer or other."""
+        self.step_clock.mark(part)
 
-    def measure_flops(self, model_config: Any, precision: str) -> None:
-        """From here on tokens and model FLOPs are counted; measures the device where no table knows it."""
-        if self.writer is not None and self.config.mfu:
-            self.flops = ModelFlops(model_config)
-            self.patch = getattr(model_config, "patch_size", 1)
-            self.peak, source = peak_flops(self.device, precision)
-            self.writer.add_text("peak", f"{source}; times {distributed.world_size()} ranks", 0)
+    def timed_next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, its samples written down if the config asks for it."""
+        self.mark("other")
+        batch = next(batches)
+        self.mark("data")
+        if self.sample_log is not None:
+            self.sample_log.write(batch)
+        return batch
 
-    def describe(self, config_yaml: str, hparams: dict[str, Any], num_parameters: int) -> None:
+    def norms_if_due(self) -> BlockNorms | None:
+        """What watches the optimizer in a step that is logged."""
+        following = self.run_clock.step + 1
+        logged = following % self.settings.every_steps == 0
+        return self.norms if logged or following == self.run_clock.num_steps else None
+
+    def count(self, batch: Batch, draws: Draws, terms: list[Terms], accepted: bool) -> None:
+        """Take in a step that is done."""
+        if accepted:
+            for part in terms:
+                self.meter.add(part.t, part.named)
+        self.times.append(draws.t)
+        text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
+        self.shapes[*batch.latent_size, text_length] += 1
+        self._profile(self.run_clock.step)
+        self.progress.update(self.task, completed=self.run_clock.step)
+
+    def log(self, engine: Any, optimizer: WithEMA, rejected: int) -> None:
+        """Means and rates since the last call, to TensorBoard and the terminal. Collective."""
+        values = self.meter.collect()
+        if self.config.data.on_corrupt == "skip":
+            skipped = distributed.gather_objects(self.loader.skipped.samples)
+            values["data/skipped_samples"] = float(sum(skipped))
+        values |= optimizer.scalars() | {"optimizer/rejected_steps": float(rejected)}
+        if (norm := grad_norm(engine, optimizer)) is not None:
+            values["optimizer/grad_norm"] = norm
+        if self.norms is not None and optimizer.watch is not None:
+            values |= self.norms.collect(norm)
+        if self.writer is not None:
+            self._write(self.writer, values)
+        self.restart()
+
+    def _write(self, writer: SummaryWriter, values: dict[str, float]) -> None:
+        clock, elapsed = self.run_clock, time.perf_counter() - self.since
+        steps = clock.step - self.since_step
+        values = values | self._speed(elapsed, steps)
+        values["progress/images_seen"] = clock.images_seen
+        self.scalars(values)
+        alpha, sigma = self.objective.alpha_sigma(torch.cat(self.times))
+        log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
+        writer.add_histogram("log_snr", log_snr, clock.step)
+        line = f"loss {values['loss/train']:.4f}  {values['speed/images_per_s']:.1f} images/s"
+        self.progress.update(self.task, line=line)
+        if not self.progress.console.is_terminal:
+            left = (clock.num_steps - clock.step) * elapsed / steps
+            print(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left", flush=True)
+
+    def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
+        """Rates of the interval. Image tokens alone are counted as tokens, padded text in the FLOPs."""
+        parts, batch = self.step_clock.collect(), self.run_clock.global_batch
+        values = {
+            f"step_ms/{part}": 1000 * s / steps for part, s in parts.items() if part != PAUSED
+        }
+        values |= {
+            "speed/images_per_s": steps * batch / elapsed,
+            "speed/step_ms": 1000 * elapsed / steps,
+            "speed/data_wait_fraction": (self.loader.wait_s - self.waited_before_s) / elapsed,
+            "memory/peak_gib": peak_memory(self.device) / 2**30,
+        }
+        if self.flops is not None:
+            tokens = sum(n * h * w for (h, w, _), n in self.shapes.items()) / self.patch**2
+            flops = sum(n * self.flops.picture(*shape) for shape, n in self.shapes.items())
+            values["speed/tokens_per_s"] = batch * tokens / elapsed
+            values["speed/mfu"] = batch * flops / (self.peak * distributed.world_size() * elapsed)
+        return values
+
+    def _measure_flops(self, writer: SummaryWriter) -> None:
+        """Count tokens and model FLOPs from here on; measure the device where no table knows it."""
+        self.flops = ModelFlops(self.config.model)
+        self.patch = getattr(self.config.model, "patch_size", 1)
+        self.peak, source = peak_flops(self.device, self.config.engine.precision)
+        writer.add_text("peak", f"{source}; times {distributed.world_size()} ranks", 0)
+
+    def describe(self, num_parameters: int) -> None:
         """The config as text, and hparams in the run's own writer."""
         if self.writer is None:
             return
-        self.writer.add_text("config", f"```yaml\n{config_yaml}\n```", 0)
-        self.writer.add_text("model", f"{num_parameters:,} parameters", 0)
-        from torch.utils.tensorboard.summary import hparams as summarise
+        from torch.utils.tensorboard.summary import hparams
 
+        self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}\n```", 0)
+        self.writer.add_text("model", f"{num_parameters:,} parameters", 0)
+        flat = flatten(self.config.model_dump(mode="json"))
         plain = {
-            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hparams.items()
+            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()
         }
-        for part in summarise(plain, {"loss/train": 0.0}):
+        for part in hparams(plain, {"loss/train": 0.0}):
             assert self.writer.file_writer is not None
             self.writer.file_writer.add_summary(part)
 
-    def advance(self, step: int, t: Tensor, latent_size: tuple[int, int], text_length: int) -> None:
-        """A step is done: its global t, its latents' height and width, its padded text on this rank."""
-        self.times.append(t)
-        self.shapes[*latent_size, text_length] += 1
-        self._profile(step)
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
-
     def _profile(self, step: int) -> None:
         """Start after the step before the first to trace; write the trace after the last."""
-        if self.config.profile_steps is None or not distributed.is_main():
+        if self.settings.profile_steps is None or not distributed.is_main():
             return
-        first, last = self.config.profile_steps
+        first, last = self.settings.profile_steps
         if self.profiler is None and first - 1 <= step < last:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
@@ -219,56 +288,31 @@ class Monitor:
             self.profiler.export_chrome_trace(str(path))
             self.profiler = None
 
-    def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
-        """Rates of the interval. Image tokens alone are counted as tokens, padded text in the FLOPs."""
-        parts, scale = self.clock.collect(), 1000 / steps
-        values = {f"step_ms/{part}": seconds * scale for part, seconds in parts.items()}
-        values |= {
-            "speed/images_per_s": steps * self.global_batch / elapsed,
-            "speed/step_ms": 1000 * elapsed / steps,
-            "speed/data_wait_fraction": self.data_wait_s / elapsed,
-            "memory/peak_gib": peak_memory(self.device) / 2**30,
-        }
-        if self.flops is not None:
-            tokens = sum(n * h * w for (h, w, _), n in self.shapes.items()) / self.patch**2
-            flops = sum(n * self.flops.picture(*shape) for shape, n in self.shapes.items())
-            values["speed/tokens_per_s"] = self.global_batch * tokens / elapsed
-            reachable = self.peak * distributed.world_size() * elapsed
-            values["speed/mfu"] = self.global_batch * flops / reachable
-        return values
-
-    def log(self, step: int, values: dict[str, float], objective: Objective) -> None:
-        """Scalars at `step` with rates since the last call, the histogram of log SNR, and one line."""
-        elapsed = time.perf_counter() - self.since
-        steps = step - self.since_step
-        if self.writer is not None and self.progress is not None:
-            values = values | self._speed(elapsed, steps)
-            values["progress/images_seen"] = step * self.global_batch + self.images_before
-            self.scalars(step, values)
-            alpha, sigma = objective.alpha_sigma(torch.cat(self.times))
-            log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
-            self.writer.add_histogram("log_snr", log_snr, step)
-            line = f"loss {values['loss/train']:.4f}  {values['speed/images_per_s']:.1f} images/s"
-            self.progress.update(self.task, line=line)
-            if not self.progress.console.is_terminal:
-                remaining = (self.num_steps - step) * elapsed / steps
-                print(f"step {step}/{self.num_steps}  {line}  {remaining:.0f} s left", flush=True)
-        self.restart_clock(step)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, values: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, self.run_clock.step)
 
-    def pictures(self, step: int, name: str, grid: Tensor) -> None:
-        """A picture uint8 (3, H, W)."""
+    def pictures(self, name: str, grid: UInt8[Tensor, "3 H W"]) -> None:
         if self.writer is not None:
-            self.writer.add_image(name, grid, step)
+            self.writer.add_image(name, grid, self.run_clock.step)
 
     def close(self) -> None:
-        if self.writer is not None and self.progress is not None:
-            self.progress.stop()
+        self.progress.stop()
+        if self.writer is not None:
             self.writer.close()
+
+
+def progress_bar() -> Progress:
+    """A bar of steps with the last loss and speed."""
+    return Progress(
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
 
 
 def peak_memory(device: torch.device) -> int:

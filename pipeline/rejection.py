@@ -13,30 +13,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
-from models.config import Config
 from pipeline import distributed
 from pipeline.batch import Batch
-from pipeline.snapshots import Snapshot
-
-
-class RejectionConfig(Config):
-    max_in_a_row: int = Field(default=10, gt=0)  # then the run stops
-    # A loss above so many times the mean of the last `window` accepted ones; null: never a reason.
-    spike_factor: float | None = Field(default=None, gt=1)
-    window: int = Field(default=100, gt=0)  # steps; no spike is seen before it is full
+from pipeline.config import TrainConfig
+from pipeline.data import Loader
+from pipeline.ema import WithEMA
+from pipeline.forward import Terms
 
 
 class Rejection:
     """Judges every step alike on all ranks. Its state, all of it JSON, belongs in the checkpoint."""
 
-    def __init__(self, config: RejectionConfig, run: Path, engine: Any, optimizer: Any):
-        self.config, self.path = config, run / "rejected.jsonl"
-        self.engine, self.optimizer = engine, optimizer
+    def __init__(self, config: TrainConfig, loader: Loader, engine: Any, optimizer: WithEMA):
+        self.config, self.path = config.rejection, Path(config.run) / "rejected.jsonl"
+        self.loader, self.engine, self.optimizer = loader, engine, optimizer
         self.total, self.in_a_row = 0, 0
-        self.recent: deque[float] = deque(maxlen=config.window)
+        self.recent: deque[float] = deque(maxlen=self.config.window)
         self.loss, self.reason = 0.0, ""  # of the step in hand
         self.skipped = self._skipped()
 
@@ -52,9 +46,9 @@ class Rejection:
         self.recent.extend(state["recent"])
         self.skipped = self._skipped()
 
-    def judge(self, loss: Tensor) -> None:
-        """Before the optimizer's step: veto it for the rank's mean loss of the global batch. Collective."""
-        loss = loss.detach().double()
+    def judge(self, terms: list[Terms]) -> None:
+        """Before the optimizer's step: veto it for the mean loss of the global batch. Collective."""
+        loss = losses_of(terms).mean().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)
         mean = float(loss) / distributed.world_size()
@@ -68,8 +62,8 @@ class Rejection:
             self.reason = f"loss {mean:.4g} is above {limit:.4g}"
         self.optimizer.veto = self.reason
 
-    def settle(self, step: int, batch: Batch, snapshot: Snapshot, losses: Tensor) -> bool:
-        """After the optimizer's step: whether it was taken; losses (b,) of the rank's samples. Collective.
+    def settle(self, step: int, batch: Batch, terms: list[Terms]) -> bool:
+        """After the optimizer's step: whether it was taken. Collective.
 
         Leaves with status 1 after too many rejected steps in a row.
         """
@@ -81,7 +75,7 @@ class Rejection:
             self.recent.append(self.loss)
             return True
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        self._note(step, batch, snapshot, losses)
+        self._note(step, batch, losses_of(terms))
         if self.in_a_row == self.config.max_in_a_row:
             message = (
                 f"{self.in_a_row} steps in a row were rejected, the last of them step {step}: {self.reason}. Their "
@@ -90,8 +84,9 @@ class Rejection:
             sys.exit(message if distributed.is_main() else 1)
         return False
 
-    def _note(self, step: int, batch: Batch, snapshot: Snapshot, losses: Tensor) -> None:
-        """Write down the samples whose loss is not finite, or, where there are none, all. Collective."""
+    def _note(self, step: int, batch: Batch, losses: Tensor) -> None:
+        """Write down the samples whose loss (b,) is not finite, or, where there are none, all. Collective."""
+        snapshot = self.loader.era_at(batch.step).snapshot
         bad = ~torch.isfinite(losses)
         if not any(distributed.gather_objects(bool(bad.any()))):
             bad[:] = True
@@ -107,3 +102,8 @@ class Rejection:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         distributed.say(f"step {step} rejected: {self.reason}; {self.total} in all")
+
+
+def losses_of(terms: list[Terms]) -> Tensor:
+    """Loss of each of the rank's samples, (b,)."""
+    return torch.cat([part.named["loss"] for part in terms])

@@ -29,7 +29,7 @@ from pipeline.pictures import (
     read_picture,
 )
 from pipeline.sampling import SamplerConfig
-from pipeline.train import network_for_sampling
+from pipeline.setup import network_for_sampling
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

@@ -50,7 +50,10 @@ def finished(config: TrainConfig) -> bool:
     folders = candidates(Path(config.run))
     if not folders or not (folders[0] / RECORD).is_file():
         return False
-    return json.loads((folders[0] / RECORD).read_text())["images_seen"] >= config.training.images
+    return (
+        json.loads((folders[0] / RECORD).read_text())["clock"]["images_seen"]
+        >= config.training.images
+    )
 
 
 def load_start(model: nn.Module, config: StartConfig) -> None:

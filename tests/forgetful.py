@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from models.config import load_config
-from pipeline import checkpoint, train
+from pipeline import checkpoint, clock, forward, train
 from pipeline.config import TrainConfig
 from pipeline.data import Loader
 from tests.test_train import unlike
@@ -20,14 +20,14 @@ from tests.train_factory import write_config
 
 STEP = 12  # of the checkpoint that is resumed from
 restore, batches = checkpoint.restore, Loader.batches
-lr_schedule, ema_decays, draw_noise = train.lr_schedule, train.ema_decays, train.draw_noise
+lr_schedule, ema_decays, draw_noise = clock.lr_schedule, clock.ema_decays, forward.draw_noise
 
 
 def forgetting(key: str) -> Any:
     """`restore`, after which a state of the optimizer is as at the start."""
 
-    def run(folder: Path, engine: Any, optimizer: Any) -> Any:
-        record = restore(folder, engine, optimizer)
+    def run(folder: Path, engine: Any, optimizer: Any, stateful: Any) -> Any:
+        record = restore(folder, engine, optimizer, stateful)
         for parameter, state in optimizer.state.items():
             state[key].copy_(parameter if key == "ema" else torch.zeros_like(state[key]))
         return record
@@ -37,16 +37,16 @@ def forgetting(key: str) -> Any:
 
 ITEMS = {key: forgetting(key) for key in ("ema", "exp_avg", "exp_avg_sq", "step")} | {
     "schedule": patch.object(
-        train, "lr_schedule", lambda *given: lambda step: lr_schedule(*given)(step - STEP)
+        clock, "lr_schedule", lambda *given: lambda step: lr_schedule(*given)(step - STEP)
     ),
     "images_seen": patch.object(
-        train, "ema_decays", lambda ema, seen, size: ema_decays(ema, seen - STEP * size, size)
+        clock, "ema_decays", lambda ema, seen, size: ema_decays(ema, seen - STEP * size, size)
     ),
     "loader": patch.object(Loader, "batches", lambda loader, start: batches(loader, start - STEP)),
     "noise": patch.object(
-        train, "draw_noise", lambda seed, step, *rest: draw_noise(seed, step - STEP, *rest)
+        forward, "draw_noise", lambda seed, step, *rest: draw_noise(seed, step - STEP, *rest)
     ),
-    "nothing": patch.object(train, "draw_noise", draw_noise),
+    "nothing": patch.object(forward, "draw_noise", draw_noise),
 }
 
 

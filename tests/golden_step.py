@@ -7,7 +7,7 @@ from models import MODELS, build_model
 from models.conditions import Conditions
 from pipeline import distributed
 from pipeline.config import ModelConfig
-from pipeline.engine import EngineConfig, OptimizerConfig, build_engine, grad_norm, set_lr
+from pipeline.engine import EngineConfig, OptimizerConfig, build_engine, grad_norm
 from pipeline.objective import Objective, ObjectiveConfig
 from pipeline.randomness import draw_noise
 
@@ -33,7 +33,7 @@ def step(kind: str) -> tuple[float, float, float]:
     engine, optimizer = build_engine(
         model, EngineConfig(zero_stage=0, precision="fp32"), OptimizerConfig(), BATCH
     )
-    set_lr(optimizer, 1e-3)
+    optimizer.prepare(1e-3, {"ema": 0.0}, None)
     latents, noise = drawn("latents", 4, 16, 16), drawn("noise", 4, 16, 16)
     t = objective.draw_t(0, 0, BATCH, (16, 16))
     mask = torch.arange(6) < torch.tensor([6, 3, 1, 5])[:, None]

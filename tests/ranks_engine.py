@@ -14,7 +14,6 @@ from pipeline.engine import (
     build_engine,
     grad_norm,
     parameter_groups,
-    set_lr,
 )
 from pipeline.norms import BlockNorms, block_of
 from pipeline.pieces import full_weights
@@ -105,13 +104,11 @@ def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
     )
     settings = OPTIMIZER.model_copy(update={"kind": kind})
     engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
-    optimizer.decays = {"ema": DECAY}
-    set_lr(optimizer, OPTIMIZER.lr)
     share = BATCH // distributed.world_size()
     begin = distributed.rank() * share
     watch = BlockNorms(engine, torch.device("cpu"))
     for number, batch in enumerate(batches()):
-        optimizer.watch = watch if number == STEPS - 1 else None
+        optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, watch if number == STEPS - 1 else None)
         for start in range(begin, begin + share, 2):
             t, x_t, text, pooled, target = (tensor[start : start + 2] for tensor in batch)
             pred = engine(x_t, t, Conditions(text, pooled=pooled))

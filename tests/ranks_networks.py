@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.engine import build_engine
 from pipeline.forward import Forward
 from pipeline.objective import Objective
-from pipeline.train import make_plan
+from pipeline.setup import fit_run
 
 STEPS, BATCH = 200, 8
 VP = {"path": {"kind": "vp_discrete"}, "timesteps": {"kind": "uniform"}}
@@ -38,14 +38,14 @@ def run(dataset: str, folder: str, stage: int, model: dict, objective_section: d
         "engine": {"zero_stage": stage, "precision": "fp32"},
         "run": folder,
     }
-    plan = make_plan(parse_config(TrainConfig, data, "test"))
-    config, objective = plan.config, Objective(plan.config.objective)
+    run = fit_run(parse_config(TrainConfig, data, "test"))
+    config, objective = run.config, Objective(run.config.objective)
     torch.manual_seed(0)
     engine, optimizer = build_engine(
         build_model(config.model), config.engine, config.optimizer, BATCH
     )
-    forward = Forward(engine, objective, plan.loader, config.model, 0.1, torch.device("cpu"))
-    values, batches = [], plan.loader.batches(0)
+    forward = Forward(engine, objective, run.loader, config.model, 0.1, torch.device("cpu"))
+    values, batches = [], run.loader.batches(0)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
@@ -54,7 +54,7 @@ def run(dataset: str, folder: str, stage: int, model: dict, objective_section: d
         engine.backward(terms.total)
         engine.step()
         values.append(sum(distributed.gather_objects(float(terms.named["loss"].mean()))))
-    plan.loader.close()
+    run.loader.close()
     return [value / distributed.world_size() for value in values]
 
 

@@ -6,16 +6,19 @@ from pathlib import Path
 import torch
 
 from models.conditions import Conditions
+from models.config import parse_config
 from pipeline import distributed
 from pipeline.batch import Batch
+from pipeline.config import TrainConfig
 from pipeline.data import DataConfig, Loader
 from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.forward import Terms
 from pipeline.pieces import full_weights
-from pipeline.rejection import Rejection, RejectionConfig
+from pipeline.rejection import Rejection
 from tests.ranks_engine import BATCH, DECAY, batches, fresh_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, clip=0.5)
-CONFIG = RejectionConfig(spike_factor=3.0, window=2, max_in_a_row=3)
+REJECTION = {"spike_factor": 3.0, "window": 2, "max_in_a_row": 3}
 
 
 def spoil(harm: str, batch: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -31,32 +34,30 @@ def spoil(harm: str, batch: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def take(
-    stage: int, precision: str, harms: list[str], place: Batch, loader: Loader, run: Path
+    stage: int, precision: str, harms: list[str], place: Batch, loader: Loader, given: TrainConfig
 ) -> str:
     """One step per harm ("" is none); what was rejected, and the weights of before and after it."""
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
     engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
-    rejection = Rejection(CONFIG, run, engine, optimizer)
+    rejection = Rejection(given, loader, engine, optimizer)
     share = BATCH // distributed.world_size()
     begin, log = distributed.rank() * share, []
     for step, (harm, batch) in enumerate(zip(harms, batches() * 2, strict=False)):
         before = [full_weights(engine, optimizer, which) for which in ("raw", "ema")]
-        for group in optimizer.param_groups:
-            group["lr"] = OPTIMIZER.lr
-        optimizer.decays = {"ema": DECAY}
-        losses = []
+        optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, None)
+        terms = []
         for start in range(begin, begin + share, 2):
             t, x_t, text, pooled, target = (x[start : start + 2] for x in spoil(harm, batch))
             pred = engine(x_t, t, Conditions(text, pooled=pooled)).float()
             loss = (pred - target).square().mean(dim=(1, 2, 3))
-            losses.append(loss.detach())
+            terms.append(Terms(t, loss.mean(), {"loss": loss.detach()}))
             if harm == "gradient" and start == BATCH - 2:
                 pred.register_hook(lambda gradient: gradient * float("nan"))
             engine.backward(loss.mean())
             if start == begin + share - 2:
-                rejection.judge(torch.cat(losses).mean())
+                rejection.judge(terms)
             engine.step()
-        taken = rejection.settle(step, place, loader.first.snapshot, torch.cat(losses))
+        taken = rejection.settle(step, place, terms)
         after = [full_weights(engine, optimizer, which) for which in ("raw", "ema")]
         pairs = [(x[n], y[n]) for x, y in zip(before, after, strict=True) for n in x]
         finite = all(bool(y.isfinite().all()) for _, y in pairs)
@@ -76,11 +77,13 @@ def main() -> None:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
+    data = {"data": {"path": str(run / "dataset")}, "training": {"images": BATCH}, "run": str(run)}
+    given = parse_config(TrainConfig, data | {"rejection": REJECTION}, "test")
     place = next(loader.batches())
     harms = ["", "", "nan", "", "gradient", "spike", "", "inf"]
     for layout in sys.argv[2:]:
         stage, precision = layout.split(":")
-        line = take(int(stage), precision, harms, place, loader, run)
+        line = take(int(stage), precision, harms, place, loader, given)
         if distributed.is_main():
             print("reject", layout, line, flush=True)
     loader.close()

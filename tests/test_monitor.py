@@ -152,7 +152,7 @@ def test_the_heldout_loss_is_that_of_the_checkpoints_weights(run, events):
             )
             x_t = (1 - t[0]) * latents + t[0] * noise
             with torch.no_grad():
-                pred = network(x_t, t, batch.text_emb, batch.text_mask, batch.pooled)
+                pred = network(x_t, t, batch.conditions)
             losses.append(objective.loss(pred, latents, noise, t).loss.mean().item())
         assert logged["_t_0.3125"].value == pytest.approx(
             losses[2], rel=1e-5

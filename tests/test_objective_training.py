@@ -18,14 +18,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from models.config import load_config
 from models.layers import TimestepEmbedder
 from pipeline.config import TrainConfig
-from pipeline.train import train
+from pipeline.train import train_all
 
 seen = []
 def record(module, args):
     if isinstance(module, TimestepEmbedder):
         seen.append((args[0].clone(), module.linear_1.weight.dtype))
 register_module_forward_pre_hook(record)
-train(load_config(TrainConfig, Path(sys.argv[1]), sys.argv[3:]))
+train_all([load_config(TrainConfig, Path(sys.argv[1]), sys.argv[3:])])
 torch.save(seen, sys.argv[2])
 """
 

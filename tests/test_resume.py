@@ -252,7 +252,7 @@ def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rat
     rates = [value for _, value in scalars(run, "optimizer/lr")[-6:]]
     assert rates == pytest.approx([1e-3 * (1 - seen / 192) for seen in range(96, 192, 16)])
     record = run / "checkpoints" / "step_00000018" / "checkpoint.json"
-    assert json.loads(record.read_text())["images_seen"] == 192
+    assert json.loads(record.read_text())["clock"]["images_seen"] == 192
 
 
 @pytest.mark.slow

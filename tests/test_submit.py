@@ -18,7 +18,7 @@ from aiohttp import web
 from cluster.submit import Action, Cluster, main, make_job, read_runtime_env
 from models.config import InputError, load_config, run_command
 from pipeline.config import TrainConfig
-from pipeline.train import make_plan, record_run
+from pipeline.setup import fit_run
 from tests import train_factory
 from tests.ray_cluster import copy_checkout, free_port
 
@@ -218,9 +218,9 @@ def test_a_runs_folder_holds_no_secret_of_the_environment(tmp_path, monkeypatch)
     secrets = {"RAY_AUTH_TOKEN": "f00d" * 16, "AWS_SECRET_ACCESS_KEY": "beef" * 10}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    plan = make_plan(load_config(TrainConfig, train_factory.write_config(tmp_path), []))
-    record_run(plan)
-    plan.loader.close()
+    run = fit_run(load_config(TrainConfig, train_factory.write_config(tmp_path), []))
+    run.record()
+    run.loader.close()
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"config.yaml", "environment.txt", "git.txt"}
     for path in files:

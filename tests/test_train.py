@@ -16,7 +16,7 @@ from models.config import InputError, load_config
 from pipeline.config import TrainConfig
 from pipeline.pieces import Pieces
 from pipeline.randomness import draw_dropout
-from pipeline.train import check_run, make_plan
+from pipeline.setup import check_run, fit_run
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.train_factory import write_config
@@ -175,7 +175,7 @@ def test_the_loss_falls(tmp_path):
 
 
 def plan_of(folder: Path, *overrides: str):
-    return make_plan(load_config(TrainConfig, write_config(folder), list(overrides)))
+    return fit_run(load_config(TrainConfig, write_config(folder), list(overrides)))
 
 
 def test_another_config_over_a_run_is_refused_with_the_difference(finished):
@@ -343,13 +343,13 @@ from models.config import load_config
 from models.dit import DiT
 from pipeline.batch import Batch
 from pipeline.config import TrainConfig
-from pipeline.train import train
+from pipeline.train import train_all
 
 told, batches = [], []
 forward, split = DiT.forward, Batch.split
 DiT.forward = lambda self, *given: told.append([None if c is None else c.clone() for c in given[2]]) or forward(self, *given)
 Batch.split = lambda self, size: batches.append((self.step, self.indices.clone(), [c if c is None else c.clone() for c in self.conditions])) or split(self, size)
-train(load_config(TrainConfig, Path(sys.argv[1]), sys.argv[3:]))
+train_all([load_config(TrainConfig, Path(sys.argv[1]), sys.argv[3:])])
 torch.save((told, batches), sys.argv[2])
 """
 

@@ -25,7 +25,7 @@ from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.objective import Objective
-from pipeline.train import make_plan, network_for_sampling
+from pipeline.setup import fit_run, network_for_sampling
 
 # Name -> the objective section. After the presets, what differs from one of them in one option.
 VARIANTS = {
@@ -47,17 +47,17 @@ ROUNDS = 4  # draws of noise for each held-out sample and level
 
 def measure(run: Path, weights: str = "ema") -> list[float]:
     """Held-out x0 error of a run's newest checkpoint at each of LOG_SNR."""
-    plan = make_plan(load_run_config(run))
-    batch = plan.loader.heldout_batch(HELD_OUT)
+    fitted = fit_run(load_run_config(run))
+    batch = fitted.loader.heldout_batch(HELD_OUT)
     if batch is None:
         raise InputError(
             f"{run}: its dataset holds nothing out. Remedy: prepare with heldout_fraction=0.05"
         )
     state, _ = load_weights(run, weights)  # pyright: ignore[reportArgumentType]
-    network = network_for_sampling(plan.config, state, torch.device("cpu"))
-    objective, codec = Objective(plan.config.objective), plan.loader.manifest.codec
+    network = network_for_sampling(fitted.config, state, torch.device("cpu"))
+    objective, codec = Objective(fitted.config.objective), fitted.loader.manifest.codec
     errors = x0_errors(network, objective, codec, batch, ROUNDS)
-    plan.loader.close()
+    fitted.loader.close()
     return errors.mean(1).tolist()
 
 

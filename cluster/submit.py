@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import typer
 import yaml
 
-from models.config import InputError, load_config, run_command
+from models.config import InputError, load_config, read_yaml, run_command
 
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
 UPLOAD_LIMIT_BYTES = 100 << 20  # of one request to Ray's dashboard
@@ -105,7 +105,9 @@ def check_stage(
         from data_prep.config import PrepareConfig
 
         prepare = load_config(PrepareConfig, folder / file, overrides)
-        inputs = {f"sources.{n}.path": source.path for n, source in prepare.sources.items()}
+        # The paths as given: once loaded, a source's relative path means this machine, not the upload.
+        sources = read_yaml(folder / file, overrides)["sources"]
+        inputs = {f"sources.{name}.path": source["path"] for name, source in sources.items()}
         inputs |= {f"text_encoders.{n}.path": e.path for n, e in prepare.text_encoders.items()}
         return file, inputs | {"vae.path": prepare.vae.path}, {"output": prepare.output}
     from cluster.train_job import valid_sizes

@@ -54,6 +54,7 @@ def refuse(checkout: Path, action: str, *arguments: str) -> str:
         ("train train.yaml data.path=tests/nothing", "nothing there to upload"),
         ("train train.yaml data.path=outputs", "1 files would not be uploaded"),
         ("prepare prepare.yaml vae.path=models/no", "vae.path: "),
+        ("prepare prepare.yaml sources.p.path=tests/no", "sources.p.path: "),
         ("train outputs/hidden.yaml", "would not be uploaded"),
         ("train ../elsewhere.yaml", "lies outside"),
         ("train train.yaml modle.size=L", "did you mean 'model'"),

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from models.config import InputError, run_command
 from pipeline.checkpoint import RECORD, Saver, faults, save_weights
+from pipeline.clock import Clock
 from pipeline.config import load_run_config
 from pipeline.ema import EMAConfig, WithEMA, power_exponent, power_name
 from pipeline.pieces import Pieces
@@ -27,12 +28,12 @@ SNAPSHOTS = "ema_snapshots"  # the folder of a run
 
 
 def store_snapshots(
-    run: Path, config: EMAConfig, step: int, images_seen: int, engine: Any, optimizer: WithEMA
+    run: Path, config: EMAConfig, clock: Clock, engine: Any, optimizer: WithEMA
 ) -> None:
     """Every power-function average as it is now; collective."""
     saver = Saver(run / SNAPSHOTS)
-    state = {"images_seen": images_seen, "sigma_rels": config.sigma_rels}
-    saver.save(step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
+    state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
+    saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
     saver.finish()
 
 

@@ -6,6 +6,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,14 @@ from pipeline.config import (
     sizes_of,
 )
 from pipeline.data import Loader
-from pipeline.engine import EngineConfig, check_engine, micro_batch_size, native_precision
+from pipeline.ema import WithEMA
+from pipeline.engine import (
+    EngineConfig,
+    build_engine,
+    check_engine,
+    micro_batch_size,
+    native_precision,
+)
 from pipeline.pictures import encoder_folder
 from pipeline.snapshots import SNAPSHOTS, check_fits
 from pipeline.stages import load_start
@@ -74,6 +82,12 @@ class Run:
             distributed.say(f"{self.folder}: begins with the weights of {config.model.init_from}")
             load_weights(model, config.model.init_from)
         return model
+
+    def build_engine(self) -> tuple[Any, WithEMA]:
+        """DeepSpeed's engine around the network, and the optimizer that it drives. Collective."""
+        config = self.config
+        batch = config.training.global_batch
+        return build_engine(self.build_model(), config.engine, config.optimizer, batch)
 
     def record(self) -> None:
         """Write down config, code and environment of a run that begins or goes on."""

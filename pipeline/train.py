@@ -17,7 +17,6 @@ from pipeline import checkpoint, distributed
 from pipeline.clock import Clock
 from pipeline.config import TrainConfig
 from pipeline.distributed import Exchange, StopSignal
-from pipeline.engine import build_engine
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
 from pipeline.objective import Objective
@@ -34,14 +33,12 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     # --- what the run is made of: all that can fail fails here
     config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
     preview = Preview(run, objective)
-    engine, optimizer = build_engine(
-        run.build_model(), config.engine, config.optimizer, clock.global_batch
-    )
+    engine, optimizer = run.build_engine()
     dropout = config.training.caption_dropout
     forward = Forward(engine, objective, run.loader, config.model, dropout, run.device)
     rejection = Rejection(config, run.loader, engine, optimizer)
-    stateful = {"clock": clock, "rejection": rejection, "preview": preview}
-    checkpoint.restore(run.folder, engine, optimizer, stateful)
+    parts = {"clock": clock, "rejection": rejection, "preview": preview}
+    checkpoint.restore(run.folder, engine, optimizer, parts)
     saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint)
     run.record()
     exchange = Exchange()
@@ -82,17 +79,14 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
             if preview.due(clock) and not stopping:
                 preview.show(engine, optimizer, monitor, clock.step)
             if clock.snapshot_due:
-                images = clock.images_learned
-                store_snapshots(run.folder, config.ema, clock.step, images, engine, optimizer)
+                store_snapshots(run.folder, config.ema, clock, engine, optimizer)
             if clock.checkpoint_due or stopping:
-                state = {name: part.state() for name, part in stateful.items()}
-                saver.save(clock.step, engine, optimizer, state)
+                saver.save(clock.step, engine, optimizer, {n: p.state() for n, p in parts.items()})
         yield clock.step
         if stopping:
             break
 
     monitor.close()
-    run.loader.close()
     leave(run, clock, saver, stop)
 
 
@@ -109,7 +103,8 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
 
 
 def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> None:
-    """Wait for the last save and say how the run stands; status 1 where it could not be saved. Collective."""
+    """Close the loader, wait for the last save and say how the run stands; status 1 where it could not be saved. Collective."""
+    run.loader.close()
     saver.finish()
     if saver.failed:
         sys.exit(f"{run.folder}: step {clock.step} could not be saved")

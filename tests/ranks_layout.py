@@ -1,7 +1,8 @@
-"""Run under torchrun: write checkpoints in several layouts, or read them in others; prints a line each.
+"""Run under torchrun: write checkpoints in several layouts, or read them in others; prints one line per pair.
 
-ranks_layout FOLDER write LAYOUT ...     LAYOUT: stage and precision, as 2:fp32
+ranks_layout FOLDER write LAYOUT ...     LAYOUT: stage, precision and more, as 2:fp32 or 0:bf16:muon
 ranks_layout FOLDER read LAYOUT ...      each of what was written, in each layout
+ranks_layout FOLDER resume LAYOUT ...    each as it was written
 """
 
 import sys
@@ -13,7 +14,7 @@ import torch
 from models.conditions import Conditions
 from pipeline import checkpoint, distributed
 from pipeline.checkpoint import Saver
-from pipeline.engine import EngineConfig, build_engine
+from pipeline.engine import EngineConfig, build_engine, set_lr
 from pipeline.pieces import full_weights
 from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
 
@@ -21,12 +22,16 @@ STEPS = 3
 
 
 def engine_of(layout: str) -> tuple[Any, Any]:
-    stage, precision = layout.split(":")
-    config = EngineConfig(zero_stage=int(stage), precision=precision, micro_batch=4)  # pyright: ignore[reportArgumentType]
-    engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
+    stage, precision, *more = layout.split(":")
+    settings: dict[str, Any] = {"zero_stage": int(stage), "precision": precision, "micro_batch": 4}
+    if "offload" in more:
+        settings["offload_optimizer"] = "cpu"
+        settings["offload_parameters"] = "cpu" if stage == "3" else "none"
+    kind = "muon" if "muon" in more else "adamw"
+    config = OPTIMIZER.model_copy(update={"kind": kind})
+    engine, optimizer = build_engine(fresh_model(), EngineConfig(**settings), config, BATCH)
     optimizer.decays = {"ema": DECAY, "ema_halflife_64": 0.5}
-    for group in optimizer.param_groups:
-        group["lr"] = OPTIMIZER.lr
+    set_lr(optimizer, OPTIMIZER.lr)
     return engine, optimizer
 
 
@@ -49,12 +54,19 @@ def step(engine: Any, batch: list[torch.Tensor], update: bool) -> float:
 
 def states(engine: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """Every state of every parameter, whole."""
-    names = ("raw", "exp_avg", "exp_avg_sq", *optimizer.decays)
+    names = {"raw", *(key for state in optimizer.state.values() for key in state)} - {"step"}
     return {
         f"{state}.{name}": value
-        for state in names
+        for state in sorted(names)
         for name, value in full_weights(engine, optimizer, state).items()
     }
+
+
+def train_on(engine: Any, optimizer: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses before, in and after one more step, and the states after it."""
+    fixed = batches()[STEPS]
+    losses = [step(engine, fixed, update) for update in (False, True, False)]
+    return losses, states(engine, optimizer)
 
 
 def write(folder: Path, layout: str) -> None:
@@ -63,35 +75,33 @@ def write(folder: Path, layout: str) -> None:
         step(engine, batch, update=True)
     saver = Saver(folder / layout / checkpoint.CHECKPOINTS)
     saver.save(STEPS, engine, optimizer, {})
-    expected: dict[str, Any] = {"states": states(engine, optimizer)}
+    before = states(engine, optimizer)
     saver.finish()
     assert not saver.failed
-    fixed = batches()[STEPS]
-    expected["losses"] = [
-        step(engine, fixed, False),
-        step(engine, fixed, True),
-        step(engine, fixed, False),
-    ]
+    losses, after = train_on(engine, optimizer)
     if distributed.is_main():
-        torch.save(expected, folder / f"{layout}.pt")
+        torch.save((before, losses, after), folder / f"{layout}.pt")
+
+
+def unlike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> int:
+    """How many states differ in a bit; those of rank 0, where they are."""
+    assert not distributed.is_main() or ours.keys() == theirs.keys()
+    return sum(not torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def read(folder: Path, source: str, target: str) -> None:
-    """States that differ in a bit, and how far the losses before and after one more step are apart."""
+    """States that differ in a bit at first and after one more step, and how far the losses are apart."""
     engine, optimizer = engine_of(target)
     record = checkpoint.restore(folder / source, engine, optimizer)
     assert record is not None
     assert record["step"] == STEPS
-    expected, found = torch.load(folder / f"{source}.pt"), states(engine, optimizer)
-    assert not distributed.is_main() or found.keys() == expected["states"].keys()
-    wrong = [
-        name for name, value in found.items() if not torch.equal(value, expected["states"][name])
-    ]
-    fixed = batches()[STEPS]
-    losses = [step(engine, fixed, False), step(engine, fixed, True), step(engine, fixed, False)]
-    apart = [abs(got / want - 1) for got, want in zip(losses, expected["losses"], strict=True)]
+    before, losses, after = torch.load(folder / f"{source}.pt")
+    wrong = [unlike(states(engine, optimizer), before)]
+    got, found = train_on(engine, optimizer)
+    wrong.append(unlike(found, after))
+    apart = [abs(mine / theirs - 1) for mine, theirs in zip(got, losses, strict=True)]
     if distributed.is_main():
-        print("layout", source, target, distributed.world_size(), len(wrong), *apart, flush=True)
+        print("layout", source, target, distributed.world_size(), *wrong, *apart, flush=True)
 
 
 def main() -> None:
@@ -100,6 +110,8 @@ def main() -> None:
     for layout in layouts:
         if what == "write":
             write(Path(folder), layout)
+        elif what == "resume":
+            read(Path(folder), layout, layout)
         else:
             for written in sorted(p.stem for p in Path(folder).glob("*.pt")):
                 read(Path(folder), written, layout)

@@ -32,7 +32,7 @@ def layouts(folder: Path, ranks: int, what: str, *names: str) -> list[list[str]]
 
 def check_layouts(found: list[list[str]], count: int) -> None:
     assert len(found) == count
-    for source, target, ranks, wrong, before, _, after in found:
+    for source, target, ranks, wrong, _, before, _, after in found:
         assert wrong == "0", (source, target, ranks)  # states that differ in a bit
         same = source.split(":")[1] == target.split(":")[1]
         # Another order of summing, which a step of Adam enlarges; forward in another precision.
@@ -45,6 +45,17 @@ def check_layouts(found: list[list[str]], count: int) -> None:
 def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage_to_the_bit(tmp_path):
     layouts(tmp_path, 2, "write", "2:fp32")
     check_layouts(layouts(tmp_path, 1, "read", "3:fp32", "1:bf16", "0:fp32"), 3)
+
+
+def test_in_its_own_layout_a_run_goes_on_to_the_same_bits_with_every_optimizer_and_offload(
+    tmp_path,
+):
+    more = ["0:fp32:muon", "0:bf16:muon", "1:fp32:offload", "2:bf16:offload", "3:bf16:offload"]
+    layouts(tmp_path, 2, "write", *LAYOUTS, *more)
+    found = layouts(tmp_path, 2, "resume", *LAYOUTS, *more)
+    assert len(found) == 13
+    for source, _, _, before, after, *_ in found:
+        assert (before, after) == ("0", "0"), source  # states that differ in a bit
 
 
 @pytest.mark.slow

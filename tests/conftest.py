@@ -33,6 +33,16 @@ def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_cluste
         yield cluster
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several processes a file stays in one, and all files that share a Ray in the same one."""
+    rays = {"ray_address", "job_cluster"}
+    sharing = {i.path for i in items if rays & set(getattr(i, "fixturenames", ()))}
+    for item in items:
+        group = "ray" if item.path in sharing else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     """Say where Ray's log stays, where a test fails while a Ray runs."""

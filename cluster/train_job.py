@@ -4,7 +4,6 @@ Ray Train starts one rank a GPU and starts the group again from the last checkpo
 """
 
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import ray
@@ -17,6 +16,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from models.config import InputError, load_config, parse_config, run_command
+from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
 from pipeline.order import choose_partitions
 from pipeline.setup import fit_run
@@ -117,8 +117,8 @@ def fit(
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     workers: Annotated[int, typer.Option(help="ranks, one a GPU")] = 1,
     min_workers: Annotated[
         int | None, typer.Option(help="go on with as few after a loss; default: --workers")
@@ -129,9 +129,7 @@ def main(
     resize_every_s: Annotated[
         float, typer.Option(help="how often a shrunk group may grow, from its last checkpoint")
     ] = 600.0,
-    override: Annotated[
-        bool, typer.Option("--override", help="resume with changed values that change results")
-    ] = False,
+    override: Override = False,
 ) -> None:
     """Train as a Ray job; run again to resume."""
     parsed = load_config(TrainConfig, config, overrides or [])

@@ -6,9 +6,9 @@ share the work; run again, it goes on where it stopped. No figure is given witho
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -23,7 +23,17 @@ from models.config import InputError, package_folder, parse_config, run_command
 from models.files import write_text
 from models.weights import brief
 from pipeline import distributed
-from pipeline.config import TrainConfig, load_run_config
+from pipeline.arguments import (
+    BatchSize,
+    SamplerOverrides,
+    Step,
+    Weights,
+    parse_sampler,
+    parse_size,
+    read_prompts,
+    takes,
+)
+from pipeline.config import TrainConfig, flatten, load_run_config
 from pipeline.data import DataConfig, Loader
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
@@ -31,55 +41,82 @@ from pipeline.objective import Objective
 from pipeline.pictures import Draw, Request, draw_files, drawer, largest_bucket
 from pipeline.randomness import make_generator
 from pipeline.reference import DatasetPictures, FolderPictures, features_of, share
-from pipeline.sample import Trained, join, open_trained, parse_sampler, parse_size, read_prompts
+from pipeline.sample import Trained, join, open_trained
 from pipeline.sampling import SamplerConfig
 
 ROUNDS = 4  # draws of noise for each held-out sample and level
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number and what it was measured with; None where that has no part in it."""
+class Options:
+    """What is measured, and against what."""
 
-    metric: str
-    value: float
-    num_pictures: int
-    num_reference: int | None
-    reference: str
-    network: str
-    network_sha256: str | None
-    weights: str
-    sampler: str | None
-    num_steps: int | None
-    guidance_scale: float | None
-    spread: float | None = None  # standard deviation, of KID over its subsets
+    target: Annotated[Path, typer.Argument(help="a run's folder, or a diffusers pipeline's")]
+    overrides: SamplerOverrides = None
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH of a TorchScript file or a transformers folder; repeated"),
+    ] = None
+    clip: Annotated[Path | None, typer.Option(help="CLIP's folder, for CLIP score")] = None
+    num_pictures: Annotated[int, typer.Option(min=2, help="to draw")] = 1000
+    reference: Annotated[
+        Path | None, typer.Option(help="prepared dataset or folder of pictures; the run's dataset")
+    ] = None
+    split: Annotated[Literal["heldout", "train"], typer.Option(help="of a dataset")] = "heldout"
+    num_reference: Annotated[int, typer.Option(min=2, help="at most")] = 50_000
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="one per line; else the reference's captions")
+    ] = None
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; else the reference's")] = None
+    heldout: Annotated[int, typer.Option(min=0, help="samples for the held-out error")] = 256
+    weights: Weights = "ema"
+    step: Step = None
+    batch_size: BatchSize = 32
+    output: Annotated[Path | None, typer.Option(help="folder; TARGET/evaluations")] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run a pipeline folder's own code")
+    ] = False
 
-    def conditions(self) -> dict[str, Any]:
-        return asdict(replace(self, value=0.0, spread=None))
+    @property
+    def results(self) -> Path:
+        return self.output or self.target / "evaluations"
+
+    @property
+    def dataset(self) -> Path | None:
+        """The reference, if it is a prepared dataset."""
+        is_one = self.reference is not None and (self.reference / MANIFEST).is_file()
+        return self.reference if is_one else None
 
 
-def heldout_figures(
-    trained: Trained, loader: Loader, size: int, batch_size: int, device: torch.device
-) -> list[Figure]:
-    """The x0 error of `size` held-out samples at each level. Collective."""
-    batch = loader.heldout_batch(size)
+class Measurement(NamedTuple):
+    """Figures by name, and all that they depend on."""
+
+    figures: dict[str, float]
+    measured_with: dict[str, Any]
+
+
+def measure_heldout(
+    trained: Trained, loader: Loader, options: Options, device: torch.device
+) -> Measurement | None:
+    """The x0 error of held-out samples at each level; None where the dataset holds nothing out. Collective."""
+    batch = loader.heldout_batch(options.heldout)
     if batch is None:
         distributed.say("held-out error: left out, for the dataset holds nothing out")
-        return []
+        return None
     network, objective = trained.network(device), Objective(trained.config.objective)
     begin, end = share(len(batch.indices))
     sums = torch.zeros(len(LOG_SNR), dtype=torch.float64)
-    for first in range(begin, end, batch_size):
-        part = batch.rows(first, min(first + batch_size, end)).to(device)
+    for first in range(begin, end, options.batch_size):
+        part = batch.rows(first, min(first + options.batch_size, end)).to(device)
         errors = x0_errors(network, objective, loader.manifest.codec, part, ROUNDS)
         sums += errors.double().sum(1).cpu()
     means = sum(distributed.gather_objects(sums), torch.zeros_like(sums)) / len(batch.indices)
-    name, reference = trained.config.model.kind, f"held-out latents, {ROUNDS} draws of noise each"
-    given = len(batch.indices), None, reference, name, None, trained.weights, None, None, None
-    return [
-        Figure(f"x0_error_at_log_snr_{level:+d}", float(mean), *given)
-        for level, mean in zip(LOG_SNR, means, strict=True)
-    ]
+    figures = {
+        f"x0_error_at_log_snr_{level:+d}": mean
+        for level, mean in zip(LOG_SNR, means.tolist(), strict=True)
+    }
+    about = {"num_pictures": len(batch.indices), "noise": f"{ROUNDS} draws each"}
+    return Measurement(figures, trained.facts | about | {"reference": "held-out latents"})
 
 
 @dataclass(frozen=True)
@@ -89,9 +126,7 @@ class Subject:
     path: Path
     name: str  # of its folder among the results
     about: dict[str, Any]
-    weights: str
     sampler: SamplerConfig
-    sampler_name: str
     make_draw: Callable[[], Draw]  # loads what drawing needs
 
 
@@ -103,9 +138,7 @@ def run_subject(trained: Trained, overrides: list[str], device: torch.device) ->
         return drawer(trained.encoders(device), trained.network(device), objective)
 
     name = f"step_{trained.step:08d}_{trained.weights}"
-    return Subject(
-        trained.run, name, trained.facts, trained.weights, sampler, sampler.name, make_draw
-    )
+    return Subject(trained.run, name, trained.facts, sampler, make_draw)
 
 
 def pipeline_subject(
@@ -139,9 +172,9 @@ def pipeline_subject(
         pipeline.set_progress_bar_config(disable=True)
         return lambda requests: draw_with(pipeline, requests)
 
-    sampler, scheduler = parse_sampler(SamplerConfig(), overrides), str(index["scheduler"][1])
-    about = {"pipeline": str(folder), "scheduler": scheduler}
-    return Subject(folder, "pipeline", about, str(folder), sampler, scheduler, make_draw)
+    about = {"pipeline": str(folder), "scheduler": str(index["scheduler"][1])}
+    sampler = parse_sampler(SamplerConfig(), overrides)
+    return Subject(folder, "pipeline", about, sampler, make_draw)
 
 
 def draw_with(pipeline: Any, requests: list[Request]) -> torch.Tensor:
@@ -167,7 +200,7 @@ def draw_missing(
     sizes: list[tuple[int, int]],
     batch_size: int,
 ) -> FolderPictures:
-    """A picture a prompt under `folder`, those drawn before left as they are. Collective."""
+    """One picture per prompt under `folder`, those drawn before left as they are. Collective."""
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
     every = [
@@ -183,57 +216,36 @@ def draw_missing(
     return FolderPictures(folder, None)
 
 
-def show(figures: list[Figure], console: Console) -> None:
+def show(measurements: list[Measurement], console: Console) -> None:
     table = Table("figure", "value", "measured with", show_lines=True)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
-    for f in figures:
-        network = f.network + (f" ({f.network_sha256[:8]})" if f.network_sha256 else "")
-        against = f"{f.num_reference} of " if f.num_reference else ""
-        parts = [f"{f.num_pictures} pictures, weights {f.weights}"]
-        if f.sampler:
-            parts.append(f"sampler {f.sampler}, {f.num_steps} steps, guidance {f.guidance_scale:g}")
-        parts += [f"network {network}", f"against {against}{f.reference}"]
-        spread = f" ± {f.spread:.2g}" if f.spread is not None else ""
-        table.add_row(f.metric, f"{f.value:.5g}{spread}", "; ".join(parts))
+    for figures, measured_with in measurements:
+        values = [f"{value:.5g}" for value in figures.values()]
+        facts = [f"{k} {v}" for k, v in flatten(measured_with).items() if v is not None]
+        table.add_row("\n".join(figures), "\n".join(values), "; ".join(facts))
     console.print(table)
 
 
-def record(path: Path, about: dict[str, Any], figures: list[Figure]) -> list[Figure]:
-    """Put the figures among those of figures.json; returns the ones that were not measured so before."""
-    saved = json.loads(path.read_text())["figures"] if path.is_file() else []
-    conditions = [figure.conditions() for figure in figures]
-    others = [f for f in (Figure(**fields) for fields in saved) if f.conditions() not in conditions]
-    known = [Figure(**fields).conditions() for fields in saved]
+def record(path: Path, measurements: list[Measurement]) -> list[Measurement]:
+    """Put them among those of a JSON file; returns the ones that were not measured so before."""
+    saved = [Measurement(**m) for m in json.loads(path.read_text())] if path.is_file() else []
+    known, again = ([m.measured_with for m in part] for part in (saved, measurements))
+    every = [*(m for m in saved if m.measured_with not in again), *measurements]
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(about | {"figures": [asdict(f) for f in (*others, *figures)]}, indent=1)
-    write_text(path, text + "\n")
-    return [figure for figure in figures if figure.conditions() not in known]
+    write_text(path, json.dumps([m._asdict() for m in every], indent=1) + "\n")
+    return [m for m in measurements if m.measured_with not in known]
 
 
-def write_tensorboard(run: Path, step: int, figures: list[Figure]) -> None:
+def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> None:
     """Points at the checkpoint's step; what a figure was measured with is in its name."""
     with SummaryWriter(str(run / "tensorboard")) as writer:
-        for f in figures:
-            drawn = f"_{f.sampler}_{f.num_steps}_cfg_{f.guidance_scale:g}" if f.sampler else ""
-            name = f"evaluate/{f.metric}/{f.weights}_{f.num_pictures}_pictures{drawn}"
-            writer.add_scalar(name, f.value, step)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command's, as given."""
-
-    features: dict[str, Path]
-    clip: Path | None
-    num_pictures: int
-    reference: Path | None
-    split: str
-    num_reference: int
-    prompts_file: Path | None
-    size: str | None
-    heldout: int
-    batch_size: int
-    output: Path
+        for figures, given in measurements:
+            name = f"{given['weights']}_{given['num_pictures']}_pictures"
+            if sampler := given.get("sampler"):
+                scale = sampler["guidance_scale"]
+                name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
+            for figure, value in figures.items():
+                writer.add_scalar(f"evaluate/{figure}/{name}", value, step)
 
 
 def open_reference(
@@ -249,7 +261,7 @@ def open_reference(
     if loader is not None:
         samples = DatasetPictures(loader, options.split, options.num_reference, vae, device)
     reference = samples
-    if options.reference is not None and not (options.reference / MANIFEST).is_file():
+    if options.reference is not None and options.dataset is None:
         reference = FolderPictures(options.reference, size, options.num_reference)
     if reference is None or (samples is None and not prompts) or size is None:
         raise InputError(
@@ -265,38 +277,40 @@ def open_reference(
     return reference, every, [sizes[i % len(sizes)] for i in range(count)]
 
 
-def picture_figures(
-    options: Options,
-    reference: DatasetPictures | FolderPictures,
-    pictures: FolderPictures,
-    prompts: list[str],
+def measure_pictures(
     subject: Subject,
+    trained: Trained | None,
+    loader: Loader | None,
+    options: Options,
     device: torch.device,
-) -> list[Figure]:
-    """Every network's figures. Collective; those between two sets of features on rank 0 alone."""
-    figures, sampler = [], subject.sampler
-    drawn = subject.weights, subject.sampler_name, sampler.num_steps, sampler.guidance_scale
-    count, cache, batch_size = len(pictures), options.output / "features", options.batch_size
-    for name, path in options.features.items():
-        network = FeatureNetwork.load(name, path, device)
+) -> tuple[str, list[Measurement]]:
+    """What the pictures go by, and what each network asked for says of them; figures on rank 0. Collective."""
+    given = parse_features(options.features or [])
+    networks = [FeatureNetwork.load(name, path, device) for name, path in given.items()]
+    clip = ClipNetwork(options.clip, device) if options.clip else None
+    reference, prompts, sizes = open_reference(options, trained, loader, device)
+    drawn = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
+    name = fingerprint(drawn | {"prompts": prompts, "sizes": sizes})[:8]
+    folder, batch_size = options.results / f"{subject.name}_{name}", options.batch_size
+    pictures = draw_missing(subject, folder / "pictures", prompts, sizes, batch_size)
+    drawn |= {"num_pictures": len(pictures)}
+    measurements = []
+    for network in networks:
+        cache = options.results / "features"
         fake = features_of(network, pictures, batch_size, device, cache)
         real = features_of(network, reference, batch_size, device, cache)
-        about = count, len(real), reference.name, name, network.sha256, *drawn
-        if distributed.is_main():
-            values = compare(real, fake, device)
-            spread = values.pop("kid_std")
-            for metric, value in values.items():
-                label = "fid" if (metric, name) == ("fd", "inception") else f"{metric}_{name}"
-                figures.append(
-                    Figure(label, value, *about, spread=spread if metric == "kid" else None)
-                )
-    if options.clip is not None:
-        clip = ClipNetwork(options.clip, device)
-        begin, end = share(count)
-        score = clip_score(clip, pictures.read(begin, end), prompts[begin:end], batch_size, device)
-        about = count, None, "their prompts", options.clip.name, clip.sha256, *drawn
-        figures.append(Figure("clip_score", score, *about))
-    return figures
+        values = compare(real, fake, device) if distributed.is_main() else {}
+        labels = {"fd": "fid"} if network.name == "inception" else {}
+        figures = {labels.get(m, f"{m}_{network.name}"): value for m, value in values.items()}
+        about = {"reference": reference.name, "num_reference": len(real)}
+        about |= {"network": network.name, "network_sha256": network.sha256}
+        measurements.append(Measurement(figures, drawn | about))
+    if clip is not None:
+        begin, end = share(len(pictures))
+        score = clip_score(clip, pictures.read(begin, end), prompts[begin:end], batch_size)
+        about = {"network": clip.name, "network_sha256": clip.sha256}
+        measurements.append(Measurement({"clip_score": score}, drawn | about))
+    return name, measurements
 
 
 def open_exported(folder: Path, data: Path | None) -> Trained | None:
@@ -326,104 +340,58 @@ def open_exported(folder: Path, data: Path | None) -> Trained | None:
 
 def evaluate(
     subject: Subject, trained: Trained | None, options: Options, device: torch.device
-) -> tuple[str, list[Figure]]:
+) -> tuple[str, list[Measurement]]:
     """The name of the results' folder, and all figures; `trained` of a run. Collective."""
-    own = other = None
-    is_dataset = options.reference is not None and (options.reference / MANIFEST).is_file()
     if trained is None and options.heldout:
-        trained = open_exported(subject.path, options.reference if is_dataset else None)
+        trained = open_exported(subject.path, options.dataset)
         if trained is None:
             distributed.say(
                 "held-out error: left out, for the folder does not say how it was trained"
             )
+    own = other = None
     if trained is not None:
         data = trained.config.data.model_copy(update={"grow": False})
         own = Loader(data, global_batch=1, seed=0)
-    if is_dataset:
-        data = DataConfig.model_validate({"path": str(options.reference)})
+    if options.dataset is not None:
+        data = DataConfig.model_validate({"path": str(options.dataset)})
         other = Loader(data, global_batch=1, seed=0)
-    figures, name = [], subject.name
+    found, name = [], subject.name
     if trained is not None and own is not None and options.heldout:
-        figures += heldout_figures(trained, own, options.heldout, options.batch_size, device)
+        found = [measure_heldout(trained, own, options, device)]
     if options.features or options.clip:
-        reference, prompts, sizes = open_reference(options, trained, other or own, device)
-        drawn = subject.about | subject.sampler.model_dump(mode="json")
-        name += "_" + fingerprint(drawn | {"prompts": prompts, "sizes": sizes})[:8]
-        folder = options.output / name / "pictures"
-        pictures = draw_missing(subject, folder, prompts, sizes, options.batch_size)
-        figures += picture_figures(options, reference, pictures, prompts, subject, device)
+        pictures, more = measure_pictures(subject, trained, other or own, options, device)
+        found, name = found + more, f"{name}_{pictures}"
     for loader in filter(None, (own, other)):
         loader.close()
-    return name, figures
+    return name, [measurement for measurement in found if measurement]
 
 
-def main(
-    target: Annotated[Path, typer.Argument(help="a run's folder, or a diffusers pipeline's")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="sampler.key=value")] = None,
-    features: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PATH of a TorchScript file or a transformers folder; repeated"),
-    ] = None,
-    clip: Annotated[Path | None, typer.Option(help="CLIP's folder, for CLIP score")] = None,
-    num_pictures: Annotated[int, typer.Option(min=2, help="to draw")] = 1000,
-    reference: Annotated[
-        Path | None, typer.Option(help="prepared dataset or folder of pictures; the run's dataset")
-    ] = None,
-    split: Annotated[Literal["heldout", "train"], typer.Option(help="of a dataset")] = "heldout",
-    num_reference: Annotated[int, typer.Option(min=2, help="at most")] = 50_000,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="one a line; else the reference's captions")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; else the reference's")] = None,
-    heldout: Annotated[int, typer.Option(min=0, help="samples for the held-out error")] = 256,
-    weights: Annotated[str, typer.Option(help="raw, ema, or another average")] = "ema",
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    output: Annotated[Path | None, typer.Option(help="folder; TARGET/evaluations")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run a pipeline folder's own code")
-    ] = False,
-) -> None:
+@takes(Options)
+def main(options: Options) -> None:
     """Measure a run's checkpoint or a pipeline. Without --features and --clip only the held-out error."""
-    options = Options(
-        parse_features(features or []),
-        clip,
-        num_pictures,
-        reference,
-        split,
-        num_reference,
-        prompts_file,
-        size,
-        heldout,
-        batch_size,
-        output or target / "evaluations",
-    )
-    if features or clip:
+    target, overrides = options.target, options.overrides or []
+    parse_features(options.features or [])
+    if options.features:
         package_folder("torchmetrics")
     is_pipeline = (target / "model_index.json").is_file()
     device = join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
-    trained = None if is_pipeline else open_trained(target, weights, step)
-    if trained is None:
-        subject = pipeline_subject(target, overrides or [], trust_remote_code, device)
+    if is_pipeline:
+        trained = None
+        subject = pipeline_subject(target, overrides, options.trust_remote_code, device)
     else:
-        subject = run_subject(trained, overrides or [], device)
-    name, figures = evaluate(subject, trained, options, device)
-    if not figures:
+        trained = open_trained(target, options.weights, options.step)
+        subject = run_subject(trained, overrides, device)
+    name, found = evaluate(subject, trained, options, device)
+    if not found:
         raise InputError(f"{target}: nothing to measure. Remedy: --features, --clip or --heldout")
     if distributed.is_main():
-        report(target, subject, trained, options.output / name / "figures.json", figures)
+        path = options.results / name / "measurements.json"
+        new = record(path, found)
+        if trained is not None:
+            write_tensorboard(target, trained.step, new)
+        show(found, Console())
+        distributed.say(f"wrote {path}")
     distributed.stop()
-
-
-def report(
-    target: Path, subject: Subject, trained: Trained | None, path: Path, figures: list[Figure]
-) -> None:
-    about = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
-    new = record(path, about, figures)
-    if trained is not None:
-        write_tensorboard(target, trained.step, new)
-    show(figures, Console())
-    distributed.say(f"wrote {path}")
 
 
 def parse_features(given: list[str]) -> dict[str, Path]:

@@ -36,6 +36,7 @@ from models.exchange import layout_of, to_diffusers
 from models.files import publish
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
+from pipeline.arguments import DryRun, RunFolder, Step, Weights
 from pipeline.config import dump_config
 from pipeline.objective import ObjectiveConfig
 from pipeline.pictures import largest_bucket
@@ -421,18 +422,16 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="folder of a training run")],
+    run: RunFolder,
     folder: Annotated[Path, typer.Argument(help="to write; must not exist")],
-    weights: Annotated[str, typer.Option(help="raw, ema, or another average")] = "ema",
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest")] = None,
+    weights: Weights = "ema",
+    step: Step = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of the network")] = "fp32",
     encoders: Annotated[
         Literal["copy", "link"],
         typer.Option(help="VAE and text encoders copied, or links to where they are here"),
     ] = "copy",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check and describe; write nothing")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Write a run's checkpoint as a diffusers pipeline folder, a single file and a model card."""
     folder = folder.absolute()

@@ -1,11 +1,12 @@
 """Distances between sets of pictures in the features of frozen networks, and CLIP score.
 
-torchmetrics computes FID, KID and CLIP score; features come from networks in local files. Their values depend
+torchmetrics computes FID and KID; features come from networks in local files. Their values depend
 on the number of pictures, the network's very weights and how pictures are resized, so all of that is reported.
 """
 
+import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from models.config import InputError
 from models.files import file_sha256
 from models.weights import brief, read_model_config, weights_sha256
+from pipeline import distributed
 
 KID_SUBSET = 1000  # pictures; torchmetrics' own, of 100 subsets
 NEIGHBOURS = 3  # k of precision and recall
@@ -170,11 +172,10 @@ def precision_recall(
     return inside(fake, real), inside(real, fake)
 
 
-class ClipNetwork(nn.Module):
-    """A CLIP folder as torchmetrics wants it: transformers 5 returns objects where it expects tensors."""
+class ClipNetwork:
+    """A CLIP model in a folder, safetensors, with what prepares its pictures and captions."""
 
     def __init__(self, path: Path, device: torch.device):
-        super().__init__()
         kind = read_model_config(path, "a CLIP model").get("model_type")
         if kind != "clip":
             raise InputError(f"--clip {path}: model_type got {kind!r}, expected clip")
@@ -185,39 +186,31 @@ class ClipNetwork(nn.Module):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
         except (OSError, ValueError) as error:
             raise InputError(f"--clip {path}: cannot load it: {brief(error)}") from error
-        self.model, self.config = model.eval().requires_grad_(False).to(device), model.config
-        self.max_length = model.config.text_config.max_position_embeddings
-        self.sha256 = weights_sha256(path)
+        self.model, self.device = model.eval().requires_grad_(False).to(device), device
+        self.name, self.sha256 = path.name, weights_sha256(path)
 
-    def get_image_features(self, pixels: Tensor) -> Tensor:
-        return self.model.get_image_features(pixel_values=pixels).pooler_output
-
-    def get_text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-
-    def process(self, images: Any = None, text: Any = None, **_: Any) -> Any:
-        """Longer captions are cut at what the model reads, their end token kept."""
-        if images is not None:
-            return self.images(images=images, return_tensors="pt")
-        return self.tokenizer(
-            text, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+    @torch.inference_mode()
+    def cosines(
+        self, pictures: Sequence[UInt8[Tensor, "3 H W"]], captions: Sequence[str]
+    ) -> Float[Tensor, " B"]:
+        """Between each picture and its caption; longer captions are cut, their end token kept."""
+        length = self.model.config.text_config.max_position_embeddings
+        cut: dict[str, Any] = {"padding": True, "truncation": True, "max_length": length}
+        texts = self.tokenizer(list(captions), return_tensors="pt", **cut)
+        pixels = self.images(images=list(pictures), return_tensors="pt")
+        output = self.model(**(texts | pixels).to(self.device))
+        return (output.image_embeds * output.text_embeds).sum(1)  # of length 1 as they come
 
 
-@torch.inference_mode()
 def clip_score(
     clip: ClipNetwork,
     pictures: Iterable[UInt8[Tensor, "3 H W"]],
     captions: list[str],
     batch_size: int,
-    device: torch.device,
 ) -> float:
-    """100 cos between picture and caption, averaged (2104.08718), over the pictures of all ranks. Collective."""
-    from torchmetrics.multimodal.clip_score import CLIPScore
-
-    metric = CLIPScore(lambda: (clip, clip.process)).to(device)
-    paired = list(zip(pictures, captions, strict=True))
-    for begin in range(0, len(paired), batch_size):
-        images, texts = zip(*paired[begin : begin + batch_size], strict=True)
-        metric.update([image.to(device) for image in images], list(texts))
-    return float(metric.compute())
+    """100 cos between picture and caption, at least 0, averaged (2104.08718) over all ranks' pictures. Collective."""
+    total, paired = 0.0, zip(pictures, captions, strict=True)
+    while batch := list(itertools.islice(paired, batch_size)):
+        total += float(clip.cosines(*zip(*batch, strict=True)).double().sum())
+    sums = distributed.gather_objects((total, len(captions)))
+    return max(0.0, 100 * sum(t for t, _ in sums) / sum(n for _, n in sums))

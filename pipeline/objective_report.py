@@ -1,7 +1,6 @@
 """What an objective really does, drawn and tabled beside the presets: `flowmill objective CONFIG.yaml`."""
 
 import itertools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -11,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import InputError, parse_config, read_yaml, run_command
+from models.config import parse_config, read_yaml, run_command
+from pipeline.arguments import parse_size
 from pipeline.objective import PRESETS, Objective, ObjectiveConfig
 
 if TYPE_CHECKING:
@@ -142,10 +142,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="the table alone")] = False,
 ) -> None:
     """Show what the configured objective trains, against the presets."""
-    match = re.fullmatch(r"(\d+)x(\d+)", latent_size)
-    if not match:
-        raise InputError(f"--latent-size: got {latent_size!r}, expected HEIGHTxWIDTH such as 32x32")
-    size = int(match[1]), int(match[2])
+    size = parse_size(latent_size, "--latent-size")
     section = read_yaml(config, overrides or []).get("objective", {})
     chosen = parse_config(ObjectiveConfig, section, f"{config}: objective")
     profiles = [make_profile("this config", chosen, size)]

@@ -16,6 +16,7 @@ from models.conditions import example_conditions
 from models.config import InputError, load_config, run_command
 from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
+from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data import Loader
 from pipeline.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
@@ -322,7 +323,7 @@ def main(
             help="YAML file of a run; of a preparation: CONFIG --help has other options"
         ),
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="in all")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     gpu: Annotated[str, typer.Option(help=", ".join(GPU_GIB))] = "H100",

@@ -18,6 +18,7 @@ import typer
 from rich.progress import track
 
 from models.config import InputError, run_command
+from pipeline.arguments import RunFolder
 from pipeline.checkpoint import RECORD, Saver, faults, save_weights
 from pipeline.clock import Clock
 from pipeline.config import load_run_config
@@ -117,7 +118,7 @@ def reconstruct(snapshots: list[Snapshot], sigma_rel: float) -> dict[str, torch.
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="folder of a training run")],
+    run: RunFolder,
     sigma_rel: Annotated[float, typer.Option(help="width as a share of the training time")],
     step: Annotated[int | None, typer.Option(help="of a snapshot; the newest")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be made")] = False,

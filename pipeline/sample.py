@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,18 @@ from data_prep.schema import Manifest, read_manifest
 from models.config import InputError, parse_config, run_command
 from models.layers import PROJECTOR
 from pipeline import distributed
+from pipeline.arguments import (
+    BatchSize,
+    DryRun,
+    RunFolder,
+    SamplerOverrides,
+    Step,
+    Weights,
+    parse_sampler,
+    parse_size,
+    read_prompts,
+    takes,
+)
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.objective import Objective
@@ -32,29 +44,8 @@ from pipeline.sampling import SamplerConfig
 from pipeline.setup import network_for_sampling
 
 
-def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    """Prompts from the arguments and the lines of a file; raises InputError where there are none."""
-    lines: list[str] = []
-    if file is not None:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file, expected one prompt a line")
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    prompts = [*given, *(line for line in lines if line)]
-    if not prompts:
-        raise InputError('no prompt: got none, expected --prompt "..." or --prompts-file FILE')
-    return prompts
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """ "HEIGHTxWIDTH" in pixels; raises InputError."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise InputError(f"--size: got {text!r}, expected HEIGHTxWIDTH such as 256x256")
-    return int(match[1]), int(match[2])
-
-
 def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, SamplerConfig]:
-    """A sampler a column of "KEY=VALUE,VALUE...", KEY one of the sampler's, by label; without text one."""
+    """A sampler for each column of "KEY=VALUE,VALUE...", KEY one of the sampler's, by label; without text one."""
     if text is None:
         return {"": sampler}
     key, _, values = text.partition("=")
@@ -140,10 +131,51 @@ class Cell:
     sampler: SamplerConfig
 
 
-def cells_like(recipe: dict[str, Any]) -> list[Cell]:
+@dataclass(frozen=True)
+class Options:
+    """What to draw, of which weights, and where to."""
+
+    run: RunFolder
+    overrides: SamplerOverrides = None
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated")] = None
+    prompts_file: Annotated[Path | None, typer.Option(help="one prompt per line")] = None
+    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1
+    columns: Annotated[
+        str | None,
+        typer.Option(help="one row per prompt, one column per value: seed=0,1,2, num_steps=10,50"),
+    ] = None
+    like: Annotated[Path | None, typer.Option(help="draw this PNG of ours again")] = None
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; the most common bucket's")] = None
+    weights: Weights = "ema"
+    step: Step = None
+    output: Annotated[Path | None, typer.Option(help="folder; RUN/samples/step_N")] = None
+    batch_size: BatchSize = 16
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier output")] = (
+        False
+    )
+    dry_run: DryRun = False
+
+
+def cells_like(options: Options, picture: Path) -> tuple[list[Cell], Options]:
+    """The one cell that a picture of ours is of, and the options that it was drawn with."""
+    o = options
+    if o.prompt or o.prompts_file or o.columns or o.overrides or o.size or o.images_per_prompt > 1:
+        raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
+    recipe = read_recipe(picture)
     fields = {key: value for key, value in recipe.items() if key in SamplerConfig.model_fields}
-    sampler = parse_config(SamplerConfig, fields, "--like")
-    return [Cell(recipe["prompt"], recipe["index"], "", sampler)]
+    cell = Cell(
+        recipe["prompt"], recipe["index"], "", parse_config(SamplerConfig, fields, "--like")
+    )
+    same = {key: recipe[key] for key in ("weights", "step", "size")}
+    return [cell], replace(options, **same)
+
+
+def cells_of(options: Options, saved: SamplerConfig) -> list[Cell]:
+    """The sheet that the options ask for, row by row."""
+    variants = parse_columns(options.columns, parse_sampler(saved, options.overrides or []))
+    prompts = read_prompts(options.prompt or [], options.prompts_file)
+    rows = [prompt for prompt in prompts for _ in range(options.images_per_prompt)]
+    return [Cell(prompt, i, *v) for i, prompt in enumerate(rows) for v in variants.items()]
 
 
 def draw_cells(
@@ -151,96 +183,51 @@ def draw_cells(
     cells: list[Cell],
     size: tuple[int, int],
     folder: Path,
-    across: int,
-    batch_size: int,
+    options: Options,
     device: torch.device,
 ) -> None:
-    """A PNG a cell, drawn by all ranks, and grid.png of all. Collective."""
+    """One PNG per cell, drawn by all ranks, and grid.png of all. Collective."""
     requests = [
         Request(folder / f"{i:05d}_{_slug(c.prompt)}.png", c.prompt, c.place, size, c.sampler)
         for i, c in enumerate(cells)
     ]
     objective = Objective(trained.config.objective)
     draw = drawer(trained.encoders(device), trained.network(device), objective)
-    draw_files(requests, draw, trained.facts, batch_size)
+    draw_files(requests, draw, trained.facts, options.batch_size)
     distributed.barrier()
     if distributed.is_main():
+        across = 5 if options.images_per_prompt == 1 else options.images_per_prompt
+        if options.columns:
+            across = len({cell.label for cell in cells})
         pictures = torch.stack([read_picture(request.path) for request in requests])
         labels = [f"{cell.prompt} {cell.label}" for cell in cells]
         grid(pictures, labels, columns=across).save(folder / "grid.png")
         distributed.say(f"{folder / 'grid.png'}: all {len(pictures)}")
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="folder of a training run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="sampler.key=value")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1)] = 1,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="a row a prompt, a column a value: seed=0,1,2, num_steps=10,50"),
-    ] = None,
-    like: Annotated[Path | None, typer.Option(help="draw this PNG of ours again")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; the most common bucket's")] = None,
-    weights: Annotated[str, typer.Option(help="raw, ema, or another average")] = "ema",
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; the newest")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder; RUN/samples/step_N")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an earlier output")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check and describe; write nothing")
-    ] = False,
-) -> None:
+@takes(Options)
+def main(options: Options) -> None:
     """Draw pictures from prompts with a run's newest checkpoint, EMA weights by default.
 
     Under torchrun every rank draws its share.
     """
-    config = load_run_config(run)
+    config = load_run_config(options.run)
     device = join(config.engine.timeout_s)
-    across = 5
-    if like is not None:
-        if prompt or prompts_file or columns or overrides or size or images_per_prompt > 1:
-            raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
-        recipe = read_recipe(like)
-        weights, step, size = recipe["weights"], recipe["step"], recipe["size"]
-        cells = cells_like(recipe)
+    if options.like is not None:
+        cells, options = cells_like(options, options.like)
     else:
-        variants = parse_columns(columns, parse_sampler(config.sampler, overrides or []))
-        rows = [
-            p for p in read_prompts(prompt or [], prompts_file) for _ in range(images_per_prompt)
-        ]
-        cells = [Cell(p, i, *v) for i, p in enumerate(rows) for v in variants.items()]
-        if columns or images_per_prompt > 1:
-            across = len(variants) if columns else images_per_prompt
-    trained = open_trained(run, weights, step)
-    pixels = parse_size(size) if size else largest_bucket(trained.manifest)
-    folder = output or run / "samples" / f"step_{trained.step:08d}_{weights}"
+        cells = cells_of(options, config.sampler)
+    trained = open_trained(options.run, options.weights, options.step)
+    size = parse_size(options.size) if options.size else largest_bucket(trained.manifest)
+    name = f"step_{trained.step:08d}_{options.weights}"
+    folder = options.output or options.run / "samples" / name
     settings = cells[0].sampler.model_dump(mode="json") | trained.facts
-    what = f"{len(cells)} pictures of {pixels[0]}x{pixels[1]} to {folder}"
+    what = f"{len(cells)} pictures of {size[0]}x{size[1]} to {folder}"
     distributed.say(f"{what}: {json.dumps(settings)}")
-    if not dry_run:
-        make_folder(folder, overwrite)
-        draw_cells(trained, cells, pixels, folder, across, batch_size, device)
+    if not options.dry_run:
+        make_folder(folder, options.overwrite)
+        draw_cells(trained, cells, size, folder, options, device)
     distributed.stop()
-
-
-def parse_sampler(saved: SamplerConfig, overrides: list[str]) -> SamplerConfig:
-    """The run's sampler with `sampler.key=value` overrides; raises InputError for any other section."""
-    data = saved.model_dump()
-    for item in overrides:
-        key, _, value = item.partition("=")
-        if not key.startswith("sampler.") or not value:
-            raise InputError(
-                f"override {item!r}: expected sampler.key=value; the rest is the run's"
-            )
-        try:
-            data[key.removeprefix("sampler.")] = json.loads(value)
-        except ValueError:
-            data[key.removeprefix("sampler.")] = value
-    return parse_config(SamplerConfig, data, "sampler")
 
 
 def _slug(text: str) -> str:

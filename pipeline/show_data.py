@@ -11,6 +11,7 @@ from rich.table import Table
 
 from models.config import InputError, load_config, run_command
 from models.vae import LatentCodec, sample_latents
+from pipeline.arguments import Overrides
 from pipeline.batch import Batch
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import Era, Loader
@@ -133,7 +134,7 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
 
 def main(
     run_or_config: Annotated[Path, typer.Argument(help="a run's folder, or the YAML file of one")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    overrides: Overrides = None,
     epoch: Annotated[int, typer.Option(min=0, help="which epoch to describe")] = 0,
     ranks: Annotated[int, typer.Option(min=1, help="ranks in all")] = 1,
     ranks_per_node: Annotated[int, typer.Option(min=1)] = 8,

@@ -6,14 +6,12 @@ Run the same command again to resume; on several GPUs `torchrun --nproc-per-node
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
 from models.config import run_command
 from pipeline import checkpoint, distributed
+from pipeline.arguments import ConfigFile, DryRun, Override, Overrides
 from pipeline.clock import Clock
 from pipeline.config import TrainConfig
 from pipeline.distributed import Exchange, StopSignal
@@ -147,14 +145,10 @@ def train_all(configs: list[TrainConfig], override: bool = False) -> None:
 
 
 def main(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check and describe; write nothing")
-    ] = False,
-    override: Annotated[
-        bool, typer.Option("--override", help="resume with changed values that change results")
-    ] = False,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    override: Override = False,
 ) -> None:
     """Train a model on a prepared dataset; run again to resume."""
     stages = load_stages(config, overrides or [])

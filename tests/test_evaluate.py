@@ -232,7 +232,7 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_of_clip_s_own_embeddings(
     clip = ClipNetwork(save_clip(tmp_path / "clip"), CPU)
     pictures = [read_picture(path) for path in sorted(sets["real"].iterdir())[:5]]
     captions = ["a red apple", "volcano", "", "a green apple", "a red apple " * 20]  # one too long
-    score = clip_score(clip, pictures, captions, 2, CPU)
+    score = clip_score(clip, pictures, captions, 2)
     texts = clip.tokenizer(
         captions, padding=True, truncation=True, max_length=12, return_tensors="pt"
     )
@@ -268,9 +268,14 @@ def call(*arguments: object) -> str:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
 
 
-def figures_of(output: str) -> tuple[Path, dict[str, dict]]:
+def measured_by(output: str) -> tuple[Path, dict[str, float], dict[str, dict]]:
+    """Where `evaluate` wrote what it measured, the figures, and what each was measured with."""
     path = Path(output.split("wrote ")[1].strip())
-    return path, {f["metric"]: f for f in json.loads(path.read_text())["figures"]}
+    figures, measured_with = {}, {}
+    for measurement in json.loads(path.read_text()):
+        figures |= measurement["figures"]
+        measured_with |= dict.fromkeys(measurement["figures"], measurement["measured_with"])
+    return path, figures, measured_with
 
 
 def points(run: Path) -> list:
@@ -286,30 +291,29 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     arguments = (trained_run, f"--features=inception={network_file}", f"--clip={clip}")
     more = ("--num-pictures=14", "sampler.num_steps=3", "sampler.guidance_scale=2", "--heldout=6")
     output = call(*arguments, *more, f"--output={tmp_path / 'out'}")
-    path, figures = figures_of(output)
-    drawn = {"fid", "kid_inception", "precision_inception", "recall_inception", "clip_score"}
+    path, figures, measured_with = measured_by(output)
+    names = ("kid", "kid_std", "precision", "recall")
+    drawn = {"fid", "clip_score", *(f"{name}_inception" for name in names)}
     errors = {f"x0_error_at_log_snr_{level:+d}" for level in LOG_SNR}
     assert figures.keys() == drawn | errors
     for name in drawn:
-        figure = figures[name]
-        assert (figure["sampler"], figure["num_steps"], figure["guidance_scale"]) == ("euler", 3, 2)
-        assert figure["num_pictures"] == 14
-        assert figure["weights"] == "ema"
-        assert len(figure["network_sha256"]) == 64
+        about, sampler = measured_with[name], measured_with[name]["sampler"]
+        assert [sampler[key] for key in ("name", "num_steps", "guidance_scale")] == ["euler", 3, 2]
+        assert (about["num_pictures"], about["weights"], about["step"]) == (14, "ema", 120)
+        assert len(about["network_sha256"]) == 64
     table = read_shard_table(trained_run.parent / "dataset").to_pylist()
     heldout = sum(row["num_samples"] for row in table if row["split"] == "heldout")
-    assert figures["fid"]["num_reference"] == heldout > 4
-    assert "heldout, decoded" in figures["fid"]["reference"]
-    for name in (*drawn, *errors):
-        assert name in output
+    assert measured_with["fid"]["num_reference"] == heldout > 4
+    assert "heldout, decoded" in measured_with["fid"]["reference"]
     for name, value in figures.items():
         (line,) = (line for line in output.splitlines() if f" {name} " in line)
-        assert f"{value['value']:.5g}" in line
-    said = " ".join(output.replace("│", " ").split())
-    assert said.count("sampler euler, 3 steps, guidance 2") == len(drawn)
-    assert said.count("14 pictures, weights ema") == len(drawn)
+        assert f"{value:.5g}" in line
+    rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
+    said = " ".join(row[3].strip() for row in rows)
+    assert said.count("sampler.num_steps 3; sampler.guidance_scale 2") == 2  # networks
+    assert said.count("num_pictures 14") == 2
     (*_, point) = points(trained_run)
-    assert (point.step, point.value) == (120, pytest.approx(figures["fid"]["value"]))
+    assert (point.step, point.value) == (120, pytest.approx(figures["fid"]))
     count = len(points(trained_run))
     # Half of the pictures and the features of the rest are lost: only those are made again.
     pictures = sorted((path.parent / "pictures").glob("*.png"))
@@ -322,20 +326,22 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     assert "7 to draw" in again
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert len(points(trained_run)) == count  # measured alike, so it is no other point
-    assert figures_of(again)[1]["fid"]["value"] == pytest.approx(figures["fid"]["value"], rel=0.05)
+    assert measured_by(again)[1]["fid"] == pytest.approx(figures["fid"], rel=0.05)
 
 
 def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network_file, tmp_path):
-    features = {"inception": network_file}
-    options = Options(features, None, 24, None, "train", 36, None, None, 6, 16, tmp_path)
+    features = [f"inception={network_file}"]
+    options = Options(
+        trained_run, features=features, num_pictures=24, split="train", heldout=6, output=tmp_path
+    )
     trained = open_trained(trained_run, "ema", None)
     torch.manual_seed(0)
     untrained = build_model(trained.config.model).state_dict()
     values = []
     for subject in (replace(trained, state=untrained, step=0), trained):
         drawn = run_subject(subject, ["sampler.num_steps=8"], CPU)
-        _, figures = evaluate(drawn, subject, options, CPU)
-        values.append({figure.metric: figure.value for figure in figures})
+        _, measurements = evaluate(drawn, subject, options, CPU)
+        values.append({k: v for m in measurements for k, v in m.figures.items()})
     print(*(f"{k} {a:.4g} -> {values[1][k]:.4g}" for k, a in values[0].items()), sep="\n")
     assert values[1]["fid"] < 0.9 * values[0]["fid"]
     assert values[1]["kid_inception"] < values[0]["kid_inception"]
@@ -349,15 +355,15 @@ def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network
 def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
     arguments = (str(trained_run), f"--features=inception={network_file}", "--num-pictures=9")
     more = (f"--clip={save_clip(tmp_path / 'clip')}", "sampler.num_steps=3", "--heldout=5")
-    _, one = figures_of(call(*arguments, *more, f"--output={tmp_path / 'one'}"))
+    _, one, _ = measured_by(call(*arguments, *more, f"--output={tmp_path / 'one'}"))
     output = f"--output={tmp_path / 'two'}"
     done = train_factory.run("pipeline.evaluate", *arguments, *more, output, ranks=2)
     assert done.returncode == 0, done.stderr
-    _, two = figures_of(done.stdout)
+    _, two, _ = measured_by(done.stdout)
     assert one.keys() == two.keys()
     for name in one:
         # Pictures drawn in other batches may differ by a level here and there.
-        assert two[name]["value"] == pytest.approx(one[name]["value"], rel=0.02, abs=1e-4), name
+        assert two[name] == pytest.approx(one[name], rel=0.02, abs=1e-4), name
 
 
 @pytest.mark.parametrize(

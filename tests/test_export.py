@@ -278,22 +278,30 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     """Its held-out error is the network's own, and its code is run only when that is asked for."""
     trained, folder = make_trained(trained_run, "dit"), exported["dit"]
     torch.jit.script(Convolutions()).save(str(tmp_path / "fixed.pt"))
-    features = evaluate.parse_features([f"fixed={tmp_path / 'fixed.pt'}"])
-    data = trained_run.parent / "dataset"
-    options = evaluate.Options(features, None, 3, data, "train", 4, None, None, 3, 2, tmp_path)
+    options = evaluate.Options(
+        folder,
+        features=[f"fixed={tmp_path / 'fixed.pt'}"],
+        num_pictures=3,
+        reference=trained_run.parent / "dataset",
+        split="train",
+        num_reference=4,
+        heldout=3,
+        output=tmp_path,
+    )
     with pytest.raises(InputError, match="code of its own"):
         evaluate.pipeline_subject(folder, [], False, CPU)
     overrides = ["sampler.num_steps=2", "sampler.guidance_scale=1.5"]
     subject = evaluate.pipeline_subject(folder, overrides, True, CPU)
-    name, figures = evaluate.evaluate(subject, None, options, CPU)
-    found = {figure.metric: figure for figure in figures}
-    drawn = found["fd_fixed"]
-    assert (drawn.num_pictures, drawn.num_reference, drawn.num_steps) == (3, 4, 2)
-    assert (drawn.sampler, drawn.guidance_scale) == ("FlowMatchEulerDiscreteScheduler", 1.5)
+    name, (errors, fixed) = evaluate.evaluate(subject, None, options, CPU)
+    about = fixed.measured_with
+    assert "fd_fixed" in fixed.figures
+    assert (about["num_pictures"], about["num_reference"]) == (3, 4)
+    assert about["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert (about["sampler"]["num_steps"], about["sampler"]["guidance_scale"]) == (2, 1.5)
     assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
     run = evaluate.run_subject(trained, [], CPU)
-    options = replace(options, features={}, reference=None)
-    for figure in evaluate.evaluate(run, trained, options, CPU)[1]:
-        assert found[figure.metric].value == pytest.approx(figure.value, rel=1e-5)
+    options = replace(options, features=None, reference=None)
+    _, (own,) = evaluate.evaluate(run, trained, options, CPU)
+    assert own.figures == pytest.approx(errors.figures, rel=1e-5)
     with pytest.raises(InputError, match=r"only sampler\.num_steps"):
         evaluate.pipeline_subject(folder, ["sampler.name=heun"], True, CPU)

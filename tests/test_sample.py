@@ -12,15 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer.testing import CliRunner
 
 from models.config import InputError
+from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.pictures import grid, parse_class
-from pipeline.sample import (
-    main,
-    parse_columns,
-    parse_sampler,
-    parse_size,
-    read_prompts,
-    read_recipe,
-)
+from pipeline.sample import main, parse_columns, read_recipe
 from pipeline.sampling import SamplerConfig
 from tests import train_factory
 
@@ -142,6 +136,7 @@ def test_drawn_pictures_are_not_overwritten_unasked(trained_run, tmp_path):
         (lambda tmp: read_prompts([], None), "no prompt"),
         (lambda tmp: read_prompts([], tmp / "absent.txt"), "absent.txt: no such file"),
         (lambda tmp: parse_size("12"), "HEIGHTxWIDTH"),
+        (lambda tmp: parse_size("0x12"), "HEIGHTxWIDTH"),
         (lambda tmp: parse_sampler(SamplerConfig(), ["model.size=B"]), "sampler.key=value"),
         (lambda tmp: parse_sampler(SamplerConfig(), ["sampler.num_step=3"]), "'num_steps'"),
         (lambda tmp: parse_columns("seed", SamplerConfig()), "--columns"),
@@ -155,6 +150,21 @@ def test_what_is_wrong_with_the_arguments_is_said(call, message, tmp_path):
     with pytest.raises(InputError) as error:
         call(tmp_path)
     assert message in str(error.value)
+
+
+def test_prompts_are_utf_8_with_or_without_a_byte_order_mark_one_per_line(tmp_path):
+    file, text = tmp_path / "prompts.txt", "caf\u00e9\r\n\n a\u2028b \n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_bytes(text.encode(encoding))
+        assert read_prompts(["first"], file) == ["first", "caf\u00e9", "a\u2028b"]
+    for data, byte in (
+        ("caf\u00e9".encode("cp1252"), "byte 3 is 0xe9"),
+        ("cafe".encode("utf-16"), "byte 0 is 0xff"),
+        ("cafe".encode("utf-16-le"), "byte 1 is 0x00"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=f"prompts.txt: {byte}.*save it as UTF-8"):
+            read_prompts([], file)
 
 
 def test_a_folder_that_is_no_run_ends_with_status_2(tmp_path):

@@ -7,6 +7,7 @@ share the work; run again, it goes on where it stopped. No figure is given witho
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -151,10 +152,12 @@ def pipeline_subject(
             f"{folder}: has code of its own, {index['_class_name'][0]}.py. Remedy: read it, then "
             "--trust-remote-code"
         )
+    recipe = index.get("recipe")
     known = ("num_steps", "guidance_scale", "seed")
-    if bad := [o for o in overrides if o.removeprefix("sampler.").split("=")[0] not in known]:
+    names = [override.removeprefix("sampler.").split("=")[0] for override in overrides]
+    if recipe is None and (bad := [name for name in names if name not in known]):
         raise InputError(
-            f"override {bad[0]!r}: of a pipeline only sampler.{', sampler.'.join(known)} can be set"
+            f"override sampler.{bad[0]}: of a stock pipeline only sampler.{', sampler.'.join(known)} can be set"
         )
 
     def make_draw() -> Draw:
@@ -170,26 +173,36 @@ def pipeline_subject(
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: cannot load the pipeline: {brief(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return lambda requests: draw_with(pipeline, requests)
+        return partial(draw_stock if recipe is None else draw_exported, pipeline)
 
-    about = {"pipeline": str(folder), "scheduler": str(index["scheduler"][1])}
-    sampler = parse_sampler(SamplerConfig(), overrides)
-    return Subject(folder, "pipeline", about, sampler, make_draw)
+    about, saved = {"pipeline": str(folder)}, SamplerConfig()
+    if recipe is None:
+        about["scheduler"] = str(index["scheduler"][1])
+    else:
+        saved = parse_config(SamplerConfig, recipe["sampler"], f"{folder}: recipe.sampler")
+    return Subject(folder, "pipeline", about, parse_sampler(saved, overrides), make_draw)
 
 
-def draw_with(pipeline: Any, requests: list[Request]) -> torch.Tensor:
-    """Requests of one size and sampler with a diffusers pipeline; seeds are functions of (seed, place)."""
-    first = requests[0]
+def draw_stock(pipeline: Any, requests: list[Request]) -> torch.Tensor:
+    """Requests of one size and sampler with a stock pipeline; seeds are functions of (seed, place)."""
+    sampler = requests[0].sampler
     draws = [make_generator(r.sampler.seed, "pipeline", r.place) for r in requests]
-    pictures = pipeline(
-        prompt=[request.prompt for request in requests],
-        height=first.size[0],
-        width=first.size[1],
-        num_inference_steps=first.sampler.num_steps,
-        guidance_scale=first.sampler.guidance_scale,
-        generator=[torch.Generator().manual_seed(int(d.integers(2**63))) for d in draws],
-        output_type="np",
-    ).images
+    generators = [torch.Generator().manual_seed(int(d.integers(2**63))) for d in draws]
+    given = {"num_inference_steps": sampler.num_steps, "guidance_scale": sampler.guidance_scale}
+    return _draw(pipeline, requests, generator=generators, **given)
+
+
+def draw_exported(pipeline: Any, requests: list[Request]) -> torch.Tensor:
+    """Requests of one size and sampler with a pipeline of ours: what the run itself draws."""
+    sampler = requests[0].sampler
+    places, given = [r.place for r in requests], sampler.model_dump(mode="json")
+    return _draw(pipeline, requests, sampler=given, seed=sampler.seed, places=places)
+
+
+def _draw(pipeline: Any, requests: list[Request], **given: Any) -> torch.Tensor:
+    prompts, (height, width) = [request.prompt for request in requests], requests[0].size
+    size = {"height": height, "width": width}
+    pictures = pipeline(prompt=prompts, **size, **given, output_type="np").images
     return torch.from_numpy(pictures * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
 
 

@@ -19,7 +19,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, get_args
 
 import diffusers
 import numpy as np
@@ -39,26 +39,24 @@ from pipeline import distributed
 from pipeline.arguments import DryRun, RunFolder, Step, Weights
 from pipeline.config import dump_config
 from pipeline.objective import ObjectiveConfig
+from pipeline.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
 from pipeline.pictures import largest_bucket
 from pipeline.sample import Trained, open_trained
-from pipeline.timesteps import ConstantShift, Shift
+from pipeline.sampling import SamplerConfig
+from pipeline.timesteps import FluxShift, Shift
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
 MAX_SHARD = "5GB"
-PIPELINE = Path(__file__).parent / "diffusers_pipeline.py"
 SCHEDULES = {
     "scaled_linear": ("scaled_linear", 0.00085, 0.012),
     "linear": ("linear", 1e-4, 0.02),
     "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),  # which has no use for the ends
 }
-# In front of the network's source: what it takes from packages that torch and diffusers do not bring.
-PRELUDE = '''"""The network of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
-
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+# In front of exported source: what ours takes from packages that diffusers does not bring.
+PRELUDE = '''"""A part of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
 
 
 class InputError(ValueError):
@@ -66,10 +64,17 @@ class InputError(ValueError):
 
 
 class Config:
-    """The fields below are defaults; a saved config gives every value."""
+    """The fields below are defaults; a saved config gives every value, and the kind of a section its class."""
+
+    kinds = {}
+
+    def __init_subclass__(cls):
+        Config.kinds[getattr(cls, "kind", None)] = cls
 
     def __init__(self, **values):
-        self.__dict__.update(values)
+        for name, value in values.items():
+            section = Config.kinds.get(value.get("kind")) if isinstance(value, dict) else None
+            setattr(self, name, section(**value) if section else value)
 
 
 def Field(default=None, **_):
@@ -80,15 +85,25 @@ def model_validator(**_):
     return lambda method: method
 
 
+def BeforeValidator(_):
+    return None
+
+
 class _Shape:
     def __class_getitem__(cls, item):
         return cls
 
 
 Bool = Float = Int = _Shape
+PositiveFloat = NonNegativeFloat = float
+PositiveInt = int
 
 '''
 NETWORK = '''
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
 
 class FlowmillNetwork(ModelMixin, ConfigMixin):
     """`{model}` under diffusers' loading and saving."""
@@ -104,20 +119,23 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 '''
 
 
-# --- the network ----------------------------------------------------------------------------------
+# --- source ---------------------------------------------------------------------------------------
 
 
 def network_source(kind: str) -> str:
-    """One Python file with an architecture and all of ours that it imports, as written."""
+    """One Python file with an architecture, under diffusers' loading and saving."""
     module, model = MODELS[kind]
+    return whole_source(module) + NETWORK.format(model=model, config=f"{model}Config")
+
+
+def whole_source(module: str) -> str:
+    """One Python file with a module and all of ours that it imports, as written."""
     order: list[str] = []
 
     def visit(name: str) -> None:
         for node in ast.walk(_parse(name)):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("models."):
-                assert node.module is not None
-                if node.module not in (*order, "models.config"):
-                    visit(node.module)
+            if _is_ours(node) and node.module not in (*order, "models.config"):
+                visit(node.module)
         order.append(name)
 
     visit(module)
@@ -126,14 +144,19 @@ def network_source(kind: str) -> str:
         tree = _parse(name)
         lines = inspect.cleandoc("\n" + _text(name)).splitlines()
         for node in tree.body:
-            ours = isinstance(node, ast.ImportFrom) and (
-                str(node.module).startswith("models.") or node.module in ("jaxtyping", "pydantic")
-            )
-            if ours or node is tree.body[0]:  # the docstring
+            given = isinstance(node, ast.ImportFrom) and node.module in ("jaxtyping", "pydantic")
+            if given or _is_ours(node) or node is tree.body[0]:  # the docstring
                 for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                     lines[number] = ""
         parts.append("\n".join(lines).strip())
-    return PRELUDE + "\n\n\n".join(parts) + NETWORK.format(model=model, config=f"{model}Config")
+    return PRELUDE + "\n\n\n".join(parts) + "\n"
+
+
+def _is_ours(node: ast.AST) -> TypeGuard[Any]:
+    """Whether it imports from this project."""
+    return isinstance(node, ast.ImportFrom) and str(node.module).startswith(
+        ("models.", "pipeline.")
+    )
 
 
 def _text(module: str) -> str:
@@ -145,6 +168,9 @@ def _text(module: str) -> str:
 
 def _parse(module: str) -> ast.Module:
     return ast.parse(_text(module))
+
+
+# --- the network ----------------------------------------------------------------------------------
 
 
 def stock_class(trained: Trained) -> str | None:
@@ -222,41 +248,54 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
 # --- scheduler and pipeline -----------------------------------------------------------------------
 
 
-def make_scheduler(objective: ObjectiveConfig, shift: Shift | None) -> Any:
-    """diffusers' scheduler of the objective's path: DDIM of a discrete one, else Euler on the straight line."""
+def make_scheduler(objective: ObjectiveConfig, shift: Shift | None, size: tuple[int, int]) -> Any:
+    """diffusers' scheduler of the objective's noise levels, for tools that read no recipe.
+
+    A shift that depends on the picture is that at the latents' `size`, unless diffusers has it too.
+    """
     path = objective.path
-    if path.kind == "vp_discrete":
+    # What the schedulers of tables have no name for is given to none of them right.
+    names = {"epsilon": "epsilon", "v": "v_prediction"}
+    table: dict[str, Any] = {
+        "prediction_type": names.get(objective.prediction, "sample"),
+        "clip_sample": False,
+        "timestep_spacing": "trailing",
+    }
+    if isinstance(path, VPDiscrete):
         schedule, start, end = SCHEDULES[path.betas]
-        kinds: dict[str, Any] = {"epsilon": "epsilon", "v": "v_prediction"}
         return diffusers.DDIMScheduler(
             beta_schedule=schedule,
             beta_start=start,
             beta_end=end,
-            # The pipeline turns what DDIM does not know into the sample.
-            prediction_type=kinds.get(objective.prediction, "sample"),
-            clip_sample=False,
-            timestep_spacing="trailing",
             rescale_betas_zero_snr=path.zero_terminal_snr,
+            **table,
         )
-    if shift is None or isinstance(shift, ConstantShift):
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift.value if shift else 1.0)
-    options: dict[str, Any] = {}
-    if shift.kind == "flux":
-        options = {"base_shift": shift.base_mu, "max_shift": shift.max_mu}
-    return diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+    if isinstance(path, EDM):
+        given = {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max}
+        return diffusers.EDMEulerScheduler(**given, sigma_data=path.sigma_data)
+    if isinstance(path, VPCosine):
+        t = np.maximum(np.arange(NUM_TIMESTEPS), 0.5) / NUM_TIMESTEPS
+        if shift is not None:
+            t = path.shift(t, shift.factor(size))
+        power = path.alpha_sigma(torch.from_numpy(t))[0].numpy() ** 2
+        betas = 1 - power / np.concatenate([[1.0], power[:-1]])
+        return diffusers.DDIMScheduler(trained_betas=betas.tolist(), **table)
+    if isinstance(shift, FluxShift):
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=shift.base_mu, max_shift=shift.max_mu
+        )
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift.factor(size) if shift else 1.0)
 
 
-def make_recipe(trained: Trained, shift: Shift | None) -> dict[str, Any]:
+def make_recipe(trained: Trained) -> dict[str, Any]:
     """What flowmill_pipeline.py must know besides its components."""
     config, manifest = trained.config, trained.manifest
     codec, (height, width) = manifest.codec, largest_bucket(manifest)
     return {
-        "objective": config.objective.model_dump(mode="json", include={"path", "prediction"}),
-        "shift": shift.model_dump(mode="json") if shift else None,
-        "sampler": config.sampler.model_dump(
-            mode="json",
-            include={"num_steps", "guidance_scale", "guidance_rescale", "guidance_interval"},
+        "objective": config.objective.model_dump(
+            mode="json", include={"path", "prediction", "shift"}
         ),
+        "sampler": config.sampler.model_dump(mode="json"),
         "max_lengths": [record.max_length for record in manifest.text_encoders.values()],
         "num_classes": config.model.num_classes,
         "channels": codec.latent_channels,
@@ -373,8 +412,9 @@ pipeline = DiffusionPipeline.from_pretrained("{folder.name.removesuffix(".partia
 pipeline("{(config.monitor.prompts or ["a picture"])[0]}", num_inference_steps={sizes.num_steps}, guidance_scale={sizes.guidance_scale:g}).images[0]
 ```
 
-`flowmill_pipeline.py` runs the network (`{entry[-1]}`), whose padded text is masked as in training. Of a discrete
-schedule DDIM takes the very steps of `flowmill sample` where num_inference_steps divides 1000.
+`flowmill_pipeline.py` runs the network (`{entry[-1]}`), whose padded text is masked as in training, and samples as
+`flowmill sample` does: with `{sizes.name}`, or with another of {", ".join(get_args(SamplerConfig.model_fields["name"].annotation))} by
+`sampler={{"name": ...}}`; `seed=` gives the pictures of that seed. `scheduler/` tells other tools of the noise levels.
 
 ## Data
 
@@ -402,9 +442,11 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
-    shift = trained.config.sampler.shift or trained.config.objective.shift
+    config, down = trained.config, trained.manifest.codec.downscale
+    height, width = largest_bucket(trained.manifest)
+    shift, size = config.sampler.shift or config.objective.shift, (height // down, width // down)
     entry = save_network(trained, partial / "network", torch_dtype)
-    scheduler = make_scheduler(trained.config.objective, shift)
+    scheduler = make_scheduler(config.objective, shift, size)
     scheduler.save_pretrained(partial / "scheduler")
     index: dict[str, Any] = {
         "_class_name": ["flowmill_pipeline", "FlowmillPipeline"],
@@ -412,10 +454,10 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
         "network": entry,
         "scheduler": ["diffusers", type(scheduler).__name__],
         **save_encoders(trained, partial, encoders),
-        "recipe": make_recipe(trained, shift),
+        "recipe": make_recipe(trained),
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.copy(PIPELINE, partial / "flowmill_pipeline.py")
+    (partial / "flowmill_pipeline.py").write_text(whole_source("pipeline.diffusers_pipeline"))
     save_single(trained, partial / f"{folder.name}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
     publish(partial, folder)

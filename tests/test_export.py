@@ -1,6 +1,8 @@
 """Exported folders, opened by stock diffusers where flowmill cannot be imported."""
 
+import ast
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,11 +23,11 @@ from models import build_model
 from models.config import InputError, parse_config
 from pipeline import evaluate
 from pipeline.config import TrainConfig
-from pipeline.export import export, main, network_source, save_network
+from pipeline.export import export, main, network_source, save_network, whole_source
 from pipeline.objective import Objective
-from pipeline.pictures import Painter
-from pipeline.randomness import draw_noise
+from pipeline.pictures import Painter, largest_bucket, read_picture
 from pipeline.sample import Trained, open_trained
+from pipeline.sampling import SamplerConfig
 from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")
@@ -33,12 +35,12 @@ TEXT = ("a red apple", "volcano")  # of two lengths, so that one is padded
 SHARED = {"modulation": "shared", "position_extent": 4.0, "pooled_dim": 0}
 CLASSES = {"num_classes": 5, "timestep_shift": 1}
 SQUARE = ("3", "0")
-# Name -> model section, objective, sampler beside 10 steps, prompts, and the class of network/.
+# Name -> model section, objective, sampler beside 10 steps and seed 7, prompts, and the class of network/.
 CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
     "dit": (
         {"kind": "dit", "size_conditioning": True},
         {"preset": "sd3-rf-logit-normal", "shift": {"kind": "constant", "value": 3.0}},
-        {"guidance_scale": 3.0, "guidance_interval": [0.2, 0.9]},
+        {"name": "unipc", "guidance_scale": 3.0, "guidance_interval": [0.2, 0.9]},
         TEXT,
         "FlowmillNetwork",
     ),
@@ -90,7 +92,13 @@ CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
         "UNet2DConditionModel",
     ),
 }
-# Opens every folder named, draws its prompts from its noise, and fails if anything of ours is imported.
+# Drawn beside each case's own sampler; diffusers' DDIM walks 62 levels, the last -1, where 61 are asked for.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "uvit": [{"name": name} for name in ("euler_ancestral", "dpmpp_2m", "unipc", "heun")],
+    "unet": [{"name": "ddim", "num_steps": 61}, {"name": "euler_ancestral", "num_steps": 28}],
+    "dit": [{"shift": {"kind": "resolution", "base_pixels": 30}}],
+}
+# Opens every folder named, draws its prompts by each sampler, and fails if anything of ours is imported.
 STOCK = """
 import json, sys
 from pathlib import Path
@@ -103,14 +111,15 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-for folder in sys.argv[1:]:
-    case = json.loads((Path(folder).parent / "case.json").read_text())
-    noise = torch.from_numpy(np.load(Path(folder).parent / "noise.npy"))
+for folder in map(Path, sys.argv[1:]):
+    case = json.loads((folder.parent / "case.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     height, width = case["size"]
-    out = pipeline(case["prompts"], height=height, width=width, latents=noise, output_type="np")
-    np.save(Path(folder).parent / "stock.npy", out.images)
+    given = {"height": height, "width": width, "seed": 7, "output_type": "np"}
+    for number, sampler in enumerate(case["samplers"]):
+        out = pipeline(case["prompts"], sampler=sampler, **given)
+        np.save(folder.parent / f"stock_{number}.npy", out.images)
 assert not {"models", "pipeline", "data_prep"} & {name.split(".")[0] for name in sys.modules}
 """
 
@@ -126,7 +135,7 @@ def make_trained(run: Path, name: str) -> Trained:
         sizes |= {"text_dim": 0, "pooled_dim": 0}
     data = trained.config.model_dump(mode="json")
     data["model"] = {"size": "debug", "latent_channels": 4, **model}
-    data |= {"objective": objective, "sampler": {"num_steps": 10, **sampler}}
+    data |= {"objective": objective, "sampler": {"num_steps": 10, "seed": 7, **sampler}}
     config = parse_config(TrainConfig, data, name)
     config = config.model_copy(update={"model": config.model.with_sizes(sizes)})
     torch.manual_seed(1)
@@ -146,10 +155,8 @@ def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
         folder.parent.mkdir()
         export(trained, folder, "fp32", "link" if name == "uvit" else "copy")
         size = (32, 32) if prompts == SQUARE else (24, 40)
-        case = {"prompts": prompts, "size": size}
+        case = {"prompts": prompts, "size": size, "samplers": [{}, *OTHERS.get(name, [])]}
         (home / name / "case.json").write_text(json.dumps(case))
-        noise = draw_noise(7, 0, [0, 1], (4, size[0] // 4, size[1] // 4), purpose="pictures")
-        np.save(home / name / "noise.npy", noise.numpy())
         folders[name] = folder
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
@@ -164,43 +171,109 @@ def exported(trained_run, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+def draw(
+    trained: Trained, case: dict[str, Any], changes: dict[str, Any], masked: bool = True
+) -> torch.Tensor:
+    """What `flowmill sample` draws."""
+    painter = Painter(trained.encoders(CPU), case["prompts"], trained.config.model.num_classes)
+    if not masked:
+        painter.encoded.text_mask[:] = True
+    sampler = parse_config(SamplerConfig, trained.config.sampler.model_dump() | changes, "test")
+    network, objective = trained.network(CPU), Objective(trained.config.objective)
+    return painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
+
+
+def opened(folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """The case of an exported folder, and what stock diffusers drew with each sampler, 0 to 255."""
+    case = json.loads((folder.parent / "case.json").read_text())
+    drawn = [np.load(folder.parent / f"stock_{i}.npy") for i in range(len(case["samplers"]))]
+    return case, [torch.from_numpy(part * 255).permute(0, 3, 1, 2) for part in drawn]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_stock_diffusers_draws_the_picture_that_sample_draws(exported, trained_run, name):
-    trained, folder = make_trained(trained_run, name), exported[name]
-    case = json.loads((folder.parent / "case.json").read_text())
-    classes = trained.config.model.num_classes
-    painter = Painter(trained.encoders(CPU), case["prompts"], classes)
-    sampler = trained.config.sampler.model_copy(update={"seed": 7})
-    network, objective = trained.network(CPU), Objective(trained.config.objective)
-    ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
-    stock = torch.from_numpy(np.load(folder.parent / "stock.npy") * 255).permute(0, 3, 1, 2)
-    apart = (ours.float() - stock).abs()
-    print(f"{name}: {apart.max():.3f} of 255 at most, {apart.mean():.4f} on average")
-    # fp32 sums in another order; diffusers' tables are cumulative products in fp32, ours in float64.
-    assert apart.max() < 1.0  # of 255; rounding alone is 0.5
-    assert apart.mean() < 0.5
-    assert (ours[0].float() - ours[1].float()).abs().mean() > 1  # prompts and noise matter
-    index = json.loads((folder / "model_index.json").read_text())
+    trained, (case, stock) = make_trained(trained_run, name), opened(exported[name])
+    for changes, picture in zip(case["samplers"], stock, strict=True):
+        ours = draw(trained, case, changes)
+        apart = (ours.float() - picture).abs()
+        print(f"{name} {changes}: {apart.max():.3f} of 255 at most, {apart.mean():.4f} on average")
+        # Rounding alone is 0.5; networks of diffusers' classes sum in another order.
+        assert apart.max() < 0.6, changes
+        assert (ours[0].float() - ours[1].float()).abs().mean() > 1  # prompts and noise matter
+    assert all((a - b).abs().max() > 2 for a, b in itertools.combinations(stock, 2))
+    index = json.loads((exported[name] / "model_index.json").read_text())
     assert index["network"][1] == CASES[name][-1]
 
 
 def test_the_comparison_notices_another_step_another_shift_and_a_lost_mask(exported, trained_run):
-    trained = make_trained(trained_run, "dit")
-    case = json.loads((exported["dit"].parent / "case.json").read_text())
-    stock = torch.from_numpy(np.load(exported["dit"].parent / "stock.npy") * 255).permute(
-        0, 3, 1, 2
+    trained, (case, (stock, _)) = make_trained(trained_run, "dit"), opened(exported["dit"])
+    shift = {"kind": "constant", "value": 2.5}
+    for changes in ({"num_steps": 9}, {"guidance_interval": (0.0, 1.0)}, {"shift": shift}):
+        assert (draw(trained, case, changes).float() - stock).abs().max() > 4, changes
+    assert (draw(trained, case, {}, masked=False).float() - stock).abs().max() > 4
+
+
+LEVELS = torch.tensor([0.05, 0.3, 0.7, 0.95])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scheduler_s_config_has_the_noise_levels_of_the_path(exported, trained_run, name):
+    trained, folder = make_trained(trained_run, name), exported[name]
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
+    objective = trained.config.objective
+    if kind == "DDIMScheduler":
+        t, shift = LEVELS.double().numpy(), objective.shift
+        if shift is not None:
+            height, width = largest_bucket(trained.manifest)
+            t = objective.path.shift(t, shift.factor((height // 4, width // 4)))
+        alpha, _ = objective.path.alpha_sigma(torch.from_numpy(t).float())
+        found = scheduler.alphas_cumprod[(LEVELS * 1000).round().long()].sqrt()
+        # fp32 products of a thousand factors.
+        assert torch.allclose(found, alpha, atol=2e-4)
+        prediction = {"epsilon": "epsilon", "v": "v_prediction"}.get(objective.prediction, "sample")
+        assert scheduler.config.prediction_type == prediction
+    elif kind == "EDMEulerScheduler":
+        path = objective.path
+        assert [scheduler.config[n] for n in ("sigma_min", "sigma_max", "sigma_data")] == [
+            path.sigma_min,
+            path.sigma_max,
+            path.sigma_data,
+        ]
+    elif scheduler.config.use_dynamic_shifting:
+        assert objective.shift.kind == "flux"
+        assert scheduler.config.base_shift == objective.shift.base_mu
+    else:
+        sigma = scheduler.sigmas[[50, 500, 900]]
+        t = 1 - torch.tensor([50, 500, 900]) / 1000
+        assert torch.allclose(sigma, torch.from_numpy(objective.path.shift(t.numpy(), 3.0)))
+
+
+def test_an_exported_pipeline_refuses_what_it_has_not_and_takes_noise_as_diffusers_does(
+    exported, trained_run
+):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        exported["dit"], trust_remote_code=True, torch_dtype=torch.bfloat16
     )
-    painter = Painter(trained.encoders(CPU), case["prompts"])
-    network, objective = trained.network(CPU), Objective(trained.config.objective)
-    sampler = trained.config.sampler.model_copy(update={"seed": 7})
-    shift = {"shift": type(trained.config.objective.shift)(value=2.5)}
-    for changes in ({"num_steps": 9}, {"guidance_interval": (0.0, 1.0)}, shift):
-        other = sampler.model_copy(update=changes)
-        ours = painter.draw_batch(network, objective, other, tuple(case["size"]), [0, 1], [0, 1])
-        assert (ours.float() - stock).abs().max() > 5, changes
-    painter.encoded.text_mask[:] = True
-    ours = painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
-    assert (ours.float() - stock).abs().max() > 5
+    pipeline.set_progress_bar_config(disable=True)
+    for sampler, message in (
+        ({"name": "euler_a"}, "'euler_a'"),
+        ({"steps": 3}, r"\['steps'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline("volcano", sampler=sampler)
+    given = {"num_inference_steps": 2, "height": 24, "width": 40, "output_type": "pt"}
+
+    def drawn(**more: Any) -> torch.Tensor:
+        return pipeline("volcano", **given, **more).images
+
+    one = drawn(generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one, drawn(latents=noise))
+    assert torch.equal(one[0], drawn(generator=[torch.Generator().manual_seed(1)] * 1)[0])
+    assert not torch.equal(drawn(), drawn())
+    assert torch.equal(drawn(seed=3), drawn(seed=3, places=[0]))
+    assert not torch.equal(drawn(seed=3), drawn(seed=3, places=[1]))
 
 
 def test_the_single_file_says_what_it_is_and_holds_the_weights_under_our_names(
@@ -247,14 +320,19 @@ def test_large_weights_are_cut_into_shards_of_the_type_asked_for(trained_run, tm
         assert torch.equal(value, trained.state[f"unet.{name}"].bfloat16()), name
 
 
-@pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit"])
-def test_the_network_s_source_needs_torch_and_diffusers_alone(kind):
-    names = {
-        line.split()[1].split(".")[0]
-        for line in network_source(kind).splitlines()
-        if line.startswith(("import ", "from "))
+@pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit", "pipeline"])
+def test_exported_source_needs_torch_and_diffusers_alone_and_defines_no_name_twice(kind):
+    if kind == "pipeline":
+        source = whole_source("pipeline.diffusers_pipeline")
+    else:
+        source = network_source(kind)
+    lines = [x for x in source.splitlines() if x.startswith(("import ", "from "))]
+    assert {line.split()[1].split(".")[0] for line in lines} <= {
+        *("torch", "diffusers", "numpy"),
+        *sys.stdlib_module_names,
     }
-    assert names <= {"torch", "diffusers", "math", "warnings", "collections", "functools", "typing"}
+    names = [node.name for node in ast.parse(source).body if hasattr(node, "name")]
+    assert len(names) == len(set(names))
 
 
 def test_a_folder_that_exists_is_not_written_over(trained_run, tmp_path):
@@ -296,12 +374,21 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     about = fixed.measured_with
     assert "fd_fixed" in fixed.figures
     assert (about["num_pictures"], about["num_reference"]) == (3, 4)
-    assert about["scheduler"] == "FlowMatchEulerDiscreteScheduler"
-    assert (about["sampler"]["num_steps"], about["sampler"]["guidance_scale"]) == (2, 1.5)
+    assert about["sampler"] == trained.config.sampler.model_dump(mode="json") | {
+        "num_steps": 2,
+        "guidance_scale": 1.5,
+    }
     assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
-    run = evaluate.run_subject(trained, [], CPU)
-    options = replace(options, features=None, reference=None)
-    _, (own,) = evaluate.evaluate(run, trained, options, CPU)
+    run = evaluate.run_subject(trained, overrides, CPU)
+    options = replace(options, output=tmp_path / "run")
+    own_name, (own, drawn) = evaluate.evaluate(run, trained, options, CPU)
     assert own.figures == pytest.approx(errors.figures, rel=1e-5)
+    for path in (tmp_path / name / "pictures").glob("*.png"):  # the very pictures of the run
+        ours = read_picture(tmp_path / "run" / own_name / "pictures" / path.name).int()
+        assert (ours - read_picture(path).int()).abs().max() <= 1
+    assert drawn.measured_with["num_reference"] == about["num_reference"]
+    index = json.loads((folder / "model_index.json").read_text())
+    stock = {"_class_name": "StableDiffusionPipeline", "scheduler": index["scheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(stock))
     with pytest.raises(InputError, match=r"only sampler\.num_steps"):
-        evaluate.pipeline_subject(folder, ["sampler.name=heun"], True, CPU)
+        evaluate.pipeline_subject(tmp_path, ["sampler.name=heun"], True, CPU)

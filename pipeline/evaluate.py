@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.schema import MANIFEST, fingerprint, read_manifest
-from models.config import InputError, package_folder, parse_config, run_command
+from models.config import InputError, flatten, package_folder, parse_config, run_command
 from models.files import write_text
 from models.weights import brief
 from pipeline import distributed
@@ -34,7 +34,7 @@ from pipeline.arguments import (
     read_prompts,
     takes,
 )
-from pipeline.config import TrainConfig, flatten, load_run_config
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import DataConfig, Loader
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare

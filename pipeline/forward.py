@@ -67,7 +67,7 @@ class Forward:
         conditions = batch.conditions._replace(token_scores=scores)
         pred = self.network(self.objective.add_noise(latents, noise, t), t, conditions)
         pred, projection = pred if isinstance(pred, tuple) else (pred, None)
-        if scores is None or not self.model.masking:
+        if scores is None or self.span is None or not self.model.masking:
             terms = self.objective.loss(pred, latents, noise, t)
         else:
             kept = kept_pixels(scores, self.span, self.model.patch_size, *latents.shape[-2:])

@@ -228,9 +228,7 @@ def guided(
     if config.guidance_scale == 1 or unconditional is None or not low <= float(t[0]) <= high:
         return network(x_t, t, conditions).float()
     pairs = zip(unconditional, conditions, strict=True)
-    both = Conditions(
-        *(None if with_it is None else torch.cat([without, with_it]) for without, with_it in pairs)
-    )
+    both = Conditions(*(None if u is None or c is None else torch.cat([u, c]) for u, c in pairs))
     uncond, cond = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
     pred = uncond + config.guidance_scale * (cond - uncond)
     if config.guidance_rescale > 0:

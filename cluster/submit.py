@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import typer
 import yaml
 
-from models.config import InputError, load_config, read_yaml, run_command
+from models.command import load_config, read_yaml, run_command
+from models.config import InputError
 
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
 UPLOAD_LIMIT_BYTES = 100 << 20  # of one request to Ray's dashboard

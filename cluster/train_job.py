@@ -15,7 +15,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from models.config import InputError, load_config, parse_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError, parse_config
 from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
 from pipeline.order import choose_partitions

@@ -27,7 +27,7 @@ from data_prep.scan import list_sources, scan
 from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK
 from data_prep.workers import Actors, connect, share_out
-from models.config import load_config, run_command
+from models.command import load_config, run_command
 
 # Bytes of a shard that are no picture's: two blocks, half a record on average, and the index's header.
 SHARD_END = 1024 + tarfile.RECORDSIZE / 2 + 128

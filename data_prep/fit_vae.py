@@ -31,7 +31,8 @@ from torch import Tensor
 from data_prep.decoder import Address, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.sources import Item, SourceConfig, read_entries
-from models.config import Config, InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import Config, InputError
 from models.files import publish, write_whole
 from models.vae import LatentCodec, sample_latents
 from models.weights import TORCH_DTYPES, Dtype

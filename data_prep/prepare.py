@@ -22,7 +22,8 @@ from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK, read_table
 from data_prep.storage import delete
 from data_prep.workers import Actors, connect, share_out
-from models.config import InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError
 
 
 def main(

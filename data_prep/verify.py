@@ -35,7 +35,8 @@ from data_prep.schema import (
 )
 from data_prep.shards import read_table
 from data_prep.storage import find_files, local_copy, open_root
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")

@@ -1,4 +1,4 @@
-"""What every configured module builds on: the config base class, its loader, and a command's error exit.
+"""What every config builds on: its base class, and an error that says what is wrong with the user's input.
 
 A module owns the config of what it configures; one YAML file per run holds them all. `models` is the
 lowest layer, so the base lives here, where every other package may import it. Importing it imports pydantic
@@ -6,16 +6,9 @@ alone: each process that decodes pictures does.
 """
 
 import difflib
-import importlib.util
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-ConfigType = TypeVar("ConfigType", bound="Config")
 
 
 class InputError(ValueError):
@@ -30,42 +23,7 @@ class Config(BaseModel):
     )
 
 
-def package_folder(name: str) -> str:
-    """Folder of an importable package: `${package:NAME}` in a YAML file."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"Python package {name!r}: not installed. Remedy: pip install it, or give a path."
-        )
-    return next(iter(spec.submodule_search_locations))
-
-
-def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    OmegaConf.register_resolver("package", package_folder, replace=True)
-    if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
-        )
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"{path}: no such config file.{hint}")
-    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
-    if bad:
-        raise InputError(f"override {bad[0]!r}: expected section.key=value")
-    try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        data = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
-    return data  # pyright: ignore[reportReturnType]
+ConfigType = TypeVar("ConfigType", bound=Config)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -123,11 +81,6 @@ def parse_config(config_class: type[ConfigType], data: dict[str, Any], where: st
         raise InputError(explain(error, config_class, where)) from error
 
 
-def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]) -> ConfigType:
-    """Read one YAML file and its overrides into `config_class`; raises InputError."""
-    return parse_config(config_class, read_yaml(path, overrides), str(path))
-
-
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as {"a.b": value}."""
     if not isinstance(tree, dict) or not tree:
@@ -146,24 +99,3 @@ def differences(saved: Any, given: Any) -> dict[str, tuple[Any, Any]]:
     )
     pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old | new)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def run_command(function: Callable[..., None], **settings: Any) -> None:
-    """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
-    import typer
-    from rich.console import Console
-
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(**settings)(function)
-    try:
-        app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
-    except InputError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[bold red]error[/] {_plain(error)}"
-        )
-        sys.exit(2)
-
-
-def _plain(error: Exception) -> str:
-    """The message with rich markup switched off, so that a path like [x] survives."""
-    return str(error).replace("[", "\\[")

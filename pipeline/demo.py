@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from models.config import load_config, package_folder, run_command
+from models.command import load_config, package_folder, run_command
 from pipeline.config import TrainConfig
 
 HERE = Path(__file__).parent.parent

@@ -21,7 +21,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 GIB = 1 << 30

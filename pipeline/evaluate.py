@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.schema import MANIFEST, fingerprint, read_manifest
-from models.config import InputError, flatten, package_folder, parse_config, run_command
+from models.command import package_folder, run_command
+from models.config import InputError, flatten, parse_config
 from models.files import write_text
 from models.weights import brief
 from pipeline import distributed

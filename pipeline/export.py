@@ -31,7 +31,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from models import MODELS, build_model
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 from models.exchange import layout_of, to_diffusers
 from models.files import publish
 from models.weights import TORCH_DTYPES, Dtype

@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, mo
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.config import Config, read_yaml
+from models.command import read_yaml
+from models.config import Config
 from pipeline.paths import Path, RectifiedFlow, named
 from pipeline.randomness import make_generator
 from pipeline.timesteps import LogitNormal, LogNormal, Shift, Timesteps, Uniform

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import parse_config, read_yaml, run_command
+from models.command import read_yaml, run_command
+from models.config import parse_config
 from pipeline.arguments import parse_size
 from pipeline.objective import PRESETS, Objective, ObjectiveConfig
 

@@ -15,7 +15,8 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 from models.files import write_whole
 
 ATTRIBUTION = "ATTRIBUTION.md"

@@ -12,8 +12,9 @@ from rich.table import Table
 from torch import nn
 
 from models import build_model
+from models.command import load_config, run_command
 from models.conditions import example_conditions
-from models.config import InputError, load_config, run_command
+from models.config import InputError
 from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
 from pipeline.arguments import Overrides

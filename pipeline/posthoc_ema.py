@@ -17,7 +17,8 @@ import torch
 import typer
 from rich.progress import track
 
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 from pipeline.arguments import RunFolder
 from pipeline.checkpoint import RECORD, Saver, faults, save_weights
 from pipeline.clock import Clock

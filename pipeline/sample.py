@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_prep.schema import Manifest, read_manifest
-from models.config import InputError, parse_config, run_command
+from models.command import run_command
+from models.config import InputError, parse_config
 from models.layers import PROJECTOR
 from pipeline import distributed
 from pipeline.arguments import (

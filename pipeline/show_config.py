@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import Config, InputError, differences, parse_config, read_yaml, run_command
+from models.command import read_yaml, run_command
+from models.config import Config, InputError, differences, parse_config
 from pipeline.cli import CONFIGS
 from pipeline.config import RESULTS, TrainConfig, dump_config
 from pipeline.objective import PRESETS

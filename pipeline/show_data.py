@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError
 from models.vae import LatentCodec, sample_latents
 from pipeline.arguments import Overrides
 from pipeline.batch import Batch

@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from models.config import InputError, parse_config, read_yaml
+from models.command import read_yaml
+from models.config import InputError, parse_config
 from models.layers import PROJECTOR
 from pipeline.checkpoint import RECORD, candidates, load_weights
 from pipeline.config import StartConfig, TrainConfig

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from models.config import run_command
+from models.command import run_command
 from pipeline import checkpoint, distributed
 from pipeline.arguments import ConfigFile, DryRun, Override, Overrides
 from pipeline.clock import Clock

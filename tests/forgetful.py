@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from models.config import load_config
+from models.command import load_config
 from pipeline import checkpoint, clock, forward, train
 from pipeline.config import TrainConfig
 from pipeline.data import Loader

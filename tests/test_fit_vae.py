@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from data_prep import fit_vae
 from data_prep.fit_vae import FitVaeConfig, heldout_psnr, name_hash, psnr, read_pictures
-from models.config import InputError, load_config, parse_config
+from models.command import load_config
+from models.config import InputError, parse_config
 from models.files import temporary_for
 from models.vae import LatentCodec, sample_latents
 from models.weights import weights_sha256

@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from cluster.submit import parse_arguments
-from models.config import load_config
+from models.command import load_config
 from pipeline.config import TrainConfig
 from tests.test_slurm import shellcheck
 

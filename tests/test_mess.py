@@ -21,7 +21,7 @@ from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.verify import verify
-from models.config import load_config
+from models.command import load_config
 from tests.prep_factory import encoded, pixels, sample_members, tar_bytes, write_config
 
 OPENCLIPART = Path(os.environ.get("FLOWMILL_OPENCLIPART", "/usr/share/openclipart/png"))

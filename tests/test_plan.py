@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from models import build_model
-from models.config import InputError, load_config
+from models.command import load_config
+from models.config import InputError
 from models.dit import DiTConfig
 from models.unet import UNetConfig
 from pipeline import plan

@@ -50,7 +50,8 @@ from data_prep.settings import check_buckets, check_settings
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
-from models.config import InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.data import DataConfig, Loader

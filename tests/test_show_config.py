@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 import yaml
 
-from models.config import InputError, read_yaml
+from models.command import read_yaml
+from models.config import InputError
 from pipeline.cli import CONFIGS
 from pipeline.show_config import json_schema, main, read_config
 

@@ -16,7 +16,8 @@ import yaml
 from aiohttp import web
 
 from cluster.submit import Action, Cluster, main, make_job, read_runtime_env
-from models.config import InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError
 from pipeline.config import TrainConfig
 from pipeline.setup import fit_run
 from tests import train_factory

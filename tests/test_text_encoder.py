@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.schema import TextEncoderRecord
-from models.config import InputError, package_folder
+from models.command import package_folder
+from models.config import InputError
 from models.text_encoder import TextEncoder
 
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "green", "apple", "volcano"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.config import InputError, load_config
+from models.command import load_config
+from models.config import InputError
 from pipeline.config import TrainConfig
 from pipeline.pieces import Pieces
 from pipeline.randomness import draw_dropout

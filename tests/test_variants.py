@@ -18,7 +18,7 @@ from data_prep.images import ImagesConfig, decode
 from data_prep.prepare import PrepareConfig, prepare
 from data_prep.schema import index_path, read_index, read_manifest, read_shard_table
 from data_prep.verify import audit_shard, verify
-from models.config import load_config
+from models.command import load_config
 from models.files import file_sha256
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec

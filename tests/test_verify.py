@@ -26,7 +26,8 @@ from data_prep.schema import (
 )
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
-from models.config import InputError, run_command
+from models.command import run_command
+from models.config import InputError
 from models.files import file_sha256
 
 MEMBERS = [

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from models import build_model
+from models.command import run_command
 from models.conditions import Conditions
-from models.config import run_command
 from models.dit import DiTConfig
 from models.exchange import to_diffusers
 from models.layers import compile_blocks

@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models.config import InputError, load_config, run_command
+from models.command import load_config, run_command
+from models.config import InputError
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.heldout import LOG_SNR, x0_errors

@@ -124,7 +124,7 @@ def run_pool(files: list[Path], out: Path) -> None:
 
 def run_flowmill(folder: Path, out: Path, actors: int) -> dict[str, float]:
     from data_prep.prepare import PrepareConfig, prepare
-    from models.config import load_config
+    from models.command import load_config
 
     config = write_config(
         out.with_suffix(".yaml"),

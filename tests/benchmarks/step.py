@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from models import build_model
-from models.config import parse_config, run_command
+from models.command import run_command
+from models.config import parse_config
 from models.dit import DiTConfig
 from models.vae import sample_latents
 from pipeline import distributed

@@ -1,0 +1,76 @@
+"""What every command does with its arguments: read YAML, and end with one message where the input is wrong."""
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from yaml import YAMLError
+
+from models.config import ConfigType, InputError, parse_config
+
+
+def package_folder(name: str) -> str:
+    """Folder of an importable package: `${package:NAME}` in a YAML file."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"Python package {name!r}: not installed. Remedy: pip install it, or give a path."
+        )
+    return next(iter(spec.submodule_search_locations))
+
+
+OmegaConf.register_resolver("package", package_folder, replace=True)
+
+
+def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
+        )
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"{path}: no such config file.{hint}")
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise InputError(f"override {bad[0]!r}: expected section.key=value")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        data = OmegaConf.to_container(tree, resolve=True)
+    except InputError:
+        raise
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
+    return data  # pyright: ignore[reportReturnType]
+
+
+def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]) -> ConfigType:
+    """Read one YAML file and its overrides into `config_class`; raises InputError."""
+    return parse_config(config_class, read_yaml(path, overrides), str(path))
+
+
+def run_command(function: Callable[..., None], **settings: Any) -> None:
+    """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(**settings)(function)
+    try:
+        app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
+    except InputError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"[bold red]error[/] {_plain(error)}"
+        )
+        sys.exit(2)
+
+
+def _plain(error: Exception) -> str:
+    """The message with rich markup switched off, so that a path like [x] survives."""
+    return str(error).replace("[", "\\[")

@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/flowmill demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -q -m slow

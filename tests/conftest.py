@@ -1,7 +1,9 @@
 """What tests of several modules share: one Ray, and the tiny encoders."""
 
 import os
+import re
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,23 @@ def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_cluste
         yield cluster
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Among several processes a file stays in one, and all files that share a Ray in the same one."""
-    rays = {"ray_address", "job_cluster"}
-    sharing = {i.path for i in items if rays & set(getattr(i, "fixturenames", ()))}
-    for item in items:
-        group = "ray" if item.path in sharing else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@cache
+def unit_of_work(file: str) -> str:
+    """What one of several test processes takes at a time: a file, or all files that share a Ray."""
+    text = (Path(__file__).parent.parent / file).read_text()
+    return "ray" if re.search("ray_address|job_cluster|trained_run", text) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Units of work go to whichever process is free, those of most tests first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of_work(nodeid.split("::")[0])
+
+    return Scheduler(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

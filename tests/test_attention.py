@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import layers
-from tests.test_networks import debug, inputs, randomise
+from tests.test_networks import debug, inputs, predict, randomise
 
 
 def test_the_backend_that_the_config_names_is_the_one_that_runs(monkeypatch):
@@ -23,7 +23,7 @@ def test_the_backend_that_the_config_names_is_the_one_that_runs(monkeypatch):
             model = randomise(debug(kind, attention=name))
             layers.attention_backend(name, "cpu", torch.float32)  # the probe
             calls.clear()
-            model(**inputs())
+            predict(model, **inputs())
             assert calls == [name] * attentions
     layers.attention_backend.cache_clear()
 

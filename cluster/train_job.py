@@ -1,6 +1,6 @@
 """Training inside a Ray job: `python -m cluster.train_job CONFIG.yaml [section.key=value ...] --workers N`.
 
-Ray Train starts one rank a GPU and starts the group again from the last checkpoint when one of them fails.
+Ray Train starts one rank per GPU and starts the group again from the last checkpoint when one of them fails.
 """
 
 import os

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("c*/README.md"))]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """What the code blocks hold, a list of words a command, comments and continuations resolved."""
+    """What the code blocks hold, a list of words per command, comments and continuations resolved."""
     blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]

@@ -131,7 +131,7 @@ def test_a_profile_made_after_training_is_the_exact_weighted_sum_of_all_steps(tm
     # Snapshots are fp32, and their shares have both signs.
     scale = float(walk.abs().max()) * np.abs(shares).sum()
     assert float((made - torch.from_numpy(exact) @ walk).abs().max()) <= 1e-6 * scale
-    # And that sum is the wanted average, but for what 20 snapshots a width cannot express.
+    # And that sum is the wanted average, but for what 20 snapshots per width cannot express.
     wanted = torch.from_numpy(profile(0.15, 1000)) @ walk
     spread = float((walk[-1] - wanted).abs().max())
     assert float((made - wanted).abs().max()) <= 0.01 * spread

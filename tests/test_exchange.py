@@ -135,7 +135,7 @@ def test_the_reference_class_computes_the_same_outputs_and_gradients(name, size)
             assert key == "position_table"  # a buffer there
             continue
         parts = [theirs[place].grad for place, _ in places]
-        # A copy a block there, one here: the gradients add up.
+        # A copy per block there, one here: the gradients add up.
         total = sum(part for part in parts if part is not None)
         assert isinstance(total, Tensor), key
         assert parameter.grad is not None

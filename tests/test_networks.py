@@ -312,7 +312,7 @@ def test_a_config_that_cannot_be_built_says_why(make, message):
 
 def test_a_latent_beyond_the_grid_of_positions_is_an_error():
     for learned in (False, True):
-        with pytest.raises(ValueError, match="at most 4 a side"):
+        with pytest.raises(ValueError, match="at most 4 per side"):
             predict(debug("mmdit", position_grid=4, learned_positions=learned), **inputs(8, 16))
 
 

@@ -31,7 +31,7 @@ def sampler(name: str = "euler", num_steps: int = 20, **options) -> SamplerConfi
     return parse_config(SamplerConfig, data, "sampler")
 
 
-# --- a mixture of three Gaussians in the plane, of mean 0 and variance 1 a coordinate -----------------
+# --- a mixture of three Gaussians in the plane, of mean 0 and variance 1 per coordinate -----------------
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 _means = torch.tensor([[1.2, 0.6], [-1.0, 0.8], [-0.2, -1.4]], dtype=torch.float64)

@@ -104,7 +104,7 @@ def test_half_precision_moments_are_near_those_of_fp32_and_come_as_fp32(kl_folde
     exact = LatentCodec.load(kl_folder).encode_moments(images)
     half = LatentCodec.load(kl_folder, dtype).encode_moments(images)
     assert half.dtype == torch.float32
-    # bf16 keeps 8 bits: 2^-8 a layer over some ten layers
+    # bf16 keeps 8 bits: 2^-8 per layer over some ten layers
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0.05)
     assert not torch.equal(half, exact)
 

@@ -29,7 +29,7 @@ PEERS = {
 
 
 def beside_peers(figures: dict[str, dict[str, float]]) -> Table:
-    """A row a case, a column a peer: how many times as fast ours is by the clock, and in CPU time."""
+    """A row per case, a column per peer: how many times as fast ours is by the clock, and in CPU time."""
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for benchmark, found in figures.items():
         for key, value in found.items():

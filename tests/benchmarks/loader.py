@@ -32,7 +32,7 @@ from tests.shard_factory import Kind, Sample, make_dataset, write_tar
 
 BATCH = 64
 BUCKET = (128, 256)  # latents of 16 x 32: 2 x 4 channels, fp16, make 8 KiB
-CASES = {  # what a sample has, shards, samples a shard
+CASES = {  # what a sample has, shards, samples per shard
     "124k": (Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True), 24, 256),
     "8k": (Kind({}, channels=4, bare=True), 24, 1024),
 }
@@ -135,7 +135,7 @@ def energon(folder: Path, names: list[str]) -> Side:
 
 
 def flowmill(folder: Path, prefetch: int, samples: int) -> Side:
-    """Shuffled, as in training, with the default windows and partitions; an epoch a round."""
+    """Shuffled, as in training, with the default windows and partitions; an epoch per round."""
     config = DataConfig(path=str(folder), prefetch=prefetch)
     batches = Loader(config, global_batch=BATCH, seed=0).batches()
     return lambda: sum(next(batches).moments.shape[0] for _ in range(samples // BATCH))

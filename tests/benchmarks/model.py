@@ -3,7 +3,7 @@
     python -m tests.benchmarks.model [--json FILE] [--size S] [--batch 4] [--threads 1]
 
 Forward, and forward with backward: medians of wall and CPU seconds, peak memory beyond the weights. On a GPU
-in bf16, eager and compiled by block, with MFU: FLOPs that torch counts (2 a multiply-add) over the rate of a
+in bf16, eager and compiled by block, with MFU: FLOPs that torch counts (2 per multiply-add) over the rate of a
 large matrix product measured here.
 """
 

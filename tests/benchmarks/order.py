@@ -160,7 +160,7 @@ def main(
         "first batch, s",
         "memory a rank, MiB",
         "shards opened first",
-        "shards a node and epoch",
+        "shards per node and epoch",
         "GiB of them at 124 KiB",
     ):
         table.add_column(name, justify="right")

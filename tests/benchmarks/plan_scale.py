@@ -9,7 +9,7 @@ Reasoned for 10^9 rows, of which 10^8 are duplicates: the work is linear but for
 some 3.3 CPU hours, beside weeks of encoding. Ranges stop growing in number at 256, so one holds 4 * 10^6
 rows, ten times as many as here: about 4 GiB; the duplicates take 37 bytes each, 3.7 GB; the temporary folder
 must hold the catalog once more, about 100 GB. The list of 500,000 shards and their commit records, 1 KB each,
-are held by the driver: 0.5 GB. Near duplicates are compared in memory, 16 bytes a picture and as much again
+are held by the driver: 0.5 GB. Near duplicates are compared in memory, 16 bytes per picture and as much again
 some five times while sorting: 100 GB, so filter them by source or on a machine that has it.
 """
 
@@ -105,7 +105,7 @@ def main(
         one(work, side if side >= 0 else None)
         return
     table = Table(
-        "rows", "near duplicates", "s", "CPU s", "us a row", "peak MiB", "shards", "rejects"
+        "rows", "near duplicates", "s", "CPU s", "us per row", "peak MiB", "shards", "rejects"
     )
     flat: dict[str, float] = {}
     for size in rows or [1_000_000, 10_000_000]:

@@ -134,7 +134,7 @@ def run_flowmill(folder: Path, out: Path, actors: int) -> dict[str, float]:
         images=IMAGES.model_dump(mode="json"),
         text_encoders={"text": {"path": str(text_folder()), "max_length": MAX_LENGTH}},
         encode={"batch_size": BATCH},
-        samples_per_shard=64,  # so that even the small size has a shard an actor, or two
+        samples_per_shard=64,  # so that even the small size has a shard per actor, or two
         filters={"duplicates": "keep"},
         ray={"num_cpus": actors, "num_actors": actors, "decoders_per_actor": 1},
         output=str(out),
@@ -181,7 +181,7 @@ def report(found: dict[str, list[tuple[dict, dict]]], sizes: tuple[int, int]) ->
         "side",
         "pictures/s",
         "of the loop",
-        "CPU ms a picture",
+        "CPU ms per picture",
         "of the loop",
         "fixed s",
     ):
@@ -225,7 +225,7 @@ def report(found: dict[str, list[tuple[dict, dict]]], sizes: tuple[int, int]) ->
             for key in found[side][0][1]["spent"]
         }
         parts = ", ".join(f"{k} {1e3 * s / (sizes[1] - sizes[0]):.2f}" for k, s in spent.items())
-        console.print(f"{side}, ms a picture: {parts}")
+        console.print(f"{side}, ms per picture: {parts}")
     return {key: round(value, 3) for key, value in flat.items()}
 
 

@@ -1,7 +1,7 @@
 """The same work on 1, 2 and 4 simulated nodes of one machine: what each further node costs.
 
 The loader: R ranks, a process each, read the same global batches. Preparation: the same four actors on one, two or
-four raylets. All share the machine's cores, so that CPU seconds, not pictures a second, tell what grows.
+four raylets. All share the machine's cores, so that CPU seconds, not pictures per second, tell what grows.
 """
 
 import json
@@ -68,7 +68,7 @@ def cpu_seconds() -> float:
 
 
 def prepare(folder: Path, nodes: int) -> dict[str, float]:
-    """Seconds a picture and at the start, of wall and of all processes' CPU, on so many raylets."""
+    """Seconds per picture and at the start, of wall and of all processes' CPU, on so many raylets."""
     (folder / "ray").mkdir()
     cluster = RayCluster(folder / "ray")
     try:
@@ -123,7 +123,7 @@ def main(
             }
             for ranks, times in rounds.items():
                 samples = GLOBAL_BATCH * STEPS
-                found[f"loader_cpu_us_a_sample_{ranks}"] = (
+                found[f"loader_cpu_us_per_sample_{ranks}"] = (
                     1e6 * statistics.median(c for _, c in times) / samples
                 )
                 found[f"loader_samples_per_s_{ranks}"] = samples / statistics.median(

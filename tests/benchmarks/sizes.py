@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.sizes
 
-For latents of 32x32x4 (256 pixels), 77 text tokens of 768 and pooled text of 768. FLOPs are two a multiply-add,
+For latents of 32x32x4 (256 pixels), 77 text tokens of 768 and pooled text of 768. FLOPs are two per multiply-add,
 of one picture forward; training takes three times as many.
 """
 

@@ -214,7 +214,7 @@ def main(
     distributed.start(600)
     torch.set_num_threads(threads)
     figures: dict[str, float] = {}
-    table = Table(title=f"DiT-{size}, batch {batch}, fp32, {threads} threads: ms a step")
+    table = Table(title=f"DiT-{size}, batch {batch}, fp32, {threads} threads: ms per step")
     for column in (
         "ZeRO",
         "torch",

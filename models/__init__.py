@@ -18,9 +18,8 @@ MODELS = {
 
 
 def config_class(kind: str) -> Any:
-    """The class of a network's config, which stands beside the network's own."""
-    module, name = MODELS[kind]
-    return getattr(importlib.import_module(module), f"{name}Config")
+    """The class of a network's config, named as the network's own; all of them are read without torch."""
+    return getattr(importlib.import_module("models.networks"), f"{MODELS[kind][1]}Config")
 
 
 def build_model(config: Any) -> Any:

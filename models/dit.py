@@ -5,11 +5,8 @@ vector beside t in the modulation. `modulation: shared` is PixArt's adaLN-single
 all blocks and a table a block.
 """
 
-from typing import ClassVar, Literal
-
 import torch
 from jaxtyping import Bool, Float
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from models.conditions import Conditions, check_shapes, given
@@ -26,32 +23,7 @@ from models.layers import (
     positions_2d,
     unpatchify,
 )
-from models.networks import RoutedConfig
-
-
-class DiTConfig(RoutedConfig):
-    # S to XL are the paper's table 1.
-    SIZES: ClassVar = {
-        "debug": (64, 2, 2),
-        "tiny": (256, 6, 4),
-        "S": (384, 12, 6),
-        "B": (768, 12, 12),
-        "L": (1024, 24, 16),
-        "XL": (1152, 28, 16),
-    }
-    kind: Literal["dit"] = "dit"
-    size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
-    modulation: Literal["block", "shared"] = "block"
-    position_extent: float | None = None
-    """Positions run from 0 to this, as PixArt's; null: a patch is 1."""
-    timestep_shift: Literal[0, 1] = 0
-    """Shift of t's frequencies: diffusers' DiT has 1, all others 0."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "DiTConfig":
-        if self.rope and self.position_extent:
-            raise ValueError("position_extent has no effect with rope. Remedy: remove one")
-        return self
+from models.networks import DiTConfig
 
 
 class DiTBlock(nn.Module):

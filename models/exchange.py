@@ -20,11 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.config import InputError
-from models.dit import DiTConfig
 from models.layers import PROJECTOR, positions_2d
-from models.mmdit import MMDiTConfig
-from models.networks import NetworkConfig, TransformerConfig
-from models.unet import UNetConfig
+from models.networks import DiTConfig, MMDiTConfig, NetworkConfig, TransformerConfig, UNetConfig
 from models.weights import brief, read_model_config
 
 FACEBOOK, OWN = "facebookresearch/DiT", "flowmill"

@@ -4,12 +4,9 @@
 has no text stream to go on with: there text gives keys and values only.
 """
 
-from typing import ClassVar, Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.conditions import Conditions, check_shapes, given
@@ -28,35 +25,7 @@ from models.layers import (
     rotate,
     unpatchify,
 )
-from models.networks import RoutedConfig
-
-
-class MMDiTConfig(RoutedConfig):
-    # Width 64 x depth, as the paper's; sd3 is SD3's and SD3.5's medium, sd3.5-large has depth 38.
-    SIZES: ClassVar = {
-        "debug": (64, 2, 2),
-        "tiny": (256, 6, 4),
-        "B": (768, 12, 12),
-        "L": (1152, 18, 18),
-        "sd3": (1536, 24, 24),
-        "sd3.5-large": (2432, 38, 38),
-    }
-    kind: Literal["mmdit"] = "mmdit"
-    size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
-    dual_attention_layers: int = Field(default=0, ge=0)
-    """How many of the first blocks have a second attention; SD3.5 medium has 13."""
-    position_grid: int = Field(default=192, gt=0)
-    """Positions are the middle of a square of so many patches; a larger latent is an error."""
-    position_extent: float = Field(default=64.0, gt=0)
-    """The square's positions run from 0 to this."""
-    learned_positions: bool = False
-    """Positions are trained from there; else they are fixed."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "MMDiTConfig":
-        if self.rope and self.learned_positions:
-            raise ValueError("learned_positions has no effect with rope. Remedy: remove one")
-        return self
+from models.networks import MMDiTConfig
 
 
 class JointAttention(Attention):

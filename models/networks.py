@@ -1,4 +1,4 @@
-"""What the config of every network has, whatever its architecture. Torch-free."""
+"""The configs of the networks, without torch: what all have, and each one's own."""
 
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -187,3 +187,129 @@ class RoutedConfig(TransformerConfig):
                 f"model.routing: got blocks {start} to {end}, expected some of {depth}"
             )
         return Span(start, end, self.routing.ratio)
+
+
+class DiTConfig(RoutedConfig):
+    # S to XL are the paper's table 1.
+    SIZES: ClassVar = {
+        "debug": (64, 2, 2),
+        "tiny": (256, 6, 4),
+        "S": (384, 12, 6),
+        "B": (768, 12, 12),
+        "L": (1024, 24, 16),
+        "XL": (1152, 28, 16),
+    }
+    kind: Literal["dit"] = "dit"
+    size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
+    modulation: Literal["block", "shared"] = "block"
+    position_extent: float | None = None
+    """Positions run from 0 to this, as PixArt's; null: a patch is 1."""
+    timestep_shift: Literal[0, 1] = 0
+    """Shift of t's frequencies: diffusers' DiT has 1, all others 0."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "DiTConfig":
+        if self.rope and self.position_extent:
+            raise ValueError("position_extent has no effect with rope. Remedy: remove one")
+        return self
+
+
+class MMDiTConfig(RoutedConfig):
+    # Width 64 x depth, as the paper's; sd3 is SD3's and SD3.5's medium, sd3.5-large has depth 38.
+    SIZES: ClassVar = {
+        "debug": (64, 2, 2),
+        "tiny": (256, 6, 4),
+        "B": (768, 12, 12),
+        "L": (1152, 18, 18),
+        "sd3": (1536, 24, 24),
+        "sd3.5-large": (2432, 38, 38),
+    }
+    kind: Literal["mmdit"] = "mmdit"
+    size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
+    dual_attention_layers: int = Field(default=0, ge=0)
+    """How many of the first blocks have a second attention; SD3.5 medium has 13."""
+    position_grid: int = Field(default=192, gt=0)
+    """Positions are the middle of a square of so many patches; a larger latent is an error."""
+    position_extent: float = Field(default=64.0, gt=0)
+    """The square's positions run from 0 to this."""
+    learned_positions: bool = False
+    """Positions are trained from there; else they are fixed."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "MMDiTConfig":
+        if self.rope and self.learned_positions:
+            raise ValueError("learned_positions has no effect with rope. Remedy: remove one")
+        return self
+
+
+class UViTConfig(TransformerConfig):
+    # S to H are the paper's table 1; depth counts the middle block, so it is odd.
+    SIZES: ClassVar = {
+        "debug": (64, 3, 2),
+        "tiny": (256, 7, 4),
+        "S": (512, 13, 8),
+        "M": (768, 17, 12),
+        "L": (1024, 21, 16),
+        "H": (1152, 29, 16),
+    }
+    kind: Literal["uvit"] = "uvit"
+    size: Literal["debug", "tiny", "S", "M", "L", "H"] = "M"
+
+    def shape(self) -> tuple[int, int, int]:
+        hidden, depth, heads = super().shape()
+        if depth % 2 == 0:
+            raise InputError(f"model.depth: got {depth}, expected an odd number (2 n + 1)")
+        return hidden, depth, heads
+
+
+# By level: channels, transformer layers (0: none) and heads; then ResNets per level.
+UNET_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]] = {
+    "debug": ((32, 64), (0, 1), (2, 2), 1),
+    "tiny": ((64, 128, 256), (0, 1, 1), (4, 4, 4), 1),
+    "sd15": ((320, 640, 1280, 1280), (1, 1, 1, 0), (8, 8, 8, 8), 2),
+    "sdxl": ((320, 640, 1280), (0, 2, 10), (5, 10, 20), 2),
+}
+
+
+class UNetConfig(NetworkConfig):
+    kind: Literal["unet"] = "unet"
+    size: Literal["debug", "tiny", "sd15", "sdxl"] = "sd15"
+    latent_downscale: int | None = Field(default=None, gt=0)
+    """Pixels per latent pixel, the dataset's where left out. size_conditioning is SDXL's "text_time": pooled text and
+    six numbers, of which the last two are the picture's own size, the latent's times this."""
+
+    def diffusers(self) -> dict[str, Any]:
+        """Arguments of diffusers' class; raises InputError where it has no such network."""
+        channels, layers, heads, resnets = UNET_SIZES[self.size]
+        if not self.latent_channels:
+            raise InputError("model.latent_channels: missing; it is the dataset's, or the codec's")
+        if not self.text_dim:
+            raise InputError("model.text_dim: got none, but unet needs text tokens")
+        cross = ["CrossAttn" if n else "" for n in layers]
+        arguments: dict[str, Any] = {
+            "in_channels": self.latent_channels,
+            "out_channels": self.latent_channels,
+            "block_out_channels": channels,
+            "layers_per_block": resnets,
+            "down_block_types": tuple(f"{c}DownBlock2D" for c in cross),
+            "up_block_types": tuple(f"{c}UpBlock2D" for c in cross[::-1]),
+            "transformer_layers_per_block": tuple(n or 1 for n in layers),
+            "attention_head_dim": heads,  # diffusers' name for the number of heads
+            "cross_attention_dim": self.text_dim,
+            "use_linear_projection": self.size != "sd15",
+            "norm_num_groups": min(32, channels[0] // 2),
+            "num_class_embeds": self.num_classes + 1 if self.num_classes else None,
+        }
+        if self.size == "sd15":
+            arguments |= {"transformer_layers_per_block": 1, "attention_head_dim": 8}
+        if self.size_conditioning:
+            if not (self.pooled_dim and self.latent_downscale):
+                raise InputError(
+                    "model.size_conditioning: unet needs pooled_dim and latent_downscale too"
+                )
+            arguments |= {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": self.pooled_dim + 6 * 256,
+            }
+        return arguments

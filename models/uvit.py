@@ -3,15 +3,12 @@
 Positions are fixed sine-cosines (theirs: learned for one size), so that any latent shape goes.
 """
 
-from typing import ClassVar, Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from models.conditions import Conditions, check_shapes, given
-from models.config import InputError
 from models.layers import (
     Attention,
     AttentionFunction,
@@ -21,27 +18,7 @@ from models.layers import (
     initialise,
     unpatchify,
 )
-from models.networks import TransformerConfig
-
-
-class UViTConfig(TransformerConfig):
-    # S to H are the paper's table 1; depth counts the middle block, so it is odd.
-    SIZES: ClassVar = {
-        "debug": (64, 3, 2),
-        "tiny": (256, 7, 4),
-        "S": (512, 13, 8),
-        "M": (768, 17, 12),
-        "L": (1024, 21, 16),
-        "H": (1152, 29, 16),
-    }
-    kind: Literal["uvit"] = "uvit"
-    size: Literal["debug", "tiny", "S", "M", "L", "H"] = "M"
-
-    def shape(self) -> tuple[int, int, int]:
-        hidden, depth, heads = super().shape()
-        if depth % 2 == 0:
-            raise InputError(f"model.depth: got {depth}, expected an odd number (2 n + 1)")
-        return hidden, depth, heads
+from models.networks import UViTConfig
 
 
 class UViTBlock(nn.Module):

@@ -17,39 +17,24 @@ import time
 from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.config import Config, InputError
+from models.config import InputError
 from models.files import file_sha256, publish, sync, write_text, write_whole
 from pipeline import distributed, pieces
 from pipeline.ema import WithEMA
 from pipeline.pieces import INDEX, Contents, Pieces
+from pipeline.training_config import CheckpointConfig
 
 RECORD = "checkpoint.json"
 FORMAT = 2
 CHECKPOINTS = "checkpoints"  # the folder of a run
 
 Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
-
-
-class CheckpointConfig(Config):
-    every_steps: int = Field(default=1000, gt=0)
-    keep: int = Field(default=3, gt=0)  # the newest so many
-    keep_every_steps: int | None = Field(default=None, gt=0)  # and for good those of such steps
-
-    @model_validator(mode="after")
-    def _some_are_kept(self) -> Self:
-        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
-            raise ValueError(
-                f"keep_every_steps: got {self.keep_every_steps}, expected a multiple of every_steps, "
-                f"{self.every_steps}: no checkpoint is written at the others"
-            )
-        return self
 
 
 def step_folder(parent: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""The config of a training run: every section from the module that it configures, and the checks between them."""
+"""The config of a training run: every section, and the checks between them. Neither torch nor pyarrow is needed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, cast
@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 import yaml
 from pydantic import Discriminator, Field, Tag
 
-from data_prep.schema import Manifest
 from models import MODELS, config_class
 from models.config import Config, InputError, parse_config
-from models.dit import DiTConfig
-from models.networks import NetworkConfig
-from pipeline.checkpoint import CheckpointConfig
-from pipeline.data import DataConfig
-from pipeline.ema import EMAConfig
-from pipeline.engine import EngineConfig, OptimizerConfig
-from pipeline.objective import ObjectiveConfig
-from pipeline.sampling import SamplerConfig
-from pipeline.training_config import MonitorConfig, RejectionConfig
+from models.networks import DiTConfig, NetworkConfig
+from pipeline.data_config import DataConfig
+from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
+from pipeline.training_config import (
+    CheckpointConfig,
+    EMAConfig,
+    EngineConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    RejectionConfig,
+)
+
+if TYPE_CHECKING:
+    from data_prep.schema import Manifest
 
 # Sections that change results: a resumed run may not change them unasked.
 RESULTS = (
@@ -101,7 +105,7 @@ class TrainConfig(Config):
     monitor: MonitorConfig = MonitorConfig()
 
 
-def sizes_of(manifest: Manifest) -> dict[str, Any]:
+def sizes_of(manifest: "Manifest") -> dict[str, Any]:
     """Sizes of the model's config that the data fix, for `with_sizes`."""
     records = manifest.text_encoders.values()
     return {

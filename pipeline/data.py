@@ -14,59 +14,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from data_prep.schema import Manifest
-from models.config import Config
 from pipeline.batch import Assembler, Batch, EmptyCaption, load_empty_caption
+from pipeline.data_config import DataConfig, is_remote
 from pipeline.order import Order, Plan, Window, choose_partitions
-from pipeline.remote import CacheConfig, ShardCache, is_remote
+from pipeline.remote import ShardCache
 from pipeline.shards import Rows, ShardStore, Skipped
-from pipeline.snapshots import DatasetConfig, Record, Snapshot, check_fits, read_dataset
+from pipeline.snapshots import Record, Snapshot, check_fits, read_dataset
 
 __all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_fits", "load_empty_caption"]
 
 log = logging.getLogger(__name__)
 
 BLOCK = 256  # samples of a partition whose addresses are put together at once
-
-
-class DataConfig(Config):
-    """Either `path`, one dataset, or `datasets`, several mixed by their repeat factors."""
-
-    path: str | None = None
-    datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
-    # What changes the order, beside the run's seed and global batch.
-    canonical_partitions: Annotated[int, Field(ge=1)] | None = None  # None: see choose_partitions
-    window_shards: int = Field(4, ge=1)  # shuffled together, in every partition and bucket
-    grow: bool = False  # look for more shards at the beginning of every epoch
-    on_corrupt: Literal["fail", "skip"] = "fail"  # skip: others take the places of its samples
-    # What changes the tensors.
-    text_length: Annotated[int, Field(ge=1)] | None = None  # tokens kept; None: all prepared
-    pad_text: Literal["max", "longest"] = "max"  # to text_length, or to the batch's longest
-    # Reading.
-    verify: Literal["first_use", "size"] = "first_use"  # hash each shard once, or trust its size
-    prefetch: int = Field(2, ge=0)  # batches read ahead by a thread; 0 reads when asked
-    cache: CacheConfig | None = None  # for datasets at URLs
-
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
-        if (self.path is None) == (not self.datasets):
-            raise ValueError("give either path (one dataset) or datasets (several), and not both")
-        remote = [source.path for source in self.sources.values() if is_remote(source.path)]
-        if remote and not self.cache:
-            raise ValueError(f"{remote[0]} is remote: give cache.path and cache.max_gib")
-        if self.cache and not remote:
-            raise ValueError("cache has no effect: every dataset is a local folder")
-        return self
-
-    @property
-    def sources(self) -> dict[str, DatasetConfig]:
-        return self.datasets or {"data": DatasetConfig(path=self.path or "")}
 
 
 class PartitionReader:

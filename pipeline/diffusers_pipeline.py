@@ -14,9 +14,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from models.conditions import Conditions
-from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
 from pipeline.randomness import draw_noise
-from pipeline.sampling import SamplerConfig, generate
+from pipeline.sampling import generate
 
 
 class FlowmillPipeline(DiffusionPipeline):

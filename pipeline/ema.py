@@ -6,65 +6,12 @@ the ranks. They are saved as they lie; only a preview of the run in training gat
 """
 
 import math
-from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.config import Config, InputError
-
-
-class EMAConfig(Config):
-    """Half-lives in pictures, so that they mean the same at any batch size (EDM2 2312.02696).
-
-    Averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
-    """
-
-    halflife_images: float = Field(default=500_000, gt=0)
-    # While young, the half-life is this share of the pictures seen, so that the start is forgotten.
-    rampup_ratio: float = Field(default=0.05, gt=0)
-    more_halflives_images: list[float] = []
-    # Power-function averages (EDM2 section 3) by relative width; two, [0.05, 0.1], and their snapshots
-    # let `flowmill ema` make one of any width after training.
-    sigma_rels: list[float] = []
-    snapshot_images: int = Field(default=0, ge=0)  # between snapshots of `sigma_rels`; 0: none
-
-    @model_validator(mode="after")
-    def _sensible(self) -> "EMAConfig":
-        for sigma_rel in self.sigma_rels:
-            power_exponent(sigma_rel)
-        if self.snapshot_images and not self.sigma_rels:
-            raise ValueError("snapshot_images: no effect without sigma_rels; [0.05, 0.1] is usual")
-        if any(halflife <= 0 for halflife in self.more_halflives_images):
-            raise ValueError("more_halflives_images: expected numbers above 0")
-        if len(self.names()) != 1 + len(self.more_halflives_images) + len(self.sigma_rels):
-            raise ValueError("more_halflives_images, sigma_rels: one of them is given twice")
-        return self
-
-    def names(self) -> dict[str, tuple[str, float]]:
-        """Every average: its name, "halflife" or "sigma_rel", and which."""
-        halflives = {f"ema_halflife_{h:.0f}": ("halflife", h) for h in self.more_halflives_images}
-        powers = {power_name(s): ("sigma_rel", s) for s in self.sigma_rels}
-        return {"ema": ("halflife", self.halflife_images), **halflives, **powers}
-
-
-def power_name(sigma_rel: float) -> str:
-    return f"ema_sigma_{sigma_rel:g}"
-
-
-@lru_cache
-def power_exponent(sigma_rel: float) -> float:
-    """gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time.
-
-    EDM2 2312.02696, eq. 123 and algorithm 2: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
-    """
-    if not 0 < sigma_rel < 12**-0.5:  # gamma = 0, all weights alike, is 0.2887
-        raise InputError(f"sigma_rel: got {sigma_rel:g}, expected between 0 and 0.2886")
-    inverse = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+from pipeline.training_config import EMAConfig, power_exponent
 
 
 def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:

@@ -6,67 +6,19 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from transformers import get_scheduler
 
-from models.config import Config, InputError
+from models.config import InputError
 from models.layers import compile_blocks
 from models.roles import parameter_roles
 from pipeline import distributed
 from pipeline.ema import AdamWithEMA, WithEMA
 from pipeline.optimizers import MuonWithEMA
+from pipeline.training_config import EngineConfig, OptimizerConfig
 
 BUCKET_ELEMENTS = 500_000_000  # of gradients reduced at once, at most: DeepSpeed's own number
 PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewise
-
-
-class OptimizerConfig(Config):
-    """lr is for this global batch, nothing rescales it."""
-
-    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = Field(
-        default=0.0, ge=0
-    )  # on matrices only: not on biases, norms, embeddings
-    schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
-        "constant_with_warmup"
-    )
-    warmup_images: int = Field(default=0, ge=0)
-    decay_images: int = Field(default=0, ge=0)  # the last part of warmup_stable_decay
-    clip: float = Field(default=1.0, ge=0)  # of the gradient's global norm; 0: never
-
-
-class EngineConfig(Config):
-    """How the work is laid out over memory and ranks; changes speed, and results by rounding only."""
-
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    # bf16 has fp32 masters, moments and EMA; auto: bf16 where the hardware multiplies it natively
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_batch: int | None = Field(
-        default=None, gt=0
-    )  # pictures a rank at once; null: all of its share
-    # Of ZeRO's partitions to the host's memory; parameters with stage 3 alone
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    offload_parameters: Literal["none", "cpu"] = "none"
-    compile: bool = False  # each block
-    cpu_threads: int | None = Field(
-        default=None, gt=0
-    )  # a rank, on CPU; null: its share of the cores
-    timeout_s: float = Field(default=1800, gt=0)  # of a collective, and of a step
-    heartbeat_timeout_s: float = Field(default=120, gt=0)  # a rank silent so long ends the run
-
-    @model_validator(mode="after")
-    def _can_offload(self) -> "EngineConfig":
-        for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
-            if getattr(self, name) != "none" and self.zero_stage not in stages:
-                raise ValueError(
-                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {stages}"
-                )
-        return self
 
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:

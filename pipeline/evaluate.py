@@ -36,15 +36,16 @@ from pipeline.arguments import (
     takes,
 )
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from pipeline.heldout import LOG_SNR, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
 from pipeline.objective import Objective
+from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import Draw, Request, draw_files, drawer, largest_bucket
 from pipeline.randomness import make_generator
 from pipeline.reference import DatasetPictures, FolderPictures, features_of, share
 from pipeline.sample import Trained, join, open_trained
-from pipeline.sampling import SamplerConfig
 
 ROUNDS = 4  # draws of noise for each held-out sample and level
 

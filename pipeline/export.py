@@ -39,11 +39,10 @@ from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.arguments import DryRun, RunFolder, Step, Weights
 from pipeline.config import dump_config
-from pipeline.objective import ObjectiveConfig
+from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
 from pipeline.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
 from pipeline.pictures import largest_bucket
 from pipeline.sample import Trained, open_trained
-from pipeline.sampling import SamplerConfig
 from pipeline.timesteps import FluxShift, Shift
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from rich.table import Table
 from models.command import read_yaml, run_command
 from models.config import parse_config
 from pipeline.arguments import parse_size
-from pipeline.objective import PRESETS, Objective, ObjectiveConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import PRESETS, ObjectiveConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

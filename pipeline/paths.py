@@ -1,19 +1,21 @@
 """Paths from data to noise: x_t = alpha_t latents + sigma_t noise, t from 0, data, to 1, noise.
 
 What the rest of the project must know of a path is a fact of its class: a new one is a class here and its
-name in `Path`.
+name in `Path`. Configs import this module, so it does without torch until it is given a tensor.
 """
 
 import math
 from functools import cache, lru_cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
-from torch import Tensor
 
 from models.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NUM_TIMESTEPS = 1000  # of the discrete paths; the network is given t = k / 1000
 
@@ -40,7 +42,7 @@ class NoisePath(Config):
         """The least and the largest sigma/alpha of a path that `time_of` inverts, else None."""
         return None
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         """alpha_t and sigma_t, of t's shape."""
         raise NotImplementedError
 
@@ -60,10 +62,9 @@ class NoisePath(Config):
         """The path's own t at each t or below it."""
         return t
 
-    def ends(self) -> tuple[list[float], list[float]]:
-        """alpha and sigma, both at the cleanest t and at the noisiest."""
-        alpha, sigma = self.alpha_sigma(torch.from_numpy(self.snap(np.array([0.0, 1.0]))).float())
-        return alpha.tolist(), sigma.tolist()
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """alpha and sigma, both at the cleanest t and at the noisiest: from data alone to noise alone."""
+        return np.array([1.0, 0.0]), np.array([0.0, 1.0])
 
 
 class RectifiedFlow(NoisePath):
@@ -72,7 +73,7 @@ class RectifiedFlow(NoisePath):
     kind: Literal["rectified_flow"] = "rectified_flow"
     shiftable: ClassVar[bool] = True
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         return 1 - t, t
 
     def shift(self, t: np.ndarray, a: float) -> np.ndarray:
@@ -86,9 +87,9 @@ class VPCosine(NoisePath):
     kind: Literal["vp_cosine"] = "vp_cosine"
     shiftable: ClassVar[bool] = True
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         # sin of the complement: fp32 cos(pi/2) is -4e-8, and alpha must end at exactly 0.
-        return torch.sin(math.pi / 2 * (1 - t)), torch.sin(math.pi / 2 * t)
+        return (math.pi / 2 * (1 - t)).sin(), (math.pi / 2 * t).sin()
 
     def shift(self, t: np.ndarray, a: float) -> np.ndarray:
         """Hoogeboom 2301.11093, sec. 3.1."""
@@ -107,7 +108,7 @@ class VPDiscrete(NoisePath):
     betas: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
     zero_terminal_snr: bool = False
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         alpha, sigma = vp_table(self.betas, self.zero_terminal_snr, t.device)
         k = (t * NUM_TIMESTEPS).round().long()
         return alpha[k], sigma[k]
@@ -119,6 +120,10 @@ class VPDiscrete(NoisePath):
 
     def snap(self, t: np.ndarray) -> np.ndarray:
         return np.minimum(np.floor(t * NUM_TIMESTEPS), NUM_TIMESTEPS - 1) / NUM_TIMESTEPS
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        alpha = vp_signal(self.betas, self.zero_terminal_snr)[[0, -1]]
+        return alpha, np.sqrt(1 - alpha**2)
 
 
 class EDM(NoisePath):
@@ -147,10 +152,15 @@ class EDM(NoisePath):
     def sigma_range(self) -> tuple[float, float]:
         return self.sigma_min, self.sigma_max
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        sigma = torch.exp(low + (high - low) * t)
+        sigma = (low + (high - low) * t).exp()
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        return c_in, c_in * sigma
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        sigma = np.array(self.sigma_range)
+        c_in = (sigma**2 + self.sigma_data**2) ** -0.5
         return c_in, c_in * sigma
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
@@ -184,8 +194,12 @@ def vp_signal(betas: str, zero_terminal_snr: bool) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def vp_table(betas: str, zero_terminal_snr: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def vp_table(
+    betas: str, zero_terminal_snr: bool, device: "torch.device"
+) -> "tuple[Tensor, Tensor]":
     """alpha, sigma of the 1000 levels, fp32 (1000,)."""
+    import torch
+
     q = vp_signal(betas, zero_terminal_snr)
     alpha, sigma = torch.from_numpy(q).float(), torch.from_numpy(np.sqrt(1 - q**2)).float()
     return alpha.to(device), sigma.to(device)

@@ -24,8 +24,9 @@ from models.vae import LatentCodec
 from models.weights import weights_sha256
 from pipeline import distributed
 from pipeline.objective import Objective
+from pipeline.objectives_config import SamplerConfig
 from pipeline.randomness import draw_noise
-from pipeline.sampling import SamplerConfig, generate
+from pipeline.sampling import generate
 
 
 def encoder_folder(recorded: str, given: str | None, sha256: str, key: str) -> Path:

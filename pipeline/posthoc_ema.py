@@ -23,8 +23,9 @@ from pipeline.arguments import RunFolder
 from pipeline.checkpoint import RECORD, Saver, faults, save_weights
 from pipeline.clock import Clock
 from pipeline.config import load_run_config
-from pipeline.ema import EMAConfig, WithEMA, power_exponent, power_name
+from pipeline.ema import WithEMA
 from pipeline.pieces import Pieces
+from pipeline.training_config import EMAConfig, power_exponent, power_name
 
 SNAPSHOTS = "ema_snapshots"  # the folder of a run
 

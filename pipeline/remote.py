@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import fsspec
-from pydantic import Field
 
-from models.config import Config, InputError
+from models.config import InputError
+from pipeline.data_config import CacheConfig
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -28,22 +28,12 @@ GIB = 1 << 30
 SUFFIXES = (".tar", ".npy", ".part")  # what counts, and may be evicted
 
 
-class CacheConfig(Config):
-    path: str  # a folder on a local disk
-    max_gib: float = Field(gt=0)  # of all shards in it, whichever run or rank put them there
-    attempts: int = Field(default=6, ge=1)  # at a file, waiting 1, 2, 4, ... 30 s in between
-
-
 class ShardError(OSError):
     """A shard cannot be read, or is not what the shard table says."""
 
 
 class CacheFullError(ShardError):
     """No room for a shard: never skipped, for the shards after it would not fit either."""
-
-
-def is_remote(path: str) -> bool:
-    return "://" in path
 
 
 class ShardCache:

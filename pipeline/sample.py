@@ -31,6 +31,7 @@ from pipeline.arguments import (
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.objective import Objective
+from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import (
     Encoders,
     Request,
@@ -41,7 +42,6 @@ from pipeline.pictures import (
     load_encoders,
     read_picture,
 )
-from pipeline.sampling import SamplerConfig
 from pipeline.setup import network_for_sampling
 
 

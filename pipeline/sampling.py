@@ -6,51 +6,19 @@ noise - x0; the path, the prediction and a zero terminal SNR are no concern of i
 """
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from models.conditions import Conditions
-from models.config import Config, InputError
+from models.config import InputError
 from pipeline.objective import Objective, expand
+from pipeline.objectives_config import SamplerConfig
 from pipeline.randomness import draw_noise
-from pipeline.timesteps import Shift
 
 Network = Callable[..., Tensor]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class SamplerConfig(Config):
-    """How pictures are drawn from a trained network.
-
-    name: euler and ddim (the same steps), euler_ancestral (fresh noise each step, from `seed`), dpmpp_2m,
-    unipc, heun (2 num_steps - 1 network calls). shift: of the sampler's times; None is the objective's.
-    guidance_scale: 1 is none; guidance_rescale: phi of Lin 2305.08891, sec. 3.4; guidance_interval: the t
-    that are guided (Kynkaanniemi 2404.07724).
-    """
-
-    name: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "heun"] = "euler"
-    num_steps: Annotated[int, Field(ge=1, le=1000)] = 30
-    shift: Shift | None = None
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    guidance_rescale: Fraction = 0.0
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "SamplerConfig":
-        low, high = self.guidance_interval
-        if low >= high:
-            raise ValueError(f"guidance_interval {low}, {high}: expected low below high")
-        if self.guidance_scale == 1 and (self.guidance_rescale > 0 or (low, high) != (0, 1)):
-            raise ValueError(
-                "guidance_rescale and guidance_interval have no effect at guidance_scale 1. "
-                "Remedy: remove them, or another scale"
-            )
-        return self
 
 
 class Schedule(NamedTuple):

@@ -25,16 +25,11 @@ from pipeline.config import (
 )
 from pipeline.data import Loader
 from pipeline.ema import WithEMA
-from pipeline.engine import (
-    EngineConfig,
-    build_engine,
-    check_engine,
-    micro_batch_size,
-    native_precision,
-)
+from pipeline.engine import build_engine, check_engine, micro_batch_size, native_precision
 from pipeline.pictures import encoder_folder
 from pipeline.snapshots import SNAPSHOTS, check_fits
 from pipeline.stages import load_start
+from pipeline.training_config import EngineConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from data_prep.schema import (
     EMPTY_CAPTION,
@@ -28,9 +27,10 @@ from data_prep.schema import (
     read_manifest,
     read_shard_table,
 )
-from models.config import Config, InputError
+from models.config import InputError
 from models.files import file_sha256, write_text
 from models.networks import NetworkConfig
+from pipeline.data_config import DatasetConfig
 from pipeline.order import Part
 from pipeline.remote import ShardCache
 
@@ -39,11 +39,6 @@ SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
 SNAPSHOTS = "snapshots"  # of a run: its Record
 DTYPES = ("float16", "float32", "int64")
 Bucket = tuple[int, int]  # height and width of the pictures, pixels
-
-
-class DatasetConfig(Config):
-    path: str
-    repeat: float = Field(default=1.0, gt=0)  # times that a sample comes in an epoch
 
 
 Difference = tuple[str, Any, Any]  # what, got, expected

@@ -4,7 +4,6 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from models.config import Config
@@ -65,6 +64,8 @@ class LogNormal(Config):
 
 
 def normal_quantile(u: np.ndarray) -> np.ndarray:
+    import torch  # not before a t is drawn: configs import this module
+
     return torch.special.ndtri(torch.from_numpy(u)).numpy()
 
 

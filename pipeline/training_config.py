@@ -1,8 +1,125 @@
-"""Configs of what training is made of. Pydantic alone, so that reading a config imports no torch."""
+"""Configs of what training is made of. Pydantic and numpy alone, so that reading a config imports no torch."""
 
-from pydantic import Field
+from functools import lru_cache
+from typing import Literal, Self
 
-from models.config import Config
+import numpy as np
+from pydantic import Field, model_validator
+
+from models.config import Config, InputError
+
+
+class OptimizerConfig(Config):
+    """lr is for this global batch, nothing rescales it."""
+
+    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(
+        default=0.0, ge=0
+    )  # on matrices only: not on biases, norms, embeddings
+    schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
+        "constant_with_warmup"
+    )
+    warmup_images: int = Field(default=0, ge=0)
+    decay_images: int = Field(default=0, ge=0)  # the last part of warmup_stable_decay
+    clip: float = Field(default=1.0, ge=0)  # of the gradient's global norm; 0: never
+
+
+class EngineConfig(Config):
+    """How the work is laid out over memory and ranks; changes speed, and results by rounding only."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    # bf16 has fp32 masters, moments and EMA; auto: bf16 where the hardware multiplies it natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    micro_batch: int | None = Field(
+        default=None, gt=0
+    )  # pictures a rank at once; null: all of its share
+    # Of ZeRO's partitions to the host's memory; parameters with stage 3 alone
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    compile: bool = False  # each block
+    cpu_threads: int | None = Field(
+        default=None, gt=0
+    )  # a rank, on CPU; null: its share of the cores
+    timeout_s: float = Field(default=1800, gt=0)  # of a collective, and of a step
+    heartbeat_timeout_s: float = Field(default=120, gt=0)  # a rank silent so long ends the run
+
+    @model_validator(mode="after")
+    def _can_offload(self) -> "EngineConfig":
+        for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
+            if getattr(self, name) != "none" and self.zero_stage not in stages:
+                raise ValueError(
+                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {stages}"
+                )
+        return self
+
+
+class EMAConfig(Config):
+    """Half-lives in pictures, so that they mean the same at any batch size (EDM2 2312.02696).
+
+    Averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
+    """
+
+    halflife_images: float = Field(default=500_000, gt=0)
+    # While young, the half-life is this share of the pictures seen, so that the start is forgotten.
+    rampup_ratio: float = Field(default=0.05, gt=0)
+    more_halflives_images: list[float] = []
+    # Power-function averages (EDM2 section 3) by relative width; two, [0.05, 0.1], and their snapshots
+    # let `flowmill ema` make one of any width after training.
+    sigma_rels: list[float] = []
+    snapshot_images: int = Field(default=0, ge=0)  # between snapshots of `sigma_rels`; 0: none
+
+    @model_validator(mode="after")
+    def _sensible(self) -> "EMAConfig":
+        for sigma_rel in self.sigma_rels:
+            power_exponent(sigma_rel)
+        if self.snapshot_images and not self.sigma_rels:
+            raise ValueError("snapshot_images: no effect without sigma_rels; [0.05, 0.1] is usual")
+        if any(halflife <= 0 for halflife in self.more_halflives_images):
+            raise ValueError("more_halflives_images: expected numbers above 0")
+        if len(self.names()) != 1 + len(self.more_halflives_images) + len(self.sigma_rels):
+            raise ValueError("more_halflives_images, sigma_rels: one of them is given twice")
+        return self
+
+    def names(self) -> dict[str, tuple[str, float]]:
+        """Every average: its name, "halflife" or "sigma_rel", and which."""
+        halflives = {f"ema_halflife_{h:.0f}": ("halflife", h) for h in self.more_halflives_images}
+        powers = {power_name(s): ("sigma_rel", s) for s in self.sigma_rels}
+        return {"ema": ("halflife", self.halflife_images), **halflives, **powers}
+
+
+def power_name(sigma_rel: float) -> str:
+    return f"ema_sigma_{sigma_rel:g}"
+
+
+@lru_cache
+def power_exponent(sigma_rel: float) -> float:
+    """gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time.
+
+    EDM2 2312.02696, eq. 123 and algorithm 2: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """
+    if not 0 < sigma_rel < 12**-0.5:  # gamma = 0, all weights alike, is 0.2887
+        raise InputError(f"sigma_rel: got {sigma_rel:g}, expected between 0 and 0.2886")
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+class CheckpointConfig(Config):
+    every_steps: int = Field(default=1000, gt=0)
+    keep: int = Field(default=3, gt=0)  # the newest so many
+    keep_every_steps: int | None = Field(default=None, gt=0)  # and for good those of such steps
+
+    @model_validator(mode="after")
+    def _some_are_kept(self) -> Self:
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ValueError(
+                f"keep_every_steps: got {self.keep_every_steps}, expected a multiple of every_steps, "
+                f"{self.every_steps}: no checkpoint is written at the others"
+            )
+        return self
 
 
 class MonitorConfig(Config):

@@ -14,8 +14,9 @@ import torch
 from models.conditions import Conditions
 from pipeline import checkpoint, distributed
 from pipeline.checkpoint import Saver
-from pipeline.engine import EngineConfig, build_engine, set_lr
+from pipeline.engine import build_engine, set_lr
 from pipeline.pieces import full_weights
+from pipeline.training_config import EngineConfig
 from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
 
 STEPS = 3

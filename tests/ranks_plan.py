@@ -9,10 +9,11 @@ import torch
 
 from models import build_model
 from models.conditions import Conditions
-from models.dit import DiTConfig
+from models.networks import DiTConfig
 from pipeline import checkpoint, distributed
-from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.engine import build_engine
 from pipeline.plan import num_small
+from pipeline.training_config import EngineConfig, OptimizerConfig
 
 MODEL = DiTConfig(size="tiny", latent_channels=4, text_dim=64, pooled_dim=64)
 

@@ -10,11 +10,13 @@ from models.config import parse_config
 from pipeline import distributed
 from pipeline.batch import Batch
 from pipeline.config import TrainConfig
-from pipeline.data import DataConfig, Loader
-from pipeline.engine import EngineConfig, OptimizerConfig, build_engine
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
+from pipeline.engine import build_engine
 from pipeline.forward import Terms
 from pipeline.pieces import full_weights
 from pipeline.rejection import Rejection
+from pipeline.training_config import EngineConfig, OptimizerConfig
 from tests.ranks_engine import BATCH, DECAY, batches, fresh_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, clip=0.5)

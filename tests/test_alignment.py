@@ -19,12 +19,11 @@ from models import build_model
 from models.command import load_config
 from models.conditions import Conditions
 from models.config import InputError, parse_config
-from models.dit import DiTConfig
-from models.mmdit import MMDiTConfig
-from models.networks import AlignmentConfig, MaskingConfig, RoutingConfig
+from models.networks import AlignmentConfig, DiTConfig, MaskingConfig, MMDiTConfig, RoutingConfig
 from models.vision_encoder import VisionEncoder
 from pipeline.checkpoint import load_weights
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from pipeline.forward import alignment_weight
 from pipeline.objective import alignment_loss
 from tests import train_factory

@@ -13,8 +13,9 @@ import torch
 
 from models.config import InputError, parse_config
 from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointConfig, Saver, candidates, newest_sound, step_folder
+from pipeline.checkpoint import Saver, candidates, newest_sound, step_folder
 from pipeline.pieces import Contents
+from pipeline.training_config import CheckpointConfig
 
 CONFIG = CheckpointConfig(every_steps=1, keep=2)
 TOUCHES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

@@ -19,9 +19,9 @@ import torch
 
 from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
 from models.config import InputError, parse_config
-from models.dit import DiTConfig
-from models.networks import AlignmentConfig
-from pipeline.data import Batch, DataConfig, Loader, check_fits
+from models.networks import AlignmentConfig, DiTConfig
+from pipeline.data import Batch, Loader, check_fits
+from pipeline.data_config import DataConfig
 from pipeline.remote import ShardError
 from tests.shard_factory import Kind, make_dataset
 

@@ -10,7 +10,7 @@ import torch
 
 from models.config import InputError
 from pipeline.checkpoint import load_weights
-from pipeline.ema import AdamWithEMA, EMAConfig, ema_decays, power_exponent
+from pipeline.ema import AdamWithEMA, ema_decays
 from pipeline.pieces import Pieces
 from pipeline.posthoc_ema import (
     coefficients,
@@ -19,6 +19,7 @@ from pipeline.posthoc_ema import (
     reconstruct,
     store_snapshots,
 )
+from pipeline.training_config import EMAConfig, power_exponent
 from tests import train_factory
 
 

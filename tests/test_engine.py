@@ -3,7 +3,8 @@
 import pytest
 
 from models.config import InputError
-from pipeline.engine import EngineConfig, OptimizerConfig, check_engine
+from pipeline.engine import check_engine
+from pipeline.training_config import EngineConfig, OptimizerConfig
 from tests import train_factory
 from tests.ranks_engine import CASES
 

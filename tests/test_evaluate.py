@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from data_prep.schema import read_shard_table
 from models import build_model
 from models.config import InputError
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from pipeline.evaluate import Options, evaluate, main, parse_features, run_subject
 from pipeline.heldout import LOG_SNR, time_at, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare, precision_recall
-from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import ObjectiveConfig
 from pipeline.pictures import read_picture
 from pipeline.reference import FolderPictures, features_of
 from pipeline.sample import open_trained

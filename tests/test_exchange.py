@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from models import build_model, exchange, layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.dit import DiTConfig
-from models.mmdit import MMDiTConfig
+from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig
 from models.text_encoder import TextEncoder
-from models.unet import UNetConfig
-from models.uvit import UViTConfig
 from models.vae import LatentCodec
-from pipeline.objective import Objective, ObjectiveConfig
-from pipeline.sampling import SamplerConfig, generate
+from pipeline.objective import Objective
+from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
+from pipeline.sampling import generate
 from tests.test_networks import predict
 
 VAE = Path(__file__).parent.parent / "models" / "demo_vae"

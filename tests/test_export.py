@@ -25,9 +25,9 @@ from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network, whole_source
 from pipeline.objective import Objective
+from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import Painter, largest_bucket, read_picture
 from pipeline.sample import Trained, open_trained
-from pipeline.sampling import SamplerConfig
 from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from models.networks import MaskingConfig, RoutingConfig, Span
 from models.roles import parameter_roles
 from pipeline.config import TrainConfig
 from pipeline.forward import Draws, Forward
-from pipeline.objective import Objective, ObjectiveConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import ObjectiveConfig
 from pipeline.randomness import draw_noise
 from pipeline.train import make_plan
 from tests.shard_factory import Kind, make_dataset

@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import build_model
-from models.dit import DiTConfig
+from models.networks import DiTConfig
 from pipeline import monitor
 from pipeline.checkpoint import load_weights
 from pipeline.config import load_run_config

@@ -11,11 +11,8 @@ from torch import nn
 from models import MODELS, build_model, config_class, layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.dit import DiTConfig
-from models.mmdit import MMDiTConfig
+from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig
 from models.roles import parameter_roles
-from models.unet import UNetConfig
-from models.uvit import UViTConfig
 from tests.benchmarks import sizes
 from tests.train_factory import run
 

@@ -19,7 +19,8 @@ from scipy import integrate, stats
 from scipy.special import logit
 
 from models.config import InputError, parse_config
-from pipeline.objective import PRESETS, Objective, ObjectiveConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import PRESETS, ObjectiveConfig
 from pipeline.randomness import draw_dropout, draw_noise
 
 PATHS = {
@@ -152,6 +153,14 @@ def test_alpha_ends_at_exactly_zero_where_the_path_ends_in_noise():
         alpha, sigma = make(path).alpha_sigma(torch.tensor([last]))
         assert alpha.item() == 0.0, path
         assert sigma.item() == 1.0, path
+
+
+def test_what_a_config_knows_of_its_paths_ends_is_what_tensors_come_to():
+    for path in PATHS:
+        objective = make(path)
+        ends = objective.config.path.snap(np.array([0.0, 1.0]))
+        found = objective.alpha_sigma(torch.from_numpy(ends).float())
+        np.testing.assert_allclose(objective.config.path.ends(), found, rtol=1e-5)  # fp32
 
 
 # --- losses --------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from models.config import InputError, parse_config
-from pipeline.objective import ObjectiveConfig
 from pipeline.objective_report import LIMITS, density, draw, main, make_panels, make_profile
+from pipeline.objectives_config import ObjectiveConfig
 
 
 def profile(preset: str):

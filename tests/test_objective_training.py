@@ -5,8 +5,9 @@ import torch
 
 from models import build_model
 from models.config import parse_config
-from models.dit import DiTConfig
-from pipeline.objective import Objective, ObjectiveConfig
+from models.networks import DiTConfig
+from pipeline.objective import Objective
+from pipeline.objectives_config import ObjectiveConfig
 from pipeline.randomness import draw_noise
 from tests import train_factory
 

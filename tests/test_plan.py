@@ -12,8 +12,7 @@ import torch
 from models import build_model
 from models.command import load_config
 from models.config import InputError
-from models.dit import DiTConfig
-from models.unet import UNetConfig
+from models.networks import DiTConfig, UNetConfig
 from pipeline import plan
 from pipeline.config import TrainConfig
 from pipeline.plan import Sample, activation_bytes, checkpoint_bytes, state_bytes

@@ -54,7 +54,8 @@ from models.command import load_config, run_command
 from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from tests.prep_factory import (
     dataset_bytes,
     encoded,

@@ -18,8 +18,9 @@ import pytest
 
 from models.config import InputError, parse_config
 from models.files import file_sha256
-from pipeline.data import DataConfig, Loader
-from pipeline.remote import CacheConfig, CacheFullError, ShardCache, ShardError
+from pipeline.data import Loader
+from pipeline.data_config import CacheConfig, DataConfig
+from pipeline.remote import CacheFullError, ShardCache, ShardError
 from tests.shard_factory import Kind, make_dataset
 
 SQUARE = (32, 32)

@@ -18,8 +18,9 @@ from torch import Tensor
 from models.conditions import Conditions
 from models.config import InputError, parse_config
 from pipeline.objective import Objective
+from pipeline.objectives_config import SamplerConfig
 from pipeline.randomness import draw_noise
-from pipeline.sampling import SamplerConfig, ancestral_step, generate, guided
+from pipeline.sampling import ancestral_step, generate, guided
 from tests.test_objective import COMBINATIONS, PATHS, make
 
 NONE = Conditions()

@@ -34,9 +34,9 @@ FLOORS = {
         "inference pictures heldout diffusers_pipeline",
         "runs stages",
         "config",
-        "training engine optimizers ema forward monitor norms flops checkpoint pieces rejection",
-        "objectives objective paths timesteps sampling",
-        "data randomness batch order remote shards snapshots",
+        "training training_config engine optimizers ema forward monitor norms flops checkpoint pieces rejection",
+        "objectives objectives_config objective paths timesteps sampling",
+        "data data_config randomness batch order remote shards snapshots",
         "distributed watchdog",
     ),
 }
@@ -291,7 +291,7 @@ def test_every_module_that_states_shapes_is_checked():
     report("shapes that nothing checks", stating - under, UNCOVERED)
 
 
-@pytest.mark.parametrize("name", ["data_prep.decoder", "models.weights", "data_prep.schema"])
+@pytest.mark.parametrize("name", ["data_prep.decoder", "models.weights", "data_prep.schema", "pipeline.config"])
 def test_what_decoding_processes_import_loads_neither_torch_nor_what_commands_need(name):
     heavy = {"torch", "typer", "rich", "omegaconf", "ray"}
     code = f"import sys, {name}; print(*{heavy} & sys.modules.keys())"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import build_model
-from models.dit import DiTConfig
+from models.networks import DiTConfig
 from pipeline import checkpoint
 from pipeline.demo import stages
 from tests import train_factory

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.schema import index_path
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from tests.shard_factory import Kind, Sample, make_dataset, write_tar
 
 BATCH = 64

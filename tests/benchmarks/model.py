@@ -24,10 +24,9 @@ from rich.table import Table
 from models import build_model
 from models.command import run_command
 from models.conditions import Conditions
-from models.dit import DiTConfig
 from models.exchange import to_diffusers
 from models.layers import compile_blocks
-from models.mmdit import MMDiTConfig
+from models.networks import DiTConfig, MMDiTConfig
 from pipeline.flops import ModelFlops
 
 SIDE, TOKENS = 32, 64  # latent of a 256-pixel picture; text tokens

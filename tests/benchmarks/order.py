@@ -27,7 +27,8 @@ from data_prep.schema import (
     index_path,
     read_manifest,
 )
-from pipeline.data import DataConfig, Loader
+from pipeline.data import Loader
+from pipeline.data_config import DataConfig
 from pipeline.order import Order, Part, Plan
 from tests.shard_factory import Kind, make_dataset
 

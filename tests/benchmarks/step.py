@@ -26,7 +26,7 @@ from rich.table import Table
 from models import build_model
 from models.command import run_command
 from models.config import parse_config
-from models.dit import DiTConfig
+from models.networks import DiTConfig
 from models.vae import sample_latents
 from pipeline import distributed
 from pipeline.config import TrainConfig

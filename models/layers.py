@@ -80,7 +80,9 @@ def positions_2d(
     def axis(size: int) -> Tensor:
         whole = grid or size
         if size > whole:
-            raise ValueError(f"latent of {height}x{width} patches: expected at most {whole} per side")
+            raise ValueError(
+                f"latent of {height}x{width} patches: expected at most {whole} per side"
+            )
         steps = torch.arange(size, dtype=torch.float64, device=device) + (whole - size) // 2
         return steps * ((extent or whole) / whole)
 

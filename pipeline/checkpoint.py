@@ -26,13 +26,15 @@ from torch import Tensor
 from models.config import InputError
 from models.files import file_sha256, publish, sync, write_text, write_whole
 from pipeline import distributed, pieces
+from pipeline.clock import Clock
 from pipeline.ema import WithEMA
 from pipeline.pieces import INDEX, Contents, Pieces
-from pipeline.training_config import CheckpointConfig
+from pipeline.training_config import CheckpointConfig, EMAConfig, power_name
 
 RECORD = "checkpoint.json"
 FORMAT = 2
 CHECKPOINTS = "checkpoints"  # the folder of a run
+SNAPSHOTS = "ema_snapshots"
 
 Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
 
@@ -152,6 +154,16 @@ class Saver:
             prune(folder.parent, self.config)
         distributed.say(f"saved {folder}, for which training waited {self.stall_s:.2f} s")
         return None
+
+
+def store_snapshots(
+    run: Path, config: EMAConfig, clock: Clock, engine: Any, optimizer: WithEMA
+) -> None:
+    """Save every power-function average as it is now, for `flowmill ema`. Collective."""
+    saver = Saver(run / SNAPSHOTS)
+    state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
+    saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
+    saver.finish()
 
 
 def prune(parent: Path, config: CheckpointConfig) -> None:

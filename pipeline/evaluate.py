@@ -45,7 +45,7 @@ from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import Draw, Request, draw_files, drawer, largest_bucket
 from pipeline.randomness import make_generator
 from pipeline.reference import DatasetPictures, FolderPictures, features_of, share
-from pipeline.sample import Trained, join, open_trained
+from pipeline.trained import Trained, open_trained
 
 ROUNDS = 4  # draws of noise for each held-out sample and level
 
@@ -389,7 +389,7 @@ def main(options: Options) -> None:
     if options.features:
         package_folder("torchmetrics")
     is_pipeline = (target / "model_index.json").is_file()
-    device = join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
+    device = distributed.join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
     if is_pipeline:
         trained = None
         subject = pipeline_subject(target, overrides, options.trust_remote_code, device)

@@ -42,8 +42,8 @@ from pipeline.config import dump_config
 from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
 from pipeline.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
 from pipeline.pictures import largest_bucket
-from pipeline.sample import Trained, open_trained
 from pipeline.timesteps import FluxShift, Shift
+from pipeline.trained import Trained, open_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

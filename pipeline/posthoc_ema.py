@@ -10,7 +10,7 @@ EDM2 (Karras et al. 2312.02696), section 3.2 and appendix C.3: a run that keeps 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,24 +20,10 @@ from rich.progress import track
 from models.command import run_command
 from models.config import InputError
 from pipeline.arguments import RunFolder
-from pipeline.checkpoint import RECORD, Saver, faults, save_weights
-from pipeline.clock import Clock
+from pipeline.checkpoint import RECORD, SNAPSHOTS, faults, save_weights
 from pipeline.config import load_run_config
-from pipeline.ema import WithEMA
 from pipeline.pieces import Pieces
-from pipeline.training_config import EMAConfig, power_exponent, power_name
-
-SNAPSHOTS = "ema_snapshots"  # the folder of a run
-
-
-def store_snapshots(
-    run: Path, config: EMAConfig, clock: Clock, engine: Any, optimizer: WithEMA
-) -> None:
-    """Every power-function average as it is now; collective."""
-    saver = Saver(run / SNAPSHOTS)
-    state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
-    saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
-    saver.finish()
+from pipeline.training_config import power_exponent, power_name
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
-from torch import Tensor, nn
 
-from data_prep.schema import Manifest, read_manifest
 from models.command import run_command
 from models.config import InputError, parse_config
-from models.layers import PROJECTOR
 from pipeline import distributed
 from pipeline.arguments import (
     BatchSize,
@@ -28,21 +25,18 @@ from pipeline.arguments import (
     read_prompts,
     takes,
 )
-from pipeline.checkpoint import load_weights
-from pipeline.config import TrainConfig, load_run_config
+from pipeline.config import load_run_config
 from pipeline.objective import Objective
 from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import (
-    Encoders,
     Request,
     draw_files,
     drawer,
     grid,
     largest_bucket,
-    load_encoders,
     read_picture,
 )
-from pipeline.setup import network_for_sampling
+from pipeline.trained import Trained, open_trained
 
 
 def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, SamplerConfig]:
@@ -62,49 +56,6 @@ def read_recipe(picture: Path) -> dict[str, Any]:
             return json.loads(image.info["flowmill"])
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run at one checkpoint."""
-
-    run: Path
-    config: TrainConfig
-    manifest: Manifest
-    weights: str
-    state: dict[str, Tensor]
-    step: int
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"run": str(self.run), "step": self.step, "weights": self.weights}
-
-    def network(self, device: torch.device) -> nn.Module:
-        return network_for_sampling(self.config, self.state, device)
-
-    def encoders(self, device: torch.device) -> Encoders:
-        return load_encoders(
-            self.manifest, self.config.encoders.vae, self.config.encoders.text, device
-        )
-
-
-def open_trained(run: Path, weights: str, step: int | None) -> Trained:
-    """The newest sound checkpoint of a run, or that of `step`; raises InputError. Collective."""
-    config = load_run_config(run)
-    manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
-    state, at_step = load_weights(run, weights, step)
-    if getattr(config.model, "alignment", None) is not None:  # it was for training
-        model = config.model.model_copy(update={"alignment": None})
-        config = config.model_copy(update={"model": model})
-        state = {name: t for name, t in state.items() if not name.startswith(PROJECTOR)}
-    return Trained(run, config, manifest, weights, state, at_step)
-
-
-def join(timeout_s: float) -> torch.device:
-    """This rank's device; under a launcher, in the group of its ranks."""
-    if distributed.world_size() > 1:
-        return distributed.start(timeout_s)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_folder(folder: Path, overwrite: bool) -> None:
@@ -213,7 +164,7 @@ def main(options: Options) -> None:
     Under torchrun every rank draws its share.
     """
     config = load_run_config(options.run)
-    device = join(config.engine.timeout_s)
+    device = distributed.join(config.engine.timeout_s)
     if options.like is not None:
         cells, options = cells_like(options, options.like)
     else:

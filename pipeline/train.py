@@ -14,15 +14,15 @@ from pipeline import checkpoint, distributed
 from pipeline.arguments import ConfigFile, DryRun, Override, Overrides
 from pipeline.clock import Clock
 from pipeline.config import TrainConfig
-from pipeline.distributed import Exchange, StopSignal
+from pipeline.distributed import Exchange
 from pipeline.forward import Forward
 from pipeline.monitor import Monitor
 from pipeline.objective import Objective
-from pipeline.posthoc_ema import store_snapshots
 from pipeline.preview import Preview
 from pipeline.rejection import Rejection
 from pipeline.setup import Run, check_run, describe, fit_run
 from pipeline.stages import finished, load_stages
+from pipeline.stop_signal import StopSignal
 from pipeline.watchdog import Watchdog
 
 
@@ -77,7 +77,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
             if preview.due(clock) and not stopping:
                 preview.show(engine, optimizer, monitor, clock.step)
             if clock.snapshot_due:
-                store_snapshots(run.folder, config.ema, clock, engine, optimizer)
+                checkpoint.store_snapshots(run.folder, config.ema, clock, engine, optimizer)
             if clock.checkpoint_due or stopping:
                 saver.save(clock.step, engine, optimizer, {n: p.state() for n, p in parts.items()})
         yield clock.step

@@ -28,7 +28,7 @@ from pipeline.objective import Objective
 from pipeline.objectives_config import ObjectiveConfig
 from pipeline.pictures import read_picture
 from pipeline.reference import FolderPictures, features_of
-from pipeline.sample import open_trained
+from pipeline.trained import open_trained
 from tests import prep_factory, train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.test_text_encoder import CLIP, save_tokenizer

@@ -27,7 +27,7 @@ from pipeline.export import export, main, network_source, save_network, whole_so
 from pipeline.objective import Objective
 from pipeline.objectives_config import SamplerConfig
 from pipeline.pictures import Painter, largest_bucket, read_picture
-from pipeline.sample import Trained, open_trained
+from pipeline.trained import Trained, open_trained
 from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")

@@ -291,7 +291,9 @@ def test_every_module_that_states_shapes_is_checked():
     report("shapes that nothing checks", stating - under, UNCOVERED)
 
 
-@pytest.mark.parametrize("name", ["data_prep.decoder", "models.weights", "data_prep.schema", "pipeline.config"])
+@pytest.mark.parametrize(
+    "name", ["data_prep.decoder", "models.weights", "data_prep.schema", "pipeline.config"]
+)
 def test_what_decoding_processes_import_loads_neither_torch_nor_what_commands_need(name):
     heavy = {"torch", "typer", "rich", "omegaconf", "ray"}
     code = f"import sys, {name}; print(*{heavy} & sys.modules.keys())"

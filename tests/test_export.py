@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from models import build_model
 from models.config import InputError, parse_config
-from pipeline import evaluate
+from pipeline import subjects
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network, whole_source
 from pipeline.objective import Objective
@@ -367,9 +367,9 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
         output=tmp_path,
     )
     with pytest.raises(InputError, match="code of its own"):
-        evaluate.pipeline_subject(folder, [], False, CPU)
+        subjects.pipeline_subject(folder, [], False, CPU)
     overrides = ["sampler.num_steps=2", "sampler.guidance_scale=1.5"]
-    subject = evaluate.pipeline_subject(folder, overrides, True, CPU)
+    subject = subjects.pipeline_subject(folder, overrides, True, CPU)
     name, (errors, fixed) = evaluate.evaluate(subject, None, options, CPU)
     about = fixed.measured_with
     assert "fd_fixed" in fixed.figures
@@ -379,7 +379,7 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
         "guidance_scale": 1.5,
     }
     assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
-    run = evaluate.run_subject(trained, overrides, CPU)
+    run = subjects.run_subject(trained, overrides, CPU)
     options = replace(options, output=tmp_path / "run")
     own_name, (own, drawn) = evaluate.evaluate(run, trained, options, CPU)
     assert own.figures == pytest.approx(errors.figures, rel=1e-5)
@@ -391,4 +391,4 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     stock = {"_class_name": "StableDiffusionPipeline", "scheduler": index["scheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(stock))
     with pytest.raises(InputError, match=r"only sampler\.num_steps"):
-        evaluate.pipeline_subject(tmp_path, ["sampler.name=heun"], True, CPU)
+        subjects.pipeline_subject(tmp_path, ["sampler.name=heun"], True, CPU)

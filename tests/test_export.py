@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from models import build_model
 from models.config import InputError, parse_config
-from pipeline import subjects
+from pipeline import evaluate, subjects
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network, whole_source
 from pipeline.objective import Objective

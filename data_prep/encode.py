@@ -20,8 +20,9 @@ from data_prep.plan import read_planned
 from data_prep.schema import (
     CodecRecord,
     Member,
-    TextEncoderRecord,
-    VisionEncoderRecord,
+    TextRecord,
+    VisionRecord,
+    captions_sha256,
 )
 from data_prep.shards import WORK, ShardWriter, write_text
 from data_prep.storage import open_root
@@ -72,9 +73,9 @@ class Encoders:
     """What the encoders said of themselves once loaded: records, member layout, the empty caption."""
 
     codec: CodecRecord
-    text_encoders: dict[str, TextEncoderRecord]
-    vision_encoder: VisionEncoderRecord | None
-    members: list[Member]
+    text: TextRecord
+    vision: VisionRecord | None
+    members: dict[str, Member]
     empty_caption: dict[str, np.ndarray]
 
 
@@ -109,10 +110,12 @@ class ShardEncoder(Worker):
     def describe(self) -> Encoders:
         """What the encoders say of themselves; raises InputError."""
         self._load()
+        roles = {name: encoder.record() for name, encoder in self._text.items()}
+        text = {"tokens": [[name] for name in roles], "pooled": list(roles), "roles": roles}
         return Encoders(
             codec=CodecRecord(**self._codec.record()),
-            text_encoders={n: TextEncoderRecord(**t.record()) for n, t in self._text.items()},
-            vision_encoder=self._vision and VisionEncoderRecord(**self._vision.record()),
+            text=TextRecord.model_validate(text),
+            vision=self._vision and VisionRecord(**self._vision.record()),
             members=self._members(),
             empty_caption={k: v[0] for k, v in self._encode_text([""]).items()},
         )
@@ -147,18 +150,18 @@ class ShardEncoder(Worker):
             )
         self._codec = LatentCodec.load(self._vae.path, self._vae.dtype, device)
 
-    def _members(self) -> list[Member]:
+    def _members(self) -> dict[str, Member]:
         channels = self._codec.channels * (1 if self._codec.deterministic else 2)
-        members = [Member(name="moments", dtype="float16", shape=(channels, None, None))]
+        members = {"moments": Member(dtype="float16", shape=(channels, None, None))}
         for name, text in self._text.items():
-            members.append(Member(name=name, dtype="float16", shape=(None, text.dim)))
-            members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(text.pooled_dim,)))
-        members.append(Member(name="micro", dtype="float32", shape=(4,)))
+            members[name] = Member(dtype="float16", shape=(None, text.dim))
+            members[f"{name}_pooled"] = Member(dtype="float16", shape=(text.pooled_dim,))
+        members["micro"] = Member(dtype="float32", shape=(4,))
         if self._vision is not None:
-            dim = self._vision.dim
-            members.append(Member(name="vision", dtype="float16", shape=(dim, None, None)))
-        labels = [Member(name="label", dtype="int64", shape=())]
-        return members + labels * self._has_labels
+            members["vision"] = Member(dtype="float16", shape=(self._vision.dim, None, None))
+        if self._has_labels:
+            members["label"] = Member(dtype="int64", shape=())
+        return members
 
     def encode_shard(
         self, spec: ShardSpec, number: int, deadly: Container[int] = ()
@@ -172,8 +175,8 @@ class ShardEncoder(Worker):
         self._load()
         planned = read_planned(self._dataset / WORK, number).to_pylist()
         rows = [row for place, row in enumerate(planned) if place not in deadly]
-        writer = ShardWriter(self._dataset, spec.path, [m.name for m in self._members()])
-        sums = _LatentSums(self._codec.channels)
+        writer = ShardWriter(self._dataset, spec.path, list(self._members()))
+        sums, kept = _LatentSums(self._codec.channels), list[dict[str, Any]]()
         rejects = [
             _reject(row, "encoder_crash", f"its encoder died {ATTEMPTS} times")
             for place, row in enumerate(planned)
@@ -184,9 +187,11 @@ class ShardEncoder(Worker):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
                     variants = _variants(row["captions"], self._flips(spec), list(self._text))
                     writer.add(row["key"], arrays, _facts(row, picture), variants)
+                    kept.append(row)
                     for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
                         sums.add(arrays[name])
-            commit = {**asdict(spec), **writer.commit(), **sums.record(), "rejects": rejects}
+            commit = asdict(spec) | writer.commit() | sums.record() | _summary(kept)
+            commit["rejects"] = rejects
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()
@@ -304,7 +309,7 @@ class ShardEncoder(Worker):
 
         codec, values = self._codec, torch.from_numpy(moments)
         noise = torch.zeros(len(values), codec.channels, *values.shape[2:])
-        latents = sample_latents(values, noise, codec.scaling_factor, codec.shift_factor)
+        latents = sample_latents(values, noise, codec.normalisation)
         return codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
 
 
@@ -402,15 +407,24 @@ def _mirrored(picture: Picture) -> np.ndarray:
 
 
 def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-    """KEY.json: for people."""
+    """KEY.json: for people, and for the audit the captions as drawn."""
     facts = {name: row[name] for name in ("source", "name", "height", "width")}
-    captions = list(dict.fromkeys(row["captions"]))
-    facts["caption"] = captions[0]
-    if len(captions) > 1:
-        facts["captions"] = captions
+    facts["caption"] = row["captions"][0]
+    if len(row["captions"]) > 1:
+        facts["captions"] = row["captions"]
     if row["metadata"]:
         facts["metadata"] = json.loads(row["metadata"])
     return facts | ({"notes": picture.notes} if picture.notes else {})
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The hash of all captions of a shard, and the least number of classes that its labels need."""
+    captions = [(row["key"], row["captions"]) for row in rows]
+    return {
+        "captions_sha256": captions_sha256(captions),
+        "num_labels": max((row["label"] for row in rows if row["label"] is not None), default=-1)
+        + 1,
+    }
 
 
 def _reject(row: dict[str, Any], reason: str, detail: str) -> dict[str, str]:

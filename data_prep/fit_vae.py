@@ -261,7 +261,7 @@ def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: P
     for batch in pictures[torch.randperm(len(pictures), generator=rng)[:4096]].split(64):
         moments = codec.encode_moments(batch)
         noise = torch.randn(moments[:, : codec.channels].shape, generator=rng)
-        latents.append(sample_latents(moments, noise, scaling_factor=1.0, shift_factor=0.0))
+        latents.append(sample_latents(moments, noise, codec.normalisation))
     std, mean = torch.std_mean(torch.cat(latents))
     vae.register_to_config(scaling_factor=1 / std.item(), shift_factor=mean.item())
     vae.save_pretrained(folder)
@@ -281,7 +281,7 @@ def heldout_psnr(codec: LatentCodec, pictures: UInt8[Tensor, "N 3 H W"]) -> floa
     for batch in pictures.split(64):
         moments = codec.encode_moments(batch)
         still = torch.zeros_like(moments[:, : codec.channels])
-        latents = sample_latents(moments, still, codec.scaling_factor, codec.shift_factor)
+        latents = sample_latents(moments, still, codec.normalisation)
         values.append(psnr(batch, codec.decode(latents).cpu()))
     return torch.cat(values).mean().item()
 
@@ -310,8 +310,8 @@ def run(config: FitVaeConfig) -> None:
     shutil.rmtree(work)
     for name, value in result.items():
         typer.echo(f"{name}: {value:.2f} dB PSNR on {len(sources[name][1])} held-out pictures")
-    scale, shift = codec.scaling_factor, codec.shift_factor
-    typer.echo(f"{config.output}: scaling_factor {scale:.4f}, shift_factor {shift:.4f}")
+    mean, std = codec.normalisation.mean[0], codec.normalisation.std[0]
+    typer.echo(f"{config.output}: scaling_factor {1 / std:.4f}, shift_factor {mean:.4f}")
 
 
 def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:

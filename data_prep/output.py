@@ -11,6 +11,7 @@ from data_prep.commits import read_commits, shard_list
 from data_prep.config import PrepareConfig
 from data_prep.publish import AUDITED
 from data_prep.report import console
+from data_prep.scan import class_names, listing_sha256
 from data_prep.schema import MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, open_root, patient
@@ -48,11 +49,14 @@ def open_output(
         if restart:
             _delete_earlier(dataset)
         if (work / "config.json").exists():
-            _refuse_other_settings(config.output, work, settings)
+            begun = json.loads((work / "config.json").read_text())
+            _refuse_other_settings(config.output, begun["settings"], settings)
             _refuse_other_sources(config.output, work, listing)
         else:
             write_table(work / "listing.parquet", listing)
-            write_text(work / "config.json", json.dumps(settings, indent=1))
+            begun = {"settings": settings, "listed": len(listing), "classes": class_names(listing)}
+            begun["listing_sha256"] = listing_sha256(listing)
+            write_text(work / "config.json", json.dumps(begun, indent=1))
     except OSError as error:
         raise InputError(
             f"output: cannot write {config.output}: {error.strerror or error}"
@@ -67,8 +71,7 @@ def _delete_earlier(dataset: Path) -> None:
             console.print(f"deleted {path} ({count} files)")
 
 
-def _refuse_other_settings(output: str, work: Path, settings: dict[str, Any]) -> None:
-    begun = json.loads((work / "config.json").read_text())
+def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     changes = [
         f"  {key.removeprefix('config.')}: {old} -> {new}"
         for key, (old, new) in differences(begun, settings).items()

@@ -16,7 +16,7 @@ from data_prep.output import is_complete, open_output
 from data_prep.plan import plan
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result
-from data_prep.scan import class_names, list_sources, scan
+from data_prep.scan import list_sources, scan
 from data_prep.schema import read_manifest
 from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK, read_table
@@ -68,7 +68,7 @@ def prepare(
         clock.mark("load encoders")
         commits = encode(config, dataset, shards, actors, encoders)
         clock.mark("encode")
-        finalise(config, dataset, shards, commits, encoders, actors, class_names(listing))
+        finalise(config, dataset, shards, commits, encoders, actors)
         clock.mark("finalise")
     delete(dataset / WORK / STAGED)
     print_result(console, dataset, read_manifest(dataset), clock.spent)

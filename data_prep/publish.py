@@ -1,5 +1,6 @@
 """Commits to a dataset that can be trained on: tables, report, and last the manifest."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from data_prep.schema import (
     SHARD_TABLE,
     BucketRecord,
     Counts,
+    Generation,
     Manifest,
+    fingerprint,
 )
 from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
@@ -40,7 +43,6 @@ def finalise(
     commits: list[dict[str, Any]],
     encoders: Encoders,
     actors: Actors,
-    names: list[str],
 ) -> None:
     """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
     if not any(commit["num_samples"] for commit in commits):
@@ -48,8 +50,7 @@ def finalise(
         raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
     sheet, psnr = contact_sheet(dataset, shards, commits, encoders, actors)
     write_atomic(dataset / CONTACT_SHEET, lambda path: sheet.save(path, format="PNG"))
-    facts = {"class_names": names, "reconstruction_psnr_db": psnr}
-    publish(config, dataset, commits, encoders, facts)
+    publish(config, dataset, commits, encoders, psnr)
     for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):  # of killed processes
         leftover.unlink(missing_ok=True)
 
@@ -59,24 +60,25 @@ def publish(
     dataset: Path,
     commits: list[dict[str, Any]],
     encoders: Encoders,
-    facts: dict[str, Any] | None = None,
+    psnr_db: float | None = None,
 ) -> None:
-    """Make of these commits a dataset that can be trained on; without `facts` more are still to come.
+    """Make of these commits a dataset that can be trained on; without `psnr_db` more are still to come.
 
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
     """
     from safetensors.numpy import save_file
 
-    table = [c for c in sorted(commits, key=lambda c: c["path"]) if c["num_samples"]]
-    if not any(commit["split"] == "train" for commit in table) and facts is None:
+    table = [c | {"generation": 0} for c in commits if c["num_samples"]]
+    table.sort(key=lambda c: c["path"])
+    if not any(commit["split"] == "train" for commit in table) and psnr_db is None:
         return
     rejected = _write_rejects(dataset, commits)
     write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
     if encoders.empty_caption:
         write_atomic(dataset / EMPTY_CAPTION, lambda path: save_file(encoders.empty_caption, path))
-    manifest = _manifest(config, table, rejected, encoders).model_copy(update=facts or {})
-    if facts is not None:
+    manifest = _manifest(config, dataset, table, rejected, encoders, psnr_db)
+    if psnr_db is not None:
         write_text(dataset / REPORT, html_report(dataset, manifest, table))
     files = [name for name in AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
@@ -101,35 +103,89 @@ def _write_rejects(dataset: Path, commits: list[dict[str, Any]]) -> dict[str, in
 
 def _manifest(
     config: PrepareConfig,
+    dataset: Path,
     commits: list[dict[str, Any]],
     rejected: dict[str, int],
     encoders: Encoders,
+    psnr_db: float | None,
 ) -> Manifest:
-    train = [commit for commit in commits if commit["split"] == "train"] or commits
-    count = sum(commit["latent_count"] for commit in train)
-    mean = [sum(values) / count for values in zip(*(c["latent_sum"] for c in train), strict=True)]
-    square = [
-        sum(values) / count for values in zip(*(c["latent_square_sum"] for c in train), strict=True)
-    ]
-    buckets: Counter[tuple[int, int]] = Counter()
-    for commit in train:
-        buckets[commit["height"], commit["width"]] += commit["num_samples"]
+    begun = json.loads((dataset / WORK / "config.json").read_text())
     kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
+    counts = Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected)
+    generation = _generation(begun, commits, counts, psnr_db)
+    mean, std = _latent_statistics(_for_training(commits))
+    buckets: Counter[tuple[int, int]] = Counter()
+    for commit in _for_training(commits):
+        buckets[commit["height"], commit["width"]] += commit["num_samples"]
+    vision = config.vision_encoder and encoders.vision
+    flips, drawn = config.images.flip, config.captions.per_picture
+    roles = {
+        name: record.model_copy(update={"path": config.text_encoders[name].path})
+        for name, record in encoders.text.roles.items()
+    }
     return Manifest(
+        id=fingerprint({"settings": _settings(begun), "listing": begun["listing_sha256"]})[:32],
         codec=encoders.codec.model_copy(update={"path": config.vae.path}),
-        text_encoders={
-            name: record.model_copy(update={"path": config.text_encoders[name].path})
-            for name, record in encoders.text_encoders.items()
-        },
-        vision_encoder=config.vision_encoder
-        and encoders.vision_encoder
-        and encoders.vision_encoder.model_copy(update={"path": config.vision_encoder.path}),
+        text=encoders.text.model_copy(update={"roles": roles}),
+        vision=vision and vision.model_copy(update={"path": config.vision_encoder.path}),  # pyright: ignore[reportOptionalMemberAccess]
         members=encoders.members,
         latent_mean=mean,
-        latent_std=[(s - m * m) ** 0.5 for s, m in zip(square, mean, strict=True)],
+        latent_std=std,
         buckets=[
             BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in sorted(buckets.items())
         ],
-        counts=Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected),
+        classes=begun["classes"],
+        counts=counts,
+        samples_per_picture={"train": drawn * (1 + flips), "heldout": drawn},
+        generations=[generation],
+        base=None,
         prepare_config=config.model_dump(mode="json", exclude=INDECISIVE),
+        files={},
     )
+
+
+def _settings(begun: dict[str, Any]) -> dict[str, Any]:
+    """What decides how a picture is prepared, whatever the sources are."""
+    config = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
+    return begun["settings"] | {"config": config}
+
+
+def _generation(
+    begun: dict[str, Any], commits: list[dict[str, Any]], counts: Counts, psnr_db: float | None
+) -> Generation:
+    columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
+    num_labels = max(len(begun["classes"]), *(commit["num_labels"] for commit in commits))
+    chain = {
+        "previous": "",
+        "settings_sha256": fingerprint(_settings(begun)),
+        "listing_sha256": begun["listing_sha256"],
+        "counts": counts.model_dump(mode="json"),
+        "num_labels": num_labels,
+        "shards": [[commit[name] for name in columns] for commit in commits],
+    }
+    return Generation(
+        number=0,
+        complete=psnr_db is not None,
+        listed=begun["listed"],
+        counts=counts,
+        num_shards=len(commits),
+        num_labels=num_labels,
+        psnr_db=psnr_db,
+        listing_sha256=begun["listing_sha256"],
+        fingerprint=fingerprint(chain),
+    )
+
+
+def _for_training(commits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The train split's, or all where there is none."""
+    return [commit for commit in commits if commit["split"] == "train"] or commits
+
+
+def _latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the raw latents by channel."""
+    count = sum(commit["latent_count"] for commit in commits)
+    mean, square = (
+        [sum(values) / count for values in zip(*(c[name] for c in commits), strict=True)]
+        for name in ("latent_sum", "latent_square_sum")
+    )
+    return mean, [(s - m * m) ** 0.5 for s, m in zip(square, mean, strict=True)]

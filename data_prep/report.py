@@ -180,7 +180,7 @@ def _read_moments(
     """The moments of the first pictures, found through the index: (count, 2C, h, w)."""
     with (dataset / index_path(spec.path)).open("rb") as file:
         index = np.lib.format.read_array(file, allow_pickle=False)
-    member, downscale = encoders.members[0], encoders.codec.downscale
+    member, downscale = encoders.members["moments"], encoders.codec.downscale
     moments = []
     with (dataset / spec.path).open("rb") as file:
         for offset, size in index[: count * step : step, 0].tolist():
@@ -212,9 +212,9 @@ def html_report(dataset: Path, manifest: Manifest, rows: list[dict[str, Any]]) -
     kinds = {"seen": counts.seen, "kept": counts.kept} | {
         f"rejected: {reason}": count for reason, count in counts.rejected.items()
     }
-    encoders = {"vae": codec, **manifest.text_encoders}
-    if manifest.vision_encoder is not None:
-        encoders["vision"] = manifest.vision_encoder
+    encoders = {"vae": codec, **manifest.text.roles}
+    if manifest.vision is not None:
+        encoders["vision"] = manifest.vision
     stats = zip(manifest.latent_mean, manifest.latent_std, strict=True)
     tables = [
         (
@@ -235,7 +235,7 @@ def html_report(dataset: Path, manifest: Manifest, rows: list[dict[str, Any]]) -
         ),
     ]
     parts = [f"<h2>{title}</h2>" + _html_table(head, lines) for title, head, lines in tables]
-    psnr = manifest.reconstruction_psnr_db
+    psnr = manifest.generations[-1].psnr_db
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>Prepared dataset</title><style>"
         "body{font:15px sans-serif;margin:2em auto;max-width:1600px}"

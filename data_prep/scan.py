@@ -1,7 +1,9 @@
 """Listing and scan: which files the sources have, and which pictures are in them."""
 
+import hashlib
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,6 +43,20 @@ def list_sources(config: PrepareConfig) -> pa.Table:
     while rows := [{n: getattr(e, n) for n in names} for e in islice(entries, ENTRIES_AT_ONCE)]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
     return pa.Table.from_batches(batches, LISTING_SCHEMA)
+
+
+def listing_sha256(listing: pa.Table) -> str:
+    """The hash of what the sources hold: neither the folders that they lie in nor times."""
+    compute: Any = pc
+    digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
+    for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
+        caption = compute.replace_substring_regex(batch["caption_path"], ".*/", "")
+        columns = [batch[name] for name in ("source", "kind", "name", "class_name", "reason")]
+        texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"], caption)]
+        options = {"null_handling": "replace", "null_replacement": ""}
+        lines = compute.binary_join_element_wise(*texts, separator, **options)
+        digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def class_names(listing: pa.Table) -> list[str]:

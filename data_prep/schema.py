@@ -14,11 +14,11 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from models.config import Config, InputError, parse_config
+from models.weights import Normalisation
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 MANIFEST = "manifest.json"
 SHARD_TABLE = "shards.parquet"
@@ -31,14 +31,22 @@ SPLITS = ("train", "heldout")
 
 SHARD_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # shards/HxW/SPLIT-000000.tar, relative to the dataset
-        ("split", pa.string()),  # "train" or "heldout"
-        ("height", pa.int32()),  # of the bucket, pixels
+        # shards/HxW/SPLIT-000000.tar, relative to the dataset
+        ("path", pa.string()),
+        ("generation", pa.int32()),
+        # The bucket's, in pixels.
+        ("height", pa.int32()),
         ("width", pa.int32()),
+        # One of SPLITS.
+        ("split", pa.string()),
         ("num_samples", pa.int64()),
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
-        ("index_sha256", pa.string()),  # of the .idx.npy file beside the tar
+        # The hashes of NAME.idx.npy and NAME.proof.safetensors beside the tar.
+        ("index_sha256", pa.string()),
+        ("proof_sha256", pa.string()),
+        # The hash of [[key, captions as drawn], ...]; null where no sample has a caption.
+        ("captions_sha256", pa.string()),
     ]
 )
 REJECT_SCHEMA = pa.schema(
@@ -53,9 +61,8 @@ REJECT_SCHEMA = pa.schema(
 
 
 class Member(Config):
-    """One array of a sample: file KEY.{name}.npy. A None in `shape` is a length that varies by sample."""
+    """One array of a sample: file KEY.NAME.npy. A None in `shape` is a length that varies by sample."""
 
-    name: str
     dtype: str
     shape: tuple[int | None, ...]
 
@@ -63,30 +70,65 @@ class Member(Config):
 class CodecRecord(Config):
     """The latent codec that made `moments`, so that training and sampling can insist on the same one."""
 
+    class_name: str
     path: str
     weights_sha256: str
     dtype: str
-    latent_channels: int
+    channels: int
     downscale: int
-    scaling_factor: float
-    shift_factor: float
-    deterministic: bool = False
+    deterministic: bool
+    normalisation: Normalisation
 
 
-class TextEncoderRecord(Config):
-    """A text encoder whose tokens are member `NAME` and whose pooled vector is `NAME_pooled`."""
+class ViewRecord(Config):
+    """Which states of a text encoder are stored, and of which text. The defaults are convention `plain`."""
 
+    layers: list[int | str] = ["last"]
+    final_norm: bool = False
+    clean: str = "none"
+    template: str | dict[str, Any] | None = None
+    drop: int | str = 0
+    keep_first: bool = False
+    max_length: int
+    side: str = "tokenizer"
+    mask_inside: bool = True
+    pads: str = "masked"
+    pooled: str
+    """`projected` or `eos`, the encoder's own; `mean`, over the real tokens; or `none`."""
+
+
+class RoleRecord(Config):
+    """A text encoder whose tokens are member ROLE and whose pooled vector is `ROLE_pooled`."""
+
+    family: str
+    """The class of transformers."""
     path: str
     weights_sha256: str
+    tokenizer_sha256: str
     dtype: str
-    max_length: int
+    view: ViewRecord
+    store: str = "float16"
     dim: int
     pooled_dim: int
+    mean_error: float | None = None
+    """What `store` loses, relative; null where it rounds no more than float16 does."""
+    worst_error: float | None = None
 
 
-class VisionEncoderRecord(Config):
-    """The vision transformer of member `vision`: one vector a square of `patch_pixels` of the picture."""
+class TextRecord(Config):
+    """How captions became tokens. `tokens` are put one after another, inner lists side by side."""
 
+    convention: str = "plain"
+    tokens: list[list[str]]
+    pooled: list[str]
+    empty: str = "caption"
+    roles: dict[str, RoleRecord]
+
+
+class VisionRecord(Config):
+    """The vision transformer of member `vision`: one vector per square of `patch_pixels` of the picture."""
+
+    family: str
     path: str
     weights_sha256: str
     dtype: str
@@ -108,47 +150,80 @@ class Counts(Config):
     seen: int
     kept: int
     rejected: dict[str, int]
+    other_files: dict[str, int] | None = None
+    """The sources' files that are no pictures, by extension; null: not counted."""
+
+
+class Generation(Config):
+    """What one growth of the sources brought. Its fingerprint goes on from the one before."""
+
+    number: int
+    complete: bool
+    listed: int
+    counts: Counts
+    num_shards: int
+    num_labels: int
+    psnr_db: float | None
+    """The mean over the proofs' pictures, decoded from their latents."""
+    listing_sha256: str
+    fingerprint: str
+
+
+class BaseRecord(Config):
+    """The dataset that a layer lies over."""
+
+    path: str
+    id: str
+    fingerprint: str
 
 
 class Manifest(Config):
     """manifest.json: written last, so a dataset that has one is whole."""
 
-    format_version: int = FORMAT_VERSION
+    format: int = FORMAT_VERSION
+    id: str
+    """Made once, of the settings and sources that it was begun with; the same for a copy."""
     codec: CodecRecord
-    text_encoders: dict[str, TextEncoderRecord]
-    members: list[Member]  # in the column order of every index
-    latent_mean: list[float]  # measured, per channel, raw (unscaled) latents
+    text: TextRecord
+    vision: VisionRecord | None
+    members: dict[str, Member]
+    """In the column order of every index."""
+    latent_mean: list[float]
+    """Measured per channel on raw latents: for people and checks, never for normalising."""
     latent_std: list[float]
-    buckets: list[BucketRecord]  # train split
+    buckets: list[BucketRecord]
+    """The train split's."""
+    classes: list[str]
+    """Names of class folders, by label."""
     counts: Counts
+    samples_per_picture: dict[str, int]
+    """By split: captions drawn for a picture, and as many again of its mirror image."""
+    generations: list[Generation]
+    base: BaseRecord | None
     prepare_config: dict[str, Any]
-    files: dict[str, str] = Field(
-        default_factory=dict
-    )  # name -> sha256 of the tables and pictures beside the manifest
-    # Added since the first datasets were made; left out of the fingerprint where they say nothing.
-    class_names: list[str] = Field(default_factory=list)  # of class folders, by label
-    reconstruction_psnr_db: float | None = None  # of the contact sheet's pictures
-    vision_encoder: VisionEncoderRecord | None = None
+    files: dict[str, str]
+    """sha256 of the tables and pictures beside the manifest, by name."""
     fingerprint: str = ""
 
     def with_fingerprint(self) -> "Manifest":
-        return self.model_copy(update={"fingerprint": self.compute_fingerprint()})
+        content = self.model_dump(mode="json")
+        return self.model_copy(update={"fingerprint": _content_fingerprint(content)})
 
-    def compute_fingerprint(self) -> str:
-        """sha256 of everything else in the manifest, canonical JSON."""
-        names = ("class_names", "reconstruction_psnr_db", "vision_encoder")
-        later = {name for name in names if not getattr(self, name)}
-        return fingerprint(self.model_dump(mode="json", exclude={"fingerprint", *later}))
-
-    def shape_in_bucket(self, member: Member, height: int, width: int) -> tuple[int | None, ...]:
+    def shape_in_bucket(self, name: str, height: int, width: int) -> tuple[int | None, ...]:
         """A member's shape in samples of a bucket, pixels; None is left of a text's number of tokens."""
         cell = {"moments": self.codec.downscale}
-        if self.vision_encoder is not None:
-            cell["vision"] = self.vision_encoder.patch_pixels
-        if member.name not in cell:
-            return member.shape
-        side = cell[member.name]
-        return member.shape[0], height // side, width // side
+        if self.vision is not None:
+            cell["vision"] = self.vision.patch_pixels
+        shape = self.members[name].shape
+        if name not in cell:
+            return shape
+        return shape[0], height // cell[name], width // cell[name]
+
+
+def _content_fingerprint(manifest: dict[str, Any]) -> str:
+    """sha256 of all that the file says but this itself; the members' order counts."""
+    content = {name: value for name, value in manifest.items() if name != "fingerprint"}
+    return fingerprint({"content": content, "order": list(manifest["members"])})
 
 
 def fingerprint(data: dict[str, Any]) -> str:
@@ -168,17 +243,32 @@ def read_manifest(dataset: Path) -> Manifest:
         raise InputError(
             f"{path}: no such file; {dataset} holds {state}. Remedy: run (again) flowmill prepare."
         )
+    return parse_manifest(path.read_text(), path)
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Check what `path` holds; raises InputError where that is of another format, or edited."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). Remedy: prepare again.") from error
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        got = data.get("format_version") if isinstance(data, dict) else type(data).__name__
-        raise InputError(f"{path}: format version got {got}, expected {FORMAT_VERSION}")
+    if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
+        got = data.get("format", data.get("format_version")) if isinstance(data, dict) else None
+        raise InputError(
+            f"{path}: format got {got}, expected {FORMAT_VERSION}. Remedy: prepare the pictures again."
+        )
     manifest = parse_config(Manifest, cast(dict[str, Any], data), str(path))
-    if manifest.fingerprint != manifest.compute_fingerprint():
+    if manifest.fingerprint != _content_fingerprint(cast(dict[str, Any], data)):
         raise InputError(f"{path}: was edited: its fingerprint does not match its content")
     return manifest
+
+
+def captions_sha256(captions: list[tuple[str, list[str]]]) -> str | None:
+    """The hash of a shard's keys and captions as drawn; None where none of its pictures has a caption."""
+    if not any(any(texts) for _, texts in captions):
+        return None
+    text = json.dumps(captions, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_shard_table(dataset: Path) -> pa.Table:
@@ -190,6 +280,11 @@ def read_shard_table(dataset: Path) -> pa.Table:
 def index_path(shard: str) -> str:
     """The index file beside a shard: NAME.tar -> NAME.idx.npy."""
     return shard.removesuffix(".tar") + ".idx.npy"
+
+
+def proof_path(shard: str) -> str:
+    """The proof beside a shard: NAME.tar -> NAME.proof.safetensors."""
+    return shard.removesuffix(".tar") + ".proof.safetensors"
 
 
 def read_index(path: Path) -> np.ndarray:

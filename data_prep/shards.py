@@ -114,7 +114,7 @@ class ShardWriter:
         A shard without samples leaves no file.
         """
         if not self._index:
-            return {"num_samples": 0, "bytes": 0, "sha256": "", "index_sha256": ""}
+            return {"num_samples": 0, "bytes": 0}
         self._tar.close()
         self._file.close()
         index = np.array(self._index, dtype=np.int64).reshape(-1, len(self._members), 2)

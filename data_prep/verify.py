@@ -27,7 +27,6 @@ from data_prep.schema import (
     REJECTS,
     SHARD_TABLE,
     Manifest,
-    Member,
     index_path,
     read_index,
     read_manifest,
@@ -84,7 +83,7 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     problems += wrong + _order_problems(rows, [keys for _, *keys in answers])
     problems += _count_problems(manifest, rows, rejects)
     problems += _strangers(dataset, rows)
-    if manifest.text_encoders:
+    if manifest.text.roles:
         problems += _empty_caption_problems(dataset / EMPTY_CAPTION, manifest)
     samples = sum(row["num_samples"] for row in rows)
     console.print(
@@ -133,8 +132,7 @@ def _audit_samples(
     path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any]
 ) -> list[str]:
     """The keys in order; raises Wrong at the first member that is not as it should be."""
-    members = [member.name for member in manifest.members]
-    each = _samples_a_picture(manifest, row["split"])
+    members, each = list(manifest.members), manifest.samples_per_picture[row["split"]]
     if index.shape[:2] != (row["num_samples"], len(members)):
         raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
     keys: list[str] = []
@@ -157,7 +155,7 @@ def _audit_picture(
     tar: tarfile.TarFile, file: Any, manifest: Manifest, row: dict[str, Any]
 ) -> tuple[str, dict[str, tuple[int, int]]]:
     """The next key and where its arrays lie, KEY.json being the last member of it; "" at the end."""
-    members, key = {member.name: member for member in manifest.members}, ""
+    members, key = manifest.members, ""
     places: dict[str, tuple[int, int]] = {}
     while info := tar.next():
         key = key or info.name.split(".")[0]
@@ -169,18 +167,11 @@ def _audit_picture(
             if not isinstance(json.loads(file.read(info.size)).get("caption"), str):
                 raise Wrong(f"{info.name}: no caption")
             return key, places
-        member = members.get(name.split(".")[0])
-        if member is None or not name.endswith(".npy"):
+        member = name.split(".")[0]
+        if member not in members or not name.endswith(".npy"):
             raise Wrong(f"member {info.name!r} is none of {', '.join(members)}")
         places[name.removesuffix(".npy")] = _audit_array(file, info, member, manifest, row)
     return "", places
-
-
-def _samples_a_picture(manifest: Manifest, split: str) -> int:
-    """Captions drawn for a picture, and as many again of its mirror image in the train split."""
-    config = manifest.prepare_config
-    flips = config.get("images", {}).get("flip", False) and split == "train"
-    return config.get("captions", {}).get("per_picture", 1) * (1 + flips)
 
 
 def _audit_index(
@@ -200,7 +191,7 @@ def _audit_index(
 
 
 def _audit_array(
-    file: Any, info: tarfile.TarInfo, member: Member, manifest: Manifest, row: dict[str, Any]
+    file: Any, info: tarfile.TarInfo, member: str, manifest: Manifest, row: dict[str, Any]
 ) -> tuple[int, int]:
     """Offset and bytes of the numbers, which are of the right kind, number and finite."""
     if np.lib.format.read_magic(file) != (1, 0):
@@ -210,8 +201,9 @@ def _audit_array(
     fits = len(shape) == len(expected) and all(
         e in (None, s) for s, e in zip(shape, expected, strict=True)
     )
-    if dtype != np.dtype(member.dtype) or fortran or not fits:
-        raise Wrong(f"{info.name}: got {dtype} {shape}, expected {member.dtype} {expected}")
+    wanted = manifest.members[member].dtype
+    if dtype != np.dtype(wanted) or fortran or not fits:
+        raise Wrong(f"{info.name}: got {dtype} {shape}, expected {wanted} {expected}")
     offset, size = file.tell(), info.offset_data + info.size - file.tell()
     values = np.frombuffer(file.read(size), dtype)
     if len(values) != np.prod(shape):
@@ -238,7 +230,7 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
     for row in rows:
         if row["split"] == "train" or only_heldout:
             buckets[row["height"], row["width"]] += row["num_samples"]
-    kept = sum(r["num_samples"] // _samples_a_picture(manifest, r["split"]) for r in rows)
+    kept = sum(r["num_samples"] // manifest.samples_per_picture[r["split"]] for r in rows)
     rejected = dict(Counter(rejects["reason"].to_pylist()))
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
     checks = {
@@ -269,7 +261,7 @@ def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
     except (OSError, SafetensorError) as error:
         return [f"{EMPTY_CAPTION}: {error}"]
     problems = []
-    for name, text in manifest.text_encoders.items():
+    for name, text in manifest.text.roles.items():
         tokens, pooled = arrays.get(name), arrays.get(f"{name}_pooled")
         if tokens is None or tokens.ndim != 2 or tokens.shape[1] != text.dim:
             problems.append(f"{EMPTY_CAPTION}: {name} is not (L, {text.dim})")

@@ -1,5 +1,6 @@
 """Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "spiece.model",
 )
+# What else decides which tokens a text becomes.
+TOKENIZER_EXTRAS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 
 class TextEncoder:
@@ -38,7 +41,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.path, self.max_length, self.dtype = path, max_length, dtype
         self.dim: int = network.config.hidden_size
-        projected = type(network).__name__ == "CLIPTextModelWithProjection"
+        own = {"CLIPTextModelWithProjection": "projected", "CLIPTextModel": "eos"}
+        self.pooled = own.get(type(network).__name__, "mean")
+        projected = self.pooled == "projected"
         self.pooled_dim: int = network.config.projection_dim if projected else self.dim
 
     @classmethod
@@ -91,24 +96,35 @@ class TextEncoder:
         output = self.network(input_ids=batch["input_ids"], attention_mask=mask)
         mask = mask.bool()
         tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)  # (B, L, D)
-        if "text_embeds" in output:
+        if self.pooled == "projected":
             pooled = output.text_embeds.float()
-        elif isinstance(self.network, transformers.CLIPTextModel):
+        elif self.pooled == "eos":
             pooled = output.pooler_output.float()
         else:
             pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
         return tokens, mask, pooled
 
     def record(self) -> dict[str, Any]:
-        """What a dataset made with this encoder must say of it: the fields of its TextEncoderRecord."""
+        """What a dataset made with this encoder must say of it: the fields of its RoleRecord."""
         return {
+            "family": type(self.network).__name__,
             "path": str(self.path),
             "weights_sha256": weights_sha256(self.path),
+            "tokenizer_sha256": tokenizer_sha256(Path(self.tokenizer.name_or_path)),
             "dtype": self.dtype,
-            "max_length": self.max_length,
+            "view": {"max_length": self.max_length, "pooled": self.pooled},
             "dim": self.dim,
             "pooled_dim": self.pooled_dim,
         }
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """sha256 over the names and contents of the tokenizer's files, in the order of their names."""
+    digest = hashlib.sha256()
+    patterns = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _load_tokenizer(path: Path) -> Any:

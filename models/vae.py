@@ -1,5 +1,6 @@
 """The frozen latent codec: pictures to latent moments and back. The only home of scale and shift."""
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models.config import InputError
-from models.weights import TORCH_DTYPES, Dtype, brief, read_model_config, weights_sha256
+from models.weights import (
+    TORCH_DTYPES,
+    Dtype,
+    Normalisation,
+    brief,
+    read_model_config,
+    weights_sha256,
+)
 
 # Class in config.json -> whether its encoder is deterministic (moments are then the mean alone).
 CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
@@ -19,16 +27,17 @@ class LatentCodec:
     """A diffusers autoencoder in a local folder, frozen.
 
     `moments` are raw: (B, 2C, h, w), mean then std, or (B, C, h, w) where `deterministic`. `latents` are
-    normalised: (raw - shift_factor) * scaling_factor. h = H / downscale.
+    normalised: (raw - mean) / std. h = H / downscale.
     """
 
     def __init__(self, network: Any, path: Path, dtype: Dtype, deterministic: bool):
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.path, self.dtype, self.deterministic = path, dtype, deterministic
         self.channels: int = network.config.latent_channels
-        self.scaling_factor = float(network.config.get("scaling_factor") or 1.0)
-        self.shift_factor = float(network.config.get("shift_factor") or 0.0)
         config = network.config
+        mean = float(config.get("shift_factor") or 0.0)
+        std = 1.0 / float(config.get("scaling_factor") or 1.0)
+        self.normalisation = Normalisation(mean=(mean,) * self.channels, std=(std,) * self.channels)
         levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
         self.downscale: int = 2 ** (len(levels) - 1)
 
@@ -87,33 +96,35 @@ class LatentCodec:
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B 3 H W"]:
         """Normalised latents to pictures."""
-        raw = latents.to(self.network.device).float() / self.scaling_factor + self.shift_factor
+        mean, scale = _mean_and_scale(
+            self.normalisation.mean, self.normalisation.std, self.network.device
+        )
+        raw = latents.to(self.network.device).float() / scale + mean
         raw = raw.to(self.network.dtype, memory_format=torch.channels_last)
         return to_uint8(self.network.decode(raw).sample)
 
     def record(self) -> dict[str, Any]:
         """What a dataset made with this codec must say of it: the fields of its CodecRecord."""
         return {
+            "class_name": type(self.network).__name__,
             "path": str(self.path),
             "weights_sha256": weights_sha256(self.path),
             "dtype": self.dtype,
-            "latent_channels": self.channels,
+            "channels": self.channels,
             "downscale": self.downscale,
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
             "deterministic": self.deterministic,
+            "normalisation": self.normalisation,
         }
 
 
 def sample_latents(
     moments: Float[Tensor, "B M h w"],
     noise: Float[Tensor, "B C h w"],
-    scaling_factor: float,
-    shift_factor: float,
+    normalisation: Normalisation,
 ) -> Float[Tensor, "B C h w"]:
-    """Normalised fp32 latents ((mean + std * noise) - shift) * scale; M = 2C.
+    """Normalised fp32 latents of the moments' mean + std * noise; M = 2C.
 
-    Of a deterministic codec M = C, and the noise gives only the shape.
+    With a deterministic codec M = C, and the noise gives only the shape.
     """
     channels = noise.shape[1]
     if moments.shape[1] not in (channels, 2 * channels):
@@ -121,7 +132,22 @@ def sample_latents(
     raw = moments[:, :channels].float()
     if moments.shape[1] == 2 * channels:
         raw = raw + moments[:, channels:].float() * noise.float()
-    return (raw - shift_factor) * scaling_factor
+    mean, scale = _mean_and_scale(normalisation.mean, normalisation.std, raw.device)
+    return (raw - mean) * scale
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _mean_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """fp32 mean and 1 / std, (C, 1, 1) each, on the device once: latents are made at every step.
+
+    A codec's scaling factor s is std = 1 / s in the record, and s again here, bit for bit in fp32.
+    """
+    factors = torch.tensor([mean, [1 / value for value in std]], dtype=torch.float64)
+    shift, scale = factors.float().view(2, -1, 1, 1).to(device)
+    return shift, scale
 
 
 def to_uint8(pixels: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:

@@ -74,8 +74,9 @@ class VisionEncoder:
         return hidden.float().transpose(1, 2).unflatten(2, grid).contiguous()
 
     def record(self) -> dict[str, Any]:
-        """What a dataset made with this encoder must say of it: the fields of its VisionEncoderRecord."""
+        """What a dataset made with this encoder must say of it: the fields of its VisionRecord."""
         return {
+            "family": type(self.network).__name__,
             "path": str(self.path),
             "weights_sha256": weights_sha256(self.path),
             "dtype": self.dtype,

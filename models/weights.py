@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from models.config import InputError
+from models.config import Config, InputError
 from models.files import file_sha256
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Normalisation(Config):
+    """Latents are (raw - mean) / std, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def weights_sha256(folder: Path) -> str:

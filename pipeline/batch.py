@@ -129,7 +129,7 @@ class EmptyCaption:
 
 def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
     """The dataset's empty_caption.safetensors, whose tensors are named as the members; None without text."""
-    if not manifest.text_encoders:
+    if not manifest.text.roles:
         return None
     path = dataset / EMPTY_CAPTION
     if not path.is_file():
@@ -138,7 +138,7 @@ def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None
         )
     tensors = load_file(path)
     parts = []
-    for name, record in manifest.text_encoders.items():
+    for name, record in manifest.text.roles.items():
         pair = tensors.get(name), tensors.get(f"{name}_pooled")
         if pair[0] is None or pair[1] is None:
             raise InputError(f"{path}: got {sorted(tensors)}, expected {name} and {name}_pooled")
@@ -201,10 +201,11 @@ class Assembler:
     ):
         self.snapshot, self.pad_to_longest = snapshot, pad_to_longest
         self.left_out = set() if vision else {"vision"}
-        self.encoders = list(snapshot.manifest.text_encoders.items())
-        self.limits = [min(text_length or r.max_length, r.max_length) for _, r in self.encoders]
+        self.encoders = list(snapshot.manifest.text.roles.items())
+        self.limits = [r.view.max_length for _, r in self.encoders]
+        self.limits = [min(text_length or limit, limit) for limit in self.limits]
         self.width = max([record.dim for _, record in self.encoders] or [1])
-        self.columns = {m.name: column for column, m in enumerate(snapshot.manifest.members)}
+        self.columns = {name: column for column, name in enumerate(snapshot.manifest.members)}
         self.pool = BufferPool(pin)
         self.parts = lru_cache(maxsize=1024)(self._parts)
         caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
@@ -241,11 +242,11 @@ class Assembler:
     def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
         """The members of a batch in its buffer, and the bytes of all."""
         kinds: list[tuple[str, int | None, tuple[int, ...], torch.dtype]] = [
-            (member.name, column, shape, getattr(torch, member.dtype))
-            for (column, member), shape in zip(
-                enumerate(self.snapshot.manifest.members), self.snapshot.shapes(bucket), strict=True
+            (name, self.columns[name], shape, getattr(torch, member.dtype))
+            for (name, member), shape in zip(
+                self.snapshot.manifest.members.items(), self.snapshot.shapes(bucket), strict=True
             )
-            if member.name not in self.left_out.union(dict(self.encoders))
+            if name not in self.left_out.union(dict(self.encoders))
         ]
         if self.encoders:
             kinds.append(("text", None, (sum(padded), self.width), torch.float16))

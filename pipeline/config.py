@@ -107,13 +107,13 @@ class TrainConfig(Config):
 
 def sizes_of(manifest: "Manifest") -> dict[str, Any]:
     """Sizes of the model's config that the data fix, for `with_sizes`."""
-    records = manifest.text_encoders.values()
+    records = manifest.text.roles.values()
     return {
-        "latent_channels": manifest.codec.latent_channels,
+        "latent_channels": manifest.codec.channels,
         "latent_downscale": manifest.codec.downscale,
         "text_dim": max((record.dim for record in records), default=0),
         "pooled_dim": sum(record.pooled_dim for record in records),
-        "vision_dim": manifest.vision_encoder.dim if manifest.vision_encoder else 0,
+        "vision_dim": manifest.vision.dim if manifest.vision else 0,
     }
 
 

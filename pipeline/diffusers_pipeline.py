@@ -108,7 +108,10 @@ class FlowmillPipeline(DiffusionPipeline):
             raise ValueError(f"latents: got {tuple(latents.shape)}, expected {shape}")
         pictures = self.sample(latents.to(device, torch.float32), prompts, config, places)
         if output_type != "latent":
-            raw = pictures / recipe["scaling_factor"] + recipe["shift_factor"]
+            factors = recipe["normalisation"]
+            mean, std = (torch.tensor(factors[n], dtype=torch.float64) for n in ("mean", "std"))
+            mean, scale = (v.float().view(-1, 1, 1).to(device) for v in (mean, 1 / std))
+            raw = pictures / scale + mean
             pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
             pictures = VaeImageProcessor().postprocess(pixels, output_type)
         self.maybe_free_model_hooks()

@@ -223,7 +223,7 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
         digest.update(tensor.view(torch.uint8).numpy().tobytes())
     height, width = largest_bucket(trained.manifest)
     data = trained.manifest.model_dump(
-        mode="json", include={"codec", "text_encoders", "counts", "fingerprint"}
+        mode="json", include={"codec", "text", "counts", "fingerprint"}
     )
     config = trained.config
     save_file(
@@ -296,12 +296,11 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
             mode="json", include={"path", "prediction", "shift"}
         ),
         "sampler": config.sampler.model_dump(mode="json"),
-        "max_lengths": [record.max_length for record in manifest.text_encoders.values()],
+        "max_lengths": [role.view.max_length for role in manifest.text.roles.values()],
         "num_classes": config.model.num_classes,
-        "channels": codec.latent_channels,
+        "channels": codec.channels,
         "downscale": codec.downscale,
-        "scaling_factor": codec.scaling_factor,
-        "shift_factor": codec.shift_factor,
+        "normalisation": codec.normalisation.model_dump(mode="json"),
         "multiple": codec.downscale * config.model.latent_multiple,
         "height": height,
         "width": width,
@@ -383,7 +382,7 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> 
     seen = trained.step * config.training.global_batch
     rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
     buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
-    encoders = ", ".join(f"{n} ({r.path})" for n, r in manifest.text_encoders.items())
+    encoders = ", ".join(f"{n} ({r.path})" for n, r in manifest.text.roles.items())
     pictures = ""
     if history.curves:
         draw_curves(history.curves).savefig(folder / "curves.png")

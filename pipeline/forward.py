@@ -83,14 +83,13 @@ class Forward:
         self, moments: Tensor, places: Tensor, step: int
     ) -> tuple[Latents, Latents, Float[Tensor, "B M"] | None]:
         """Latents (b, C, h, w), their noise, and a score for each patch where some are to be left out."""
-        shape = (self.codec.latent_channels, *moments.shape[-2:])
+        shape = (self.codec.channels, *moments.shape[-2:])
 
         def draw(purpose: str, *shape: int) -> Tensor:
             return draw_noise(self.seed, step, places, shape, self.device, purpose)
 
         posterior, scores = draw("posterior", *shape), None
-        scale, shift = self.codec.scaling_factor, self.codec.shift_factor
-        latents = sample_latents(moments, posterior, scale, shift)
+        latents = sample_latents(moments, posterior, self.codec.normalisation)
         if self.span is not None:
             scores = draw("tokens", shape[1] * shape[2] // self.model.latent_multiple**2)
         return latents, draw("noise", *shape), scores

@@ -46,9 +46,9 @@ def terms_at(
     `rounds` draws of it. The batch lies on the network's device.
     """
     device, places = batch.moments.device, batch.indices
-    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    shape = (codec.channels, *batch.moments.shape[-2:])
     posterior = draw_noise(0, 0, places, shape, device, "posterior")
-    latents = sample_latents(batch.moments, posterior, codec.scaling_factor, codec.shift_factor)
+    latents = sample_latents(batch.moments, posterior, codec.normalisation)
     times = list(times)
     loss, x0_mse = torch.zeros(2, len(times), len(places), device=device)
     for level, time in enumerate(times):

@@ -62,11 +62,11 @@ def load_encoders(
     record, encoders = manifest.codec, []
     where = encoder_folder(record.path, vae, record.weights_sha256, "encoders.vae")
     codec = LatentCodec.load(where, record.dtype, device)  # pyright: ignore[reportArgumentType]
-    for name, encoder in manifest.text_encoders.items():
+    for name, encoder in manifest.text.roles.items():
         folder = encoder_folder(
             encoder.path, text.get(name), encoder.weights_sha256, f"encoders.text.{name}"
         )
-        encoders.append(TextEncoder.load(folder, encoder.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
+        encoders.append(TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
     return Encoders(record, codec, where, encoders, device)
 
 
@@ -123,7 +123,7 @@ class Painter:
         places: list[int],
     ) -> UInt8[Tensor, "B 3 H W"]:
         """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
-        down, channels = self.record.downscale, self.record.latent_channels
+        down, channels = self.record.downscale, self.record.channels
         multiple = down * network.config.latent_multiple  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
         if any(side % multiple for side in size):
             raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")

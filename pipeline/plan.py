@@ -171,9 +171,10 @@ def prepared_dataset(config: TrainConfig) -> Dataset:
     pictures = sum(b.num_samples for b in buckets)
     area = sum(b.height * b.width * b.num_samples for b in buckets) / pictures
     side = round(math.sqrt(area) / manifest.codec.downscale)
-    records = manifest.text_encoders.values()
+    records = manifest.text.roles.values()
     limit = config.data.text_length
-    tokens = sum(min(limit or r.max_length, r.max_length) for r in records)
+    longest = [role.view.max_length for role in records]
+    tokens = sum(min(limit or length, length) for length in longest)
     total = float(sum(d.table["bytes"].to_numpy().sum() for d in table.datasets))
     every = float(sum(d.table["num_samples"].to_numpy().sum() for d in table.datasets))
     return Dataset(

@@ -113,10 +113,8 @@ class DatasetPictures:
                 places = torch.arange(len(found.ids))
                 bucket = self.snapshot.bucket(shard)
                 moments = self.loader.first.assemble(found, bucket, places, 0, 0).moments
-                shape = (len(moments), record.latent_channels, *moments.shape[-2:])
-                latents = sample_latents(
-                    moments, torch.zeros(shape), record.scaling_factor, record.shift_factor
-                )
+                shape = (len(moments), record.channels, *moments.shape[-2:])
+                latents = sample_latents(moments, torch.zeros(shape), record.normalisation)
                 yield from codec.decode(latents).cpu()
 
     def prompts(self, count: int) -> list[str]:

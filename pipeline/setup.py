@@ -125,14 +125,14 @@ def fit_run(config: TrainConfig) -> Run:
 def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
     """Raise InputError where an encoder that the config names is not the one that prepared the data."""
     recorded = {"vae": manifest.codec}
-    recorded |= {f"text.{name}": record for name, record in manifest.text_encoders.items()}
+    recorded |= {f"text.{name}": record for name, record in manifest.text.roles.items()}
     given = {f"text.{name}": folder for name, folder in config.encoders.text.items()}
     if config.encoders.vae is not None:
         given["vae"] = config.encoders.vae
     for key, folder in given.items():
         if key not in recorded:
             raise InputError(
-                f"encoders.{key}: got a name that the dataset lacks, expected one of {list(manifest.text_encoders)}"
+                f"encoders.{key}: got a name that the dataset lacks, expected one of {list(manifest.text.roles)}"
             )
         record = recorded[key]
         encoder_folder(record.path, folder, record.weights_sha256, f"encoders.{key}")

@@ -230,10 +230,10 @@ class ShardStore:
         """What Shard checks its index against."""
         manifest, rows = self.snapshot.manifest, []
         shapes = self.snapshot.shapes(self.snapshot.bucket(number))
-        for member, shape in zip(manifest.members, shapes, strict=True):
-            encoder = manifest.text_encoders.get(member.name)
+        for (name, member), shape in zip(manifest.members.items(), shapes, strict=True):
+            role = manifest.text.roles.get(name)
             unit = np.dtype(member.dtype).itemsize * math.prod(shape)
-            rows.append((unit, encoder.max_length if encoder else 0))
+            rows.append((unit, role.view.max_length if role else 0))
         return rows
 
     def read(self, window: Window) -> Rows:

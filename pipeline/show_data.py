@@ -125,8 +125,8 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
     console.print(table)
     folder = encoder_folder(codec.path, config.encoders.vae, codec.weights_sha256, "encoders.vae")
     network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
-    noise = torch.zeros(len(ids), codec.latent_channels, *batch.moments.shape[-2:])
-    latents = sample_latents(batch.moments, noise, codec.scaling_factor, codec.shift_factor)
+    noise = torch.zeros(len(ids), codec.channels, *batch.moments.shape[-2:])
+    latents = sample_latents(batch.moments, noise, codec.normalisation)
     pictures = torch.cat([network.decode(part) for part in latents.split(16)])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(pictures, captions, columns=8).save(path)

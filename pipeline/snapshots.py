@@ -23,11 +23,12 @@ from data_prep.schema import (
     Manifest,
     fingerprint,
     index_path,
+    parse_manifest,
     read_index,
     read_manifest,
     read_shard_table,
 )
-from models.config import InputError
+from models.config import InputError, differences
 from models.files import file_sha256, write_text
 from models.networks import NetworkConfig
 from pipeline.data_config import DatasetConfig
@@ -46,17 +47,17 @@ Difference = tuple[str, Any, Any]  # what, got, expected
 
 def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
     """Raise InputError with every difference between a dataset and what a network takes; a size of 0 takes any."""
-    records, codec = manifest.text_encoders.values(), manifest.codec
-    pairs: list[Difference] = [("latent channels", codec.latent_channels, model.latent_channels)]
+    records, codec = manifest.text.roles.values(), manifest.codec
+    pairs: list[Difference] = [("latent channels", codec.channels, model.latent_channels)]
     if model.text_dim:
         pairs.append(("text width", max((r.dim for r in records), default=0), model.text_dim))
     if model.pooled_dim:
         pairs.append(("pooled text width", sum(r.pooled_dim for r in records), model.pooled_dim))
     if model.num_classes:
-        pairs.append(("class labels", any(m.name == "label" for m in manifest.members), True))
+        pairs.append(("class labels", "label" in manifest.members, True))
     if getattr(model, "alignment", None) is not None:
         # The square of pixels that one of the network's patches stands for.
-        vision, cell = manifest.vision_encoder, model.latent_multiple * codec.downscale
+        vision, cell = manifest.vision, model.latent_multiple * codec.downscale
         pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, cell))
     for bucket in manifest.buckets:
         sides = bucket.height // codec.downscale, bucket.width // codec.downscale
@@ -70,25 +71,21 @@ def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
 def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
     """Raise InputError with all that keeps a dataset from being mixed with a run's first one."""
     got, want = _mixed_by(dataset.manifest), _mixed_by(first.manifest)
-    pairs = [(key, got.get(key), want.get(key)) for key in {**want, **got}]
+    pairs = [(key, *both) for key, both in differences(got, want).items()]
     what = f"{dataset.source.path}: does not fit {first.source.path}, with which it is to be mixed"
     _refuse(what, pairs, "prepare both with the same encoders, or train on one of them")
 
 
 def _mixed_by(manifest: Manifest) -> dict[str, Any]:
     """What must be the same of datasets that are mixed; where the encoders lie and their dtype need not."""
-    found: dict[str, Any] = {
-        "members": [(m.name, m.dtype, m.shape) for m in manifest.members],
-        "text_encoders": list(manifest.text_encoders),
+    place = {"path", "dtype"}
+    rounding = {"mean_error", "worst_error"}
+    return {
+        "members": [(name, m.dtype, m.shape) for name, m in manifest.members.items()],
+        "codec": manifest.codec.model_dump(exclude=place),
+        "text": manifest.text.model_dump(exclude={"roles": {"__all__": place | rounding}}),
+        "vision": manifest.vision and manifest.vision.model_dump(exclude=place),
     }
-    for key, value in manifest.codec.model_dump(exclude={"path", "dtype"}).items():
-        found[f"codec.{key}"] = value
-    for name, record in manifest.text_encoders.items():
-        for key in ("weights_sha256", "max_length", "dim", "pooled_dim"):
-            found[f"{name}.{key}"] = getattr(record, key)
-    for key in ("weights_sha256", "patch_pixels"):
-        found[f"vision_encoder.{key}"] = getattr(manifest.vision_encoder, key, None)
-    return found
 
 
 def _refuse(what: str, pairs: list[Difference], remedy: str) -> None:
@@ -140,15 +137,14 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
 
 def _check_members(manifest: Manifest, where: Path) -> None:
     """Raise InputError unless the members are what the loader reads: whoever wrote the file may be anyone."""
-    texts = [
-        (m.name, m.dtype, m.shape) for m in manifest.members if m.name in manifest.text_encoders
-    ]
-    expected = [(n, "float16", (None, r.dim)) for n, r in manifest.text_encoders.items()]
+    roles, members = manifest.text.roles, manifest.members
+    texts = [(n, m.dtype, m.shape) for n, m in members.items() if n in roles]
+    expected = [(n, "float16", (None, r.dim)) for n, r in roles.items()]
     if texts != expected:
         raise InputError(f"{where}: text members got {texts}, expected {expected}")
-    for member in manifest.members:
-        grids = {"moments", "vision"} if manifest.vision_encoder else {"moments"}
-        free = 2 if member.name in grids else int(member.name in manifest.text_encoders)
+    for name, member in members.items():
+        grids = {"moments", "vision"} if manifest.vision else {"moments"}
+        free = 2 if name in grids else int(name in roles)
         sides = [side for side in member.shape if side is not None]
         if (
             member.dtype not in DTYPES
@@ -156,7 +152,7 @@ def _check_members(manifest: Manifest, where: Path) -> None:
             or min(sides, default=1) < 1
         ):
             raise InputError(
-                f"{where}: member {member} cannot be read; dtypes: {', '.join(DTYPES)}"
+                f"{where}: member {name}, {member}, cannot be read; dtypes: {', '.join(DTYPES)}"
             )
 
 
@@ -215,7 +211,7 @@ class Snapshot:
 
     def shapes(self, bucket: Bucket) -> list[tuple[int, ...]]:
         """Every member's shape in a bucket; of a text, the shape of one token."""
-        shapes = [self.manifest.shape_in_bucket(m, *bucket) for m in self.manifest.members]
+        shapes = [self.manifest.shape_in_bucket(name, *bucket) for name in self.manifest.members]
         return [tuple(side for side in shape if side is not None) for shape in shapes]
 
 
@@ -280,7 +276,8 @@ class Record:
         datasets = []
         for dataset in now.datasets:
             path = self.folder / identities[dataset.name]
-            manifest = Manifest.model_validate_json(path.with_suffix(".json").read_text())
+            record = path.with_suffix(".json")
+            manifest = parse_manifest(record.read_text(), record)
             table = pq.read_table(path.with_suffix(".parquet"), schema=SHARD_SCHEMA)
             if not _contains(dataset.table, table):
                 raise InputError(

@@ -22,9 +22,10 @@ from data_prep.schema import (
     BucketRecord,
     CodecRecord,
     Counts,
+    Generation,
     Manifest,
     Member,
-    TextEncoderRecord,
+    TextRecord,
     index_path,
 )
 from models.files import file_sha256
@@ -45,28 +46,29 @@ class Kind:
     downscale: int = 8
     bare: bool = False  # moments and tokens only
 
-    def members(self) -> list[Member]:
+    def members(self) -> dict[str, Member]:
         depth = self.channels * (1 if self.deterministic else 2)
-        members = [Member(name="moments", dtype="float16", shape=(depth, None, None))]
+        members = {"moments": Member(dtype="float16", shape=(depth, None, None))}
         for name, (_, dim) in self.encoders.items():
-            members.append(Member(name=name, dtype="float16", shape=(None, dim)))
-            members.append(Member(name=f"{name}_pooled", dtype="float16", shape=(dim,)))
-        members.append(Member(name="micro", dtype="float32", shape=(4,)))
+            members[name] = Member(dtype="float16", shape=(None, dim))
+            members[f"{name}_pooled"] = Member(dtype="float16", shape=(dim,))
+        members["micro"] = Member(dtype="float32", shape=(4,))
         if self.label:
-            members.append(Member(name="label", dtype="int64", shape=()))
-        return [m for m in members if not self.bare or m.name in ("moments", *self.encoders)]
+            members["label"] = Member(dtype="int64", shape=())
+        kept = ("moments", *self.encoders) if self.bare else members
+        return {name: member for name, member in members.items() if name in kept}
 
     def sample(self, number: int, bucket: Bucket) -> Sample:
         """micro[0] is the sample's number; its other arrays are drawn from it."""
         rng, arrays = np.random.default_rng(number), {}
-        for member in self.members():
+        for name, member in self.members().items():
             shape = tuple(side for side in member.shape if side is not None)
-            if member.name == "moments":
+            if name == "moments":
                 shape = *shape, bucket[0] // self.downscale, bucket[1] // self.downscale
-            elif member.name in self.encoders:
-                longest = self.encoders[member.name][0]
+            elif name in self.encoders:
+                longest = self.encoders[name][0]
                 shape = int(rng.integers(2, longest + 1)) if self.ragged else longest, *shape
-            arrays[member.name] = rng.random(shape, np.float32).astype(member.dtype)
+            arrays[name] = rng.random(shape, np.float32).astype(member.dtype)
         if not self.bare:
             arrays["micro"] = np.array([number, *bucket, 0], np.float32)
         if self.label:
@@ -128,8 +130,8 @@ def make_dataset(
         write(tar, samples, [f"{n:08d}" for n in range(number, number + count)])
         np.save(index, make_index(tar, samples))
         number += count
-        sizes = split, *bucket, count, tar.stat().st_size
-        rows.append((path, *sizes, file_sha256(tar), file_sha256(index)))
+        hashes = file_sha256(tar), file_sha256(index), None, None
+        rows.append((path, 0, *bucket, split, count, tar.stat().st_size, *hashes))
     columns = [list(column) for column in zip(*sorted(rows), strict=True)]
     pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), folder / SHARD_TABLE)
     manifest = make_manifest(kind, plan, codec or {}).with_fingerprint()
@@ -150,23 +152,47 @@ def make_manifest(
     total = sum(count for _, _, count in plan)
     same = {"dtype": "fp32", "path": "somewhere"}
     default = same | {
+        "class_name": "AutoencoderKL",
         "weights_sha256": "c0dec",
-        "latent_channels": kind.channels,
+        "channels": kind.channels,
         "downscale": kind.downscale,
-        "scaling_factor": 0.5,
-        "shift_factor": 0.0,
         "deterministic": kind.deterministic,
+        "normalisation": {"mean": [0.0] * kind.channels, "std": [2.0] * kind.channels},
     }
+    role = same | {"family": "BertModel", "tokenizer_sha256": "70ken"}
+    roles = {
+        name: role
+        | {"weights_sha256": name, "view": {"max_length": length, "pooled": "mean"}}
+        | {"dim": dim, "pooled_dim": dim}
+        for name, (length, dim) in kind.encoders.items()
+    }
+    text = {"tokens": [[name] for name in roles], "pooled": list(roles), "roles": roles}
+    counts = Counts(seen=total, kept=total, rejected={})
+    generation = Generation(
+        number=0,
+        complete=True,
+        listed=total,
+        counts=counts,
+        num_shards=len(plan),
+        num_labels=10 * kind.label,
+        psnr_db=None,
+        listing_sha256="115t",
+        fingerprint="f1rst",
+    )
     return Manifest(
+        id="da7a",
         codec=CodecRecord(**default | codec),
-        text_encoders={
-            n: TextEncoderRecord(weights_sha256=n, max_length=length, dim=d, pooled_dim=d, **same)
-            for n, (length, d) in kind.encoders.items()
-        },
+        text=TextRecord.model_validate(text),
+        vision=None,
         members=kind.members(),
         latent_mean=[0.0] * kind.channels,
         latent_std=[1.0] * kind.channels,
         buckets=[BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in buckets.items()],
-        counts=Counts(seen=total, kept=total, rejected={}),
+        classes=[],
+        counts=counts,
+        samples_per_picture={"train": 1, "heldout": 1},
+        generations=[generation],
+        base=None,
         prepare_config={},
+        files={},
     )

@@ -140,8 +140,8 @@ def dataset(tmp_path_factory, vae_folder, text_folder, ray_address):
 def test_prepared_features_are_those_of_picture_and_mirror_image(dataset):
     assert verify(dataset) == []
     manifest = read_manifest(dataset)
-    assert manifest.vision_encoder is not None
-    assert manifest.vision_encoder.dim == 24
+    assert manifest.vision is not None
+    assert manifest.vision.dim == 24
     flipped = False
     for row in read_shard_table(dataset).to_pylist():
         with tarfile.open(dataset / row["path"]) as tar:
@@ -159,11 +159,11 @@ def test_prepared_features_are_those_of_picture_and_mirror_image(dataset):
 def test_features_of_two_encoders_are_not_mixed(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "other")
     manifest = read_manifest(dataset)
-    vision = manifest.vision_encoder.model_copy(update={"weights_sha256": "other"})
-    changed = manifest.model_copy(update={"vision_encoder": vision}).with_fingerprint()
+    vision = manifest.vision.model_copy(update={"weights_sha256": "other"})
+    changed = manifest.model_copy(update={"vision": vision}).with_fingerprint()
     (tmp_path / "other" / "manifest.json").write_text(changed.model_dump_json())
     sources = {path.name: {"path": str(path)} for path in (dataset, tmp_path / "other")}
-    with pytest.raises(InputError, match=r"other: its vision_encoder is not that of .*dataset"):
+    with pytest.raises(InputError, match=r"vision\.weights_sha256: got other"):
         Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
 
 

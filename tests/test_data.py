@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -202,6 +203,18 @@ def test_a_dataset_that_does_not_fit_is_refused_with_every_difference(tmp_path):
     assert "32x32" not in message
 
 
+def test_a_dataset_of_another_format_or_order_of_members_is_refused(tmp_path):
+    path = make_dataset(tmp_path, MIXED) / MANIFEST
+    whole = json.loads(path.read_text())
+    for data, got in ((whole | {"format": 1}, 1), ({"format_version": 1}, 1), ({}, None)):
+        path.write_text(json.dumps(data))
+        with pytest.raises(InputError, match=f"json: format got {got}, expected 2. Remedy"):
+            read_manifest(tmp_path)
+    path.write_text(json.dumps(whole | {"members": dict(reversed(whole["members"].items()))}))
+    with pytest.raises(InputError, match="was edited"):
+        read_manifest(tmp_path)
+
+
 def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
     def load(**codec: object) -> None:
         make_dataset(tmp_path / "b", MIXED, codec=codec)
@@ -212,8 +225,8 @@ def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
     load(path="elsewhere")
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(InputError) as caught:
-        load(weights_sha256="other", scaling_factor=9.0)
-    for part in ("b: does not fit", "weights_sha256: got other", "scaling_factor: got 9.0"):
+        load(weights_sha256="other", normalisation={"mean": (0.0, 0.0), "std": (9.0, 2.0)})
+    for part in ("b: does not fit", "weights_sha256: got other", "std: got (9.0, 2.0)"):
         assert part in str(caught.value)
 
 
@@ -306,7 +319,7 @@ def test_an_index_that_points_out_of_its_shard_is_refused(tmp_path, begin):
 def test_members_that_the_loader_does_not_read_are_refused(tmp_path, name, change):
     folder = make_dataset(tmp_path, [(SQUARE, 20)])
     manifest = read_manifest(folder)
-    members = [m.model_copy(update=change) if m.name == name else m for m in manifest.members]
+    members = manifest.members | {name: manifest.members[name].model_copy(update=change)}
     edited = manifest.model_copy(update={"members": members}).with_fingerprint()
     (folder / MANIFEST).write_text(edited.model_dump_json())
     with pytest.raises(InputError, match=r"manifest\.json: (text )?member"):

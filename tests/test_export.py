@@ -19,6 +19,7 @@ import typer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from data_prep.schema import TextRecord
 from models import build_model
 from models.config import InputError, parse_config
 from pipeline import evaluate, subjects
@@ -131,7 +132,9 @@ def make_trained(run: Path, name: str) -> Trained:
     manifest, sizes = trained.manifest, {"text_dim": 16, "pooled_dim": 16, "latent_downscale": 4}
     if prompts == SQUARE:
         bucket = manifest.buckets[0].model_copy(update={"height": 32, "width": 32})
-        manifest = manifest.model_copy(update={"text_encoders": {}, "buckets": [bucket]})
+        manifest = manifest.model_copy(
+            update={"text": TextRecord(tokens=[], pooled=[], roles={}), "buckets": [bucket]}
+        )
         sizes |= {"text_dim": 0, "pooled_dim": 0}
     data = trained.config.model_dump(mode="json")
     data["model"] = {"size": "debug", "latent_channels": 4, **model}

@@ -20,7 +20,7 @@ from models.command import load_config
 from models.config import InputError, parse_config
 from models.files import temporary_for
 from models.vae import LatentCodec, sample_latents
-from models.weights import weights_sha256
+from models.weights import Normalisation, weights_sha256
 from pipeline import openmoji
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result
     mse = (heldout.float() - flat).square().mean(dim=(1, 2, 3))
     assert fitted > (10 * torch.log10(255**2 / mse)).mean() + 1
     stock = AutoencoderKL.from_pretrained(config.output)
-    assert stock.config["scaling_factor"] == codec.scaling_factor != 1.0
+    assert 1 / stock.config["scaling_factor"] == codec.normalisation.std[0] != 1.0
     assert (
         json.loads((config.output / "fit_vae.json").read_text())["heldout_psnr_db"]["shapes"]
         == fitted
@@ -103,7 +103,7 @@ def test_latents_of_the_fitted_pictures_have_mean_0_and_std_1(tmp_path, shapes):
     codec, pictures = LatentCodec.load(config.output), read_pictures(config, "shapes")[0]
     moments = codec.encode_moments(pictures)
     noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(1))
-    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    latents = sample_latents(moments, noise, codec.normalisation)
     # 30 pictures, other noise than at the measurement: a standard error of 0.01
     assert abs(latents.mean()) < 0.05
     assert abs(latents.std() - 1) < 0.05
@@ -293,8 +293,8 @@ def test_the_demo_weights_are_small_complete_and_not_ignored_by_git():
 def test_the_demo_codec_opens_in_stock_diffusers_as_what_its_config_says():
     stock, codec = AutoencoderKL.from_pretrained(DEMO), LatentCodec.load(DEMO)
     assert stock.dtype == torch.float32
-    assert stock.config["scaling_factor"] == codec.scaling_factor
-    assert stock.config["shift_factor"] == codec.shift_factor
+    scale, shift = stock.config["scaling_factor"], stock.config["shift_factor"]
+    assert codec.normalisation == Normalisation(mean=(shift,) * 4, std=(1 / scale,) * 4)
     assert (codec.channels, codec.downscale, codec.deterministic) == (4, 4, False)
 
 
@@ -319,7 +319,7 @@ def test_the_demo_codecs_latents_have_mean_0_and_std_1(heldout_openmoji):
     codec = LatentCodec.load(DEMO)
     moments = codec.encode_moments(heldout_openmoji)
     noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(0))
-    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    latents = sample_latents(moments, noise, codec.normalisation)
     # Scale and shift were measured on other pictures than these few dozen.
     assert abs(latents.mean()) < 0.15
     assert abs(latents.std() - 1) < 0.15

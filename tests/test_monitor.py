@@ -138,7 +138,8 @@ def test_the_heldout_loss_is_that_of_the_checkpoints_weights(run, events):
     mean, std = batch.moments.float().chunk(2, dim=1)
     codec = loader.manifest.codec
     drawn = draw_noise(0, 0, range(10), (4, *shape), purpose="posterior")
-    latents = ((mean + std * drawn) - codec.shift_factor) * codec.scaling_factor
+    normalisation = codec.normalisation
+    latents = ((mean + std * drawn) - normalisation.mean[0]) / normalisation.std[0]
     for which in ("raw", "ema"):
         network = build_model(config.model)
         network.load_state_dict(load_weights(run, which)[0])

@@ -200,7 +200,7 @@ def test_what_is_stored_is_what_the_encoders_say_of_the_picture(reference, messy
 
 def test_the_manifest_says_what_was_measured(reference, messy):
     manifest = read_manifest(reference)
-    channels = manifest.codec.latent_channels
+    channels = manifest.codec.channels
     values = []
     for row in read_shard_table(reference).to_pylist():
         index = read_index(reference / row["path"].replace(".tar", ".idx.npy"))

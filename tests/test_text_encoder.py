@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.schema import TextEncoderRecord
+from data_prep.schema import RoleRecord
 from models.command import package_folder
 from models.config import InputError
 from models.text_encoder import TextEncoder
@@ -127,9 +127,16 @@ def test_the_tokenizer_of_a_diffusers_pipeline_is_found_beside_the_encoder(tmp_p
 
 
 def test_the_record_has_the_fields_of_the_manifest(tmp_path):
-    record = TextEncoder.load(save_encoder(tmp_path / "m", "clip_projection"), 10, "bf16").record()
-    assert TextEncoderRecord.model_validate(record).pooled_dim == 24
-    assert (record["dim"], record["max_length"], record["dtype"]) == (16, 10, "bf16")
+    folder = save_encoder(tmp_path / "m", "clip_projection")
+    record = RoleRecord.model_validate(TextEncoder.load(folder, 10, "bf16").record())
+    assert (record.family, record.dtype) == ("CLIPTextModelWithProjection", "bf16")
+    assert (record.dim, record.pooled_dim) == (16, 24)
+    assert (record.view.max_length, record.view.pooled) == (10, "projected")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("volcano", "crater"))
+    changed = TextEncoder.load(folder, 10, "bf16").record()
+    assert changed["weights_sha256"] == record.weights_sha256
+    assert changed["tokenizer_sha256"] != record.tokenizer_sha256
 
 
 def drop_weights(folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.schema import CodecRecord
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8
-from models.weights import weights_sha256
+from models.weights import Normalisation, weights_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -69,9 +69,7 @@ def test_moments_are_the_mean_and_std_of_the_posterior_that_diffusers_computes(k
 def test_decoding_normalised_latents_gives_the_picture_that_diffusers_decodes(kl_folder, images):
     codec = LatentCodec.load(kl_folder)
     moments = codec.encode_moments(images)
-    latents = sample_latents(
-        moments, torch.zeros(2, 4, 8, 12), codec.scaling_factor, codec.shift_factor
-    )
+    latents = sample_latents(moments, torch.zeros(2, 4, 8, 12), codec.normalisation)
     with torch.no_grad():
         pixels = AutoencoderKL.from_pretrained(kl_folder).decode(moments[:, :4]).sample
     difference = codec.decode(latents).int() - ((pixels.clamp(-1, 1) + 1) * 127.5).round().int()
@@ -94,7 +92,7 @@ def test_every_codec_states_its_channels_and_downscale_and_returns_a_picture(
         48 // downscale,
     )
     noise = torch.randn(2, channels, *moments.shape[2:])
-    latents = sample_latents(moments, noise, codec.scaling_factor, codec.shift_factor)
+    latents = sample_latents(moments, noise, codec.normalisation)
     assert codec.decode(latents).shape == images.shape
     assert codec.decode(latents).dtype == torch.uint8
 
@@ -113,16 +111,42 @@ def test_latents_are_sampled_then_shifted_then_scaled():
     mean, std = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 0.5)
     moments = torch.cat([mean, std], dim=1).half()
     noise = torch.full((1, 1, 1, 1), 2.0)
-    latents = sample_latents(moments, noise, scaling_factor=10.0, shift_factor=1.0)
+    normalisation = Normalisation(mean=(1.0,), std=(0.1,))
+    latents = sample_latents(moments, noise, normalisation)
     assert latents.item() == ((3.0 + 0.5 * 2.0) - 1.0) * 10.0
     assert latents.dtype == torch.float32
-    still = sample_latents(moments[:, :1], noise, scaling_factor=10.0, shift_factor=1.0)
+    still = sample_latents(moments[:, :1], noise, normalisation)
     assert still.item() == (3.0 - 1.0) * 10.0
+
+
+def test_latents_by_std_are_bit_for_bit_those_by_scaling_factor(tmp_path):
+    """So that golden step and curves stay: of scales in use, the demo's, and a thousand others."""
+    demo = LatentCodec.load(Path(__file__).parent.parent / "models" / "demo_vae")
+    own = demo.network.config
+    scales = torch.rand(1000, dtype=torch.float64, generator=torch.manual_seed(0)).mul(3).tolist()
+    pairs = [(0.18215, 0.0), (0.13025, 0.0), (1.5305, 0.0609), (0.3611, 0.1159), (0.41407, 0.0)]
+    moments, still = torch.randn(1, 4, 16, 16).half(), torch.zeros(1, 4, 16, 16)
+    for scale, shift in pairs + [(scale, scale / 7) for scale in scales]:
+        per_channel = Normalisation(mean=(shift,) * 4, std=(1 / scale,) * 4)
+        latents = sample_latents(moments, still, per_channel)
+        assert torch.equal(latents, (moments.float() - shift) * scale), (scale, shift)
+    latents = sample_latents(moments, still, demo.normalisation)
+    expected = (moments.float() - own.shift_factor) * own.scaling_factor
+    assert torch.equal(latents, expected)
+
+
+def test_every_channel_has_its_own_mean_and_std():
+    normalisation = Normalisation(mean=(1.0, -2.0), std=(0.5, 4.0))
+    moments = torch.tensor([3.0, 6.0]).view(1, 2, 1, 1).expand(1, 2, 2, 3)
+    latents = sample_latents(moments, torch.zeros(1, 2, 2, 3), normalisation)
+    assert latents[0, :, 1, 2].tolist() == [4.0, 2.0]
 
 
 def test_moments_that_do_not_fit_the_noise_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
-        sample_latents(torch.zeros(1, 8, 2, 2), torch.zeros(1, 3, 2, 2), 1.0, 0.0)
+        sample_latents(
+            torch.zeros(1, 8, 2, 2), torch.zeros(1, 3, 2, 2), Normalisation(mean=(0.0,), std=(1.0,))
+        )
 
 
 def test_every_uint8_value_survives_the_way_to_pixels_and_back():
@@ -139,8 +163,9 @@ def test_a_picture_whose_sides_do_not_divide_by_the_downscale_is_refused(kl_fold
 def test_the_record_has_the_fields_of_the_manifest_and_the_hash_of_the_weights(kl_folder):
     record = CodecRecord.model_validate(LatentCodec.load(kl_folder, "bf16").record())
     assert record.weights_sha256 == hashlib.sha256((kl_folder / WEIGHTS).read_bytes()).hexdigest()
-    assert (record.latent_channels, record.downscale, record.dtype) == (4, 4, "bf16")
-    assert (record.scaling_factor, record.shift_factor) == (0.7, 0.1)
+    assert (record.class_name, record.channels) == ("AutoencoderKL", 4)
+    assert (record.downscale, record.dtype) == (4, "bf16")
+    assert record.normalisation == Normalisation(mean=(0.1,) * 4, std=(1 / 0.7,) * 4)
 
 
 def test_the_weights_hash_covers_every_safetensors_file_in_name_order(tmp_path):

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,25 +16,16 @@ from data_prep.schema import (
     REJECTS,
     SHARD_SCHEMA,
     SHARD_TABLE,
-    BucketRecord,
-    CodecRecord,
     Counts,
-    Manifest,
-    Member,
-    TextEncoderRecord,
 )
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
 from models.command import run_command
 from models.config import InputError
 from models.files import file_sha256
+from tests.shard_factory import Kind, make_manifest
 
-MEMBERS = [
-    Member(name="moments", dtype="float16", shape=(8, None, None)),
-    Member(name="clip", dtype="float16", shape=(None, 16)),
-    Member(name="clip_pooled", dtype="float16", shape=(16,)),
-    Member(name="micro", dtype="float32", shape=(4,)),
-]
+KIND = Kind({"clip": (8, 16)}, channels=4)
 FIRST, SECOND, OTHER = (
     "shards/32x32/train-000000.tar",
     "shards/32x32/train-000001.tar",
@@ -56,13 +46,14 @@ def arrays(i: int, height: int, width: int) -> dict[str, np.ndarray]:
 def write_shard(dataset: Path, path: str, keys: range, spoil=None) -> dict:
     """A shard whose samples' arrays `spoil` may change; its row of the table."""
     height, width = map(int, path.split("/")[1].split("x"))
-    writer = ShardWriter(dataset, path, [member.name for member in MEMBERS])
+    writer = ShardWriter(dataset, path, list(KIND.members()))
     for i in keys:
         sample = arrays(i, height, width)
         if spoil:
             spoil(i, sample)
         writer.add(f"{i:020x}", sample, {"caption": "x"})
-    return {"path": path, "split": "train", "height": height, "width": width, **writer.commit()}
+    place = {"path": path, "split": "train", "height": height, "width": width}
+    return place | {"generation": 0, **writer.commit()}
 
 
 def write_manifest(dataset: Path, rows: list[dict], **changes) -> None:
@@ -76,25 +67,12 @@ def write_manifest(dataset: Path, rows: list[dict], **changes) -> None:
 
 
 def seal(dataset: Path, rows: list[dict], **changes) -> None:
-    buckets: dict[tuple[int, int], int] = {}
-    for row in rows:
-        size = (row["height"], row["width"])
-        buckets[size] = buckets.get(size, 0) + row["num_samples"]
-    kept = sum(buckets.values())
-    weights: dict[str, Any] = {"path": "x", "weights_sha256": "x", "dtype": "fp32"}
-    manifest = Manifest(
-        codec=CodecRecord(
-            **weights, latent_channels=4, downscale=8, scaling_factor=1, shift_factor=0
-        ),
-        text_encoders={"clip": TextEncoderRecord(**weights, max_length=8, dim=16, pooled_dim=16)},
-        members=MEMBERS,
-        latent_mean=[0.0] * 4,
-        latent_std=[1.0] * 4,
-        buckets=[BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in buckets.items()],
-        counts=Counts(seen=kept + 1, kept=kept, rejected={"undecodable": 1}),
-        prepare_config={},
-        files={n: file_sha256(dataset / n) for n in (SHARD_TABLE, REJECTS, EMPTY_CAPTION)},
-    ).model_copy(update=changes)
+    kept = sum(row["num_samples"] for row in rows)
+    plan = [(row["split"], (row["height"], row["width"]), row["num_samples"]) for row in rows]
+    counts = Counts(seen=kept + 1, kept=kept, rejected={"undecodable": 1})
+    files = {n: file_sha256(dataset / n) for n in (SHARD_TABLE, REJECTS, EMPTY_CAPTION)}
+    changes = {"counts": counts, "files": files} | changes
+    manifest = make_manifest(KIND, plan, {}).model_copy(update=changes)
     write_text(dataset / MANIFEST, manifest.with_fingerprint().model_dump_json())
 
 
@@ -169,7 +147,7 @@ def test_a_shard_cut_at_any_block_is_found_even_where_the_table_agrees_with_the_
 
 def test_a_manifest_edited_by_hand_is_found(dataset):
     path = dataset / MANIFEST
-    path.write_text(path.read_text().replace('"latent_channels":4', '"latent_channels":8'))
+    path.write_text(path.read_text().replace('"channels":4', '"channels":8'))
     assert "was edited: its fingerprint does not match its content" in only_problem(dataset)
 
 
@@ -186,7 +164,7 @@ def test_a_table_exchanged_or_lost_is_named(dataset, name):
     assert f"{name}: missing" in verify(dataset)
 
 
-@pytest.mark.parametrize("member", [member.name for member in MEMBERS])
+@pytest.mark.parametrize("member", list(KIND.members()))
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_nan_is_found_and_its_member_named(tmp_path, member, value):
     def spoil(i, sample):

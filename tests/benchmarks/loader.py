@@ -237,7 +237,7 @@ def build(folder: Path, case: str) -> dict[str, Side]:
     default = make_dataset(folder / "default", plan, kind, write=write_default_tar)
     ustar = make_dataset(folder / "ustar", plan, kind, write=partial(write_tar, facts=False))
     tars = {root: sorted(root.glob("shards/*/*.tar")) for root in (default, ustar)}
-    names = [f"{member.name}.npy" for member in kind.members()]
+    names = [f"{name}.npy" for name in kind.members()]
     sample_bytes = sum(array.nbytes for array in kind.sample(0, BUCKET).values())
     samples = shards * size
     sides = {

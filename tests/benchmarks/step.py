@@ -60,12 +60,11 @@ def run_config(folder: Path, stage: int, batch: int, size: str, threads: int) ->
 def fixed_batch(loader: Loader, objective: Objective) -> dict[str, Any]:
     """What the network takes, and its target, of step 0."""
     batch, codec = next(loader.batches(0)), loader.manifest.codec
-    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    shape = (codec.channels, *batch.moments.shape[-2:])
     latents = sample_latents(
         batch.moments,
         draw_noise(0, 0, batch.indices, shape),
-        codec.scaling_factor,
-        codec.shift_factor,
+        codec.normalisation,
     )
     noise = draw_noise(0, 1, batch.indices, shape)
     t = objective.draw_t(0, 0, len(noise), shape[-2:])
@@ -152,12 +151,12 @@ def parts(config: TrainConfig, loader: Loader, model: DiTConfig, rounds: int) ->
     weights = [p.detach() for p in build_model(model).parameters()]
     averages = [w.clone() for w in weights]
     batch = next(batches)
-    shape = (codec.latent_channels, *batch.moments.shape[-2:])
+    shape = (codec.channels, *batch.moments.shape[-2:])
     draws = [draw_noise(0, 0, batch.indices, shape) for _ in range(2)]
     t = objective.draw_t(0, 0, len(batch.indices), shape[-2:])
 
     def objective_alone() -> None:
-        x0 = sample_latents(batch.moments, draws[0], codec.scaling_factor, codec.shift_factor)
+        x0 = sample_latents(batch.moments, draws[0], codec.normalisation)
         objective.loss(objective.add_noise(x0, draws[1], t), x0, draws[1], t)
 
     timed: dict[str, Callable[[], Any]] = {

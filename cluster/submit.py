@@ -104,13 +104,14 @@ def check_stage(
         raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")
     if action is Action.PREPARE:
         from data_prep.config import PrepareConfig
+        from data_prep.encoders import configured
 
         prepare = load_config(PrepareConfig, folder / file, overrides)
         # The paths as given: once loaded, a source's relative path means this machine, not the upload.
         sources = read_yaml(folder / file, overrides)["sources"]
         inputs = {f"sources.{name}.path": source["path"] for name, source in sources.items()}
-        inputs |= {f"text_encoders.{n}.path": e.path for n, e in prepare.text_encoders.items()}
-        return file, inputs | {"vae.path": prepare.vae.path}, {"output": prepare.output}
+        inputs |= {f"{place}.path": e.path for place, e in configured(prepare).items()}
+        return file, inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes
     from pipeline.config import TrainConfig
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.plan import SHARD_LIST_SCHEMA
-from data_prep.schema import index_path
 from data_prep.shards import WORK, read_table
 from data_prep.storage import find_files
 from data_prep.workers import LOST, Actors
@@ -41,13 +40,12 @@ def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
     """The shard's commit record, or None where the shard must be made (again)."""
     try:
         commit = json.loads(commit_path(dataset, shard).read_text())
-        if commit["num_samples"]:
-            (dataset / index_path(shard)).stat()
-            if (dataset / shard).stat().st_size != commit["bytes"]:
-                return None
+        folder = (dataset / shard).parent
+        sizes = commit.get("sizes", {})
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except FileNotFoundError:
         return None
-    return commit
+    return commit if whole else None
 
 
 def shard_list(dataset: Path) -> list[ShardSpec]:

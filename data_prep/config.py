@@ -5,7 +5,8 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from data_prep.catalog import CaptionsConfig, FiltersConfig
-from data_prep.encode import EncodeConfig, TextEncoderConfig, VaeConfig, VisionEncoderConfig
+from data_prep.encode import EncodeConfig
+from data_prep.encoders import TextEncoderConfig, VaeConfig, VisionEncoderConfig
 from data_prep.images import ImagesConfig
 from data_prep.sources import SourceConfig
 from data_prep.workers import RayConfig
@@ -37,6 +38,8 @@ class PrepareConfig(Config):
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
+    thumbnails_per_shard: int = Field(default=4, ge=1)
+    """Pictures of a shard that its proof shows: chosen by their keys, decoded once from their latents."""
     # Shards made between a manifest of what is there so far and the next; null: one, at the end.
     publish_every_shards: int | None = Field(default=None, ge=1)
     ray: RayConfig = RayConfig()

@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,48 +18,25 @@ from pydantic import Field
 
 from data_prep.commits import ShardSpec, commit_path, read_commit
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
+from data_prep.encoders import Arrays, Codec, Encoder, EncoderConfig, merged
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.plan import read_planned
+from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import (
-    CodecRecord,
     Member,
-    TextRecord,
-    VisionRecord,
     captions_sha256,
 )
 from data_prep.shards import WORK, ShardWriter, write_text
 from data_prep.storage import open_root
 from data_prep.workers import ATTEMPTS, Worker
 from models.config import Config, InputError
-from models.weights import Dtype
+
+# Where each bin begins.
+SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+WORDS = (0, 1, 2, 5, 10, 20, 40, 80, 160)
+HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption": WORDS}
 
 # torch is imported by `load`: this module is also imported where only decoding is done.
-
-
-class VaeConfig(Config):
-    """The latent codec: a diffusers autoencoder's folder."""
-
-    path: str
-    dtype: Dtype = "fp32"
-
-
-class TextEncoderConfig(Config):
-    """A transformers text encoder's folder, its tokenizer within or beside it."""
-
-    path: str
-    max_length: int = Field(default=77, ge=1)
-    dtype: Dtype = "fp32"
-
-
-class VisionEncoderConfig(Config):
-    """A transformers vision transformer's folder, such as DINOv2's: features for `model.alignment` (REPA).
-
-    They are large: 256 vectors of 768 are 384 KiB a picture, where its latents are 16.
-    """
-
-    path: str
-    patch_pixels: int = Field(default=16, ge=1)  # the network's patch times the codec's downscale
-    dtype: Dtype = "fp32"
 
 
 class EncodeConfig(Config):
@@ -70,25 +50,27 @@ class EncodeConfig(Config):
 
 @dataclass(frozen=True)
 class Encoders:
-    """What the encoders said of themselves once loaded: records, member layout, the empty caption."""
+    """What the encoders said of themselves once loaded."""
 
-    codec: CodecRecord
-    text: TextRecord
-    vision: VisionRecord | None
+    record: dict[str, Any]
+    """Their part of the manifest."""
     members: dict[str, Member]
+    divides: dict[str, int]
+    """What the sides of a bucket must be multiples of, by the encoder's place in the config."""
     empty_caption: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What is the same for all shards; paths are absolute, and the output may be a URL."""
+    """What is the same for all shards; the output's path is absolute, or a URL."""
 
     output: str
-    vae: VaeConfig
-    text_encoders: dict[str, TextEncoderConfig]
-    vision_encoder: VisionEncoderConfig | None
+    encoders: dict[str, EncoderConfig]
+    """By place in the config; paths lie in `folder` where they are relative."""
+    folder: Path
     images: ImagesConfig
     encode: EncodeConfig
+    thumbnails: int
     has_labels: bool
 
 
@@ -97,33 +79,26 @@ class ShardEncoder(Worker):
 
     def __init__(self, settings: EncoderSettings, num_decoders: int):
         self._dataset = open_root(settings.output, "output")
-        self._images, self._config = settings.images, settings.encode
-        self._has_labels, self._vae = settings.has_labels, settings.vae
-        self._text_configs, self._vision_config = settings.text_encoders, settings.vision_encoder
+        self._settings, self._images, self._config = settings, settings.images, settings.encode
         self._pool = DecodePool(settings.images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
-        self._codec: Any = None
-        self._text: dict[str, Any] = {}
-        self._vision: Any = None
+        self._encoders: dict[str, Encoder] = {}
         self._metrics = _Metrics()
 
     def describe(self) -> Encoders:
         """What the encoders say of themselves; raises InputError."""
         self._load()
-        roles = {name: encoder.record() for name, encoder in self._text.items()}
-        text = {"tokens": [[name] for name in roles], "pooled": list(roles), "roles": roles}
         return Encoders(
-            codec=CodecRecord(**self._codec.record()),
-            text=TextRecord.model_validate(text),
-            vision=self._vision and VisionRecord(**self._vision.record()),
+            record=merged([encoder.record() for encoder in self._encoders.values()]),
             members=self._members(),
-            empty_caption={k: v[0] for k, v in self._encode_text([""]).items()},
+            divides={place: encoder.divides for place, encoder in self._encoders.items()},
+            empty_caption={n: v[0] for n, v in self._encode("captions", [""]).items()},
         )
 
     def _load(self) -> None:
         """Import torch and open the encoders, once; raises InputError."""
         with self._loading:
-            if self._codec is None:
+            if not self._encoders:
                 self._open_encoders()
 
     def _open_encoders(self) -> None:
@@ -134,33 +109,31 @@ class ShardEncoder(Worker):
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         import torch
 
-        from models.text_encoder import TextEncoder
-        from models.vae import LatentCodec
-        from models.vision_encoder import VisionEncoder
-
         torch.set_num_threads(self._config.threads)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        for name, text in self._text_configs.items():
-            self._text[name] = TextEncoder.load(text.path, text.max_length, text.dtype, device)
-        if vision := self._vision_config:
-            self._vision = VisionEncoder.load(
-                vision.path, vision.patch_pixels, vision.dtype, device
-            )
-        self._codec = LatentCodec.load(self._vae.path, self._vae.dtype, device)
+        self._encoders = {
+            place: encoder.open(place.split(".")[-1], self._settings.folder / encoder.path, device)
+            for place, encoder in self._settings.encoders.items()
+        }
 
-    def _members(self) -> dict[str, Member]:
-        channels = self._codec.channels * (1 if self._codec.deterministic else 2)
-        members = {"moments": Member(dtype="float16", shape=(channels, None, None))}
-        for name, text in self._text.items():
-            members[name] = Member(dtype="float16", shape=(None, text.dim))
-            members[f"{name}_pooled"] = Member(dtype="float16", shape=(text.pooled_dim,))
-        members["micro"] = Member(dtype="float32", shape=(4,))
-        if self._vision is not None:
-            members["vision"] = Member(dtype="float16", shape=(self._vision.dim, None, None))
-        if self._has_labels:
-            members["label"] = Member(dtype="int64", shape=())
+    @property
+    def _codec(self) -> Codec:
+        codec = self._encoders["vae"]
+        assert isinstance(codec, Codec)
+        return codec
+
+    def _members(self, reads: str | None = None) -> dict[str, Member]:
+        """All members in the order of the index, or those of the encoders that read so alone."""
+        members: dict[str, Member] = {}
+        for place, encoder in self._encoders.items():
+            if reads in (None, self._settings.encoders[place].reads):
+                members |= encoder.members()
+        if reads is None:
+            members["micro"] = Member(dtype="float32", shape=(4,))
+            if self._settings.has_labels:
+                members["label"] = Member(dtype="int64", shape=())
         return members
 
     def encode_shard(
@@ -176,7 +149,8 @@ class ShardEncoder(Worker):
         planned = read_planned(self._dataset / WORK, number).to_pylist()
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
-        sums, kept = _LatentSums(self._codec.channels), list[dict[str, Any]]()
+        sums, kept = _LatentSums(self._codec.model.channels), list[dict[str, Any]]()
+        texts, samples = list(self._members("captions")), ProofSamples(self._settings.thumbnails)
         rejects = [
             _reject(row, "encoder_crash", f"its encoder died {ATTEMPTS} times")
             for place, row in enumerate(planned)
@@ -185,12 +159,16 @@ class ShardEncoder(Worker):
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
-                    variants = _variants(row["captions"], self._flips(spec), list(self._text))
+                    variants = self._variants(row["captions"], self._flips(spec))
                     writer.add(row["key"], arrays, _facts(row, picture), variants)
                     kept.append(row)
+                    caption = row["captions"][0]
+                    samples.add(ProofSample(row["key"], caption, picture.pixels, arrays))
                     for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
                         sums.add(arrays[name])
-            commit = asdict(spec) | writer.commit() | sums.record() | _summary(kept)
+            proof, psnr_db = self._prove(samples.in_order(), texts)
+            commit = asdict(spec) | writer.commit(proof) | sums.record() | _summary(kept)
+            commit["psnr_db"] = psnr_db
             commit["rejects"] = rejects
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
@@ -248,11 +226,11 @@ class ShardEncoder(Worker):
         captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
         with self._encoding:
             pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
-            seen = in_halves(self._encode_pixels, pixels)
+            seen = in_halves(partial(self._encode, "pixels"), pixels)
             if flip:
-                mirrored = in_halves(self._encode_pixels, pixels[:, :, ::-1].copy())
+                mirrored = in_halves(partial(self._encode, "pixels"), pixels[:, :, ::-1].copy())
                 seen |= {f"{name}.flip": values for name, values in mirrored.items()}
-            text = in_halves(self._encode_text, [text for texts in captions for text in texts])
+            text = in_halves(partial(self._encode, "captions"), list(chain(*captions)))
         place = 0
         for i, (row, picture) in enumerate(batch):
             arrays = {name: values[i] for name, values in seen.items()}
@@ -262,7 +240,7 @@ class ShardEncoder(Worker):
             arrays["micro"] = picture.micro
             if flip:
                 arrays["micro.flip"] = _mirrored(picture)
-            if self._has_labels:
+            if self._settings.has_labels:
                 arrays["label"] = np.array(row["label"], np.int64)
             if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                 detail = f"{', '.join(bad)}: NaN, or over 65504, what float16 holds"
@@ -270,47 +248,41 @@ class ShardEncoder(Worker):
             else:
                 yield row, picture, arrays
 
-    def _encode_pixels(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
-        """float16 moments (B, M, h, w), and features (B, D, g, j), of uint8 pictures (B, H, W, 3)."""
-        import torch
+    def _encode(self, reads: str, batch: Any) -> Arrays:
+        """Every member's array of each picture, uint8 (B, H, W, 3), or of each caption."""
+        if reads == "pixels":
+            import torch
 
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        values = {"moments": self._codec.encode_moments(images)}
-        if self._vision is not None:
-            values["vision"] = self._vision.encode(images)
-        return {name: value.half().cpu().numpy() for name, value in values.items()}
+            batch = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+        found: Arrays = {}
+        for place, encoder in self._encoders.items():
+            if self._settings.encoders[place].reads == reads:
+                found |= encoder.encode(batch)
+        return found
 
-    def _encode_text(self, captions: list[str]) -> dict[str, list[np.ndarray]]:
-        """Member name -> an array a caption; tokens (L, D) hold the real tokens alone."""
-        arrays: dict[str, list[np.ndarray]] = {}
-        for name, encoder in self._text.items():
-            tokens, mask, pooled = (value.cpu() for value in encoder.encode(captions))
-            arrays[name] = [t[m].half().numpy() for t, m in zip(tokens, mask, strict=True)]
-            arrays[f"{name}_pooled"] = list(pooled.half().numpy())
-        return arrays
+    def _prove(self, samples: list[ProofSample], texts: list[str]) -> tuple[bytes, list[float]]:
+        """The shard's proof, and the PSNR of its pictures; none of a shard without samples.
 
-    def contact_pairs(
-        self, spec: ShardSpec, number: int, moments: dict[str, np.ndarray]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Originals as they were encoded, beside what the codec makes of their stored moments, by key."""
-        self._load()
-        planned = read_planned(self._dataset / WORK, number).to_pylist()
-        batches = self._batches(spec, [row for row in planned if row["key"] in moments], [])
-        pixels = {row["key"]: picture.pixels for batch in batches for row, picture in batch}
-        keys = [key for key in moments if key in pixels]
-        decoded = self._decode(np.stack([moments[key] for key in keys]))
-        return [(pixels[key], after) for key, after in zip(keys, decoded, strict=True)]
+        Pictures are decoded one by one: what a batch's bits are may depend on its size.
+        """
+        if not samples:
+            return b"", []
+        with self._encoding:
+            decoded = [self._codec.decode(sample.arrays["moments"]) for sample in samples]
+        return make_proof(samples, decoded, texts)
 
-    def _decode(self, moments: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, 3) uint8 of stored moments, at their mean."""
-        import torch
-
-        from models.vae import sample_latents
-
-        codec, values = self._codec, torch.from_numpy(moments)
-        noise = torch.zeros(len(values), codec.channels, *values.shape[2:])
-        latents = sample_latents(values, noise, codec.normalisation)
-        return codec.decode(latents).cpu().permute(0, 2, 3, 1).numpy()
+    def _variants(self, captions: list[str], flip: bool) -> list[dict[str, str]]:
+        """The samples made of one picture, as the arrays that stand for a member: captions by mirror images."""
+        distinct = list(dict.fromkeys(captions))
+        texts, seen = self._members("captions"), [*self._members("pixels"), "micro"]
+        variants = []
+        for mirrored in (False, True)[: 1 + flip]:
+            for caption in captions:
+                variant = {name: _numbered(name, distinct.index(caption)) for name in texts}
+                if mirrored:
+                    variant |= {name: f"{name}.flip" for name in seen}
+                variants.append(variant)
+        return variants
 
 
 def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str, Any]:
@@ -378,21 +350,6 @@ class _Metrics:
             self._rejects.inc(1, {"reason": reject["reason"]})
 
 
-def _variants(captions: list[str], flip: bool, encoders: list[str]) -> list[dict[str, str]]:
-    """The samples made of one picture, as the arrays that stand for a member: captions by mirror images."""
-    distinct = list(dict.fromkeys(captions))
-    variants = []
-    for mirrored in (False, True)[: 1 + flip]:
-        for caption in captions:
-            number = distinct.index(caption)
-            names = [name for encoder in encoders for name in (encoder, f"{encoder}_pooled")]
-            variant = {name: _numbered(name, number) for name in names}
-            if mirrored:
-                variant |= {name: f"{name}.flip" for name in ("moments", "micro", "vision")}
-            variants.append(variant)
-    return variants
-
-
 def _numbered(name: str, number: int) -> str:
     return f"{name}.{number + 1}" if number else name
 
@@ -418,9 +375,15 @@ def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The hash of all captions of a shard, and the least number of classes that its labels need."""
+    """What a commit says of a shard's rows: histograms, captions' hash, and how many classes it needs."""
     captions = [(row["key"], row["captions"]) for row in rows]
+    values = {
+        "Shorter side of the original, pixels": [min(r["height"], r["width"]) for r in rows],
+        "Words per caption": [len(text.split()) for row in rows for text in row["captions"]],
+    }
+    edges = {name: [*bins, np.inf] for name, bins in HISTOGRAMS.items()}
     return {
+        "histograms": {n: np.histogram(v, edges[n])[0].tolist() for n, v in values.items()},
         "captions_sha256": captions_sha256(captions),
         "num_labels": max((row["label"] for row in rows if row["label"] is not None), default=-1)
         + 1,

@@ -24,8 +24,10 @@ from data_prep.encode import ShardEncoder
 from data_prep.prepare import make_plan
 from data_prep.report import Progress, console
 from data_prep.scan import list_sources, scan
+from data_prep.schema import proof_path
 from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK
+from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
 from models.command import load_config, run_command
 
@@ -68,7 +70,7 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         dataset = Path(folder)
         scan(config, dataset, sample)
         shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset)
-        num, spent, size = _encode(config, dataset, shards, wanted)
+        num, spent, size, proof = _encode(config, dataset, shards, wanted)
         seen = Counter(
             pq.read_table(dataset / WORK / "catalog", columns=["source"])["source"].to_pylist()
         )
@@ -83,7 +85,7 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         kept=kept,
         shards=num_shards,
         bytes_per_picture=size / num,
-        total_bytes=kept * size / num + num_shards * SHARD_END,
+        total_bytes=kept * size / num + num_shards * (SHARD_END + proof),
         seconds_per_picture=spent / num,
     )
 
@@ -118,8 +120,8 @@ def _pictures(
 
 def _encode(
     config: PrepareConfig, dataset: Path, shards: list[ShardSpec], wanted: int
-) -> tuple[int, float, float]:
-    """Pictures encoded by one actor, the seconds that took, and their bytes in shards and indices."""
+) -> tuple[int, float, float, float]:
+    """Pictures encoded by one actor, the seconds that took, their bytes, and those of one proof."""
     todo, num = list[tuple[ShardSpec, int]](), 0
     for number in random.Random(0).sample(range(len(shards)), len(shards)):
         if num < wanted:
@@ -129,7 +131,7 @@ def _encode(
     shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
     settings = encoder_settings(config, dataset)
     actors = Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print)
-    check_buckets(config, actors.describe().codec.downscale)
+    check_buckets(config, actors.describe().divides)
     begin = time.perf_counter()
     with Progress(console, "sample", num, "pictures") as progress:
         done = 0
@@ -137,8 +139,10 @@ def _encode(
             done += commit["num_planned"]
             progress.update(done)
     spent = time.perf_counter() - begin
-    size = sum(path.stat().st_size for path in (dataset / "shards").rglob("*.*"))
-    return num, spent, size - SHARD_END * len(todo)
+    sizes = find_files(dataset / "shards")
+    proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]
+    size = sum(sizes.values()) - sum(proofs) - SHARD_END * len(todo)
+    return num, spent, size, sum(proofs) / max(len(proofs), 1)
 
 
 def report(config: PrepareConfig, wanted: int) -> Estimate:

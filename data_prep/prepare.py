@@ -48,7 +48,7 @@ def prepare(
     settings = check_settings(config)
     listing = list_sources(config)
     if dry_run:
-        print_plan(console, config, listing, settings["weights"], list_buckets(config.images))
+        print_plan(console, config, listing, settings["hashes"], list_buckets(config.images))
         return {}
     dataset = open_output(config, settings, listing, restart)
     if is_complete(dataset):
@@ -64,11 +64,11 @@ def prepare(
         shares = share_out(config.ray, config.encode.threads, most=len(shards))
         actors = Actors(ShardEncoder, encoder_settings(config, dataset), shares, console.print)
         encoders: Encoders = actors.describe()
-        check_buckets(config, encoders.codec.downscale)
+        check_buckets(config, encoders.divides)
         clock.mark("load encoders")
         commits = encode(config, dataset, shards, actors, encoders)
         clock.mark("encode")
-        finalise(config, dataset, shards, commits, encoders, actors)
+        finalise(config, dataset, commits, encoders)
         clock.mark("finalise")
     delete(dataset / WORK / STAGED)
     print_result(console, dataset, read_manifest(dataset), clock.spent)

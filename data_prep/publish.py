@@ -3,15 +3,16 @@
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.commits import ShardSpec
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
-from data_prep.report import contact_sheet, html_report
+from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.schema import (
     CONTACT_SHEET,
     EMPTY_CAPTION,
@@ -29,29 +30,26 @@ from data_prep.schema import (
 )
 from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
-from data_prep.workers import Actors
 from models.config import InputError
 from models.files import file_sha256
 
+# Rejects of each reason on the page.
+EXAMPLES = 3
 AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
 
 
 def finalise(
-    config: PrepareConfig,
-    dataset: Path,
-    shards: list[ShardSpec],
-    commits: list[dict[str, Any]],
-    encoders: Encoders,
-    actors: Actors,
+    config: PrepareConfig, dataset: Path, commits: list[dict[str, Any]], encoders: Encoders
 ) -> None:
     """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
     if not any(commit["num_samples"] for commit in commits):
         _write_rejects(dataset, commits)
         raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
-    sheet, psnr = contact_sheet(dataset, shards, commits, encoders, actors)
-    write_atomic(dataset / CONTACT_SHEET, lambda path: sheet.save(path, format="PNG"))
-    publish(config, dataset, commits, encoders, psnr)
-    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):  # of killed processes
+    shown = shown_pictures(dataset, commits)
+    write_atomic(dataset / CONTACT_SHEET, lambda path: contact_sheet(shown).save(path, "PNG"))
+    publish(config, dataset, commits, encoders, shown)
+    # Those of killed processes.
+    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
@@ -60,9 +58,9 @@ def publish(
     dataset: Path,
     commits: list[dict[str, Any]],
     encoders: Encoders,
-    psnr_db: float | None = None,
+    shown: list[Shown] | None = None,
 ) -> None:
-    """Make of these commits a dataset that can be trained on; without `psnr_db` more are still to come.
+    """Make of these commits a dataset that can be trained on; without `shown` more are still to come.
 
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
@@ -71,23 +69,30 @@ def publish(
 
     table = [c | {"generation": 0} for c in commits if c["num_samples"]]
     table.sort(key=lambda c: c["path"])
-    if not any(commit["split"] == "train" for commit in table) and psnr_db is None:
+    if not any(commit["split"] == "train" for commit in table) and shown is None:
         return
-    rejected = _write_rejects(dataset, commits)
+    rejected, examples = _write_rejects(dataset, commits)
     write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
     if encoders.empty_caption:
         write_atomic(dataset / EMPTY_CAPTION, lambda path: save_file(encoders.empty_caption, path))
-    manifest = _manifest(config, dataset, table, rejected, encoders, psnr_db)
-    if psnr_db is not None:
-        write_text(dataset / REPORT, html_report(dataset, manifest, table))
+    manifest = _manifest(config, dataset, table, rejected, encoders)
+    if shown is not None:
+        manifest = manifest.completed()
+        write_text(dataset / REPORT, html_report(manifest, table, shown, examples))
     files = [name for name in AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
     manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()
     write_text(dataset / MANIFEST, manifest.model_dump_json(indent=1))
 
 
-def _write_rejects(dataset: Path, commits: list[dict[str, Any]]) -> dict[str, int]:
-    """Those of scan and plan in the order of the sources, then those of encoding; returns counts by reason."""
+def _write_rejects(
+    dataset: Path, commits: list[dict[str, Any]]
+) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Those of scan and plan in the order of the sources, then those of encoding.
+
+    Returns how many there are by reason, and the first few of each.
+    """
+    examples: dict[str, list[dict[str, str]]] = {}
     counts: Counter[str] = Counter()
     encoded = [reject for commit in commits for reject in commit["rejects"]]
     with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
@@ -97,8 +102,13 @@ def _write_rejects(dataset: Path, commits: list[dict[str, Any]]) -> dict[str, in
         with NewTable(dataset / REJECTS, REJECT_SCHEMA) as writer:
             for table in (*planned, pa.Table.from_pylist(encoded, schema=REJECT_SCHEMA)):
                 writer.write(table)
-                counts.update(table["reason"].to_pylist())
-    return dict(sorted(counts.items()))
+                new = Counter(table["reason"].to_pylist())
+                for reason in new:
+                    mine = table.filter(pc.equal(table["reason"], reason))  # pyright: ignore[reportAttributeAccessIssue]
+                    few = examples.setdefault(reason, [])
+                    few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
+                counts += new
+    return dict(sorted(counts.items())), [row for _, few in sorted(examples.items()) for row in few]
 
 
 def _manifest(
@@ -107,37 +117,28 @@ def _manifest(
     commits: list[dict[str, Any]],
     rejected: dict[str, int],
     encoders: Encoders,
-    psnr_db: float | None,
 ) -> Manifest:
     begun = json.loads((dataset / WORK / "config.json").read_text())
     kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
     counts = Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected)
-    generation = _generation(begun, commits, counts, psnr_db)
-    mean, std = _latent_statistics(_for_training(commits))
+    latent_mean, latent_std = _latent_statistics(_for_training(commits))
     buckets: Counter[tuple[int, int]] = Counter()
     for commit in _for_training(commits):
         buckets[commit["height"], commit["width"]] += commit["num_samples"]
-    vision = config.vision_encoder and encoders.vision
     flips, drawn = config.images.flip, config.captions.per_picture
-    roles = {
-        name: record.model_copy(update={"path": config.text_encoders[name].path})
-        for name, record in encoders.text.roles.items()
-    }
     return Manifest(
         id=fingerprint({"settings": _settings(begun), "listing": begun["listing_sha256"]})[:32],
-        codec=encoders.codec.model_copy(update={"path": config.vae.path}),
-        text=encoders.text.model_copy(update={"roles": roles}),
-        vision=vision and vision.model_copy(update={"path": config.vision_encoder.path}),  # pyright: ignore[reportOptionalMemberAccess]
+        **encoders.record,
         members=encoders.members,
-        latent_mean=mean,
-        latent_std=std,
+        latent_mean=latent_mean,
+        latent_std=latent_std,
         buckets=[
             BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in sorted(buckets.items())
         ],
         classes=begun["classes"],
         counts=counts,
         samples_per_picture={"train": drawn * (1 + flips), "heldout": drawn},
-        generations=[generation],
+        generations=[_generation(begun, commits, counts)],
         base=None,
         prepare_config=config.model_dump(mode="json", exclude=INDECISIVE),
         files={},
@@ -150,9 +151,7 @@ def _settings(begun: dict[str, Any]) -> dict[str, Any]:
     return begun["settings"] | {"config": config}
 
 
-def _generation(
-    begun: dict[str, Any], commits: list[dict[str, Any]], counts: Counts, psnr_db: float | None
-) -> Generation:
+def _generation(begun: dict[str, Any], commits: list[dict[str, Any]], counts: Counts) -> Generation:
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
     num_labels = max(len(begun["classes"]), *(commit["num_labels"] for commit in commits))
     chain = {
@@ -165,12 +164,12 @@ def _generation(
     }
     return Generation(
         number=0,
-        complete=psnr_db is not None,
+        complete=False,
         listed=begun["listed"],
         counts=counts,
         num_shards=len(commits),
         num_labels=num_labels,
-        psnr_db=psnr_db,
+        psnr_db=round(mean(value for commit in commits for value in commit["psnr_db"]), 2),
         listing_sha256=begun["listing_sha256"],
         fingerprint=fingerprint(chain),
     )
@@ -184,8 +183,8 @@ def _for_training(commits: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the raw latents by channel."""
     count = sum(commit["latent_count"] for commit in commits)
-    mean, square = (
+    means, squares = (
         [sum(values) / count for values in zip(*(c[name] for c in commits), strict=True)]
         for name in ("latent_sum", "latent_square_sum")
     )
-    return mean, [(s - m * m) ** 0.5 for s, m in zip(square, mean, strict=True)]
+    return means, [(s - m * m) ** 0.5 for s, m in zip(squares, means, strict=True)]

@@ -1,34 +1,26 @@
-"""What people see of a preparation: the dry run, progress, tables, and the contact sheet."""
+"""What a terminal shows of a preparation: the dry run, progress, and the tables that the page has too."""
 
-import base64
-import html
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.commits import ShardSpec
-from data_prep.encode import Encoders
+from data_prep.encoders import configured
 from data_prep.images import Bucket
-from data_prep.plan import read_planned
-from data_prep.schema import CONTACT_SHEET, SPLITS, Manifest, index_path, read_shard_table
-from data_prep.shards import WORK
+from data_prep.schema import SPLITS, Manifest, read_shard_table
 from data_prep.storage import is_remote
-from data_prep.workers import Actors
 
-SHEET_PAIRS, SHEET_COLUMNS, SHEET_CELL = 24, 8, 192
-LINE_EVERY_S = 30.0  # where there is no terminal to draw a bar on
+# Where there is no terminal to draw a bar on.
+LINE_EVERY_S = 30.0
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -69,33 +61,44 @@ class Progress:
             self._console.print(f"{self._what}: {done} of {self._total}, {rate}, {left}")
 
 
+@dataclass(frozen=True)
+class Listing:
+    """A table for people, in the terminal or on the page."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def print(self) -> None:
+        table = Table(*self.head, title=self.title)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
 def print_plan(
     console: Console,
     config: Any,
     listing: pa.Table,
-    weights: dict[str, str],
+    hashes: dict[str, dict[str, str]],
     buckets: list[Bucket],
 ) -> None:
     """The dry run's answer: what is there and what would be made of it."""
-    table = Table("source", "kind", "path", "files", "MiB", title="Sources")
+    rows = list[tuple[str, ...]]()
     for name, source in config.sources.items():
         sizes = listing["size"].filter(
             pc.and_(pc.equal(listing["source"], name), pc.is_null(listing["reason"]))  # pyright: ignore[reportAttributeAccessIssue]
         )
         mib = (pc.sum(sizes).as_py() or 0) / 2**20  # pyright: ignore[reportAttributeAccessIssue]
-        table.add_row(name, source.kind, source.path, str(len(sizes)), f"{mib:.1f}")
-    console.print(table)
-    table = Table("encoder", "path", "dtype", "weights sha256", title="Encoders")
-    for name, sha256 in weights.items():
-        section: Any = config
-        for part in name.split("."):
-            section = section[part] if isinstance(section, dict) else getattr(section, part)
-        table.add_row(name, section.path, section.dtype, sha256[:12])
-    console.print(table)
-    table = Table("height", "width", "aspect", title="Buckets")
-    for height, width in buckets:
-        table.add_row(str(height), str(width), f"{width / height:.2f}")
-    console.print(table)
+        rows.append((name, source.kind, source.path, str(len(sizes)), f"{mib:.1f}"))
+    Listing("Sources", ("source", "kind", "path", "files", "MiB"), rows).print()
+    rows = [
+        (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
+        for place, encoder in configured(config).items()
+    ]
+    Listing("Encoders", ENCODER_COLUMNS, rows).print()
+    rows = [(str(height), str(width), f"{width / height:.2f}") for height, width in buckets]
+    Listing("Buckets", ("height", "width", "aspect"), rows).print()
     room = ""
     if not is_remote(config.output):
         folder = Path(config.output).absolute()
@@ -109,33 +112,34 @@ def print_result(
     console: Console, dataset: Path, manifest: Manifest, spent: dict[str, float]
 ) -> None:
     """Counts and buckets of a finished dataset."""
-    counts = manifest.counts
-    table = Table("pictures", "count", title="Counts")
-    table.add_row("seen", str(counts.seen))
-    table.add_row("kept", str(counts.kept))
-    for reason, count in counts.rejected.items():
-        table.add_row(f"rejected: {reason}", str(count))
-    console.print(table)
     rows = read_shard_table(dataset).to_pylist()
-    table = Table(*BUCKET_COLUMNS, title="Buckets")
-    for line in bucket_lines(rows):
-        table.add_row(*line)
-    console.print(table)
+    for listing in (count_listing(manifest), bucket_listing(rows)):
+        listing.print()
     size = sum(row["bytes"] for row in rows) / 2**20
     where = str(dataset)
     if not is_remote(dataset):
         where = min(os.path.relpath(dataset), where, key=len)
     console.print(
-        f"{where}: {counts.kept} pictures, {len(rows)} shards, {size:.1f} MiB; "
+        f"{where}: {manifest.counts.kept} pictures, {len(rows)} shards, {size:.1f} MiB; "
         + (", ".join(f"{what} {s:.1f} s" for what, s in spent.items()) or "0 s")
     )
 
 
-BUCKET_COLUMNS = ("bucket", "aspect", "train", "held out", "shards")
+ENCODER_COLUMNS = ("encoder", "path", "dtype", "weights sha256")
 
 
-def bucket_lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Of the shard table: samples and shards of every bucket, from the tallest to the widest."""
+def count_listing(manifest: Manifest) -> Listing:
+    counts = manifest.counts
+    kinds = {"seen": counts.seen, "kept": counts.kept} | {
+        f"rejected: {reason}": count for reason, count in counts.rejected.items()
+    }
+    seen = max(counts.seen, 1)
+    rows = [(kind, str(count), f"{100 * count / seen:.2f}") for kind, count in kinds.items()]
+    return Listing("Pictures", ("", "count", "%"), rows)
+
+
+def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
+    """Samples and shards of every bucket of the shard table, from the tallest to the widest."""
     shards, samples = Counter[Bucket](), Counter[tuple[Bucket, str]]()
     for row in rows:
         shards[row["height"], row["width"]] += 1
@@ -144,111 +148,16 @@ def bucket_lines(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     for (height, width), count in sorted(shards.items(), key=lambda item: item[0][1] / item[0][0]):
         numbers = [str(samples[(height, width), split]) for split in SPLITS]
         lines.append((f"{height}x{width}", f"{width / height:.2f}", *numbers, str(count)))
-    return lines
+    return Listing("Buckets", ("bucket", "aspect", "train", "held out", "shards"), lines)
 
 
-def contact_sheet(
-    dataset: Path,
-    shards: list[ShardSpec],
-    commits: list[dict[str, Any]],
-    encoders: Encoders,
-    actors: Actors,
-) -> tuple[Image.Image, float]:
-    """Some originals of every bucket, each above what the codec makes of its stored latents, and their PSNR in dB."""
-    first: dict[Bucket, int] = {}
-    for i, commit in enumerate(commits):
-        if commit["num_samples"]:
-            first.setdefault((commit["height"], commit["width"]), i)
-    each = max(SHEET_PAIRS // len(first), 1)
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    for i in list(first.values())[:SHEET_PAIRS]:
-        rejected = {reject["key"] for reject in commits[i]["rejects"]}
-        keys = read_planned(dataset / WORK, i)["key"].to_pylist()
-        keys = [key for key in keys if key not in rejected]
-        step = commits[i]["num_samples"] // len(keys)  # samples of a picture
-        moments = _read_moments(dataset, shards[i], encoders, step, min(each, len(keys)))
-        stored = dict(zip(keys, moments, strict=False))
-        pairs += actors.ask("contact_pairs", shards[i], i, stored)
-    errors = [((a.astype(np.float64) - b) ** 2).mean() for a, b in pairs]
-    psnr = [10 * np.log10(255**2 / max(error, 1e-3)) for error in errors]
-    return _draw_pairs(pairs), round(float(np.mean(psnr)), 2)
-
-
-def _read_moments(
-    dataset: Path, spec: ShardSpec, encoders: Encoders, step: int, count: int
-) -> np.ndarray:
-    """The moments of the first pictures, found through the index: (count, 2C, h, w)."""
-    with (dataset / index_path(spec.path)).open("rb") as file:
-        index = np.lib.format.read_array(file, allow_pickle=False)
-    member, downscale = encoders.members["moments"], encoders.codec.downscale
-    moments = []
-    with (dataset / spec.path).open("rb") as file:
-        for offset, size in index[: count * step : step, 0].tolist():
-            file.seek(offset)
-            moments.append(np.frombuffer(file.read(size), member.dtype))
-    shape = (count, -1, spec.height // downscale, spec.width // downscale)
-    return np.stack(moments).reshape(shape)
-
-
-def _draw_pairs(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Image.Image:
-    columns = min(SHEET_COLUMNS, len(pairs))
-    lines = -(-len(pairs) // columns)
-    sheet = Image.new("RGB", (columns * SHEET_CELL, lines * 2 * SHEET_CELL), (32, 32, 32))
-    for i, pair in enumerate(pairs):
-        for j, pixels in enumerate(pair):
-            picture = Image.fromarray(pixels)
-            scale = (SHEET_CELL - 4) / max(picture.size)
-            size = (round(picture.width * scale), round(picture.height * scale))
-            x, y = i % columns * SHEET_CELL, (i // columns * 2 + j) * SHEET_CELL
-            sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x + 2, y + 2))
-    return sheet
-
-
-def html_report(dataset: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str:
-    """One page with the contact sheet in it, to be read offline; nothing on it runs."""
-    sheet = base64.b64encode((dataset / CONTACT_SHEET).read_bytes()).decode()
-    counts, codec = manifest.counts, manifest.codec
-    seen = max(counts.seen, 1)
-    kinds = {"seen": counts.seen, "kept": counts.kept} | {
-        f"rejected: {reason}": count for reason, count in counts.rejected.items()
-    }
-    encoders = {"vae": codec, **manifest.text.roles}
-    if manifest.vision is not None:
-        encoders["vision"] = manifest.vision
+def latent_listing(manifest: Manifest) -> Listing:
     stats = zip(manifest.latent_mean, manifest.latent_std, strict=True)
-    tables = [
-        (
-            "Pictures",
-            ("", "count", "%"),
-            [(k, n, f"{100 * n / seen:.2f}") for k, n in kinds.items()],
-        ),
-        ("Buckets", BUCKET_COLUMNS, bucket_lines(rows)),
-        (
-            "Latents, raw, by channel",
-            ("channel", "mean", "std"),
-            [(i, f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(stats)],
-        ),
-        (
-            "Encoders",
-            ("encoder", "path", "dtype", "weights sha256"),
-            [(n, e.path, e.dtype, e.weights_sha256[:12]) for n, e in encoders.items()],
-        ),
-    ]
-    parts = [f"<h2>{title}</h2>" + _html_table(head, lines) for title, head, lines in tables]
-    psnr = manifest.generations[-1].psnr_db
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Prepared dataset</title><style>"
-        "body{font:15px sans-serif;margin:2em auto;max-width:1600px}"
-        "td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}"
-        "td:first-child,th:first-child{text-align:left}</style><h1>Prepared dataset</h1>"
-        + "".join(parts)
-        + f"<h2>Originals above their decoded latents, PSNR {psnr} dB</h2>"
-        f'<img alt="contact sheet" src="data:image/png;base64,{sheet}"></html>\n'
-    )
+    rows = [(str(i), f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(stats)]
+    return Listing("Latents, raw, by channel", ("channel", "mean", "std"), rows)
 
 
-def _html_table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    rows = [f"<tr>{''.join(f'<th>{html.escape(cell)}' for cell in head)}"]
-    for line in lines:
-        rows.append(f"<tr>{''.join(f'<td>{html.escape(str(cell))}' for cell in line)}")
-    return f"<table>{''.join(rows)}</table>"
+def encoder_listing(manifest: Manifest) -> Listing:
+    records = manifest.encoders().items()
+    rows = [(name, r.path, r.dtype, r.weights_sha256[:12]) for name, r in records]
+    return Listing("Encoders", ENCODER_COLUMNS, rows)

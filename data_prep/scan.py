@@ -51,7 +51,7 @@ def listing_sha256(listing: pa.Table) -> str:
     digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
     for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
         caption = compute.replace_substring_regex(batch["caption_path"], ".*/", "")
-        columns = [batch[name] for name in ("source", "kind", "name", "class_name", "reason")]
+        columns = [batch[name] for name in ("source", "name", "class_name", "reason")]
         texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"], caption)]
         options = {"null_handling": "replace", "null_replacement": ""}
         lines = compute.binary_join_element_wise(*texts, separator, **options)

@@ -205,6 +205,17 @@ class Manifest(Config):
     """sha256 of the tables and pictures beside the manifest, by name."""
     fingerprint: str = ""
 
+    def encoders(self) -> dict[str, CodecRecord | RoleRecord | VisionRecord]:
+        """The record of every encoder by name."""
+        vision = {"vision": self.vision} if self.vision else {}
+        return {"vae": self.codec, **self.text.roles, **vision}
+
+    def completed(self) -> "Manifest":
+        """This one with a last generation to which nothing will be added."""
+        *earlier, last = self.generations
+        last = last.model_copy(update={"complete": True})
+        return self.model_copy(update={"generations": [*earlier, last]})
+
     def with_fingerprint(self) -> "Manifest":
         content = self.model_dump(mode="json")
         return self.model_copy(update={"fingerprint": _content_fingerprint(content)})

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.schema import index_path
+from data_prep.schema import index_path, proof_path
 from data_prep.storage import publish, temporary_for, write_atomic
 
 WORK = "work"  # of the dataset: everything needed to resume
@@ -108,8 +108,8 @@ class ShardWriter:
         padding = -len(data) % tarfile.BLOCKSIZE
         return self._tar.offset - padding
 
-    def commit(self) -> dict[str, Any]:
-        """Make shard and index appear, durably; returns num_samples, bytes and hashes.
+    def commit(self, proof: bytes) -> dict[str, Any]:
+        """Make shard, index and proof appear, durably; returns num_samples, bytes, hashes and sizes.
 
         A shard without samples leaves no file.
         """
@@ -118,17 +118,20 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         index = np.array(self._index, dtype=np.int64).reshape(-1, len(self._members), 2)
-        index_data = npy_bytes(index)
-        write_atomic(
-            self._target.parent / index_path(self._target.name),
-            lambda path: path.write_bytes(index_data),
-        )
+        beside = {index_path: npy_bytes(index), proof_path: proof}
+        sizes = {self._target.name: self._file.num_bytes}
+        for path_of, data in beside.items():
+            path = self._target.parent / path_of(self._target.name)
+            write_atomic(path, lambda temporary, data=data: temporary.write_bytes(data))
+            sizes[path.name] = len(data)
         publish(self._temporary, self._target)
         return {
             "num_samples": len(self._index),
             "bytes": self._file.num_bytes,
             "sha256": self._file.sha256.hexdigest(),
-            "index_sha256": hashlib.sha256(index_data).hexdigest(),
+            "index_sha256": hashlib.sha256(beside[index_path]).hexdigest(),
+            "proof_sha256": hashlib.sha256(proof).hexdigest(),
+            "sizes": sizes,
         }
 
     def abandon(self) -> None:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from data_prep.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -27,7 +28,9 @@ from data_prep.schema import (
     REJECTS,
     SHARD_TABLE,
     Manifest,
+    captions_sha256,
     index_path,
+    proof_path,
     read_index,
     read_manifest,
     read_shard_table,
@@ -40,6 +43,10 @@ from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")
 console = Console(soft_wrap=True, highlight=False, markup=False)
+
+
+# What a proof says of one picture, by name.
+Proved = dict[str, np.ndarray]
 
 
 class Wrong(Exception):
@@ -110,7 +117,7 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
     """What is wrong with the shard ("" if nothing), its first and its last key."""
     tar, index = dataset / row["path"], dataset / index_path(row["path"])
     try:
-        for path in (tar, index):
+        for path in (tar, index, dataset / proof_path(row["path"])):
             if not path.is_file():
                 raise Wrong(f"{path.name} is missing")
         if tar.stat().st_size != row["bytes"]:
@@ -120,7 +127,8 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
                 if file_sha256(Path(path)) != sha256:
                     name = (tar if path == shard else index).name
                     raise Wrong(f"{name} is not what the table says (sha256)")
-            keys = _audit_samples(Path(shard), read_index(Path(places)), manifest, row)
+            proof = _read_proof(dataset, row)
+            keys = _audit_samples(Path(shard), read_index(Path(places)), manifest, row, proof)
     except Wrong as wrong:
         return str(wrong), "", ""
     except (OSError, ValueError, tarfile.TarError) as error:
@@ -128,33 +136,73 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
     return "", keys[0], keys[-1]
 
 
+def _read_proof(dataset: Path, row: dict[str, Any]) -> dict[str, Proved]:
+    """What the shard's proof says of its pictures, by key; raises Wrong."""
+    path = dataset / proof_path(row["path"])
+    if file_sha256(path) != row["proof_sha256"]:
+        raise Wrong(f"{path.name} is not what the table says (sha256)")
+    proof = read_proof(dataset, row["path"])
+    return {
+        key: {name: values[i] for name, values in proof.items()}
+        for i, key in enumerate(proof_keys(proof))
+    }
+
+
 def _audit_samples(
-    path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any]
+    path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any], proof: dict[str, Proved]
 ) -> list[str]:
     """The keys in order; raises Wrong at the first member that is not as it should be."""
     members, each = list(manifest.members), manifest.samples_per_picture[row["split"]]
     if index.shape[:2] != (row["num_samples"], len(members)):
         raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
-    keys: list[str] = []
+    captions = list[tuple[str, list[str]]]()
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for begin in range(0, len(index), each):
-            key, places = _audit_picture(tar, file, manifest, row)
+            key, places, drawn = _audit_picture(tar, file, manifest, row)
             if not key:
-                raise Wrong(f"ends after {len(keys)} pictures, expected {len(index) // each}")
+                raise Wrong(f"ends after {len(captions)} pictures, expected {len(index) // each}")
             _audit_index(index[begin : begin + each], key, places, members)
-            keys.append(key)
+            if key in proof:
+                _audit_proof(file, key, places, manifest, drawn[0], proof.pop(key))
+            captions.append((key, drawn))
         if tar.next() is not None:
-            raise Wrong(f"holds more than {len(keys)} pictures")
-    for before, after in pairwise(keys):
+            raise Wrong(f"holds more than {len(captions)} pictures")
+    if proof:
+        raise Wrong(f"its proof shows {min(proof)}, which it does not hold")
+    for (before, _), (after, _) in pairwise(captions):
         if after <= before:
             raise Wrong(f"key {after} is out of order or there twice")
-    return keys
+    if captions_sha256(captions) != row["captions_sha256"]:
+        raise Wrong("its captions are not those that the table says (sha256)")
+    return [key for key, _ in captions]
+
+
+def _audit_proof(
+    file: Any,
+    key: str,
+    places: dict[str, tuple[int, int]],
+    manifest: Manifest,
+    caption: str,
+    proved: Proved,
+) -> None:
+    """Stored text and caption are those that the proof was made of; raises Wrong."""
+    if not np.array_equal(proved["caption_sha256"], caption_hash(caption)):
+        raise Wrong(f"{key}.json: its caption is not the one that the proof was made of")
+    for role, record in manifest.text.roles.items():
+        for member, width in ((role, record.dim), (f"{role}_pooled", record.pooled_dim)):
+            offset, size = places[member]
+            file.seek(offset)
+            stored = np.frombuffer(file.read(size), manifest.members[member].dtype)
+            if not np.array_equal(
+                project(stored.reshape(-1, width)), proved[f"{member}.projection"]
+            ):
+                raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
 
 
 def _audit_picture(
     tar: tarfile.TarFile, file: Any, manifest: Manifest, row: dict[str, Any]
-) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The next key and where its arrays lie, KEY.json being the last member of it; "" at the end."""
+) -> tuple[str, dict[str, tuple[int, int]], list[str]]:
+    """The next key, where its arrays lie and its captions, KEY.json being its last member; "" at the end."""
     members, key = manifest.members, ""
     places: dict[str, tuple[int, int]] = {}
     while info := tar.next():
@@ -164,14 +212,15 @@ def _audit_picture(
         if not KEY.fullmatch(key) or not info.name.startswith(f"{key}."):
             raise Wrong(f"member {info.name!r} where one of {key!r} was expected")
         if name == "json":
-            if not isinstance(json.loads(file.read(info.size)).get("caption"), str):
+            facts = json.loads(file.read(info.size))
+            if not isinstance(facts.get("caption"), str):
                 raise Wrong(f"{info.name}: no caption")
-            return key, places
+            return key, places, facts.get("captions", [facts["caption"]])
         member = name.split(".")[0]
         if member not in members or not name.endswith(".npy"):
             raise Wrong(f"member {info.name!r} is none of {', '.join(members)}")
         places[name.removesuffix(".npy")] = _audit_array(file, info, member, manifest, row)
-    return "", places
+    return "", places, []
 
 
 def _audit_index(
@@ -247,7 +296,8 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
 
 
 def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:
-    known = {name for row in rows for name in (row["path"], index_path(row["path"]))}
+    beside = (str, index_path, proof_path)
+    known = {path_of(row["path"]) for row in rows for path_of in beside}
     names = sorted(f"shards/{name}" for name in find_files(dataset / "shards"))
     return [f"{name}: not in {SHARD_TABLE}" for name in names if name not in known]
 

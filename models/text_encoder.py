@@ -1,6 +1,5 @@
 """Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.config import InputError
-from models.weights import Dtype, brief, load_transformers, read_model_config, weights_sha256
+from models.weights import (
+    Dtype,
+    brief,
+    load_transformers,
+    read_model_config,
+    tokenizer_folder,
+    tokenizer_sha256,
+    weights_sha256,
+)
 
 # model_type in config.json -> the class that holds its text encoder alone.
 ENCODERS = {
@@ -22,15 +29,6 @@ ENCODERS = {
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-)
-# What else decides which tokens a text becomes.
-TOKENIZER_EXTRAS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 
 class TextEncoder:
@@ -110,7 +108,7 @@ class TextEncoder:
             "family": type(self.network).__name__,
             "path": str(self.path),
             "weights_sha256": weights_sha256(self.path),
-            "tokenizer_sha256": tokenizer_sha256(Path(self.tokenizer.name_or_path)),
+            "tokenizer_sha256": tokenizer_sha256(self.path),
             "dtype": self.dtype,
             "view": {"max_length": self.max_length, "pooled": self.pooled},
             "dim": self.dim,
@@ -118,29 +116,14 @@ class TextEncoder:
         }
 
 
-def tokenizer_sha256(folder: Path) -> str:
-    """sha256 over the names and contents of the tokenizer's files, in the order of their names."""
-    digest = hashlib.sha256()
-    patterns = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _load_tokenizer(path: Path) -> Any:
-    sibling = path.parent / path.name.replace("text_encoder", "tokenizer")
-    folders = [f for f in (path, sibling) if any((f / name).is_file() for name in TOKENIZER_FILES)]
-    if not folders:
-        raise InputError(
-            f"{path}: got no tokenizer (one of {', '.join(TOKENIZER_FILES)}), neither there nor in "
-            f"{sibling}. Remedy: copy the model's tokenizer files into one of them."
-        )
+    folder = tokenizer_folder(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folders[0], local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{folders[0]}: cannot load tokenizer: {brief(error)}") from error
+        raise InputError(f"{folder}: cannot load tokenizer: {brief(error)}") from error
     if tokenizer.pad_token is None:
-        raise InputError(f"{folders[0]}: got a tokenizer without a pad token, expected one")
+        raise InputError(f"{folder}: got a tokenizer without a pad token, expected one")
     return tokenizer

@@ -3,6 +3,7 @@
 Torch-free, so that a dataset's record can be compared with a folder before anything is loaded.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,16 @@ from models.files import file_sha256
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
+# What else decides which tokens a text becomes.
+TOKENIZER_EXTRAS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
 
 
 class Normalisation(Config):
@@ -37,6 +48,27 @@ def weight_files(folder: Path) -> list[Path]:
             "safe_serialization=True) where the model came from, or download its safetensors files."
         )
     return files
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The text encoder's folder or the one beside it that has a tokenizer; raises InputError."""
+    sibling = path.parent / path.name.replace("text_encoder", "tokenizer")
+    for folder in (path, sibling):
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise InputError(
+        f"{path}: got no tokenizer (one of {', '.join(TOKENIZER_FILES)}), neither there nor in "
+        f"{sibling}. Remedy: copy the model's tokenizer files into one of them."
+    )
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """sha256 over names and contents of the files that decide a text encoder's tokens, in name order."""
+    digest, patterns = hashlib.sha256(), (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+    folder = tokenizer_folder(path)
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def read_model_config(folder: Path, what: str) -> dict[str, Any]:

@@ -12,8 +12,11 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from data_prep.prepare import PrepareConfig, prepare
+from data_prep.config import PrepareConfig
+from data_prep.encode import ShardEncoder
+from data_prep.prepare import prepare
 from data_prep.schema import read_manifest, read_shard_table
+from data_prep.settings import encoder_settings
 from data_prep.verify import verify
 from models import build_model
 from models.command import load_config
@@ -142,6 +145,11 @@ def test_prepared_features_are_those_of_picture_and_mirror_image(dataset):
     manifest = read_manifest(dataset)
     assert manifest.vision is not None
     assert manifest.vision.dim == 24
+    config = load_config(PrepareConfig, dataset.parent / "c.yaml", [])
+    encoder = ShardEncoder(encoder_settings(config, dataset), num_decoders=1)
+    needs = {"vae": 4, "text_encoders.bert": 1, "vision_encoder": 8}
+    assert encoder.describe().divides == needs
+    torch.use_deterministic_algorithms(False)
     flipped = False
     for row in read_shard_table(dataset).to_pylist():
         with tarfile.open(dataset / row["path"]) as tar:

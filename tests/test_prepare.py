@@ -30,30 +30,24 @@ from safetensors.numpy import load_file
 from webdataset.compat import WebDataset
 
 from data_prep.catalog import CATALOG_SCHEMA
-from data_prep.commits import ShardSpec
+from data_prep.commits import ShardSpec, read_commits, shard_list
 from data_prep.config import PrepareConfig
-from data_prep.encode import (
-    EncodeConfig,
-    EncoderSettings,
-    ShardEncoder,
-    TextEncoderConfig,
-    VaeConfig,
-    in_halves,
-)
+from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.estimate import estimate
 from data_prep.images import ImagesConfig, decode
-from data_prep.output import open_output
+from data_prep.output import is_complete, open_output
 from data_prep.prepare import main, prepare
+from data_prep.proof import proof_keys, read_proof
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
-from data_prep.settings import check_buckets, check_settings
+from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
 from models.command import load_config, run_command
 from models.config import InputError
 from models.text_encoder import TextEncoder
-from models.vae import LatentCodec
+from models.vae import LatentCodec, sample_latents
 from pipeline.data import Loader
 from pipeline.data_config import DataConfig
 from tests.prep_factory import (
@@ -228,11 +222,47 @@ def test_the_empty_captions_embedding_is_the_encoders_own(reference, messy):
     np.testing.assert_allclose(stored["bert_pooled"], pooled[0].numpy(), atol=2e-3)
 
 
-def test_the_contact_sheet_shows_originals_above_their_latents(reference):
+def test_a_proof_shows_originals_and_what_the_codec_makes_of_their_latents(reference, messy):
+    config = load_config(PrepareConfig, messy, [])
+    codec, rows, seen = LatentCodec.load(config.vae.path), read_shard_table(reference), 0
+    for row in rows.to_pylist():
+        proof = read_proof(reference, row["path"])
+        samples = WebDataset(str(reference / row["path"]), shardshuffle=False, empty_check=False)
+        found = {sample["__key__"]: sample for sample in samples}
+        keys = sorted(found, key=lambda key: hashlib.sha256(f"proof\0{key}".encode()).digest())
+        assert proof_keys(proof) == keys[:4]
+        for key, before, after in zip(keys, proof["original"], proof["decoded"], strict=False):
+            facts = json.loads(found[key]["json"])
+            if facts["source"] == "pictures":
+                data = (messy.parent / "pictures" / facts["name"]).read_bytes()
+                picture = decode(data, (row["height"], row["width"]), config.images)
+                np.testing.assert_array_equal(before, picture.pixels)
+                seen += 1
+            moments = np.load(io.BytesIO(found[key]["moments.npy"]))[None]
+            noise = torch.zeros(1, 4, *moments.shape[2:])
+            latents = sample_latents(torch.from_numpy(moments), noise, codec.normalisation)
+            decoded = codec.decode(latents)[0].permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(after, decoded, atol=1)  # on the edge of rounding
+    assert seen > 4
     sheet = np.asarray(Image.open(reference / "contact_sheet.png"))
-    above, below = sheet[2:190, 2:190], sheet[194:382, 2:190]
-    assert above.std() > 10
-    assert np.abs(above.astype(int) - below).mean() > 1  # a random codec does not restore them
+    first = read_proof(reference, shard_list(reference)[0].path)
+    cell = max(first["original"].shape[1:3])
+    scaled = (Image.fromarray(first[n][0]) for n in ("original", "decoded"))
+    for top, picture in zip((2, 134), scaled, strict=True):
+        size = [round(side * 128 / cell) for side in picture.size]
+        expected = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+        shown = sheet[top : top + expected.shape[0], 2 : 2 + expected.shape[1]]
+        np.testing.assert_array_equal(shown, expected)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx.npy", ".proof.safetensors"])
+def test_a_committed_shard_that_was_cut_short_is_to_be_made_again(reference, tmp_path, suffix):
+    copy = shutil.copytree(reference, tmp_path / "copy")
+    assert is_complete(copy)
+    path = sorted(copy.glob(f"shards/*/*{suffix}"))[-1]
+    os.truncate(path, path.stat().st_size - 1)
+    assert not is_complete(copy)
+    assert read_commits(copy, shard_list(copy)).count(None) == 1
 
 
 def test_running_it_again_does_nothing(reference, messy, capsys):
@@ -263,8 +293,10 @@ def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy,
         assert not (dataset / "manifest.json").exists()
     lost, _ = done.popitem()
     Path(lost).unlink()
+    cut, _ = done.popitem()
+    os.truncate(cut, 1024)
     run(messy, f"output={dataset}")
-    assert len(done) >= 4
+    assert len(done) >= 3
     assert done.items() <= commits(dataset).items()
     assert dataset_bytes(dataset) == dataset_bytes(reference)
     counts = read_manifest(dataset).counts
@@ -398,10 +430,8 @@ def planned_shard(folder: Path, vae: Path, text: Path) -> EncoderSettings:
         rows.append(row | {"height": 40, "width": 40, "captions": ["volcano"]})
     plan = folder / "dataset" / "work" / "plan" / "000000.parquet"
     write_table(plan, pa.Table.from_pylist(rows, CATALOG_SCHEMA))
-    texts = {"bert": TextEncoderConfig(path=str(text), max_length=8)}
-    images = ImagesConfig(resolution=32, bucket_multiple=8)
-    vae_config, dataset = VaeConfig(path=str(vae)), str(folder / "dataset")
-    return EncoderSettings(dataset, vae_config, texts, None, images, EncodeConfig(), False)
+    config = write_config(folder / "c.yaml", {"s": folder}, vae, text)
+    return encoder_settings(load_config(PrepareConfig, config, []), folder / "dataset")
 
 
 def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
@@ -570,12 +600,14 @@ def test_where_every_picture_is_rejected_the_reasons_are_counted(small, ray_addr
         run(small, "filters.min_side=1000")
 
 
-def test_buckets_that_do_not_fit_the_codec_are_refused(reference, messy):
-    config = load_config(PrepareConfig, messy, ["images.bucket_multiple=2"])
-    with pytest.raises(
-        InputError, match=r"images\.bucket_multiple: got 2, expected a multiple of 4"
-    ):
-        check_buckets(config, read_manifest(reference).codec.downscale)
+@pytest.mark.parametrize(("place", "side"), [("vae", 16), ("vision_encoder", 14)])
+def test_buckets_that_do_not_fit_an_encoder_are_refused(messy, place, side):
+    config = load_config(PrepareConfig, messy, [])
+    needs = {"vae": 4, "text_encoders.bert": 1, "vision_encoder": 8}
+    check_buckets(config, needs)
+    message = rf"images\.bucket_multiple: got 8, expected a multiple of {side}, for {place}\."
+    with pytest.raises(InputError, match=message):
+        check_buckets(config, needs | {place: side})
 
 
 def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_address):

@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 from webdataset.compat import WebDataset
 
+from data_prep.proof import project
 from data_prep.schema import read_index
 from data_prep.shards import ShardWriter
 from models.files import file_sha256
@@ -28,7 +29,7 @@ def write_shard(folder, count=7):
     writer = ShardWriter(folder, "shards/32x48/train-000000.tar", MEMBERS)
     for i in range(count):
         writer.add(*sample(i))
-    return writer.commit()
+    return writer.commit(b"proof")
 
 
 def test_plain_webdataset_reads_every_sample_and_numpy_every_member_without_pickle(tmp_path):
@@ -66,9 +67,22 @@ def test_the_same_samples_give_the_same_bytes_and_the_record_their_hashes(tmp_pa
         path = tmp_path / name / "shards/32x48/train-000000.tar"
         assert file_sha256(path) == records[0]["sha256"]
         assert path.stat().st_size == records[0]["bytes"]
-        assert (
-            file_sha256(path.with_suffix("").with_suffix(".idx.npy")) == records[0]["index_sha256"]
-        )
+        for suffix, column in (
+            (".idx.npy", "index_sha256"),
+            (".proof.safetensors", "proof_sha256"),
+        ):
+            assert file_sha256(path.with_suffix(suffix)) == records[0][column]
+        sizes = {file.name: file.stat().st_size for file in path.parent.iterdir()}
+        assert sizes == records[0]["sizes"]
+
+
+def test_a_projection_stays_what_proofs_were_made_with_and_sees_order_and_every_number():
+    tokens = (np.arange(30).reshape(6, 5) / 8).astype(np.float16)
+    pinned = project(tokens)
+    assert pinned[:6].tolist() == [-6.125, 5.125, 6.125, -19.375, -5.625, -6.125]
+    np.testing.assert_array_equal(project(tokens[0]), project(tokens[:1]))
+    for changed in (tokens[::-1], tokens[:, ::-1], tokens[:5], tokens + np.eye(6, 5)[[3]]):
+        assert not np.array_equal(project(changed), pinned)
 
 
 def test_headers_are_ustar_with_no_time_and_no_owner(tmp_path):
@@ -90,6 +104,6 @@ def test_before_the_commit_there_is_no_shard_and_after_giving_up_no_trace(tmp_pa
 
 def test_a_shard_without_samples_leaves_no_file(tmp_path):
     writer = ShardWriter(tmp_path, "shards/x.tar", MEMBERS)
-    assert writer.commit()["num_samples"] == 0
+    assert writer.commit(b"")["num_samples"] == 0
     writer.abandon()
     assert list((tmp_path / "shards").iterdir()) == []

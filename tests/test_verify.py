@@ -1,6 +1,7 @@
 """Every kind of damage to a dataset is found, and named."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -17,6 +19,8 @@ from data_prep.schema import (
     SHARD_SCHEMA,
     SHARD_TABLE,
     Counts,
+    captions_sha256,
+    proof_path,
 )
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
@@ -43,17 +47,23 @@ def arrays(i: int, height: int, width: int) -> dict[str, np.ndarray]:
     }
 
 
-def write_shard(dataset: Path, path: str, keys: range, spoil=None) -> dict:
-    """A shard whose samples' arrays `spoil` may change; its row of the table."""
+def write_shard(dataset: Path, path: str, keys: range, spoil=None, forge=None) -> dict:
+    """A shard whose samples' arrays `spoil` may change, and its proof's `forge`; its row of the table."""
     height, width = map(int, path.split("/")[1].split("x"))
     writer = ShardWriter(dataset, path, list(KIND.members()))
+    samples = ProofSamples(count=2)
     for i in keys:
-        sample = arrays(i, height, width)
+        sample, key = arrays(i, height, width), f"{i:020x}"
         if spoil:
             spoil(i, sample)
-        writer.add(f"{i:020x}", sample, {"caption": "x"})
-    place = {"path": path, "split": "train", "height": height, "width": width}
-    return place | {"generation": 0, **writer.commit()}
+        writer.add(key, sample, {"caption": "x"})
+        shown = ProofSample(key, "x", np.zeros((height, width, 3), np.uint8), sample)
+        samples.add(forge(shown) if forge else shown)
+    shown = samples.in_order()
+    proof, _ = make_proof(shown, [s.pixels for s in shown], ["clip", "clip_pooled"])
+    captions = captions_sha256([(f"{i:020x}", ["x"]) for i in keys])
+    place = {"path": path, "generation": 0, "split": "train", "height": height, "width": width}
+    return place | {"captions_sha256": captions, **writer.commit(proof)}
 
 
 def write_manifest(dataset: Path, rows: list[dict], **changes) -> None:
@@ -203,6 +213,39 @@ def test_an_index_that_points_elsewhere_is_found(dataset):
     rows[0]["index_sha256"] = file_sha256(path)
     write_manifest(dataset, rows)
     assert f"{FIRST}: {3:020x}.clip.npy: index says" in only_problem(dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption": "y"}, ".json: its caption is not the one that the proof was made of"),
+        ({"clip": 1}, ".clip.npy: is not what the proof was made of"),
+        ({"clip_pooled": 1}, ".clip_pooled.npy: is not what the proof was made of"),
+        ({"key": "f" * 20}, f"its proof shows {'f' * 20}, which it does not hold"),
+    ],
+)
+def test_a_shard_that_is_not_the_one_its_proof_was_made_of_is_found(tmp_path, changes, message):
+    """All hashes fit: text encoded again, or moved to other pictures, would look so."""
+
+    def forge(sample: ProofSample) -> ProofSample:
+        moved = {n: np.roll(a, 1, axis=0) if n in changes else a for n, a in sample.arrays.items()}
+        fields = {name: value for name, value in changes.items() if name in ("caption", "key")}
+        return replace(sample, arrays=moved, **fields)
+
+    write_manifest(tmp_path, [write_shard(tmp_path, FIRST, range(3, 5), forge=forge)])
+    assert message in only_problem(tmp_path)
+
+
+def test_a_changed_proof_or_other_captions_than_the_tables_are_found(dataset):
+    path, rows = dataset / proof_path(FIRST), pq.read_table(dataset / SHARD_TABLE).to_pylist()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    rows[1]["captions_sha256"] = "x"
+    write_manifest(dataset, rows)
+    proof, captions = verify(dataset)
+    assert proof == f"{FIRST}: train-000000.proof.safetensors is not what the table says (sha256)"
+    assert captions == f"{SECOND}: its captions are not those that the table says (sha256)"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,213 @@
+"""The frozen encoders of a preparation: how each kind is configured, opened, and what it adds to a sample.
+
+Another kind is a config and an encoder here, a field of PrepareConfig, and its record in the manifest.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
+from models.config import Config, InputError
+from models.weights import Dtype, read_model_config, tokenizer_sha256, weights_sha256
+
+# torch is imported by `open`: configs are also read where nothing is encoded.
+
+
+# By member, an array for each picture or caption.
+Arrays = dict[str, np.ndarray | list[np.ndarray]]
+
+
+class Encoder(Protocol):
+    """What preparation asks of an encoder of any kind."""
+
+    divides: int
+    """The sides of a picture must be multiples of it, in pixels."""
+
+    def members(self) -> dict[str, Member]: ...
+
+    def encode(self, batch: Any) -> Arrays:
+        """Every member's array of each picture, uint8 (B, 3, H, W), or of each caption."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """This encoder's part of the manifest."""
+        ...
+
+
+class EncoderConfig(Config):
+    """What every kind of encoder has."""
+
+    what: ClassVar[str]
+    reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
+    path: str
+    dtype: Dtype = "fp32"
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of what decides its numbers; raises InputError where it is not there."""
+        read_model_config(Path(self.path), self.what)
+        return {"weights": weights_sha256(Path(self.path))}
+
+    def open(self, name: str, folder: Path, device: str) -> Encoder:
+        """The encoder, from its folder; raises InputError."""
+        raise NotImplementedError
+
+
+class VaeConfig(EncoderConfig):
+    """The latent codec: a diffusers autoencoder's folder."""
+
+    what = "a diffusers autoencoder"
+
+    def open(self, name: str, folder: Path, device: str) -> "Codec":
+        from models.vae import LatentCodec
+
+        return Codec(LatentCodec.load(folder, self.dtype, device), self.path)
+
+
+class TextEncoderConfig(EncoderConfig):
+    """A transformers text encoder's folder, its tokenizer within or beside it."""
+
+    what = "a transformers text encoder"
+    reads = "captions"
+    max_length: int = Field(default=77, ge=1)
+
+    def hashes(self) -> dict[str, str]:
+        return super().hashes() | {"tokenizer": tokenizer_sha256(Path(self.path))}
+
+    def open(self, name: str, folder: Path, device: str) -> "Text":
+        from models.text_encoder import TextEncoder
+
+        encoder = TextEncoder.load(folder, self.max_length, self.dtype, device)
+        return Text(encoder, self.path, name)
+
+
+class VisionEncoderConfig(EncoderConfig):
+    """A transformers vision transformer's folder, such as DINOv2's: features for `model.alignment` (REPA).
+
+    They are large: 256 vectors of 768 are 384 KiB per picture, where its latents are 16.
+    """
+
+    what = "a vision transformer"
+    patch_pixels: int = Field(default=16, ge=1)
+    """The network's patch times the codec's downscale."""
+
+    def open(self, name: str, folder: Path, device: str) -> "Vision":
+        from models.vision_encoder import VisionEncoder
+
+        return Vision(VisionEncoder.load(folder, self.patch_pixels, self.dtype, device), self.path)
+
+
+class Codec:
+    """The latent codec, whose moments are stored raw."""
+
+    def __init__(self, model: Any, path: str):
+        self.model, self.path, self.divides = model, path, model.downscale
+
+    def members(self) -> dict[str, Member]:
+        depth = self.model.channels * (1 if self.model.deterministic else 2)
+        return {"moments": Member(dtype="float16", shape=(depth, None, None))}
+
+    def encode(self, batch: Any) -> Arrays:
+        return {"moments": _float16(self.model.encode_moments(batch))}
+
+    def decode(self, moments: np.ndarray) -> np.ndarray:
+        """The picture (H, W, 3) uint8 of stored moments, at their mean."""
+        import torch
+
+        from models.vae import sample_latents
+
+        values = torch.from_numpy(moments)[None]
+        noise = torch.zeros(1, self.model.channels, *values.shape[2:])
+        latents = sample_latents(values, noise, self.model.normalisation)
+        return self.model.decode(latents)[0].cpu().permute(1, 2, 0).numpy()
+
+    def record(self) -> dict[str, Any]:
+        record = CodecRecord.model_validate(self.model.record() | {"path": self.path})
+        return {"codec": record.model_dump()}
+
+
+class Text:
+    """One role of the text: tokens, of which the real ones are stored, and one vector."""
+
+    divides = 1
+
+    def __init__(self, model: Any, path: str, name: str):
+        self.model, self.path, self.name = model, path, name
+
+    def members(self) -> dict[str, Member]:
+        return {
+            self.name: Member(dtype="float16", shape=(None, self.model.dim)),
+            f"{self.name}_pooled": Member(dtype="float16", shape=(self.model.pooled_dim,)),
+        }
+
+    def encode(self, batch: Any) -> Arrays:
+        tokens, mask, pooled = (value.cpu() for value in self.model.encode(batch))
+        real = [_float16(t[m]) for t, m in zip(tokens, mask, strict=True)]
+        return {self.name: real, f"{self.name}_pooled": _float16(pooled)}
+
+    def record(self) -> dict[str, Any]:
+        record = RoleRecord.model_validate(self.model.record() | {"path": self.path})
+        roles = {self.name: record.model_dump()}
+        return {"text": {"tokens": [[self.name]], "pooled": [self.name], "roles": roles}}
+
+
+class Vision:
+    """Features of a vision transformer, to align a network's with."""
+
+    def __init__(self, model: Any, path: str):
+        self.model, self.path, self.divides = model, path, model.patch_pixels
+
+    def members(self) -> dict[str, Member]:
+        return {"vision": Member(dtype="float16", shape=(self.model.dim, None, None))}
+
+    def encode(self, batch: Any) -> Arrays:
+        return {"vision": _float16(self.model.encode(batch))}
+
+    def record(self) -> dict[str, Any]:
+        record = VisionRecord.model_validate(self.model.record() | {"path": self.path})
+        return {"vision": record.model_dump()}
+
+
+def _float16(values: Any) -> np.ndarray:
+    return values.half().cpu().numpy()
+
+
+def configured(config: Config) -> dict[str, EncoderConfig]:
+    """Every encoder of a preparation's config by its place there, in the order of their members."""
+    found: dict[str, EncoderConfig] = {}
+    for name, value in config:
+        inner = value if isinstance(value, dict) else {}
+        places = {name: value} | {f"{name}.{key}": each for key, each in inner.items()}
+        found |= {place: e for place, e in places.items() if isinstance(e, EncoderConfig)}
+    return found
+
+
+def check_encoders(config: Config) -> dict[str, dict[str, str]]:
+    """The hashes of every encoder by its place in the config; raises InputError naming it."""
+    found: dict[str, dict[str, str]] = {}
+    for place, encoder in configured(config).items():
+        try:
+            found[place] = encoder.hashes()
+        except InputError as error:
+            raise InputError(f"{place}.path: {error}") from None
+    return found
+
+
+def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The encoders' parts of the manifest as one: dicts are joined, lists put one after another."""
+    whole: dict[str, Any] = {"text": {"tokens": [], "pooled": [], "roles": {}}, "vision": None}
+    for record in records:
+        _merge(whole, record)
+    return whole
+
+
+def _merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    for name, value in part.items():
+        if isinstance(value, dict) and isinstance(whole.get(name), dict):
+            _merge(whole[name], value)
+        elif isinstance(value, list) and isinstance(whole.get(name), list):
+            whole[name] = whole[name] + value
+        else:
+            whole[name] = value

@@ -8,66 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from data_prep.schema import CodecRecord, Manifest
+from data_prep.schema import Manifest
 from models.conditions import Conditions
 from models.config import InputError
 from models.files import write_whole
 from models.text_encoder import TextEncoder
-from models.vae import LatentCodec
-from models.weights import weights_sha256
 from pipeline import distributed
+from pipeline.data_encoders import Encoders
+from pipeline.grid import to_pil
 from pipeline.objective import Objective
 from pipeline.objectives_config import SamplerConfig
 from pipeline.randomness import draw_noise
 from pipeline.sampling import generate
-
-
-def encoder_folder(recorded: str, given: str | None, sha256: str, key: str) -> Path:
-    """Where an encoder is here: `given` by the config, else as recorded; raises InputError if it is another one."""
-    folder = Path(given or recorded)
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: no such folder. Remedy: {key}=FOLDER with the encoder that prepared the data."
-        )
-    if (got := weights_sha256(folder)) != sha256:
-        raise InputError(
-            f"{key}: {folder} is not the encoder that prepared the data: weights got sha256 {got[:12]}, "
-            f"expected {sha256[:12]} (prepared with {recorded}). Remedy: give that one's folder, or prepare again."
-        )
-    return folder
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """A dataset's codec and its text encoders in its order, each checked to be the one that prepared the data."""
-
-    record: CodecRecord
-    codec: LatentCodec
-    codec_folder: Path
-    text: list[TextEncoder]
-    device: torch.device
-
-
-def load_encoders(
-    manifest: Manifest, vae: str | None, text: dict[str, str], device: torch.device
-) -> Encoders:
-    """Load them from `vae` and `text` (a folder by name) where given, else from where they were."""
-    record, encoders = manifest.codec, []
-    where = encoder_folder(record.path, vae, record.weights_sha256, "encoders.vae")
-    codec = LatentCodec.load(where, record.dtype, device)  # pyright: ignore[reportArgumentType]
-    for name, encoder in manifest.text.roles.items():
-        folder = encoder_folder(
-            encoder.path, text.get(name), encoder.weights_sha256, f"encoders.text.{name}"
-        )
-        encoders.append(TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
-    return Encoders(record, codec, where, encoders, device)
 
 
 def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
@@ -199,53 +156,7 @@ def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw
     return draw
 
 
-def read_picture(path: Path) -> UInt8[Tensor, "3 H W"]:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
 def largest_bucket(manifest: Manifest) -> tuple[int, int]:
     """Height and width of the bucket with the most samples."""
     bucket = max(manifest.buckets, key=lambda b: b.num_samples)
     return bucket.height, bucket.width
-
-
-def to_pil(picture: UInt8[Tensor, "3 H W"]) -> Image.Image:
-    return Image.fromarray(picture.permute(1, 2, 0).numpy())
-
-
-def grid(
-    pictures: UInt8[Tensor, "B 3 H W"], labels: list[str], columns: int, cell: int = 128
-) -> Image.Image:
-    """Pictures in rows, each over its label, small ones enlarged to about `cell` pixels."""
-    height, width = pictures.shape[-2:]
-    scale = max(1, cell // max(height, width))
-    height, width, gap, line = height * scale, width * scale, 6, 13
-    font = ImageFont.load_default(11)
-    wrapped = [_wrap(label, font, width) for label in labels]
-    text = max([len(lines) for lines in wrapped] or [0]) * line
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for number, picture in enumerate(pictures):
-        x = gap + number % columns * (width + gap)
-        y = gap + number // columns * (height + text + gap)
-        sheet.paste(to_pil(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        for row, words in enumerate(wrapped[number] if number < len(wrapped) else []):
-            draw.text((x, y + height + 1 + row * line), words, fill="black", font=font)
-    return sheet
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Words in at most three lines no wider than `width` pixels."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines[:3]

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.clock import Clock
+from pipeline.data_encoders import load_encoders
 from pipeline.ema import WithEMA
+from pipeline.grid import grid
 from pipeline.heldout import by_noise_level
 from pipeline.monitor import Monitor
 from pipeline.objective import Objective
-from pipeline.pictures import Painter, grid, largest_bucket, load_encoders
+from pipeline.pictures import Painter, largest_bucket
 from pipeline.pieces import full_weights
 from pipeline.setup import Run, network_for_sampling
 

@@ -18,8 +18,9 @@ from models.files import write_whole
 from models.vae import LatentCodec, sample_latents
 from pipeline import distributed
 from pipeline.data import Loader
+from pipeline.data_encoders import encoder_folder
+from pipeline.grid import read_picture
 from pipeline.metrics import FeatureNetwork
-from pipeline.pictures import encoder_folder, read_picture
 from pipeline.randomness import make_generator
 from pipeline.snapshots import Snapshot
 

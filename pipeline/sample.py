@@ -26,16 +26,10 @@ from pipeline.arguments import (
     takes,
 )
 from pipeline.config import load_run_config
+from pipeline.grid import grid, read_picture
 from pipeline.objective import Objective
 from pipeline.objectives_config import SamplerConfig
-from pipeline.pictures import (
-    Request,
-    draw_files,
-    drawer,
-    grid,
-    largest_bucket,
-    read_picture,
-)
+from pipeline.pictures import Request, draw_files, drawer, largest_bucket
 from pipeline.trained import Trained, open_trained
 
 

@@ -24,9 +24,9 @@ from pipeline.config import (
     sizes_of,
 )
 from pipeline.data import Loader
+from pipeline.data_encoders import encoder_folder
 from pipeline.ema import WithEMA
 from pipeline.engine import build_engine, check_engine, micro_batch_size, native_precision
-from pipeline.pictures import encoder_folder
 from pipeline.snapshots import SNAPSHOTS, check_fits
 from pipeline.stages import load_start
 from pipeline.training_config import EngineConfig

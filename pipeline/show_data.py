@@ -16,7 +16,8 @@ from pipeline.arguments import Overrides
 from pipeline.batch import Batch
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data import Era, Loader
-from pipeline.pictures import encoder_folder, grid
+from pipeline.data_encoders import encoder_folder
+from pipeline.grid import grid
 from pipeline.snapshots import SNAPSHOTS
 
 GIB = 1 << 30

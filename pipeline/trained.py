@@ -11,7 +11,7 @@ from data_prep.schema import Manifest, read_manifest
 from models.layers import PROJECTOR
 from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.pictures import Encoders, load_encoders
+from pipeline.data_encoders import Encoders, load_encoders
 from pipeline.setup import network_for_sampling
 
 

@@ -22,11 +22,11 @@ from models.config import InputError
 from pipeline.data import Loader
 from pipeline.data_config import DataConfig
 from pipeline.evaluate import Options, evaluate, main, parse_features
+from pipeline.grid import read_picture
 from pipeline.heldout import LOG_SNR, time_at, x0_errors
 from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare, precision_recall
 from pipeline.objective import Objective
 from pipeline.objectives_config import ObjectiveConfig
-from pipeline.pictures import read_picture
 from pipeline.reference import FolderPictures, features_of
 from pipeline.subjects import run_subject
 from pipeline.trained import open_trained

@@ -25,9 +25,10 @@ from models.config import InputError, parse_config
 from pipeline import evaluate, subjects
 from pipeline.config import TrainConfig
 from pipeline.export import export, main, network_source, save_network, whole_source
+from pipeline.grid import read_picture
 from pipeline.objective import Objective
 from pipeline.objectives_config import SamplerConfig
-from pipeline.pictures import Painter, largest_bucket, read_picture
+from pipeline.pictures import Painter, largest_bucket
 from pipeline.trained import Trained, open_trained
 from tests.test_evaluate import Convolutions
 

@@ -19,8 +19,8 @@ from models.command import load_config, run_command
 from models.config import InputError, parse_config
 from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
-from pipeline.order import choose_partitions
-from pipeline.setup import fit_run
+from pipeline.data.order import choose_partitions
+from pipeline.runs.setup import fit_run
 from pipeline.train import train_all
 
 

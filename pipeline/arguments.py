@@ -12,7 +12,7 @@ import typer
 from models.config import InputError, parse_config
 
 if TYPE_CHECKING:
-    from pipeline.objectives_config import SamplerConfig
+    from pipeline.objectives.config import SamplerConfig
 
 Options = TypeVar("Options")
 

@@ -20,11 +20,11 @@ STAGES = {
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),
     "objective": (
-        "pipeline.objective_report",
+        "pipeline.show_objective",
         "what an objective trains, drawn beside the presets",
     ),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
-    "ema": ("pipeline.posthoc_ema", "an EMA of any width after training, from a run's snapshots"),
+    "ema": ("pipeline.make_ema", "an EMA of any width after training, from a run's snapshots"),
     "evaluate": ("pipeline.evaluate", "held-out error by noise level, FID, KID, CLIP score"),
     "export": ("pipeline.export", "a diffusers pipeline folder, and one safetensors file"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),

@@ -9,9 +9,9 @@ from pydantic import Discriminator, Field, Tag
 from models import MODELS, config_class
 from models.config import Config, InputError, parse_config
 from models.networks import DiTConfig, NetworkConfig
-from pipeline.data_config import DataConfig
-from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
-from pipeline.training_config import (
+from pipeline.data.config import DataConfig
+from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
+from pipeline.training.config import (
     CheckpointConfig,
     EMAConfig,
     EngineConfig,

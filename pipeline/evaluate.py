@@ -30,15 +30,15 @@ from pipeline.arguments import (
     takes,
 )
 from pipeline.config import load_run_config
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
-from pipeline.heldout import LOG_SNR, x0_errors
-from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
-from pipeline.objective import Objective
-from pipeline.pictures import Request, draw_files, largest_bucket
-from pipeline.reference import DatasetPictures, FolderPictures, features_of, share
-from pipeline.subjects import Subject, open_exported, pipeline_subject, run_subject
-from pipeline.trained import Trained, open_trained
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
+from pipeline.evaluation.reference import DatasetPictures, FolderPictures, features_of, share
+from pipeline.evaluation.subjects import Subject, open_exported, pipeline_subject, run_subject
+from pipeline.inference.heldout import LOG_SNR, x0_errors
+from pipeline.inference.painter import Request, draw_files, largest_bucket
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import Trained, open_trained
 
 ROUNDS = 4  # draws of noise for each held-out sample and level
 

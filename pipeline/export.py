@@ -39,11 +39,11 @@ from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.arguments import DryRun, RunFolder, Step, Weights
 from pipeline.config import dump_config
-from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
-from pipeline.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
-from pipeline.pictures import largest_bucket
-from pipeline.timesteps import FluxShift, Shift
-from pipeline.trained import Trained, open_trained
+from pipeline.inference.painter import largest_bucket
+from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
+from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
+from pipeline.objectives.timesteps import FluxShift, Shift
+from pipeline.runs.trained import Trained, open_trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -456,7 +456,9 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
         "recipe": make_recipe(trained),
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (partial / "flowmill_pipeline.py").write_text(whole_source("pipeline.diffusers_pipeline"))
+    (partial / "flowmill_pipeline.py").write_text(
+        whole_source("pipeline.inference.diffusers_pipeline")
+    )
     save_single(trained, partial / f"{folder.name}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
     publish(partial, folder)

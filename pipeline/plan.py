@@ -19,9 +19,9 @@ from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig, sizes_of
-from pipeline.data import Loader
-from pipeline.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
-from pipeline.flops import PEAK_TFLOPS, ModelFlops
+from pipeline.data.loader import Loader
+from pipeline.training.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
+from pipeline.training.flops import PEAK_TFLOPS, ModelFlops
 
 GIB = 2**30
 GPU_GIB = {

@@ -26,11 +26,11 @@ from pipeline.arguments import (
     takes,
 )
 from pipeline.config import load_run_config
-from pipeline.grid import grid, read_picture
-from pipeline.objective import Objective
-from pipeline.objectives_config import SamplerConfig
-from pipeline.pictures import Request, draw_files, drawer, largest_bucket
-from pipeline.trained import Trained, open_trained
+from pipeline.inference.grid import grid, read_picture
+from pipeline.inference.painter import Request, draw_files, drawer, largest_bucket
+from pipeline.objectives.config import SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import Trained, open_trained
 
 
 def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, SamplerConfig]:

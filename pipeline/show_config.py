@@ -13,7 +13,7 @@ from models.command import read_yaml, run_command
 from models.config import Config, InputError, differences, parse_config
 from pipeline.cli import CONFIGS
 from pipeline.config import RESULTS, TrainConfig, dump_config
-from pipeline.objectives_config import PRESETS
+from pipeline.objectives.config import PRESETS
 
 Action = Literal["show", "diff", "schema"]
 

@@ -13,12 +13,12 @@ from models.command import load_config, run_command
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents
 from pipeline.arguments import Overrides
-from pipeline.batch import Batch
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.data import Era, Loader
-from pipeline.data_encoders import encoder_folder
-from pipeline.grid import grid
-from pipeline.snapshots import SNAPSHOTS
+from pipeline.data.batch import Batch
+from pipeline.data.datasets import SNAPSHOTS
+from pipeline.data.encoders import encoder_folder
+from pipeline.data.loader import Era, Loader
+from pipeline.inference.grid import grid
 
 GIB = 1 << 30
 

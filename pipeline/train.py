@@ -10,20 +10,21 @@ from collections.abc import Iterator
 import torch
 
 from models.command import run_command
-from pipeline import checkpoint, distributed
+from pipeline import distributed
 from pipeline.arguments import ConfigFile, DryRun, Override, Overrides
-from pipeline.clock import Clock
 from pipeline.config import TrainConfig
 from pipeline.distributed import Exchange
-from pipeline.forward import Forward
-from pipeline.monitor import Monitor
-from pipeline.objective import Objective
-from pipeline.preview import Preview
-from pipeline.rejection import Rejection
-from pipeline.setup import Run, check_run, describe, fit_run
-from pipeline.stages import finished, load_stages
-from pipeline.stop_signal import StopSignal
-from pipeline.watchdog import Watchdog
+from pipeline.distributed.stop_signal import StopSignal
+from pipeline.distributed.watchdog import Watchdog
+from pipeline.inference.preview import Preview
+from pipeline.objectives.objective import Objective
+from pipeline.runs.setup import Run, check_run, describe, fit_run
+from pipeline.runs.start import finished, load_stages
+from pipeline.training import checkpoint
+from pipeline.training.clock import Clock
+from pipeline.training.forward import Forward
+from pipeline.training.monitor import Monitor
+from pipeline.training.rejection import Rejection
 
 
 def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:

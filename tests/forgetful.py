@@ -12,9 +12,10 @@ from unittest.mock import patch
 import torch
 
 from models.command import load_config
-from pipeline import checkpoint, clock, forward, train
+from pipeline import train
 from pipeline.config import TrainConfig
-from pipeline.data import Loader
+from pipeline.data.loader import Loader
+from pipeline.training import checkpoint, clock, forward
 from tests.test_train import unlike
 from tests.train_factory import write_config
 

@@ -7,11 +7,11 @@ from models import MODELS, build_model
 from models.conditions import Conditions
 from pipeline import distributed
 from pipeline.config import ModelConfig
-from pipeline.engine import build_engine, grad_norm
-from pipeline.objective import Objective
-from pipeline.objectives_config import ObjectiveConfig
-from pipeline.randomness import draw_noise
-from pipeline.training_config import EngineConfig, OptimizerConfig
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.engine import build_engine, grad_norm
 
 SIZES = {"latent_channels": 4, "text_dim": 8, "pooled_dim": 8, "latent_downscale": 8}
 BATCH = 4

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from pipeline import distributed
-from pipeline.ema import ema_decays
-from pipeline.engine import build_engine
-from pipeline.pieces import full_weights
-from pipeline.training_config import EMAConfig, EngineConfig, OptimizerConfig
+from pipeline.training.config import EMAConfig, EngineConfig, OptimizerConfig
+from pipeline.training.ema import ema_decays
+from pipeline.training.engine import build_engine
+from pipeline.training.pieces import full_weights
 
 CONFIG = EMAConfig(halflife_images=300, more_halflives_images=[2000], sigma_rels=[0.1])
 BATCH = 4

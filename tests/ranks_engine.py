@@ -9,10 +9,10 @@ from models.conditions import Conditions
 from models.dit import DiT
 from models.networks import DiTConfig
 from pipeline import distributed
-from pipeline.engine import build_engine, grad_norm, parameter_groups
-from pipeline.norms import BlockNorms, block_of
-from pipeline.pieces import full_weights
-from pipeline.training_config import EngineConfig, OptimizerConfig
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.engine import build_engine, grad_norm, parameter_groups
+from pipeline.training.norms import BlockNorms, block_of
+from pipeline.training.pieces import full_weights
 
 MODEL = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
 OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.01, clip=0.5)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from models.conditions import Conditions
-from pipeline import checkpoint, distributed
-from pipeline.checkpoint import Saver
-from pipeline.engine import build_engine, set_lr
-from pipeline.pieces import full_weights
-from pipeline.training_config import EngineConfig
+from pipeline import distributed
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Saver
+from pipeline.training.config import EngineConfig
+from pipeline.training.engine import build_engine, set_lr
+from pipeline.training.pieces import full_weights
 from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
 
 STEPS = 3

@@ -12,10 +12,10 @@ from models import build_model
 from models.config import parse_config
 from pipeline import distributed
 from pipeline.config import TrainConfig
-from pipeline.engine import build_engine
-from pipeline.forward import Forward
-from pipeline.objective import Objective
-from pipeline.setup import fit_run
+from pipeline.objectives.objective import Objective
+from pipeline.runs.setup import fit_run
+from pipeline.training.engine import build_engine
+from pipeline.training.forward import Forward
 
 STEPS, BATCH = 200, 8
 VP = {"path": {"kind": "vp_discrete"}, "timesteps": {"kind": "uniform"}}

@@ -10,10 +10,11 @@ import torch
 from models import build_model
 from models.conditions import Conditions
 from models.networks import DiTConfig
-from pipeline import checkpoint, distributed
-from pipeline.engine import build_engine
+from pipeline import distributed
 from pipeline.plan import num_small
-from pipeline.training_config import EngineConfig, OptimizerConfig
+from pipeline.training import checkpoint
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.engine import build_engine
 
 MODEL = DiTConfig(size="tiny", latent_channels=4, text_dim=64, pooled_dim=64)
 

@@ -8,15 +8,15 @@ import torch
 from models.conditions import Conditions
 from models.config import parse_config
 from pipeline import distributed
-from pipeline.batch import Batch
 from pipeline.config import TrainConfig
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
-from pipeline.engine import build_engine
-from pipeline.forward import Terms
-from pipeline.pieces import full_weights
-from pipeline.rejection import Rejection
-from pipeline.training_config import EngineConfig, OptimizerConfig
+from pipeline.data.batch import Batch
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.engine import build_engine
+from pipeline.training.forward import Terms
+from pipeline.training.pieces import full_weights
+from pipeline.training.rejection import Rejection
 from tests.ranks_engine import BATCH, DECAY, batches, fresh_model
 
 OPTIMIZER = OptimizerConfig(lr=1e-3, clip=0.5)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import distributed
-from pipeline.watchdog import Watchdog
+from pipeline.distributed.watchdog import Watchdog
 
 
 def sleep_for_ever() -> None:

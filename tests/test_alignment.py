@@ -24,11 +24,11 @@ from models.conditions import Conditions
 from models.config import InputError, parse_config
 from models.networks import AlignmentConfig, DiTConfig, MaskingConfig, MMDiTConfig, RoutingConfig
 from models.vision_encoder import VisionEncoder
-from pipeline.checkpoint import load_weights
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
-from pipeline.forward import alignment_weight
-from pipeline.objective import alignment_loss
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.objectives.objective import alignment_loss
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.forward import alignment_weight
 from tests import train_factory
 from tests.prep_factory import fill_folder, write_config
 from tests.test_train import scalars

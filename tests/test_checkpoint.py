@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from models.config import InputError, parse_config
-from pipeline import checkpoint
-from pipeline.checkpoint import Saver, candidates, newest_sound, step_folder
-from pipeline.pieces import Contents
-from pipeline.training_config import CheckpointConfig
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Saver, candidates, newest_sound, step_folder
+from pipeline.training.config import CheckpointConfig
+from pipeline.training.pieces import Contents
 
 CONFIG = CheckpointConfig(every_steps=1, keep=2)
 TOUCHES = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

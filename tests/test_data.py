@@ -21,9 +21,9 @@ import torch
 from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
 from models.config import InputError, parse_config
 from models.networks import AlignmentConfig, DiTConfig
-from pipeline.data import Batch, Loader, check_fits
-from pipeline.data_config import DataConfig
-from pipeline.remote import ShardError
+from pipeline.data.cache import ShardError
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Batch, Loader, check_fits
 from tests.shard_factory import Kind, make_dataset
 
 SQUARE, WIDE = (32, 32), (16, 64)

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from models.config import InputError
-from pipeline.checkpoint import load_weights
-from pipeline.ema import AdamWithEMA, ema_decays
-from pipeline.pieces import Pieces
-from pipeline.posthoc_ema import (
+from pipeline.make_ema import (
     coefficients,
     inner_product,
     read_snapshots,
     reconstruct,
     store_snapshots,
 )
-from pipeline.training_config import EMAConfig, power_exponent
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.config import EMAConfig, power_exponent
+from pipeline.training.ema import AdamWithEMA, ema_decays
+from pipeline.training.pieces import Pieces
 from tests import train_factory
 
 
@@ -176,7 +176,7 @@ def test_a_run_keeps_its_averages_and_any_width_can_be_made_and_sampled_from_it(
     }
     assert len({tuple(w["proj_out.weight"].flatten()[:4].tolist()) for w in loaded.values()}) == 4
 
-    done = train_factory.run("pipeline.posthoc_ema", str(run), "--sigma-rel", "0.15")
+    done = train_factory.run("pipeline.make_ema", str(run), "--sigma-rel", "0.15")
     assert done.returncode == 0, done.stderr
     made, step = load_weights(run, "ema_sigma_0.15")
     assert step == 24

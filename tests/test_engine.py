@@ -3,8 +3,8 @@
 import pytest
 
 from models.config import InputError
-from pipeline.engine import check_engine
-from pipeline.training_config import EngineConfig, OptimizerConfig
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.engine import check_engine
 from tests import train_factory
 from tests.ranks_engine import CASES
 

@@ -15,9 +15,9 @@ TO_CONVERT = """
     data_prep/catalog.py data_prep/encode.py data_prep/estimate.py data_prep/plan.py
     data_prep/prepare.py data_prep/report.py data_prep/schema.py data_prep/sources.py
     models/README.md models/config.py models/fit_vae.py
-    pipeline/data.py pipeline/ema.py pipeline/engine.py pipeline/evaluate.py pipeline/monitor.py
-    pipeline/objective_report.py pipeline/order.py pipeline/pictures.py
-    pipeline/plan.py pipeline/sample.py pipeline/shards.py pipeline/show_data.py pipeline/train.py
+    pipeline/data/loader.py pipeline/training/ema.py pipeline/training/engine.py pipeline/evaluate.py pipeline/training/monitor.py
+    pipeline/show_objective.py pipeline/data/order.py pipeline/inference/painter.py
+    pipeline/plan.py pipeline/sample.py pipeline/data/shards.py pipeline/show_data.py pipeline/train.py
     tests/benchmarks/RESULTS.md tests/benchmarks/__main__.py
     tests/benchmarks/loader.py tests/benchmarks/model.py tests/benchmarks/order.py
     tests/benchmarks/plan_scale.py tests/benchmarks/prepare.py tests/benchmarks/scaling.py

@@ -19,17 +19,23 @@ from typer.testing import CliRunner
 from data_prep.schema import read_shard_table
 from models import build_model
 from models.config import InputError
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 from pipeline.evaluate import Options, evaluate, main, parse_features
-from pipeline.grid import read_picture
-from pipeline.heldout import LOG_SNR, time_at, x0_errors
-from pipeline.metrics import ClipNetwork, FeatureNetwork, clip_score, compare, precision_recall
-from pipeline.objective import Objective
-from pipeline.objectives_config import ObjectiveConfig
-from pipeline.reference import FolderPictures, features_of
-from pipeline.subjects import run_subject
-from pipeline.trained import open_trained
+from pipeline.evaluation.metrics import (
+    ClipNetwork,
+    FeatureNetwork,
+    clip_score,
+    compare,
+    precision_recall,
+)
+from pipeline.evaluation.reference import FolderPictures, features_of
+from pipeline.evaluation.subjects import run_subject
+from pipeline.inference.grid import read_picture
+from pipeline.inference.heldout import LOG_SNR, time_at, x0_errors
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import open_trained
 from tests import prep_factory, train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.test_text_encoder import CLIP, save_tokenizer

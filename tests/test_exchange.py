@@ -17,9 +17,9 @@ from models.config import InputError
 from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
-from pipeline.objective import Objective
-from pipeline.objectives_config import ObjectiveConfig, SamplerConfig
-from pipeline.sampling import generate
+from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.sampling import generate
 from tests.test_networks import predict
 
 VAE = Path(__file__).parent.parent / "models" / "demo_vae"

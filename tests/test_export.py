@@ -22,14 +22,15 @@ from safetensors.torch import load_file
 from data_prep.schema import TextRecord
 from models import build_model
 from models.config import InputError, parse_config
-from pipeline import evaluate, subjects
+from pipeline import evaluate
 from pipeline.config import TrainConfig
+from pipeline.evaluation import subjects
 from pipeline.export import export, main, network_source, save_network, whole_source
-from pipeline.grid import read_picture
-from pipeline.objective import Objective
-from pipeline.objectives_config import SamplerConfig
-from pipeline.pictures import Painter, largest_bucket
-from pipeline.trained import Trained, open_trained
+from pipeline.inference.grid import read_picture
+from pipeline.inference.painter import Painter, largest_bucket
+from pipeline.objectives.config import SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import Trained, open_trained
 from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")
@@ -327,7 +328,7 @@ def test_large_weights_are_cut_into_shards_of_the_type_asked_for(trained_run, tm
 @pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit", "pipeline"])
 def test_exported_source_needs_torch_and_diffusers_alone_and_defines_no_name_twice(kind):
     if kind == "pipeline":
-        source = whole_source("pipeline.diffusers_pipeline")
+        source = whole_source("pipeline.inference.diffusers_pipeline")
     else:
         source = network_source(kind)
     lines = [x for x in source.splitlines() if x.startswith(("import ", "from "))]

@@ -12,11 +12,11 @@ from models.config import InputError
 from models.networks import MaskingConfig, RoutingConfig, Span
 from models.roles import parameter_roles
 from pipeline.config import TrainConfig
-from pipeline.forward import Draws, Forward
-from pipeline.objective import Objective
-from pipeline.objectives_config import ObjectiveConfig
-from pipeline.randomness import draw_noise
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
 from pipeline.train import make_plan
+from pipeline.training.forward import Draws, Forward
 from tests.shard_factory import Kind, make_dataset
 from tests.test_networks import debug, inputs, predict, randomise
 

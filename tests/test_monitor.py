@@ -8,14 +8,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models import build_model
 from models.networks import DiTConfig
-from pipeline import monitor
-from pipeline.checkpoint import load_weights
 from pipeline.config import load_run_config
-from pipeline.data import Loader
-from pipeline.flops import ModelFlops, peak_flops
-from pipeline.norms import block_of
-from pipeline.objective import Objective
-from pipeline.randomness import draw_noise
+from pipeline.data.loader import Loader
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.objective import Objective
+from pipeline.training import monitor
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.flops import ModelFlops, peak_flops
+from pipeline.training.norms import block_of
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 

@@ -14,7 +14,7 @@ import torch
 
 from data_prep.schema import read_manifest
 from data_prep.verify import verify
-from pipeline.checkpoint import candidates
+from pipeline.training.checkpoint import candidates
 from tests import prep_factory, train_factory
 from tests.hosts import ADDRESSES, NAMES, Hosts, two_hosts, why_not
 from tests.ray_cluster import BIN, RAY

@@ -19,9 +19,9 @@ from scipy import integrate, stats
 from scipy.special import logit
 
 from models.config import InputError, parse_config
-from pipeline.objective import Objective
-from pipeline.objectives_config import PRESETS, ObjectiveConfig
-from pipeline.randomness import draw_dropout, draw_noise
+from pipeline.data.randomness import draw_dropout, draw_noise
+from pipeline.objectives.config import PRESETS, ObjectiveConfig
+from pipeline.objectives.objective import Objective
 
 PATHS = {
     "rectified_flow": {"kind": "rectified_flow"},

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from models.config import InputError, parse_config
-from pipeline.objective_report import LIMITS, density, draw, main, make_panels, make_profile
-from pipeline.objectives_config import ObjectiveConfig
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.show_objective import LIMITS, density, draw, main, make_panels, make_profile
 
 
 def profile(preset: str):

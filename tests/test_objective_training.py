@@ -6,9 +6,9 @@ import torch
 from models import build_model
 from models.config import parse_config
 from models.networks import DiTConfig
-from pipeline.objective import Objective
-from pipeline.objectives_config import ObjectiveConfig
-from pipeline.randomness import draw_noise
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
 from tests import train_factory
 
 RECORD_T = """

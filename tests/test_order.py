@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import InputError
-from pipeline.order import ROWS, Order, Part, Plan, Segments, choose_partitions, permutation
+from pipeline.data.order import ROWS, Order, Part, Plan, Segments, choose_partitions, permutation
 
 Sample = tuple[int, int]  # shard, row
 Tables = dict[tuple[int, int], list[Part]]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from models.config import InputError
-from pipeline.pieces import Contents, Piece, Pieces, even_share, make_index, overlaps
+from pipeline.training.pieces import Contents, Piece, Pieces, even_share, make_index, overlaps
 
 SIZE = 40
 

@@ -48,8 +48,8 @@ from models.command import load_config, run_command
 from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec, sample_latents
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 from tests.prep_factory import (
     dataset_bytes,
     encoded,

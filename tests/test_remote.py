@@ -18,9 +18,9 @@ import pytest
 
 from models.config import InputError, parse_config
 from models.files import file_sha256
-from pipeline.data import Loader
-from pipeline.data_config import CacheConfig, DataConfig
-from pipeline.remote import CacheFullError, ShardCache, ShardError
+from pipeline.data.cache import CacheFullError, ShardCache, ShardError
+from pipeline.data.config import CacheConfig, DataConfig
+from pipeline.data.loader import Loader
 from tests.shard_factory import Kind, make_dataset
 
 SQUARE = (32, 32)
@@ -278,7 +278,7 @@ def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, s
     (tmp_path / "served" / "b.tar").write_bytes(b"b" * 1000)
     server.delay_s = 30
     code = (
-        "import sys, threading; from pipeline.remote import CacheConfig, ShardCache\n"
+        "import sys, threading; from pipeline.data.cache import CacheConfig, ShardCache\n"
         f"config = CacheConfig(path={str(tmp_path / 'cache')!r}, max_gib={1500 / GIB})\n"
         f"ShardCache({server.url!r}, config, threading.Event()).open('a.tar', '', 1000)"
     )

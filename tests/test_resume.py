@@ -196,7 +196,7 @@ def test_one_interrupt_saves(tmp_path):
 
 HANGS = """
 import threading, time
-from pipeline.stop_signal import StopSignal
+from pipeline.distributed.stop_signal import StopSignal
 stop = StopSignal().__enter__()
 print("ready", flush=True)
 while stop.name is None:

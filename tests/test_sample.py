@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from models.config import InputError
 from pipeline.arguments import parse_sampler, parse_size, read_prompts
-from pipeline.grid import grid
-from pipeline.objectives_config import SamplerConfig
-from pipeline.pictures import parse_class
+from pipeline.inference.grid import grid
+from pipeline.inference.painter import parse_class
+from pipeline.objectives.config import SamplerConfig
 from pipeline.sample import main, parse_columns, read_recipe
 from tests import train_factory
 

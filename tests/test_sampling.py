@@ -17,10 +17,10 @@ from torch import Tensor
 
 from models.conditions import Conditions
 from models.config import InputError, parse_config
-from pipeline.objective import Objective
-from pipeline.objectives_config import SamplerConfig
-from pipeline.randomness import draw_noise
-from pipeline.sampling import ancestral_step, generate, guided
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.config import SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.sampling import ancestral_step, generate, guided
 from tests.test_objective import COMBINATIONS, PATHS, make
 
 NONE = Conditions()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from models.config import InputError
 from models.vae import LatentCodec
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 from pipeline.show_data import main
 from tests.shard_factory import Kind, make_dataset
 

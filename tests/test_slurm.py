@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.schema import read_manifest
 from data_prep.verify import verify
-from pipeline.checkpoint import candidates, faults
+from pipeline.training.checkpoint import candidates, faults
 from tests import prep_factory, train_factory
 from tests.hosts import ADDRESSES, NAMES, Hosts, lacking, two_hosts
 from tests.ray_cluster import BIN, copy_checkout

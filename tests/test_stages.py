@@ -6,9 +6,9 @@ import torch
 from models import build_model
 from models.config import InputError
 from models.layers import positions_2d
-from pipeline.checkpoint import load_weights
 from pipeline.config import StartConfig, load_run_config
-from pipeline.stages import finished, load_stages, load_start, resize_positions
+from pipeline.runs.start import finished, load_stages, load_start, resize_positions
+from pipeline.training.checkpoint import load_weights
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 

@@ -19,7 +19,7 @@ from cluster.submit import Action, Cluster, main, make_job, read_runtime_env
 from models.command import load_config, run_command
 from models.config import InputError
 from pipeline.config import TrainConfig
-from pipeline.setup import fit_run
+from pipeline.runs.setup import fit_run
 from tests import train_factory
 from tests.ray_cluster import copy_checkout, free_port
 

@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.command import load_config
 from models.config import InputError
 from pipeline.config import TrainConfig
-from pipeline.pieces import Pieces
-from pipeline.randomness import draw_dropout
-from pipeline.setup import check_run, fit_run
+from pipeline.data.randomness import draw_dropout
+from pipeline.runs.setup import check_run, fit_run
+from pipeline.training.pieces import Pieces
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 from tests.train_factory import write_config
@@ -259,7 +259,7 @@ def copy(finished, tmp_path) -> Path:
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "zeroed", "missing"])
 def test_every_damage_to_every_file_of_a_checkpoint_is_found(copy, how):
-    from pipeline.checkpoint import newest_sound
+    from pipeline.training.checkpoint import newest_sound
 
     folder = copy / "checkpoints" / "step_00000024"
     files = [p for p in folder.rglob("*") if p.is_file()]
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_resumed(copy, tmp_pa
 
 
 def test_a_save_cut_short_is_never_taken_for_a_checkpoint(copy):
-    from pipeline.checkpoint import newest_sound
+    from pipeline.training.checkpoint import newest_sound
 
     parent = copy / "checkpoints"
     (parent / "step_00000024").rename(parent / "step_00000030.partial")
@@ -342,7 +342,7 @@ from pathlib import Path
 import torch
 from models.config import load_config
 from models.dit import DiT
-from pipeline.batch import Batch
+from pipeline.data.batch import Batch
 from pipeline.config import TrainConfig
 from pipeline.train import train_all
 

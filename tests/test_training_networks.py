@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from models import build_model
 from models.networks import DiTConfig
-from pipeline import checkpoint
 from pipeline.demo import stages
+from pipeline.training import checkpoint
 from tests import train_factory
 from tests.ranks_networks import OBJECTIVES
 from tests.test_networks import randomise

@@ -22,8 +22,8 @@ from models.command import load_config
 from models.files import file_sha256
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 from tests.prep_factory import encoded, pixels, write_config
 
 NUM = 20

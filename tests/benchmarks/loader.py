@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.schema import index_path
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 from tests.shard_factory import Kind, Sample, make_dataset, write_tar
 
 BATCH = 64

@@ -27,7 +27,7 @@ from models.conditions import Conditions
 from models.exchange import to_diffusers
 from models.layers import compile_blocks
 from models.networks import DiTConfig, MMDiTConfig
-from pipeline.flops import ModelFlops
+from pipeline.training.flops import ModelFlops
 
 SIDE, TOKENS = 32, 64  # latent of a 256-pixel picture; text tokens
 DATA: dict[str, Any] = {"latent_channels": 4, "text_dim": 768, "pooled_dim": 0}

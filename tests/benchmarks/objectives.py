@@ -22,11 +22,11 @@ from rich.table import Table
 
 from models.command import load_config, run_command
 from models.config import InputError
-from pipeline.checkpoint import load_weights
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.heldout import LOG_SNR, x0_errors
-from pipeline.objective import Objective
-from pipeline.setup import fit_run, network_for_sampling
+from pipeline.inference.heldout import LOG_SNR, x0_errors
+from pipeline.objectives.objective import Objective
+from pipeline.runs.setup import fit_run, network_for_sampling
+from pipeline.training.checkpoint import load_weights
 
 # Name -> the objective section. After the presets, what differs from one of them in one option.
 VARIANTS = {

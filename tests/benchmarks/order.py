@@ -27,9 +27,9 @@ from data_prep.schema import (
     index_path,
     read_manifest,
 )
-from pipeline.data import Loader
-from pipeline.data_config import DataConfig
-from pipeline.order import Order, Part, Plan
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.data.order import Order, Part, Plan
 from tests.shard_factory import Kind, make_dataset
 
 SAMPLES = 1000  # a shard

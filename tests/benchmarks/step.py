@@ -30,12 +30,12 @@ from models.networks import DiTConfig
 from models.vae import sample_latents
 from pipeline import distributed
 from pipeline.config import TrainConfig
-from pipeline.data import Loader
-from pipeline.engine import deepspeed_config, parameter_groups
-from pipeline.monitor import LossMeter
-from pipeline.objective import Objective
-from pipeline.randomness import draw_noise
+from pipeline.data.loader import Loader
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.objective import Objective
 from pipeline.train import steps
+from pipeline.training.engine import deepspeed_config, parameter_groups
+from pipeline.training.monitor import LossMeter
 from tests.shard_factory import Kind, make_dataset
 
 TEXT = (77, 256)

@@ -1,0 +1,286 @@
+"""A batch: its tensors, the buffers they lie in, and how samples in memory become one."""
+
+import math
+import weakref
+from collections import deque
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data_prep.schema import EMPTY_CAPTION, Manifest
+from models.conditions import Conditions
+from models.config import InputError
+from pipeline.data.datasets import Bucket, Snapshot
+from pipeline.data.shards import Rows, gather, gather_ragged
+
+ALIGNMENT = 64  # bytes, of every member in a batch buffer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket; b is this rank's share of the global batch, or of a micro-batch.
+
+    Without text, pooled or labels in the dataset the fields are None. The tensors lie in a buffer that is
+    used again once none of them, nor a view of them, is alive.
+    """
+
+    step: int
+    epoch: int
+    bucket: tuple[int, int]  # height and width of the pictures, pixels
+    indices: Tensor  # int64 (b,), places in the global batch, whatever the world size
+    sample_ids: Tensor  # int64 (b,), numbers of the samples in the snapshot
+    # float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) of a deterministic codec
+    moments: Tensor
+    # float16 (b, L, D), encoders one after another, zeros where masked; bool (b, L), True keeps
+    text_emb: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None  # float16 (b, P), encoders side by side
+    micro: Tensor | None = None  # float32 (b, 4), original height and width, crop top and left
+    label: Tensor | None = None  # int64 (b,)
+    vision: Tensor | None = (
+        None  # float16 (b, V, g, j), features of the picture's squares, if asked for
+    )
+    text_lengths: tuple[int, ...] = ()  # of each encoder's part of L
+    micro_step: int = 0
+    buffer: "Buffer | None" = field(default=None, repr=False)
+
+    def _map(self, function: Any) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: function(t) for n, t in tensors.items() if torch.is_tensor(t)})
+
+    @property
+    def conditions(self) -> Conditions:
+        """What a network is told of the samples."""
+        return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.moments.shape[-2], self.moments.shape[-1]
+
+    def drop(self, dropped: Tensor, caption: "EmptyCaption | None", num_classes: int) -> "Batch":
+        """The batch with the empty caption and no class where `dropped`, bool (b,): what guidance is away from."""
+        nothing = Conditions() if caption is None else caption.as_in(self)
+        if self.label is not None:
+            nothing = nothing._replace(label=self.label.new_full((1,), num_classes))
+        told: dict[str, Tensor] = {}
+        for name, value, none in zip(Conditions._fields, self.conditions, nothing, strict=True):
+            if value is not None and none is not None:
+                rows = dropped.view(-1, *[1] * (value.ndim - 1))
+                told[name] = torch.where(rows, none, value)
+        return replace(self, **told)
+
+    def rows(self, begin: int, end: int) -> "Batch":
+        """Some of the samples, as views."""
+        return self._map(lambda t: t[begin:end])
+
+    def split(self, micro_batch: int) -> list["Batch"]:
+        """Micro-batches, views in order; raises InputError where they would not be equal."""
+        size = len(self.indices)
+        if size % micro_batch:
+            raise InputError(f"micro batch: got {micro_batch}, expected a divisor of {size} a rank")
+        starts = range(0, size, micro_batch)
+        parts = [self.rows(start, start + micro_batch) for start in starts]
+        return [replace(part, micro_step=number) for number, part in enumerate(parts)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; from a pinned buffer the copy does not wait."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.buffer is not None and device.type == "cuda":
+            self.buffer.copied = torch.cuda.Event()
+            self.buffer.copied.record(torch.cuda.current_stream(device))
+        return replace(moved, buffer=None)
+
+
+@dataclass(frozen=True)
+class EmptyCaption:
+    """A caption of no words as each encoder sees it: (tokens (l, D), pooled (P,)) by encoder, float16."""
+
+    parts: list[tuple[Tensor, Tensor]]
+
+    def to(self, device: torch.device) -> "EmptyCaption":
+        return EmptyCaption(
+            [(tokens.to(device), pooled.to(device)) for tokens, pooled in self.parts]
+        )
+
+    def as_in(self, batch: Batch) -> Conditions:
+        """One row of text, mask and pooled text, laid out and padded as the batch's."""
+        assert batch.text_emb is not None
+        assert batch.text_mask is not None
+        text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
+        begin = 0
+        for (tokens, _), length in zip(self.parts, batch.text_lengths, strict=True):
+            kept = min(len(tokens), length)
+            text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept]
+            mask[:, begin : begin + kept] = True
+            begin += length
+        pooled = torch.cat([part for _, part in self.parts])[None]
+        return Conditions(text, mask, pooled)
+
+
+def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
+    """The dataset's empty_caption.safetensors, whose tensors are named as the members; None without text."""
+    if not manifest.text.roles:
+        return None
+    path = dataset / EMPTY_CAPTION
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file, needed for caption dropout. Remedy: prepare again."
+        )
+    tensors = load_file(path)
+    parts = []
+    for name, record in manifest.text.roles.items():
+        pair = tensors.get(name), tensors.get(f"{name}_pooled")
+        if pair[0] is None or pair[1] is None:
+            raise InputError(f"{path}: got {sorted(tensors)}, expected {name} and {name}_pooled")
+        parts.append((pair[0].reshape(-1, record.dim).half(), pair[1].reshape(-1).half()))
+    return EmptyCaption(parts)
+
+
+@dataclass
+class Buffer:
+    """Page-locked where a GPU reads it; `copied` is set by a copy that may still run."""
+
+    bytes: Tensor
+    copied: Any = None
+    user: "weakref.ref[np.ndarray] | None" = None  # what lives as long as any tensor in it
+
+
+class BufferPool:
+    """Buffers that come back by themselves when the last tensor in them dies."""
+
+    def __init__(self, pin: bool):
+        self.pin = pin
+        self.free: deque[Buffer] = deque()
+
+    def take(self, size: int) -> tuple[Buffer, Tensor]:
+        """A buffer, and its bytes as a tensor, uint8 (at least size,)."""
+        buffer = self.free.pop() if self.free else None  # the last one used: the caches know it
+        if buffer is not None and buffer.copied is not None:
+            buffer.copied.synchronize()
+            buffer.copied = None
+        if buffer is None or buffer.bytes.nbytes < size:
+            buffer = Buffer(torch.empty(size, dtype=torch.uint8, pin_memory=self.pin))
+        # Torch keeps `view` for as long as any tensor uses its memory.
+        view, taken = buffer.bytes.numpy().view(), buffer
+        buffer.user = weakref.ref(view, lambda _: self.free.append(taken))
+        return buffer, torch.from_numpy(view)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a member lies in a batch buffer; `column` of the addresses, None of text."""
+
+    name: str
+    column: int | None
+    begin: int
+    row_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Assembler:
+    """Turns samples in memory into a Batch in a buffer."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        text_length: int | None,
+        pad_to_longest: bool,
+        pin: bool,
+        vision: bool = False,
+    ):
+        self.snapshot, self.pad_to_longest = snapshot, pad_to_longest
+        self.left_out = set() if vision else {"vision"}
+        self.encoders = list(snapshot.manifest.text.roles.items())
+        self.limits = [r.view.max_length for _, r in self.encoders]
+        self.limits = [min(text_length or limit, limit) for limit in self.limits]
+        self.width = max([record.dim for _, record in self.encoders] or [1])
+        self.columns = {name: column for column, name in enumerate(snapshot.manifest.members)}
+        self.pool = BufferPool(pin)
+        self.parts = lru_cache(maxsize=1024)(self._parts)
+        caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
+        self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
+
+    def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
+        padded, count = self._padded(rows.tokens), len(rows)
+        parts, size = self.parts(bucket, padded, count)
+        buffer, memory = self.pool.take(size)
+        out: dict[str, Tensor] = {}
+        for part in parts:
+            flat = memory.as_strided((count, part.row_bytes), (part.row_bytes, 1), part.begin)
+            if part.column is not None:
+                gather(rows.address(part.column), rows.low, rows.high, flat)
+            out[part.name] = flat.view(part.dtype).view(*part.shape)
+        pooled = [out[name] for n, _ in self.encoders if (name := f"{n}_pooled") in out]
+        return Batch(
+            step=step,
+            epoch=epoch,
+            bucket=bucket,
+            indices=indices,
+            sample_ids=torch.from_numpy(rows.ids),
+            moments=out["moments"],
+            text_emb=out.get("text"),
+            text_mask=self._gather_text(out["text"], rows, padded) if self.encoders else None,
+            pooled=torch.cat(pooled, dim=1) if len(pooled) > 1 else next(iter(pooled), None),
+            micro=out.get("micro"),
+            label=out["label"].view(-1) if "label" in out else None,
+            vision=out.get("vision"),
+            text_lengths=padded,
+            buffer=buffer,
+        )
+
+    def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
+        """The members of a batch in its buffer, and the bytes of all."""
+        kinds: list[tuple[str, int | None, tuple[int, ...], torch.dtype]] = [
+            (name, self.columns[name], shape, getattr(torch, member.dtype))
+            for (name, member), shape in zip(
+                self.snapshot.manifest.members.items(), self.snapshot.shapes(bucket), strict=True
+            )
+            if name not in self.left_out.union(dict(self.encoders))
+        ]
+        if self.encoders:
+            kinds.append(("text", None, (sum(padded), self.width), torch.float16))
+        parts, begin = [], 0
+        for name, column, shape, dtype in kinds:
+            row_bytes = math.prod(shape) * dtype.itemsize
+            parts.append(Slot(name, column, begin, row_bytes, (count, *shape), dtype))
+            begin += -(-count * row_bytes // ALIGNMENT) * ALIGNMENT
+        return parts, begin
+
+    def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:
+        """The length of each encoder's part of the text; tokens int64 (encoders, b)."""
+        if not self.pad_to_longest:
+            return tuple(self.limits)
+        # Room for the empty caption, which may take any sample's place.
+        longest = np.maximum(tokens.max(axis=1), self.empty) if self.encoders else []
+        return tuple(min(int(a), b) for a, b in zip(longest, self.limits, strict=True))
+
+    def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
+        """Fill out, float16 (b, L, D), and return the mask, bool (b, L)."""
+        masks, begin = [], 0
+        for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
+            address, token_bytes = rows.address(self.columns[name]), 2 * record.dim
+            alone, count = len(self.encoders) == 1, out.shape[0]
+            part = out if alone else torch.empty(count, length, record.dim, dtype=out.dtype)
+            flat = part.view(torch.uint8).view(count, length * token_bytes)
+            tokens = np.minimum(rows.tokens[number], length)
+            if (tokens == length).all():
+                gather(address, rows.low, rows.high, flat)
+            else:
+                gather_ragged(address, tokens * token_bytes, flat)
+            if not alone:
+                out[:, begin : begin + length, : record.dim] = part
+                out[:, begin : begin + length, record.dim :] = 0
+            masks.append(np.arange(length) < tokens[:, None])
+            begin += length
+        return torch.from_numpy(masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1))

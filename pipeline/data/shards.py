@@ -1,0 +1,339 @@
+"""Shards in memory: fetched, checked, mapped, and gathered from."""
+
+import logging
+import math
+import mmap
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.schema import index_path
+from models.files import file_sha256
+from pipeline.data.cache import CacheFullError, ShardError
+from pipeline.data.datasets import Dataset, Snapshot
+from pipeline.data.order import Segments, Window
+
+log = logging.getLogger(__name__)
+
+FETCH_THREADS = 4
+LARGE_ROW = 32 << 10  # bytes, from which on a copy of its own is faster
+KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+
+
+class Shard:
+    """A mapped shard, and the `table` of its samples as Rows has it."""
+
+    def __init__(
+        self,
+        name: str,
+        file: IO[bytes],
+        index: np.ndarray,
+        rows: list[tuple[int, int]],
+        first_id: int,
+    ):
+        """rows: bytes of a row of each member, and how many a text may have (0 where it is no text)."""
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file's lock
+        begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
+        unit, most = np.array(rows).T
+        fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
+        inside = (begin >= 0) & (size >= 0) & (begin <= len(self.map) - size)
+        if not (fits & inside).all():
+            raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
+        ids, address = first_id + np.arange(len(index)), begin + address_of(self.map)
+        self.table = np.concatenate([ids[None], (size // unit)[:, most > 0].T, address.T])
+        self.texts = int(np.count_nonzero(most))
+        self.low, self.high = int(address.min()), int(address.max())
+
+
+def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """The array in an index file, which must be int64 of this shape; raises ValueError.
+
+    np.load would parse the header with ast, which fails now and then when several threads of Python 3.11
+    do so at once.
+    """
+    begin = 10 + int.from_bytes(data[8:10], "little")
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
+    if data[10:begin].rstrip() != header.encode():
+        raise ValueError(f"index got {data[10:begin].rstrip()!r}, expected {header}")
+    return np.frombuffer(data, np.int64, offset=begin).reshape(shape)
+
+
+@dataclass(slots=True)
+class Rows:
+    """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
+
+    # int64 (1 + texts + members, n), one array so that few calls move all: the sample's number, how many
+    # tokens each text has, where each member lies.
+    table: np.ndarray
+    texts: int
+    low: int
+    high: int
+    shards: list[Shard]
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self.table[0]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.table[1 : 1 + self.texts]
+
+    def address(self, member: int) -> np.ndarray:
+        return self.table[1 + self.texts + member]
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.table[:, part], self.texts, self.low, self.high, self.shards)
+
+    def take(self, chosen: np.ndarray) -> "Rows":
+        return Rows(self.table.take(chosen, axis=1), self.texts, self.low, self.high, self.shards)
+
+    @staticmethod
+    def join(rows: "list[Rows]") -> "Rows":
+        if len(rows) == 1:
+            return rows[0]
+        return Rows(
+            np.concatenate([r.table for r in rows], axis=1),
+            rows[0].texts,
+            min(r.low for r in rows),
+            max(r.high for r in rows),
+            [shard for r in rows for shard in r.shards],
+        )
+
+
+@dataclass
+class Skipped:
+    """What had to be skipped: why, by shard, and how many samples others took the places of."""
+
+    shards: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+
+
+class ShardStore:
+    """Opens shards: fetched and checked by threads ahead of time, kept mapped for as long as room is."""
+
+    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str, skipped: Skipped):
+        self.snapshot, self.verify, self.on_corrupt = snapshot, verify, on_corrupt
+        self.skipped = skipped
+        self.verified = np.zeros(len(snapshot.sizes), bool)
+        self.bad: dict[int, ShardError] = {}
+        self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
+        self.kept: OrderedDict[int, Shard] = OrderedDict()
+        self.keep_files, self.keep_bytes = raise_file_limit() // 4, KEEP_BYTES
+        self.coming: dict[int, Future[Shard]] = {}
+        self.threads = ThreadPoolExecutor(FETCH_THREADS, "shards")
+        self.lock = threading.Lock()
+
+    def request(self, window: Window) -> None:
+        """Have a window's shards at hand soon."""
+        with self.lock:
+            for number in window.segments.shard.tolist():
+                if number not in self.opened and number not in self.bad:
+                    self._come(number)
+
+    def _come(self, number: int) -> "Future[Shard]":
+        if number not in self.coming:
+            self.coming[number] = self.threads.submit(self._fetch, number)
+        return self.coming[number]
+
+    def open(self, number: int) -> Shard:
+        """Raises ShardError, always the same for the same shard."""
+        with self.lock:
+            if number in self.bad:
+                raise self.bad[number]
+            shard = self.opened.get(number)
+            coming = None if shard else self._come(number)
+        if coming is not None:
+            try:
+                shard = coming.result()
+            except ShardError as error:
+                self.bad[number] = error
+                raise
+        assert shard is not None
+        with self.lock:
+            self.coming.pop(number, None)
+            self.opened[number] = shard
+            if self._dataset(number).cache is None:  # else its lock would hold it in the cache
+                self._keep(number, shard)
+        return shard
+
+    def _keep(self, number: int, shard: Shard) -> None:
+        """Mapping a file again costs as much as copying it, so the last ones used stay mapped."""
+        if number not in self.kept:
+            self.keep_bytes -= len(shard.map)
+        self.kept[number] = shard
+        self.kept.move_to_end(number)
+        while self.keep_bytes < 0 or len(self.kept) > self.keep_files:
+            self.keep_bytes += len(self.kept.popitem(last=False)[1].map)
+
+    def _dataset(self, number: int) -> Dataset:
+        return self.snapshot.datasets[self.snapshot.dataset[number]]
+
+    def _fetch(self, number: int) -> Shard:
+        snapshot, name = self.snapshot, self.snapshot.text("path", number)
+        where = f"{self._dataset(number).source.path}/{name}"
+        shape = int(snapshot.sizes[number]), len(snapshot.manifest.members), 2
+        size, index_hash = int(snapshot.bytes[number]), snapshot.text("index_sha256", number)
+        check = self.verify == "first_use" and not self.verified[number]
+        try:
+            with self._open(
+                number, index_path(name), index_hash, 128 + math.prod(shape) * 8, True
+            ) as file:
+                file.seek(0)
+                index = parse_index(file.read(), shape)
+            with self._open(number, name, snapshot.text("sha256", number), size, check) as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise ShardError(f"{where}: got {found} bytes, expected {size}")
+                first_id = int(snapshot.first_id[number])
+                shard = Shard(where, file, index, self._rows(number), first_id)
+        except CacheFullError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ShardError(f"{where}: cannot be used: {error}") from error
+        self.verified[number] |= check
+        return shard
+
+    def _open(self, number: int, name: str, sha256: str, size: int, check: bool) -> IO[bytes]:
+        dataset = self._dataset(number)
+        if dataset.cache is None:
+            file, checked = (dataset.home / name).open("rb"), False
+        else:
+            file, checked = dataset.cache.open(name, sha256, size)
+        if not check:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        elif not checked and (found := file_sha256(file)) != sha256:
+            file.close()
+            if dataset.cache is None:
+                raise ShardError(f"{name}: sha256 got {found}, expected {sha256}")
+            dataset.cache.forget(name)
+            file, _ = dataset.cache.open(name, sha256, size)
+        return file
+
+    def _rows(self, number: int) -> list[tuple[int, int]]:
+        """What Shard checks its index against."""
+        manifest, rows = self.snapshot.manifest, []
+        shapes = self.snapshot.shapes(self.snapshot.bucket(number))
+        for (name, member), shape in zip(manifest.members.items(), shapes, strict=True):
+            role = manifest.text.roles.get(name)
+            unit = np.dtype(member.dtype).itemsize * math.prod(shape)
+            rows.append((unit, role.view.max_length if role else 0))
+        return rows
+
+    def read(self, window: Window) -> Rows:
+        """A window's samples, shuffled.
+
+        Where unreadable shards are to be skipped, samples of the window's other shards take the places of
+        theirs, so that the order of all others, and the number of samples, stay what they were.
+        """
+        rows, order, segments = [], window.shuffle(), window.segments
+        for number, chosen in zip(segments.shard.tolist(), window.rows(), strict=True):
+            try:
+                rows.append(self.rows(number, chosen))
+            except ShardError as error:
+                if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
+                    raise
+                self._count(number, error)
+        if len(rows) < len(segments.shard):
+            order = self._replaced(segments)[order]
+        return Rows.join(rows).take(order)
+
+    def _replaced(self, segments: Segments) -> np.ndarray:
+        """int64 (n,): the place, among a window's readable samples, that each of its samples is taken from."""
+        readable = np.array([number not in self.bad for number in segments.shard.tolist()])
+        if not readable.any():
+            names = {str(self.bad[n]) for n in segments.shard.tolist()}
+            raise ShardError(f"every shard of a window is unreadable: {'; '.join(sorted(names))}")
+        kept = np.repeat(readable, segments.stop - segments.start)
+        places = np.cumsum(kept) - 1
+        lost = np.flatnonzero(~kept)
+        places[lost] = np.arange(len(lost)) % (len(kept) - len(lost))
+        self.skipped.samples += len(lost)
+        return places
+
+    def rows(self, number: int, chosen: np.ndarray) -> Rows:
+        """Some samples of a shard; raises ShardError."""
+        shard = self.open(number)
+        table = shard.table.take(chosen, axis=1)
+        return Rows(table, shard.texts, shard.low, shard.high, [shard])
+
+    def _count(self, number: int, error: ShardError) -> None:
+        name = self.snapshot.text("path", number)
+        if name not in self.skipped.shards:
+            log.warning("skipped: %s", error)
+        self.skipped.shards[name] = str(error)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as it may (up to 65,536); returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
+
+
+class Memory:
+    """Memory at an address as numpy's array interface shows it: rows of bytes, one at every address."""
+
+    def __init__(self, base: int, length: int, row_bytes: int):
+        self.__array_interface__ = {
+            "data": (base, False),
+            "shape": (length, row_bytes),
+            "strides": (1, 1),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+@lru_cache(maxsize=256)
+def _rows_at(low: int, high: int, row_bytes: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """A row at every address, uint8 (n, row bytes); its bytes, (n,); and one place in each page of a row."""
+    rows = torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
+    memory = np.asarray(Memory(low, 1, high - low + row_bytes))[0]
+    return rows, memory, np.append(np.arange(0, row_bytes, mmap.PAGESIZE), row_bytes - 1)
+
+
+def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
+    """Copy from each address, int64 (n,) in low..high, into a row of `out`, uint8 (n, row bytes).
+
+    The caller keeps what lies there mapped, and has checked the bounds.
+    """
+    if out.shape[1] >= LARGE_ROW:
+        gather_ragged(address, np.full(len(address), out.shape[1]), out)
+        return
+    (rows, memory, places), begins = _rows_at(low, high, out.shape[1]), address - low
+    if out.shape[1] >= mmap.PAGESIZE:
+        # A byte of every page first: their misses overlap, while the copy would wait for one after another.
+        memory.take(begins[:, None] + places)
+    torch.index_select(rows, 0, torch.from_numpy(begins), out=out)
+
+
+def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:
+    """The same for rows of various sizes, int64 (n,) bytes; the rest of a row of `out` becomes zero.
+
+    A call a row: of large rows it costs little, and memcpy writes them without reading `out` first.
+    """
+    low = int(address.min())
+    memory = np.asarray(Memory(low, 1, int((address + sizes).max()) - low))[0]
+    begins = address - low
+    for row, begin, size in zip(out.numpy(), begins.tolist(), sizes.tolist(), strict=True):
+        row[:size] = memory[begin : begin + size]
+        if size < len(row):
+            row[size:] = 0

@@ -1,0 +1,173 @@
+"""Real pictures to compare drawn ones with: a prepared dataset's, decoded, or a folder's; their features kept."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_prep.schema import fingerprint
+from models.config import InputError
+from models.files import write_whole
+from models.vae import LatentCodec, sample_latents
+from pipeline import distributed
+from pipeline.data.datasets import Snapshot
+from pipeline.data.encoders import encoder_folder
+from pipeline.data.loader import Loader
+from pipeline.data.randomness import make_generator
+from pipeline.evaluation.metrics import FeatureNetwork
+from pipeline.inference.grid import read_picture
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Pictures(Protocol):
+    """Pictures in a fixed order; `name` says what they are, `identity` what a cache of them hangs on."""
+
+    name: str
+
+    @property
+    def identity(self) -> Any: ...
+    def __len__(self) -> int: ...
+    def read(self, begin: int, end: int) -> Iterator[Tensor]:
+        """Pictures begin to end, uint8 (3, H, W)."""
+        ...
+
+
+class FolderPictures:
+    """Every picture under a folder in the order of their names; cut to `size` (height, width) about the middle if given."""
+
+    def __init__(self, folder: Path, size: tuple[int, int] | None, limit: int | None = None):
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise InputError(f"{folder}: got no picture, expected {', '.join(SUFFIXES)} files")
+        self.paths, self.size = paths[:limit], size
+        self.name = f"{folder}"
+
+    @property
+    def identity(self) -> Any:
+        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths]
+        return [self.size, stats]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, begin: int, end: int) -> Iterator[Tensor]:
+        for path in self.paths[begin:end]:
+            if self.size is None:
+                yield read_picture(path)
+                continue
+            with Image.open(path) as image:
+                height, width = self.size
+                cut = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+            yield torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+
+
+class DatasetPictures:
+    """A prepared dataset's samples, decoded from the means of their latents: what the autoencoder can show.
+
+    Whole shards in an order drawn once, cut at `limit`; so more samples begin with the same ones.
+    """
+
+    def __init__(
+        self, loader: Loader, split: str, limit: int, vae: str | None, device: torch.device
+    ):
+        self.loader, self.vae, self.device = loader, vae, device
+        self.snapshot: Snapshot = loader.first.snapshot
+        buckets = self.snapshot.buckets(heldout=split == "heldout")
+        shards = sorted(int(n) for parts in buckets.values() for p in parts for n in p.shards)
+        if not shards:
+            raise InputError(
+                f"{split} split: got no sample. Remedy: --split train, or prepare with heldout_fraction=0.05"
+            )
+        order = make_generator(0, "reference").permutation(len(shards))
+        every = [
+            (shards[i], row) for i in order for row in range(int(self.snapshot.sizes[shards[i]]))
+        ]
+        self.samples = every[:limit]
+        paths = ", ".join(d.source.path for d in self.snapshot.datasets)
+        self.name = f"{paths}: {split}, decoded"
+
+    @property
+    def identity(self) -> Any:
+        return [self.snapshot.identities(), self.name, len(self.samples)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [self.snapshot.bucket(shard) for shard, _ in self.samples]
+
+    def read(self, begin: int, end: int) -> Iterator[Tensor]:
+        record = self.loader.manifest.codec
+        folder = encoder_folder(record.path, self.vae, record.weights_sha256, "encoders.vae")
+        codec = LatentCodec.load(folder, record.dtype, self.device)  # pyright: ignore[reportArgumentType]
+        for shard, rows in self._by_shard(begin, end):
+            for first in range(0, len(rows), 16):
+                found = self.loader.first.store.rows(shard, np.array(rows[first : first + 16]))
+                places = torch.arange(len(found.ids))
+                bucket = self.snapshot.bucket(shard)
+                moments = self.loader.first.assemble(found, bucket, places, 0, 0).moments
+                shape = (len(moments), record.channels, *moments.shape[-2:])
+                latents = sample_latents(moments, torch.zeros(shape), record.normalisation)
+                yield from codec.decode(latents).cpu()
+
+    def prompts(self, count: int) -> list[str]:
+        """What the first `count` samples are of, as a prompt: caption, class, or "CLASS: CAPTION"."""
+        prompts: list[str] = []
+        for shard, rows in self._by_shard(0, count):
+            dataset = self.snapshot.datasets[self.snapshot.dataset[shard]]
+            path = dataset.home / self.snapshot.text("path", shard)
+            if not path.is_file():
+                raise InputError(
+                    f"{path}: its captions are not on this machine. Remedy: --prompts-file"
+                )
+            with tarfile.open(path) as tar:
+                files = [tar.extractfile(m) for m in tar if m.name.endswith(".json")]
+                captions = [str(json.load(f).get("caption") or "") for f in files if f]
+            found = self.loader.first.store.rows(shard, np.array(rows))
+            batch = self.loader.first.assemble(
+                found, self.snapshot.bucket(shard), torch.arange(len(rows)), 0, 0
+            )
+            for i, row in enumerate(rows):
+                caption = captions[row] if captions else ""
+                if batch.label is not None:
+                    caption = f"{int(batch.label[i])}: {caption}".removesuffix(": ")
+                prompts.append(caption)
+        return prompts
+
+    def _by_shard(self, begin: int, end: int) -> Iterator[tuple[int, list[int]]]:
+        """Samples begin to end, shard by shard."""
+        shards: dict[int, list[int]] = {}
+        for shard, row in self.samples[begin:end]:
+            shards.setdefault(shard, []).append(row)
+        yield from shards.items()
+
+
+def features_of(
+    network: FeatureNetwork, pictures: Pictures, batch_size: int, device: torch.device, cache: Path
+) -> Tensor:
+    """Features (n, D) of all pictures, in order, each rank computing its share, or as cached. Collective."""
+    key = fingerprint({"pictures": pictures.identity, "network": network.sha256})
+    path = cache / f"{network.name}_{key[:16]}.safetensors"
+    if distributed.gather_objects(path.is_file())[0]:
+        return load_file(path)["features"]
+    begin, end = share(len(pictures))
+    mine = network.features(pictures.read(begin, end), batch_size, device)
+    features = torch.cat([f for f in distributed.gather_objects(mine) if len(f)])
+    if distributed.is_main():
+        write_whole(path, lambda temporary: save_file({"features": features}, temporary))
+    distributed.barrier()
+    return features
+
+
+def share(count: int) -> tuple[int, int]:
+    """This rank's part of `count` things in a row: begin, end."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    return count * rank // ranks, count * (rank + 1) // ranks

@@ -1,0 +1,137 @@
+"""What is evaluated: a run's checkpoint or a folder of a diffusers pipeline, and how each draws."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from data_prep.schema import MANIFEST, read_manifest
+from models.config import InputError, parse_config
+from models.weights import brief
+from pipeline.arguments import (
+    parse_sampler,
+)
+from pipeline.config import TrainConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.randomness import make_generator
+from pipeline.inference.painter import Draw, Request, drawer
+from pipeline.objectives.config import SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import Trained
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a run's checkpoint or a diffusers pipeline, and how it draws."""
+
+    path: Path
+    name: str  # of its folder among the results
+    about: dict[str, Any]
+    sampler: SamplerConfig
+    make_draw: Callable[[], Draw]  # loads what drawing needs
+
+
+def run_subject(trained: Trained, overrides: list[str], device: torch.device) -> Subject:
+    sampler = parse_sampler(trained.config.sampler, overrides)
+
+    def make_draw() -> Draw:
+        objective = Objective(trained.config.objective)
+        return drawer(trained.encoders(device), trained.network(device), objective)
+
+    name = f"step_{trained.step:08d}_{trained.weights}"
+    return Subject(trained.run, name, trained.facts, sampler, make_draw)
+
+
+def pipeline_subject(
+    folder: Path, overrides: list[str], trust_remote_code: bool, device: torch.device
+) -> Subject:
+    """A diffusers pipeline in a local folder; raises InputError where it would run code unasked."""
+    index = json.loads((folder / "model_index.json").read_text())
+    if isinstance(index.get("_class_name"), list) and not trust_remote_code:
+        raise InputError(
+            f"{folder}: has code of its own, {index['_class_name'][0]}.py. Remedy: read it, then "
+            "--trust-remote-code"
+        )
+    recipe = index.get("recipe")
+    known = ("num_steps", "guidance_scale", "seed")
+    names = [override.removeprefix("sampler.").split("=")[0] for override in overrides]
+    if recipe is None and (bad := [name for name in names if name not in known]):
+        raise InputError(
+            f"override sampler.{bad[0]}: of a stock pipeline only sampler.{', sampler.'.join(known)} can be set"
+        )
+
+    def make_draw() -> Draw:
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipeline: Any = DiffusionPipeline.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            ).to(device)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder}: cannot load the pipeline: {brief(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return partial(draw_stock if recipe is None else draw_exported, pipeline)
+
+    about, saved = {"pipeline": str(folder)}, SamplerConfig()
+    if recipe is None:
+        about["scheduler"] = str(index["scheduler"][1])
+    else:
+        saved = parse_config(SamplerConfig, recipe["sampler"], f"{folder}: recipe.sampler")
+    return Subject(folder, "pipeline", about, parse_sampler(saved, overrides), make_draw)
+
+
+def draw_stock(pipeline: Any, requests: list[Request]) -> torch.Tensor:
+    """Requests of one size and sampler with a stock pipeline; seeds are functions of (seed, place)."""
+    sampler = requests[0].sampler
+    draws = [make_generator(r.sampler.seed, "pipeline", r.place) for r in requests]
+    generators = [torch.Generator().manual_seed(int(d.integers(2**63))) for d in draws]
+    given = {"num_inference_steps": sampler.num_steps, "guidance_scale": sampler.guidance_scale}
+    return _draw(pipeline, requests, generator=generators, **given)
+
+
+def draw_exported(pipeline: Any, requests: list[Request]) -> torch.Tensor:
+    """Requests of one size and sampler with a pipeline of ours: what the run itself draws."""
+    sampler = requests[0].sampler
+    places, given = [r.place for r in requests], sampler.model_dump(mode="json")
+    return _draw(pipeline, requests, sampler=given, seed=sampler.seed, places=places)
+
+
+def _draw(pipeline: Any, requests: list[Request], **given: Any) -> torch.Tensor:
+    prompts, (height, width) = [request.prompt for request in requests], requests[0].size
+    size = {"height": height, "width": width}
+    pictures = pipeline(prompt=prompts, **size, **given, output_type="np").images
+    return torch.from_numpy(pictures * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def open_exported(folder: Path, data: Path | None) -> Trained | None:
+    """The network and config in the single file of an exported folder, on `data` or the dataset it was trained
+    on; None where there is no such file or no such dataset here.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+        if "flowmill.config" not in about:
+            continue
+        config = parse_config(TrainConfig, json.loads(about["flowmill.config"]), str(path))
+        data = data or Path(next(iter(config.data.sources.values())).path)
+        if not (data / MANIFEST).is_file():
+            return None
+        manifest, codec = read_manifest(data), json.loads(about["flowmill.data"])["codec"]
+        if manifest.codec.weights_sha256 != codec["weights_sha256"]:
+            raise InputError(
+                f"{data}: its latents are of VAE {manifest.codec.weights_sha256[:12]}, the network's of "
+                f"{codec['weights_sha256'][:12]}. Remedy: --heldout 0, or a dataset of that VAE"
+            )
+        config = config.model_copy(update={"data": DataConfig.model_validate({"path": str(data)})})
+        state = {name: weight.float() for name, weight in load_file(path).items()}
+        return Trained(folder, config, manifest, str(folder), state, 0)
+    return None

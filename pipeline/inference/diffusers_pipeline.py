@@ -1,0 +1,242 @@
+"""The diffusers pipeline of an exported model: prompts to pictures with torch, diffusers and transformers alone.
+
+`flowmill export` writes it as flowmill_pipeline.py, behind the sources of all of ours that it imports. Load it with
+
+    DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+"""
+
+import re
+from typing import Any, get_args
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from models.conditions import Conditions
+from pipeline.data.randomness import draw_noise
+from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.sampling import generate
+
+
+class FlowmillPipeline(DiffusionPipeline):
+    """`recipe` says what the model was trained with: objective, sampler, token limits, latent shape, classes.
+
+    `scheduler` tells other tools of the noise levels; the pipeline itself samples as `flowmill sample` does.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->network->vae"
+    _optional_components = [
+        f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
+    ]
+
+    def __init__(
+        self,
+        network,
+        vae,
+        scheduler,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        recipe=None,
+    ):
+        super().__init__()
+        self.register_modules(
+            network=network,
+            vae=vae,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )
+        self.register_to_config(recipe=recipe)
+        self.recipe: Any = recipe
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt,
+        height=None,
+        width=None,
+        num_inference_steps=None,
+        guidance_scale=None,
+        guidance_rescale=None,
+        sampler=None,
+        num_images_per_prompt=1,
+        generator=None,
+        latents=None,
+        seed=None,
+        places=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        """Pictures of the prompts, prompt by prompt; what is None is the trained run's own.
+
+        A prompt of a class-conditional model is "207", or "207: TEXT" where there is text too. sampler: a dict of
+        other settings, such as {"name": "heun"}. latents: standard normal noise (B, C, h, w); else it comes from
+        `generator`, if there is one, else from `seed` and each picture's place (0, 1, ...) as in `flowmill sample`.
+        output_type: pil, np, pt or latent (normalised).
+        """
+        recipe, device, down = self.recipe, self._execution_device, self.recipe["downscale"]
+        height, width = height or recipe["height"], width or recipe["width"]
+        if height % recipe["multiple"] or width % recipe["multiple"]:
+            raise ValueError(f"{height}x{width}: expected multiples of {recipe['multiple']}")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        places = list(range(len(prompts))) if places is None else places
+        shape = (len(prompts), recipe["channels"], height // down, width // down)
+        if latents is None and generator is not None:
+            latents = randn_tensor(shape, generator, device)
+        named = {
+            "num_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+            "seed": fresh_seed(generator) if seed is None else seed,
+        }
+        named = {key: value for key, value in named.items() if value is not None}
+        config = self.configure({**(sampler or {}), **named})
+        if latents is None:
+            latents = draw_noise(config.seed, 0, places, shape[1:], device, "pictures")
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents: got {tuple(latents.shape)}, expected {shape}")
+        pictures = self.sample(latents.to(device, torch.float32), prompts, config, places)
+        if output_type != "latent":
+            factors = recipe["normalisation"]
+            mean, std = (torch.tensor(factors[n], dtype=torch.float64) for n in ("mean", "std"))
+            mean, scale = (v.float().view(-1, 1, 1).to(device) for v in (mean, 1 / std))
+            raw = pictures / scale + mean
+            pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
+            pictures = VaeImageProcessor().postprocess(pixels, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)  # pyright: ignore[reportArgumentType]
+
+    def configure(self, changes) -> SamplerConfig:
+        """The run's sampler with changes; raises ValueError for a setting or a sampler that does not exist."""
+        saved = self.recipe["sampler"]
+        if unknown := changes.keys() - saved.keys():
+            raise ValueError(f"sampler: got {sorted(unknown)}, expected some of {sorted(saved)}")
+        config = SamplerConfig(**{**saved, **changes})
+        if config.name not in (names := get_args(SamplerConfig.__annotations__["name"])):
+            raise ValueError(f"sampler: got the name {config.name!r}, expected one of {names}")
+        return config
+
+    def sample(self, noise, prompts, config, places):
+        """Normalised latents, fp32."""
+        down = self.recipe["downscale"]
+        size = (noise.shape[-2] * down, noise.shape[-1] * down)
+        conditions, unconditional = self.encode(prompts, size, noise.device)
+        objective = Objective(ObjectiveConfig(**self.recipe["objective"]))
+        calls = 2 * config.num_steps - 1 if config.name == "heun" else config.num_steps
+        with self.progress_bar(total=calls) as bar:
+
+            def network(x_t, t, conditions):
+                bar.update()
+                return self.predict(x_t, t, conditions)
+
+            return generate(network, objective, noise, conditions, unconditional, config, places)
+
+    # --- conditions
+
+    def encode(self, prompts, size, device) -> tuple[Conditions, Conditions]:
+        """What the network is told, with the prompts and without."""
+        texts, count, classes, label = prompts, len(prompts), self.recipe["num_classes"], None
+        micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
+        if classes:
+            found: list[Any] = [
+                re.fullmatch(r"(\d+)(?:: *(.*))?", text.strip()) for text in prompts
+            ]
+            if not all(match and int(match[1]) < classes for match in found):
+                raise ValueError(
+                    f"prompt: expected a class from 0 to {classes - 1}, or CLASS: TEXT"
+                )
+            label = torch.tensor([*(int(match[1]) for match in found), classes], device=device)
+            texts = [match[2] or "" for match in found]
+        tokens, masks, pooled = [], [], []
+        names = [name for name in self._optional_components if name.startswith("text_encoder")]
+        for name, max_length in zip(names, self.recipe["max_lengths"], strict=False):
+            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
+            parts = embed(getattr(self, name), tokenizer, [*texts, ""], max_length, device)
+            for into, part in zip((tokens, masks, pooled), parts, strict=True):
+                into.append(part)
+        every = Conditions(micro=micro, label=label)
+        if tokens:
+            wide = max(part.shape[-1] for part in tokens)
+            padded = [torch.nn.functional.pad(part, (0, wide - part.shape[-1])) for part in tokens]
+            # Rounded as the dataset stored them.
+            text_emb, side = (torch.cat(p, d).half().float() for p, d in ((padded, 1), (pooled, 1)))
+            every = every._replace(text_emb=text_emb, text_mask=torch.cat(masks, 1), pooled=side)
+        last = [count] * count
+        return every.map(lambda value: value[:-1]), every.map(lambda value: value[last])
+
+    # --- the network, whatever its class
+
+    def predict(self, x_t, t, conditions):
+        """The network's own prediction at t in [0, 1], fp32."""
+        kind, dtype, time = type(self.network).__name__, self.network.dtype, 1000 * t
+        text, mask, pooled, micro, label, _ = conditions
+        x_t = x_t.to(dtype)
+        if text is not None:
+            text, pooled = text.to(dtype), pooled.to(dtype)
+        if kind == "FlowmillNetwork":
+            return self.network(x_t, t, **conditions._asdict()).float()
+        if kind == "DiTTransformer2DModel":
+            return self.network(x_t, time, class_labels=label).sample.float()
+        if kind == "PixArtTransformer2DModel":
+            sizes = {"resolution": None, "aspect_ratio": None}
+            out = self.network(
+                x_t, text, time, added_cond_kwargs=sizes, encoder_attention_mask=mask
+            )
+            return out.sample.float()
+        if kind == "SD3Transformer2DModel":  # takes no mask: each picture with its own words
+            each = [
+                self.network(x_t[i, None], text[i, mask[i]][None], pooled[i, None], time[i, None])
+                for i in range(len(x_t))
+            ]
+            return torch.cat([out.sample.float() for out in each])
+        added = None
+        if self.network.config.addition_embed_type == "text_time":
+            down = self.recipe["downscale"]
+            target = torch.tensor([[s * down for s in x_t.shape[-2:]]], device=x_t.device)
+            ids = torch.cat([micro, target.expand(len(x_t), 2)], dim=1)
+            added = {"text_embeds": pooled, "time_ids": ids}
+        out = self.network(
+            x_t,
+            time,
+            text,
+            class_labels=label,
+            encoder_attention_mask=mask,
+            added_cond_kwargs=added,
+        )
+        return out.sample.float()
+
+
+def fresh_seed(generator) -> int:
+    """The next number of a generator, of the first of several, or of torch's own."""
+    first = generator[0] if isinstance(generator, list) else generator
+    where = first.device if first is not None else "cpu"
+    return int(torch.randint(2**31, (), generator=first, device=where))
+
+
+def embed(encoder, tokenizer, texts, max_length, device):
+    """Tokens (B, L, D), mask (B, L) and pooled (B, P): CLIP's own pooled output, else the mean of the tokens."""
+    batch = tokenizer(
+        texts, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
+    ).to(device)
+    mask = batch["attention_mask"]
+    output = encoder(input_ids=batch["input_ids"], attention_mask=mask)
+    mask = mask.bool()
+    tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)
+    if "text_embeds" in output:
+        pooled = output.text_embeds.float()
+    elif type(encoder).__name__ == "CLIPTextModel":
+        pooled = output.pooler_output.float()
+    else:
+        pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    return tokens, mask, pooled

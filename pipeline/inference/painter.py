@@ -1,0 +1,162 @@
+"""Prompts to pictures with a trained network: used by the trainer's grids, `sample` and `evaluate`."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from data_prep.schema import Manifest
+from models.conditions import Conditions
+from models.config import InputError
+from models.files import write_whole
+from models.text_encoder import TextEncoder
+from pipeline import distributed
+from pipeline.data.encoders import Encoders
+from pipeline.data.randomness import draw_noise
+from pipeline.inference.grid import to_pil
+from pipeline.objectives.config import SamplerConfig
+from pipeline.objectives.objective import Objective
+from pipeline.objectives.sampling import generate
+
+
+def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
+    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; none without text."""
+    if not encoders:
+        return Conditions()
+    tokens, masks, pooled = zip(*(encoder.encode(captions) for encoder in encoders), strict=True)
+    width = max(part.shape[-1] for part in tokens)
+    padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in tokens]
+    text_emb, text_mask = torch.cat(padded, dim=1), torch.cat(masks, dim=1)
+    return Conditions(text_emb.half().float(), text_mask, torch.cat(pooled, dim=1).half().float())
+
+
+def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:
+    """Class and text of "207" or "207: a retriever"; raises InputError."""
+    match = re.fullmatch(r"(\d+)(?:: *(.*))?", prompt.strip())
+    if not match or int(match[1]) >= num_classes:
+        raise InputError(
+            f'prompt {prompt!r}: expected a class from 0 to {num_classes - 1}, alone or before ": TEXT"'
+        )
+    return int(match[1]), match[2] or ""
+
+
+class Painter:
+    """Draws prompts, which are encoded once, with any network; it keeps the codec, not the text encoders.
+
+    Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
+    """
+
+    def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
+        self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
+        self.prompts, texts = prompts, prompts
+        # The empty caption, and no class, go last and make the unconditional half.
+        label = None
+        if num_classes:
+            labels, texts = zip(*(parse_class(p, num_classes) for p in prompts), strict=True)
+            label = torch.tensor([*labels, num_classes], device=self.device)
+        self.encoded = encode_captions(encoders.text, [*texts, ""])._replace(label=label)
+
+    def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
+        """What a network is told of `rows` of the encoded prompts, drawn at `size`."""
+        micro = torch.tensor([[*size, 0.0, 0.0]], device=self.device).expand(len(rows), 4)
+        return self.encoded.map(lambda value: value[rows])._replace(micro=micro)
+
+    @torch.no_grad()
+    def draw_batch(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        sampler: SamplerConfig,
+        size: tuple[int, int],
+        rows: list[int],
+        places: list[int],
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
+        down, channels = self.record.downscale, self.record.channels
+        multiple = down * network.config.latent_multiple  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        if any(side % multiple for side in size):
+            raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")
+        shape = (channels, size[0] // down, size[1] // down)
+        noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
+        cond = self._conditions(rows, size)
+        uncond = self._conditions([len(self.prompts)] * len(rows), size)
+        latents = generate(network, objective, noise, cond, uncond, sampler, places)
+        return self.codec.decode(latents).cpu()
+
+    def draw(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        sampler: SamplerConfig,
+        size: tuple[int, int],
+        batch_size: int = 16,
+    ) -> UInt8[Tensor, "B 3 H W"]:
+        """One picture per prompt; picture i from the noise of place i."""
+        every = list(range(len(self.prompts)))
+        parts = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
+        return torch.cat(
+            [self.draw_batch(network, objective, sampler, size, part, part) for part in parts]
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw to a file, from the noise of (sampler.seed, place)."""
+
+    path: Path
+    prompt: str
+    place: int
+    size: tuple[int, int]
+    sampler: SamplerConfig
+
+
+Draw = Callable[[list[Request]], UInt8[Tensor, "B 3 H W"]]
+
+
+def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch_size: int) -> None:
+    """Write this rank's share of the pictures, what made each in its chunk `flowmill`.
+
+    `draw` gets requests of one size and sampler. A file is whole or absent.
+    """
+    groups: dict[Any, list[Request]] = {}
+    for request in requests[distributed.rank() :: distributed.world_size()]:
+        groups.setdefault((request.size, request.sampler), []).append(request)
+    for group in groups.values():
+        for begin in range(0, len(group), batch_size):
+            batch = group[begin : begin + batch_size]
+            for request, picture in zip(batch, draw(batch), strict=True):
+                size = f"{request.size[0]}x{request.size[1]}"
+                made = {"prompt": request.prompt, "index": request.place, "size": size}
+                info = PngInfo()
+                sampler = request.sampler.model_dump(mode="json")
+                info.add_itxt("flowmill", json.dumps(facts | sampler | made))
+                save = partial(to_pil(picture).save, format="PNG", pnginfo=info)
+                write_whole(request.path, save, durable=False)
+
+
+def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw:
+    """Draws requests, whose prompts it encodes as they come."""
+    num_classes = network.config.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+
+    def draw(requests: list[Request]) -> Tensor:
+        painter = Painter(encoders, [request.prompt for request in requests], num_classes)  # pyright: ignore[reportArgumentType]
+        places = [request.place for request in requests]
+        sampler, size = requests[0].sampler, requests[0].size
+        rows = list(range(len(requests)))
+        return painter.draw_batch(network, objective, sampler, size, rows, places)
+
+    return draw
+
+
+def largest_bucket(manifest: Manifest) -> tuple[int, int]:
+    """Height and width of the bucket with the most samples."""
+    bucket = max(manifest.buckets, key=lambda b: b.num_samples)
+    return bucket.height, bucket.width

@@ -1,0 +1,185 @@
+"""Configs of objectives and samplers, beside those of paths and timesteps; reading one imports no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from models.config import Config
+from pipeline.objectives.paths import Path, RectifiedFlow, named
+from pipeline.objectives.timesteps import LogitNormal, LogNormal, Shift, Timesteps, Uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PRESETS = FilePath(__file__).parents[2] / "configs" / "objectives.yaml"
+MIN_TERMINAL_SNR = 1e-6  # below it, dividing by alpha_t multiplies an error of epsilon by over 1000
+
+
+class Unweighted(Config):
+    """1 on the prediction as it is."""
+
+    kind: Literal["none"] = "none"
+
+
+class MinSNR(Config):
+    """min(SNR, gamma) on the x0 loss (Hang 2303.09556); `terminal_weight` where SNR is 0."""
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: PositiveFloat = 5.0
+    terminal_weight: NonNegativeFloat = 1.0
+
+    def numerator(self, alpha: "Tensor", sigma: "Tensor") -> "Tensor":
+        return (alpha**2).minimum(self.gamma * sigma**2)
+
+
+class SoftMinSNR(Config):
+    """SNR gamma / (SNR + gamma) on the x0 loss (Crowson 2401.11605); `terminal_weight` where SNR is 0."""
+
+    kind: Literal["soft_min_snr"] = "soft_min_snr"
+    gamma: PositiveFloat = 5.0
+    terminal_weight: NonNegativeFloat = 1.0
+
+    def numerator(self, alpha: "Tensor", sigma: "Tensor") -> "Tensor":
+        return self.gamma * alpha**2 * sigma**2 / (alpha**2 + self.gamma * sigma**2)
+
+
+class Debiased(Config):
+    """sqrt(SNR) on the x0 loss (Yu 2310.08442); `terminal_weight` where SNR is 0."""
+
+    kind: Literal["debiased"] = "debiased"
+    terminal_weight: NonNegativeFloat = 1.0
+
+    def numerator(self, alpha: "Tensor", sigma: "Tensor") -> "Tensor":
+        return alpha * sigma
+
+
+class MSE(Config):
+    kind: Literal["mse"] = "mse"
+
+
+class PseudoHuber(Config):
+    """2c (sqrt(e^2 + c^2) - c) per element: e^2 where small against `c`, 2c|e| where large."""
+
+    kind: Literal["pseudo_huber"] = "pseudo_huber"
+    c: PositiveFloat = 0.1
+
+
+Weighting = Annotated[
+    Annotated[Unweighted | MinSNR | SoftMinSNR | Debiased, Field(discriminator="kind")],
+    BeforeValidator(named),
+]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Loss = Annotated[Annotated[MSE | PseudoHuber, Field(discriminator="kind")], BeforeValidator(named)]
+
+
+class ObjectiveConfig(Config):
+    """What the network learns. The default is SD3's; `preset: NAME` starts from configs/objectives.yaml."""
+
+    path: Path = RectifiedFlow()
+    prediction: Literal["epsilon", "v", "sample", "flow", "edm"] = "flow"
+    timesteps: Timesteps = LogitNormal()
+    shift: Shift | None = None
+    uniform_fraction: Share = 0.0
+    """Share of the samples whose t is uniform instead."""
+    weighting: Weighting = Unweighted()
+    loss: Loss = MSE()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        return resolve_preset(data)
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> "ObjectiveConfig":
+        if reasons := list(self._refusals()):
+            raise ValueError("; ".join(reasons))
+        return self
+
+    def _refusals(self) -> Iterator[str]:
+        """Why this combination is meaningless or cannot be learnt, if it is."""
+        path, timesteps, weighting = self.path, self.timesteps, self.weighting
+        (_, alpha), (clean_sigma, sigma) = path.ends()
+        snr, in_sigma = (alpha / sigma) ** 2, path.sigma_range is not None
+        if self.prediction == "epsilon" and snr < MIN_TERMINAL_SNR:
+            yield (
+                f"prediction epsilon on a path that ends at SNR {snr:.1g}: there x_t is the noise itself, so "
+                "predicting it teaches nothing, and a sampler divides by alpha = 0. Remedy: v, flow or sample"
+            )
+        if self.prediction == "edm" and not in_sigma:
+            yield f"prediction edm needs sigma_data, which path {path.kind} has not. Remedy: path edm"
+        if isinstance(timesteps, LogNormal) and not in_sigma:
+            yield (
+                f"timesteps log_normal draw sigma, and path {path.kind} is not made of sigma. Remedy: path "
+                "edm, or logit_normal (on rectified_flow a log-normal sigma/alpha)"
+            )
+        if self.shift is not None and not path.shiftable:
+            yield (
+                f"shift has no meaning on path {path.kind}, whose noise levels are fixed by its own options and, on "
+                "edm, drawn by timesteps.mean. Remedy: remove it"
+            )
+        if self.uniform_fraction > 0 and isinstance(timesteps, Uniform) and self.shift is None:
+            yield "uniform_fraction has no effect: every t is uniform already. Remedy: remove it"
+        if getattr(weighting, "terminal_weight", 1.0) != 1.0 and not (path.discrete and snr == 0):
+            yield (
+                f"weighting.terminal_weight has no effect: no t drawn on path {path.kind} as configured has "
+                "SNR 0. Remedy: remove it, or path vp_discrete with zero_terminal_snr"
+            )
+        if isinstance(weighting, Debiased) and self.prediction == "sample" and clean_sigma == 0:
+            yield (
+                f"weighting debiased on prediction sample is alpha/sigma, infinite at t = 0 of path {path.kind}. "
+                "Remedy: min_snr, or another prediction"
+            )
+
+
+def resolve_preset(data: Any) -> Any:
+    """`preset: NAME` plus overrides, as plain data without the key; raises ValueError for no such name."""
+    if not isinstance(data, dict) or "preset" not in data:
+        return data
+    import yaml
+
+    presets = yaml.safe_load(PRESETS.read_text())
+    overrides = {key: value for key, value in data.items() if key != "preset"}
+    if data["preset"] not in presets:
+        raise ValueError(f"preset {data['preset']!r}: no such name; valid: {', '.join(presets)}")
+    merged: dict[str, Any] = dict(presets[data["preset"]])
+    for key, value in overrides.items():
+        base = merged.get(key)
+        if isinstance(value, dict) and base and value.get("kind") in (None, base["kind"]):
+            value = {**base, **value}
+        merged[key] = value
+    return merged
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class SamplerConfig(Config):
+    """How pictures are drawn from a trained network.
+
+    name: euler and ddim (the same steps), euler_ancestral (fresh noise each step, from `seed`), dpmpp_2m,
+    unipc, heun (2 num_steps - 1 network calls). shift: of the sampler's times; None is the objective's.
+    guidance_scale: 1 is none; guidance_rescale: phi of Lin 2305.08891, sec. 3.4; guidance_interval: the t
+    that are guided (Kynkaanniemi 2404.07724).
+    """
+
+    name: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "heun"] = "euler"
+    num_steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    shift: Shift | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_rescale: Fraction = 0.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> "SamplerConfig":
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval {low}, {high}: expected low below high")
+        if self.guidance_scale == 1 and (self.guidance_rescale > 0 or (low, high) != (0, 1)):
+            raise ValueError(
+                "guidance_rescale and guidance_interval have no effect at guidance_scale 1. "
+                "Remedy: remove them, or another scale"
+            )
+        return self

@@ -1,0 +1,190 @@
+"""What the network learns: predictions, weightings and losses, all through a path's alpha_t and sigma_t.
+
+SNR = alpha_t^2 / sigma_t^2. Everything here is fp32 whatever the network's dtype; the paths are in `paths`, the
+distributions of t in `timesteps`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.randomness import make_generator
+from pipeline.objectives.config import ObjectiveConfig, PseudoHuber, Unweighted
+from pipeline.objectives.timesteps import Shift
+
+Latents = Float[Tensor, "B C h w"]
+PerSample = Float[Tensor, " B"]
+
+
+# --- weightings: numerator N of the weight N / sigma^2 on the x0 loss --------------------------------
+
+
+# --- the config -----------------------------------------------------------------------------------
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """Linear maps, each coefficient (B,): pred = target_x0 x0 + target_noise noise, and back from x_t and
+    pred: x0 = x0_x x_t + x0_p pred, noise = noise_x x_t + noise_p pred.
+    """
+
+    target_x0: Tensor
+    target_noise: Tensor
+    x0_x: Tensor
+    x0_p: Tensor
+    noise_x: Tensor
+    noise_p: Tensor
+
+
+def prediction_coefficients(
+    kind: str, alpha: Tensor, sigma: Tensor, sigma_data: float
+) -> Prediction:
+    """The linear maps between what a network predicts and (x0, noise), for any alpha and sigma."""
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    if kind == "sample":
+        return Prediction(one, zero, zero, one, 1 / sigma, -alpha / sigma)
+    if kind == "epsilon":
+        return Prediction(zero, one, 1 / alpha, -sigma / alpha, zero, one)
+    if kind == "v":  # Salimans & Ho 2202.00512; power is 1 on a VP path
+        power = alpha**2 + sigma**2
+        return Prediction(
+            -sigma, alpha, alpha / power, -sigma / power, sigma / power, alpha / power
+        )
+    if kind == "flow":  # sum is 1 on the straight path
+        total = alpha + sigma
+        return Prediction(-one, one, 1 / total, -sigma / total, 1 / total, alpha / total)
+    # Karras 2206.00364, eq. 7 with Table 1, c_in being within alpha and sigma already.
+    root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
+    signal = alpha * sigma_data / root
+    x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
+    return Prediction(sigma / sigma_data / root, -signal, x0_x, x0_p, sigma / root**2, -signal)
+
+
+class LossTerms(NamedTuple):
+    """What each sample came to, fp32 (B,), by the names under which training logs it."""
+
+    loss: PerSample  # weighted
+    x0_mse: PerSample  # mean squared error of the x0 that the prediction implies
+
+
+def alignment_loss(
+    projection: Float[Tensor, "B N V"], features: Float[Tensor, "B V g j"]
+) -> PerSample:
+    """1 - cosine similarity, mean over patches (REPA 2410.06940, eq. 8, which leaves out the 1)."""
+    features = features.flatten(2).transpose(1, 2).float()  # (B, N, V), row by row as the patches
+    return 1 - F.cosine_similarity(projection.float(), features, dim=-1).mean(dim=1)
+
+
+class Objective:
+    """One configured objective: draws t, makes x_t, converts predictions, computes the loss."""
+
+    def __init__(self, config: ObjectiveConfig):
+        self.config = config
+
+    def draw_t(
+        self, seed: int, step: int, batch_size: int, latent_size: tuple[int, int]
+    ) -> PerSample:
+        """t of the whole global batch, stratified; a pure function of (seed, step).
+
+        `latent_size` is (h, w) of the latents, for shifts that depend on resolution.
+        """
+        config = self.config
+        generator = make_generator(seed, "timestep", step)
+        u = (generator.permutation(batch_size) + generator.random(batch_size)) / batch_size
+        t = config.timesteps.quantile(u, config.path)
+        if config.shift is not None:
+            t = config.path.shift(t, config.shift.factor(latent_size))
+        if config.uniform_fraction > 0:
+            t = np.where(generator.random(batch_size) < config.uniform_fraction, u, t)
+        return torch.from_numpy(config.path.snap(t)).float()
+
+    def sampling_times(
+        self, num_steps: int, latent_size: tuple[int, int], shift: Shift | None = None
+    ) -> Float[Tensor, " n"]:
+        """The t at which a sampler calls the network, noisiest first, shifted as t is in training.
+
+        `shift` takes the place of the config's.
+        """
+        t, path = self.config.path.sampling_times(num_steps), self.config.path
+        shift = shift or self.config.shift
+        if shift is not None:
+            t = path.shift(t, shift.factor(latent_size))
+        return torch.from_numpy(t).float()
+
+    def alpha_sigma(self, t: PerSample) -> tuple[PerSample, PerSample]:
+        """alpha_t and sigma_t, fp32."""
+        return self.config.path.alpha_sigma(t.float())
+
+    def add_noise(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
+        """x_t = alpha_t latents + sigma_t noise, fp32: the network's input as it is."""
+        alpha, sigma = self.alpha_sigma(t)
+        return combine(alpha, latents, sigma, noise)
+
+    def target(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
+        """What the network is to predict, fp32."""
+        c = self._coefficients(t)
+        return combine(c.target_x0, latents, c.target_noise, noise)
+
+    def to_x0(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
+        """The clean latents that a prediction implies."""
+        c = self._coefficients(t)
+        return combine(c.x0_x, x_t, c.x0_p, pred)
+
+    def to_noise(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
+        """The noise that a prediction implies."""
+        c = self._coefficients(t)
+        return combine(c.noise_x, x_t, c.noise_p, pred)
+
+    def to_velocity(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
+        """noise - x0 that a prediction implies."""
+        c = self._coefficients(t)
+        return combine(c.noise_x - c.x0_x, x_t, c.noise_p - c.x0_p, pred)
+
+    def weight(self, t: PerSample) -> PerSample:
+        """Weight on the squared error of the prediction, fp32."""
+        weighting = self.config.weighting
+        if isinstance(weighting, Unweighted):
+            return torch.ones_like(t, dtype=torch.float32)
+        alpha, sigma = self.alpha_sigma(t)
+        # Both ends are limits: the clamp keeps 0/0 out and is 1e-8 from exact everywhere else.
+        a, s = alpha.clamp_min(1e-8), sigma.clamp_min(1e-8)
+        c = prediction_coefficients(self.config.prediction, a, s, self.config.path.data_std)
+        weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
+        return torch.where(alpha == 0, weighting.terminal_weight, weight)
+
+    def x0_weight(self, t: PerSample) -> PerSample:
+        """The same weight as a weight on the squared error of x0, infinite where sigma is 0."""
+        return self.weight(t) / self._coefficients(t).x0_p ** 2
+
+    def loss(self, pred: Latents, latents: Latents, noise: Latents, t: PerSample) -> LossTerms:
+        """Weighted loss of each sample, averaged over its elements, in fp32."""
+        squared = (pred.float() - self.target(latents, noise, t)).square()
+        distance = squared.flatten(1).mean(1)
+        x0_mse = distance.detach() * self._coefficients(t).x0_p ** 2
+        if isinstance(self.config.loss, PseudoHuber):
+            c = self.config.loss.c
+            # Rationalised: sqrt(e^2 + c^2) - c cancels to nothing where e is small.
+            distance = (2 * c * squared / ((squared + c**2).sqrt() + c)).flatten(1).mean(1)
+        return LossTerms(self.weight(t) * distance, x0_mse)
+
+    def _coefficients(self, t: Tensor) -> Prediction:
+        config = self.config
+        return prediction_coefficients(
+            config.prediction, *self.alpha_sigma(t), config.path.data_std
+        )
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y in fp32, with coefficients (B,)."""
+    return expand(a, x) * x.float() + expand(b, y) * y.float()
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...) to multiply `like`."""
+    return coefficient.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,320 @@
+"""Checkpoints that are whole or absent: a folder appears under its name only when every file is on disk.
+
+    RUN/checkpoints/step_00001000/
+      rank_00000.safetensors   what rank 0 owns of the weights, moments and averages (pipeline/training/pieces.py)
+      index.json               where each parameter's pieces are
+      checkpoint.json          step, counters, and bytes and sha256 of every other file; written last
+    RUN/checkpoints/latest     the newest one's name
+
+Training waits only for a copy in CPU memory; a thread of each rank writes it. All ranks having written,
+rank 0 commits. Flipped bits load silently, so every hash is checked first, the files shared out over the ranks.
+"""
+
+import glob
+import json
+import shutil
+import time
+from collections.abc import Container
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.config import InputError
+from models.files import file_sha256, publish, sync, write_text, write_whole
+from pipeline import distributed
+from pipeline.training import pieces
+from pipeline.training.clock import Clock
+from pipeline.training.config import CheckpointConfig, EMAConfig, power_name
+from pipeline.training.ema import WithEMA
+from pipeline.training.pieces import INDEX, Contents, Pieces
+
+RECORD = "checkpoint.json"
+FORMAT = 2
+CHECKPOINTS = "checkpoints"  # the folder of a run
+SNAPSHOTS = "ema_snapshots"
+
+Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
+
+
+def step_folder(parent: Path, step: int) -> Path:
+    return parent / f"step_{step:08d}"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Files:
+    """Write what one rank saves and force it to disk; `tensors` is empty then, so that their memory is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    tensors.clear()
+    sync(path)
+    return {path.name: describe(path)}
+
+
+def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Make a folder whose pieces are all on disk a checkpoint, in steps of which each is whole or absent."""
+    folder = unfinished.with_suffix("")
+    write_text(unfinished / INDEX, json.dumps(index))
+    files = record["files"] | {INDEX: describe(unfinished / INDEX)}
+    write_text(unfinished / RECORD, json.dumps(record | {"files": files}, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
+    publish(unfinished, folder)
+    write_text(folder.parent / "latest", folder.name + "\n")
+    return folder
+
+
+class Saver:
+    """Saves to a folder per step while training goes on, one at a time. Without a config all are kept."""
+
+    def __init__(self, parent: Path, config: CheckpointConfig | None = None):
+        self.parent, self.config = parent, config
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[Files] | None = None
+        self.contents: Contents | None = None
+        self.record: dict[str, Any] = {}
+        self.failed = False  # the last save
+        self.stall_s = 0.0  # that the last save kept training waiting
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self.writing is not None and not self.writing.done()
+
+    def save(
+        self,
+        step: int,
+        engine: Any,
+        optimizer: WithEMA,
+        state: dict[str, Any],
+        states: Container[str] | None = None,
+    ) -> None:
+        """Begin the checkpoint of `step`, of some of the optimizer's states or of all. Collective.
+
+        `state` is JSON for the restart.
+        """
+        begin = time.perf_counter()
+        self.finish()
+        self.record = state | {
+            "format": FORMAT,
+            "step": step,
+            "world_size": distributed.world_size(),
+            "optimizer": type(optimizer).__name__,
+        }
+        if distributed.is_main():
+            shutil.rmtree(self._unfinished(), ignore_errors=True)
+        distributed.barrier()  # before anyone writes
+        tensors, self.contents = pieces.collect(engine, optimizer, states)
+        path = self._unfinished() / f"rank_{distributed.rank():05d}.safetensors"
+        self.writing = self.writer.submit(write, path, tensors)
+        self.stall_s = time.perf_counter() - begin
+
+    def finish(self) -> None:
+        """Wait for all ranks to have written, then commit; collective. `failed` tells how it went.
+
+        A save that failed leaves the previous checkpoint as it was, and training goes on.
+        """
+        if self.writing is None:
+            return
+        error = self.writing.exception()
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            raise error
+        files = {} if error else self.writing.result()
+        message = error and f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
+        self.writing = None
+        everyone = distributed.gather_objects((files, message, self.contents))
+        if distributed.is_main():
+            message = next((text for _, text, _ in everyone if text), None)
+            message = message or self._commit([(f, contents) for f, _, contents in everyone])
+            if message:
+                shutil.rmtree(self._unfinished(), ignore_errors=True)
+                free = shutil.disk_usage(self.parent).free >> 20
+                distributed.say(
+                    f"checkpoint of step {self.record['step']} NOT saved: {message} ({free:,} MiB free in "
+                    f"{self.parent}); the previous one stays"
+                )
+        self.failed = any(distributed.gather_objects(message))
+
+    def _unfinished(self) -> Path:
+        return step_folder(self.parent, self.record["step"]).with_suffix(".partial")
+
+    def _commit(self, everyone: list[tuple[Files, Contents]]) -> str | None:
+        """On rank 0; what went wrong, if anything."""
+        files = {name: entry for part, _ in everyone for name, entry in part.items()}
+        index = pieces.make_index({name: held for part, held in everyone for name in part})
+        try:
+            folder = commit(self._unfinished(), index, self.record | {"files": files})
+        except OSError as error:
+            return str(error)
+        if self.config is not None:
+            prune(folder.parent, self.config)
+        distributed.say(f"saved {folder}, for which training waited {self.stall_s:.2f} s")
+        return None
+
+
+def store_snapshots(
+    run: Path, config: EMAConfig, clock: Clock, engine: Any, optimizer: WithEMA
+) -> None:
+    """Save every power-function average as it is now, for `flowmill ema`. Collective."""
+    saver = Saver(run / SNAPSHOTS)
+    state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
+    saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
+    saver.finish()
+
+
+def prune(parent: Path, config: CheckpointConfig) -> None:
+    """Delete all but the newest `keep` and those of every `keep_every_steps`."""
+    whole = sorted(p.parent for p in parent.glob(f"step_*[0-9]/{RECORD}"))
+    for old in whole[: -config.keep]:
+        step = int(old.name.removeprefix("step_"))
+        if not config.keep_every_steps or step % config.keep_every_steps:
+            shutil.rmtree(old)
+
+
+def candidates(run: Path) -> list[Path]:
+    """Checkpoints to try, best first: the one that `latest` names, then the others, newest first."""
+    parent = run / CHECKPOINTS
+    folders = sorted((p for p in parent.glob("step_*[0-9]") if p.is_dir()), reverse=True)
+    pointer = parent / "latest"
+    named = parent / pointer.read_text().strip() if pointer.is_file() else None
+    return sorted(folders, key=lambda p: p != named)
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint: files missing or changed; each rank looks at some. Collective.
+
+    Raises InputError where another version of flowmill wrote it.
+    """
+    mine = _faults(folder, distributed.rank(), distributed.world_size())
+    return [fault for part in distributed.gather_objects(mine) for fault in part]
+
+
+def _faults(folder: Path, part: int, parts: int) -> list[str]:
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        files, version = record["files"], record.get("format", 1)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
+    if version != FORMAT:
+        raise InputError(
+            f"{folder}: got a checkpoint of format {version}, expected {FORMAT}. Remedy: the flowmill that wrote "
+            "it (its commit is in the run's git.txt), whose export this one can begin with (model.init_from)."
+        )
+    found = []
+    for name in sorted(files)[part::parts]:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif (size := path.stat().st_size) != files[name]["bytes"]:
+            found.append(f"{path}: got {size} bytes, expected {files[name]['bytes']}")
+        elif file_sha256(path) != files[name]["sha256"]:
+            found.append(f"{path}: its bytes changed since it was written (sha256)")
+    return found
+
+
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint whose every file is as written; None where there is none at all. Collective.
+
+    Each damaged one is named and passed over. Raises InputError where all are damaged: starting from
+    zero is the user's to say.
+    """
+    # One rank lists: a folder that another deletes meanwhile must not part the ranks.
+    folders = distributed.gather_objects(candidates(run) if distributed.is_main() else None)[0]
+    for folder in folders:
+        if not (found := faults(folder)):
+            return folder
+        distributed.say(f"checkpoint passed over: {found[0]}")
+    if folders:
+        raise InputError(
+            f"{run / CHECKPOINTS}: none of {len(folders)} checkpoints is whole. Remedy: restore one "
+            "from a backup, or delete the folder to start from step 0."
+        )
+    return None
+
+
+class Stateful(Protocol):
+    """What has a state, JSON, beside the optimizer's tensors."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+def restore(
+    run: Path, engine: Any, optimizer: WithEMA, stateful: dict[str, Stateful] | None = None
+) -> dict[str, Any] | None:
+    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective."""
+    if distributed.is_main():
+        for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
+            shutil.rmtree(left_over)
+    folder = newest_sound(run)
+    if folder is None:
+        return None
+    record = json.loads((folder / RECORD).read_text())
+    if record["optimizer"] != type(optimizer).__name__:
+        raise InputError(
+            f"{folder}: written by {record['optimizer']}, got {type(optimizer).__name__}, which cannot read its "
+            "state. Remedy: a new run with start_from, which takes the weights only."
+        )
+    pieces.load(Pieces(folder), engine, optimizer)
+    for name, part in (stateful or {}).items():
+        part.load(record[name])
+    return record
+
+
+def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Full weights that outlive their checkpoint, whole or absent, beside a file for `sha256sum -c`."""
+
+    def write(temporary: Path) -> None:
+        save_file(weights, temporary, metadata=about)
+        recorded = path.with_name(path.name + ".sha256")
+        write_text(recorded, f"{file_sha256(temporary)}  {path.name}\n")
+
+    write_whole(path, write)
+
+
+def check_weights(path: Path) -> None:
+    """Raises InputError where a file of `save_weights` is missing or not as it was written."""
+    recorded = path.with_name(path.name + ".sha256")
+    if not path.is_file() or not recorded.is_file():
+        raise InputError(f"{path}: it or its .sha256 is missing. Remedy: make or restore it.")
+    if recorded.read_text().split()[0] != file_sha256(path):
+        raise InputError(f"{path}: its bytes changed since it was written (sha256)")
+
+
+def made_weights(run: Path, which: str, step: int | None) -> list[Path]:
+    """Averages made after training by that name, oldest first."""
+    steps = "*" if step is None else f"{step:08d}"
+    return sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors"))
+
+
+def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+    """Full fp32 weights and their step, from the newest sound checkpoint or that of `step`.
+
+    `which` is "raw", an average of the run's ("ema" is the first), or one that `flowmill ema` made.
+    Raises InputError where there is none.
+    """
+    if made := made_weights(run, which, step):
+        check_weights(made[-1])
+        return load_file(made[-1]), int(made[-1].name.split(".")[0].removeprefix("step_"))
+    if step is None:
+        folder = newest_sound(run)
+    else:
+        folder = step_folder(run / CHECKPOINTS, step)
+        if found := faults(folder):
+            raise InputError(found[0])
+    if folder is None:
+        raise InputError(f"{run / CHECKPOINTS}: no checkpoint yet. Remedy: flowmill train.")
+    stored = Pieces(folder)
+    names = [state for state in stored.states if pieces.is_weights(state)]
+    if which not in names:
+        raise InputError(
+            f"weights {which!r}: got a name that {folder} lacks, expected one of {names}, or one that "
+            "`flowmill ema` made"
+        )
+    weights = {name: stored.whole(which, name) for name in stored.shapes}
+    return weights, json.loads((folder / RECORD).read_text())["step"]

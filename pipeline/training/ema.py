@@ -1,0 +1,95 @@
+"""Exponential moving averages of the weights, fp32, as more states of the optimizer.
+
+DeepSpeed hands the optimizer the fp32 partition that a rank owns. Keeping the averages there, beside
+Adam's moments, partitions them with it at every ZeRO stage: 4 bytes per parameter and average, divided by
+the ranks. They are saved as they lie; only a preview of the run in training gathers them.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.config import EMAConfig, power_exponent
+
+
+def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:
+    """Each average's decay in the step after `images_seen` pictures.
+
+    A half-life, ramped up: EDM 2206.00364, training_loop. A power: EDM2 eq. 127, (1 - 1/t)^(gamma + 1).
+    """
+    decays = {}
+    for name, (kind, value) in config.names().items():
+        if kind == "halflife":
+            halflife = min(value, images_seen * config.rampup_ratio)
+            decays[name] = 0.5 ** (global_batch / max(halflife, 1e-8))
+        else:
+            share = images_seen / (images_seen + global_batch)
+            decays[name] = share ** (power_exponent(value) + 1)
+    return decays
+
+
+class Watch(Protocol):
+    """Looks at the tensors that an optimizer steps, before and after, when it is asked to."""
+
+    def before(self, parameters: list[Tensor]) -> None: ...
+    def after(self, parameters: list[Tensor], state: Any) -> None: ...
+
+
+class WithEMA(torch.optim.Optimizer):
+    """Before an optimizer class: one state per parameter and average, ema <- decay ema + (1 - decay) parameter.
+
+    A step that DeepSpeed skips (NaN, overflow) never reaches it, so the averages skip it as well.
+    Where no wrapper of DeepSpeed's looks at the gradients (stage 0 in fp32), `clip` has it done here.
+    While `veto` holds a reason, a step changes nothing.
+    """
+
+    lr: float = 0.0
+    decays: dict[str, float] = {"ema": 0.0}  # of each average
+    clip: float | None = None  # 0: measure the norm only
+    watch: Watch | None = None  # of this step alone
+    veto: str = ""
+    grad_norm: float | None = None
+    num_skipped: int = 0
+
+    def prepare(self, lr: float, decays: dict[str, float], watch: Watch | None) -> None:
+        """Set what holds for the next step alone; `lr` is scaled by the group's own factor."""
+        self.lr, self.decays, self.watch = lr, decays, watch
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def scalars(self) -> dict[str, float]:
+        """What the last step was taken with, for the log."""
+        decays = {f"optimizer/{name}_decay": decay for name, decay in self.decays.items()}
+        return {"optimizer/lr": self.lr, **decays}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if self.veto:
+            return None
+        parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if self.clip is not None:
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+            self.grad_norm = float(norm)
+            if not math.isfinite(self.grad_norm):  # the same on all ranks: gradients are reduced
+                self.num_skipped += 1
+                return None
+        if self.watch is not None:
+            self.watch.before(parameters)
+        new = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
+        begun = [p.detach().clone() for p in new]  # Adam's own states begin in its step
+        loss = super().step(closure)
+        for parameter, weights in zip(new, begun, strict=True):
+            for name in self.decays:
+                self.state[parameter].setdefault(name, weights.clone())
+        for name, decay in self.decays.items() if parameters else ():
+            averages = [self.state[p][name] for p in parameters]
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay)
+        if self.watch is not None:
+            self.watch.after(parameters, self.state)
+        return loss
+
+
+class AdamWithEMA(WithEMA, torch.optim.AdamW):
+    """AdamW and averages of the weights."""

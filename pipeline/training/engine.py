@@ -1,0 +1,182 @@
+"""The DeepSpeed engine: its config built here in Python, parameter groups, optimizer, the LR schedule."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from models.config import InputError
+from models.layers import compile_blocks
+from models.roles import parameter_roles
+from pipeline import distributed
+from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.ema import AdamWithEMA, WithEMA
+from pipeline.training.optimizers import MuonWithEMA
+
+BUCKET_ELEMENTS = 500_000_000  # of gradients reduced at once, at most: DeepSpeed's own number
+PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewise
+
+
+def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
+    """Pictures of one forward on one rank; raises InputError where the batch does not come out even."""
+    ranks = distributed.world_size()
+    share, rest = divmod(global_batch, ranks)
+    if rest:
+        raise InputError(
+            f"training.global_batch: got {global_batch}, expected a multiple of the {ranks} ranks"
+        )
+    size = config.micro_batch or share
+    if share % size:
+        raise InputError(
+            f"engine.micro_batch: got {size}, expected a divisor of {share}, one rank's share of the "
+            f"global batch of {global_batch}"
+        )
+    return size
+
+
+def native_precision() -> Literal["fp32", "bf16"]:
+    """What `precision: auto` means on this machine; emulated bf16 would be slower than fp32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "fp32"
+
+
+def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: int) -> None:
+    """Raises InputError where the two do not fit each other."""
+    if optimizer.kind == "muon" and engine.zero_stage > 0:
+        raise InputError(
+            f"optimizer.kind: muon needs whole matrices, and ZeRO {engine.zero_stage} cuts them. Remedy: "
+            "engine.zero_stage=0, or optimizer.kind=adamw"
+        )
+    if engine.precision == "bf16" and engine.zero_stage == 0 and micro_steps > 1:
+        raise InputError(
+            f"engine.micro_batch: {micro_steps} micro-batches a step would be summed in bf16 at zero_stage 0. "
+            "Remedy: engine.zero_stage=1, which sums in fp32 and on one rank needs no more memory"
+        )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, norm scales, tables and embeddings without; Muon's apart."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    parameters = dict(model.named_parameters())
+    for name, role in sorted(parameter_roles(model).items(), key=lambda item: not item[1].decay):
+        by_muon = role.hidden and muon  # whose step has a width-free size of its own
+        key = (by_muon, role.decay, 1.0 if by_muon else role.lr_scale)
+        groups.setdefault(key, []).append(parameters[name])
+    return [
+        {"params": p, "muon": m, "weight_decay": weight_decay * decays, "lr_scale": scale}
+        for (m, decays, scale), p in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
+    """The optimizer that DeepSpeed drives."""
+    groups = parameter_groups(model, config.weight_decay, config.kind == "muon")
+    # DeepSpeed may step once while it sets up, hence no LR.
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
+
+
+def lr_schedule(
+    config: OptimizerConfig, global_batch: int, num_steps: int
+) -> Callable[[int], float]:
+    """transformers' schedule as a function of the step alone, so that resuming needs no state."""
+    warmup = config.warmup_images // global_batch
+    extra = {}
+    if config.schedule == "warmup_stable_decay":
+        extra = {"num_decay_steps": config.decay_images // global_batch}
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        config.schedule,
+        dummy,
+        num_warmup_steps=warmup,
+        num_training_steps=num_steps,
+        scheduler_specific_kwargs=extra,
+    )
+    # A step's LR, from 1: the schedules give 0 at 0, and a first step at LR 0 would be lost.
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda step: config.lr * factor(step + (warmup > 0))
+
+
+def deepspeed_config(
+    engine: EngineConfig, clip: float, micro_batch: int, global_batch: int
+) -> dict:
+    bf16 = engine.precision == "bf16"
+    config: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": 0.0 if clips_itself(engine) else clip,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+        }
+        | {
+            key: {"device": device}
+            for key, device in (
+                ("offload_optimizer", engine.offload_optimizer),
+                ("offload_param", engine.offload_parameters),
+            )
+            if device != "none"
+        },
+        "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW steps on the host as well, and has the averages.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**12,
+    }
+    if bf16 and engine.zero_stage:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def clips_itself(engine: EngineConfig) -> bool:
+    """Whether DeepSpeed leaves the optimizer bare: it would neither report the norm nor skip a NaN."""
+    return engine.zero_stage == 0 and engine.precision == "fp32"
+
+
+def grad_norm(engine: Any, optimizer: WithEMA) -> float | None:
+    """Norm of the last step's gradient before clipping, over all parameters and ranks."""
+    norm = engine.get_global_grad_norm() if optimizer.clip is None else optimizer.grad_norm
+    return None if norm is None else float(norm)
+
+
+def build_engine(
+    model: nn.Module,
+    engine_config: EngineConfig,
+    optimizer_config: OptimizerConfig,
+    global_batch: int,
+) -> tuple[Any, WithEMA]:
+    """DeepSpeed's engine around `model`, and the optimizer that it drives (its LR set by the loop)."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed's own calls of torch say so twice a step with ZeRO 3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    optimizer = build_optimizer(model, optimizer_config)
+    if clips_itself(engine_config):
+        optimizer.clip = optimizer_config.clip
+    if engine_config.compile:
+        compile_blocks(model, fullgraph=engine_config.zero_stage < 3)  # whose hooks break graphs
+    settings = deepspeed_config(
+        engine_config,
+        optimizer_config.clip,
+        micro_batch_size(engine_config, global_batch),
+        global_batch,
+    )
+    bucket = min(BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket  # ZeRO 3 holds one all the time
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,  # pyright: ignore[reportArgumentType]
+        config=settings,
+        dist_init_required=False,
+    )
+    # Some stages step on zero gradients to allocate state, which counts in Adam's bias correction.
+    optimizer.state.clear()
+    return engine, optimizer

@@ -1,0 +1,117 @@
+"""One micro-batch through the network: what is drawn for it, what the network is told, what it comes to."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from models.layers import kept_pixels
+from models.networks import NetworkConfig, RoutedConfig
+from models.vae import sample_latents
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.randomness import draw_dropout, draw_noise
+from pipeline.objectives.objective import Latents, LossTerms, Objective, PerSample, alignment_loss
+
+
+class Draws(NamedTuple):
+    """What a step draws for its whole global batch of B samples."""
+
+    step: int
+    t: PerSample
+    dropped: Bool[Tensor, " B"]  # whose caption and class the network is not told
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one micro-batch of b samples came to."""
+
+    t: PerSample
+    total: Tensor  # (), to go backward from
+    named: dict[str, PerSample]  # what training logs, without gradient, `loss` first
+
+
+class Forward:
+    """Micro-batches through a network, or through DeepSpeed's engine around it; no state but its settings."""
+
+    def __init__(
+        self,
+        network: Any,
+        objective: Objective,
+        loader: Loader,
+        model: NetworkConfig,
+        caption_dropout: float,
+        device: torch.device,
+    ):
+        self.network, self.objective, self.device = network, objective, device
+        self.seed, self.global_batch = loader.plan.seed, loader.plan.global_batch
+        self.caption_dropout, self.model = caption_dropout, cast(Any, model)
+        self.span = self.model.span if isinstance(self.model, RoutedConfig) else None
+        self.codec, caption = loader.manifest.codec, loader.empty_caption
+        self.empty_caption = None if caption is None else caption.to(device)
+
+    def draw(self, step: int, latent_size: tuple[int, int]) -> Draws:
+        """A pure function of the seed and the step."""
+        t = self.objective.draw_t(self.seed, step, self.global_batch, latent_size)
+        dropped = draw_dropout(self.seed, step, self.global_batch, self.caption_dropout)
+        return Draws(step, t, dropped)
+
+    def __call__(self, batch: Batch, draws: Draws, images: int) -> Terms:
+        """What a micro-batch comes to after `images` pictures."""
+        places = batch.indices  # which the CPU needs, and a GPU would have to be asked for
+        t, dropped = (drawn[places].to(self.device) for drawn in (draws.t, draws.dropped))
+        batch = batch.to(self.device).drop(dropped, self.empty_caption, self.model.num_classes)
+        latents, noise, scores = self._drawn_for(batch.moments, places, draws.step)
+        conditions = batch.conditions._replace(token_scores=scores)
+        pred = self.network(self.objective.add_noise(latents, noise, t), t, conditions)
+        pred, projection = pred if isinstance(pred, tuple) else (pred, None)
+        if scores is None or self.span is None or not self.model.masking:
+            terms = self.objective.loss(pred, latents, noise, t)
+        else:
+            kept = kept_pixels(scores, self.span, self.model.patch_size, *latents.shape[-2:])
+            terms = loss_of_kept(self.objective, pred, latents, noise, t, kept)
+        total, named = terms.loss.mean(), terms._asdict()
+        if projection is not None:
+            assert batch.vision is not None
+            named["alignment"] = alignment_loss(projection, batch.vision)
+            total = total + alignment_weight(self.model, images) * named["alignment"].mean()
+        return Terms(t, total, {name: value.detach() for name, value in named.items()})
+
+    def _drawn_for(
+        self, moments: Tensor, places: Tensor, step: int
+    ) -> tuple[Latents, Latents, Float[Tensor, "B M"] | None]:
+        """Latents (b, C, h, w), their noise, and a score for each patch where some are to be left out."""
+        shape = (self.codec.channels, *moments.shape[-2:])
+
+        def draw(purpose: str, *shape: int) -> Tensor:
+            return draw_noise(self.seed, step, places, shape, self.device, purpose)
+
+        posterior, scores = draw("posterior", *shape), None
+        latents = sample_latents(moments, posterior, self.codec.normalisation)
+        if self.span is not None:
+            scores = draw("tokens", shape[1] * shape[2] // self.model.latent_multiple**2)
+        return latents, draw("noise", *shape), scores
+
+
+def loss_of_kept(
+    objective: Objective,
+    pred: Latents,
+    latents: Latents,
+    noise: Latents,
+    t: PerSample,
+    kept: Bool[Tensor, "B 1 h w"],
+) -> LossTerms:
+    """The loss over the pixels that the network kept: no error where it dropped one."""
+    pred = torch.where(kept, pred, objective.target(latents, noise, t))
+    share = kept.float().mean()
+    return LossTerms(*(term / share for term in objective.loss(pred, latents, noise, t)))
+
+
+def alignment_weight(model: Any, images: int) -> float:
+    """Weight of the alignment's loss (REPA 2410.06940) after `images` pictures."""
+    alignment = getattr(model, "alignment", None)
+    if alignment is None or images >= (alignment.until_images or math.inf):
+        return 0.0
+    return alignment.weight

@@ -1,0 +1,322 @@
+"""What a run shows: TensorBoard scalars, picture grids and hparams, and a line on the terminal."""
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import UInt8
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from models.config import flatten
+from pipeline import distributed
+from pipeline.config import TrainConfig, dump_config
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader
+from pipeline.objectives.objective import Objective
+from pipeline.training.clock import Clock
+from pipeline.training.ema import WithEMA
+from pipeline.training.engine import grad_norm
+from pipeline.training.flops import ModelFlops, peak_flops
+from pipeline.training.forward import Draws, Terms
+from pipeline.training.norms import BlockNorms
+
+NUM_LEVELS = 8
+"""Equal parts of t, from 0 to 1, by which losses are logged."""
+
+PAUSED = "paused"
+
+
+class StepClock:
+    """Where a step's time goes, part by part; on a GPU by events, read when a log waits for it anyway."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        self.marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, part: str) -> None:
+        """The time since the last mark was this part's."""
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def collect(self) -> Counter[str]:
+        """Seconds by part since the last call, and start anew."""
+        seconds: Counter[str] = Counter()
+        if self.on_gpu:
+            self.marks[-1][1].synchronize()
+        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+            seconds[part] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+        self.reset()
+        return seconds
+
+
+class SampleLog:
+    """RUN/samples_seen/rank_00000.txt: a line a sample, its step, place in the global batch and number."""
+
+    def __init__(self, run: Path):
+        folder = run / "samples_seen"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / f"rank_{distributed.rank():05d}.txt").open("a")
+
+    def write(self, batch: Batch) -> None:
+        places = zip(batch.indices.tolist(), batch.sample_ids.tolist(), strict=True)
+        self.file.writelines(f"{batch.step} {index} {number}\n" for index, number in places)
+        self.file.flush()
+
+
+class LossMeter:
+    """Sums of loss terms by noise level on the device: nothing waits for the GPU between logs."""
+
+    def __init__(self, device: torch.device):
+        self.names: tuple[str, ...] = ("loss",)
+        self.sums = torch.zeros(NUM_LEVELS, 2, dtype=torch.float64, device=device)
+
+    def add(self, t: Tensor, terms: dict[str, Tensor]) -> None:
+        """Samples of one micro-batch, t and each term (b,); the terms are the same at every call."""
+        if self.names != tuple(terms):
+            self.names = tuple(terms)
+            self.sums = self.sums.new_zeros(NUM_LEVELS, 1 + len(terms))
+        level = (t * NUM_LEVELS).long().clamp_(max=NUM_LEVELS - 1)
+        rows = torch.stack([torch.ones_like(t), *terms.values()], dim=1).double()
+        self.sums.index_add_(0, level, rows)
+
+    def collect(self) -> dict[str, float]:
+        """Means over all ranks since the last call, and start anew. Collective."""
+        if distributed.world_size() > 1:
+            dist.all_reduce(self.sums)
+        sums = self.sums.to("cpu", copy=True)
+        self.sums.zero_()
+        count = sums[:, 0].sum()
+        values: dict[str, float] = {}
+        for column, name in enumerate(self.names, 1):
+            tag = "train" if name == "loss" else name
+            values[f"loss/{tag}"] = float(sums[:, column].sum() / count)
+            for level, row in enumerate(sums.tolist()):
+                if row[0]:
+                    middle = (level + 0.5) / NUM_LEVELS
+                    values[f"{name}_by_noise_level/t_{middle:.4f}"] = row[column] / row[0]
+        return values
+
+
+class Monitor:
+    """TensorBoard, the terminal's line and the rates; only rank 0 writes.
+
+    What must be summed over the ranks is collective.
+    """
+
+    def __init__(
+        self, config: TrainConfig, clock: Clock, objective: Objective, loader: Loader, engine: Any
+    ):
+        self.config, self.settings, self.run = config, config.monitor, Path(config.run)
+        self.run_clock, self.objective, self.loader = clock, objective, loader
+        self.device = torch.device(engine.device)
+        self.step_clock, self.times, self.profiler = StepClock(self.device), list[Tensor](), None
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+        """Steps by the height and width of their latents and by their number of text tokens."""
+        self.meter = LossMeter(self.device)
+        self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
+        self.sample_log = SampleLog(self.run) if self.settings.log_samples else None
+        self.flops: ModelFlops | None = None
+        self.writer: SummaryWriter | None = None
+        if distributed.is_main():
+            # Points beyond the step we resume from were written by a run that went on and was lost.
+            purge = clock.step + 1 if clock.step else None
+            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
+            if self.settings.mfu:
+                self._measure_flops(self.writer)
+        self.progress = progress_bar()
+        self.task = self.progress.add_task(
+            "train", total=clock.num_steps, completed=clock.step, line=""
+        )
+        if distributed.is_main() and self.progress.console.is_terminal:
+            self.progress.start()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval of rates."""
+        self.since, self.since_step = time.perf_counter(), self.run_clock.step
+        self.waited_before_s = self.loader.wait_s
+        self.shapes.clear()
+        self.times.clear()
+        self.step_clock.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done within out of the rates: saving and drawing are not training."""
+        self.mark("other")
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - begin
+        self.mark(PAUSED)
+
+    def mark(self, part: str) -> None:
+        """Count the time since the last mark as that of data, forward, backward, optimizer or other."""
+        self.step_clock.mark(part)
+
+    def timed_next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, its samples written down if the config asks for it."""
+        self.mark("other")
+        batch = next(batches)
+        self.mark("data")
+        if self.sample_log is not None:
+            self.sample_log.write(batch)
+        return batch
+
+    def norms_if_due(self) -> BlockNorms | None:
+        """What watches the optimizer in a step that is logged."""
+        following = self.run_clock.step + 1
+        logged = following % self.settings.every_steps == 0
+        return self.norms if logged or following == self.run_clock.num_steps else None
+
+    def count(self, batch: Batch, draws: Draws, terms: list[Terms], accepted: bool) -> None:
+        """Take in a step that is done."""
+        if accepted:
+            for part in terms:
+                self.meter.add(part.t, part.named)
+        self.times.append(draws.t)
+        text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
+        self.shapes[*batch.latent_size, text_length] += 1
+        self._profile(self.run_clock.step)
+        self.progress.update(self.task, completed=self.run_clock.step)
+
+    def log(self, engine: Any, optimizer: WithEMA, rejected: int) -> None:
+        """Means and rates since the last call, to TensorBoard and the terminal. Collective."""
+        values = self.meter.collect()
+        if self.config.data.on_corrupt == "skip":
+            skipped = distributed.gather_objects(self.loader.skipped.samples)
+            values["data/skipped_samples"] = float(sum(skipped))
+        values |= optimizer.scalars() | {"optimizer/rejected_steps": float(rejected)}
+        if (norm := grad_norm(engine, optimizer)) is not None:
+            values["optimizer/grad_norm"] = norm
+        if self.norms is not None and optimizer.watch is not None:
+            values |= self.norms.collect(norm)
+        if self.writer is not None:
+            self._write(self.writer, values)
+        self.restart()
+
+    def _write(self, writer: SummaryWriter, values: dict[str, float]) -> None:
+        clock, elapsed = self.run_clock, time.perf_counter() - self.since
+        steps = clock.step - self.since_step
+        values = values | self._speed(elapsed, steps)
+        values["progress/images_seen"] = clock.images_seen
+        self.scalars(values)
+        alpha, sigma = self.objective.alpha_sigma(torch.cat(self.times))
+        log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
+        writer.add_histogram("log_snr", log_snr, clock.step)
+        line = f"loss {values['loss/train']:.4f}  {values['speed/images_per_s']:.1f} images/s"
+        self.progress.update(self.task, line=line)
+        if not self.progress.console.is_terminal:
+            left = (clock.num_steps - clock.step) * elapsed / steps
+            print(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left", flush=True)
+
+    def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
+        """Rates of the interval. Image tokens alone are counted as tokens, padded text in the FLOPs."""
+        parts, batch = self.step_clock.collect(), self.run_clock.global_batch
+        values = {
+            f"step_ms/{part}": 1000 * s / steps for part, s in parts.items() if part != PAUSED
+        }
+        values |= {
+            "speed/images_per_s": steps * batch / elapsed,
+            "speed/step_ms": 1000 * elapsed / steps,
+            "speed/data_wait_fraction": (self.loader.wait_s - self.waited_before_s) / elapsed,
+            "memory/peak_gib": peak_memory(self.device) / 2**30,
+        }
+        if self.flops is not None:
+            tokens = sum(n * h * w for (h, w, _), n in self.shapes.items()) / self.patch**2
+            flops = sum(n * self.flops.picture(*shape) for shape, n in self.shapes.items())
+            values["speed/tokens_per_s"] = batch * tokens / elapsed
+            values["speed/mfu"] = batch * flops / (self.peak * distributed.world_size() * elapsed)
+        return values
+
+    def _measure_flops(self, writer: SummaryWriter) -> None:
+        """Count tokens and model FLOPs from here on; measure the device where no table knows it."""
+        self.flops = ModelFlops(self.config.model)
+        self.patch = getattr(self.config.model, "patch_size", 1)
+        self.peak, source = peak_flops(self.device, self.config.engine.precision)
+        writer.add_text("peak", f"{source}; times {distributed.world_size()} ranks", 0)
+
+    def describe(self, num_parameters: int) -> None:
+        """The config as text, and hparams in the run's own writer."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}\n```", 0)
+        self.writer.add_text("model", f"{num_parameters:,} parameters", 0)
+        flat = flatten(self.config.model_dump(mode="json"))
+        plain = {
+            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()
+        }
+        for part in hparams(plain, {"loss/train": 0.0}):
+            assert self.writer.file_writer is not None
+            self.writer.file_writer.add_summary(part)
+
+    def _profile(self, step: int) -> None:
+        """Start after the step before the first to trace; write the trace after the last."""
+        if self.settings.profile_steps is None or not distributed.is_main():
+            return
+        first, last = self.settings.profile_steps
+        if self.profiler is None and first - 1 <= step < last:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler is not None and step == last:
+            self.profiler.stop()
+            path = self.run / "profile" / f"steps_{first}_{last}.json"
+            path.parent.mkdir(exist_ok=True)
+            self.profiler.export_chrome_trace(str(path))
+            self.profiler = None
+
+    def scalars(self, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.run_clock.step)
+
+    def pictures(self, name: str, grid: UInt8[Tensor, "3 H W"]) -> None:
+        if self.writer is not None:
+            self.writer.add_image(name, grid, self.run_clock.step)
+
+    def close(self) -> None:
+        self.progress.stop()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def progress_bar() -> Progress:
+    """A bar of steps with the last loss and speed."""
+    return Progress(
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[line]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most allocated on the GPU so far, or the most resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

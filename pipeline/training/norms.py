@@ -1,0 +1,80 @@
+"""Norms by block of the network: of gradient, update, weights, and weights less their average.
+
+Each rank sums over what it owns of the optimizer's tensors, in the steps that are logged only; one small
+reduction joins the ranks. Nothing is gathered.
+"""
+
+import math
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.training.pieces import owned_pieces
+
+KINDS = ("gradient", "update", "weight", "ema_distance")
+
+
+def block_of(name: str) -> str:
+    """`blocks.3.attn.weight` is in `blocks.3`, `proj_in.weight` in `proj_in`."""
+    match = re.match(r"(?:\w+\.)+?\d+(?=\.)", name)
+    return match[0] if match else name.split(".")[0]
+
+
+class BlockNorms:
+    """Set as an optimizer's `watch` for one step, it sums squares by block; `collect` gives their roots."""
+
+    def __init__(self, engine: Any, device: torch.device):
+        self.divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
+        names = [name for name, _ in engine.module.named_parameters()]
+        self.blocks = list(dict.fromkeys(map(block_of, names)))
+        self.pieces: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for name, _, tensor, start, count in owned_pieces(engine):
+            self.pieces[id(tensor)].append((self.blocks.index(block_of(name)), start, count))
+        self.sums = torch.zeros(len(KINDS), len(self.blocks), dtype=torch.float64, device=device)
+        self.old: dict[int, Tensor] = {}
+
+    def _add(self, kind: str, parameter: Tensor, value: Tensor) -> None:
+        pieces, flat = self.pieces[id(parameter)], value.detach().flatten()
+        if not pieces:
+            return
+        norms = torch._foreach_norm([flat[start : start + count] for _, start, count in pieces])
+        blocks = torch.tensor([block for block, _, _ in pieces], device=self.sums.device)
+        squares = torch.stack(norms).to(self.sums).square()
+        self.sums[KINDS.index(kind)].index_add_(0, blocks, squares)
+
+    def before(self, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            self._add("gradient", parameter, parameter.grad)
+            self.old[id(parameter)] = parameter.detach().clone()
+
+    def after(self, parameters: list[Tensor], state: Any) -> None:
+        for parameter in parameters:
+            self._add("update", parameter, parameter - self.old.pop(id(parameter)))
+            self._add("weight", parameter, parameter)
+            self._add("ema_distance", parameter, parameter - state[parameter]["ema"])
+
+    def collect(self, grad_norm: float | None) -> dict[str, float]:
+        """{"gradient_norm/BLOCK": ...} of the watched step, empty if it was skipped. Collective.
+
+        The optimizer sees the clipped gradient; `grad_norm`, its norm before, scales it back.
+        """
+        if self.divided:
+            dist.all_reduce(self.sums)
+        norms = {k: self.sums[i].sqrt().tolist() for i, k in enumerate(KINDS)}
+        self.sums.zero_()
+        total = {kind: math.hypot(*values) for kind, values in norms.items()}
+        if not total["weight"]:
+            return {}
+        values = {f"norm/{kind}": total[kind] for kind in KINDS[1:]}
+        clipped = grad_norm / total["gradient"] if grad_norm and total["gradient"] else 1.0
+        for kind in KINDS:
+            scale = clipped if kind == "gradient" else 1.0
+            for block, norm in zip(self.blocks, norms[kind], strict=True):
+                values[f"{kind}_norm/{block}"] = norm * scale
+        return values

@@ -1,0 +1,245 @@
+"""The optimizer's tensors as pieces of parameters, whatever the ZeRO stage, the precision and the number of ranks.
+
+A rank saves, flat, the pieces of parameters and states that it owns, under STATE/PARAMETER. One index of all files
+says where in its parameter each piece begins. To load, a rank reads what overlaps the pieces that it owns now, so
+that no layout is ever converted into another. A state is `raw` (the fp32 weights), a moment, or an average.
+"""
+
+import json
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from models.config import InputError
+from pipeline import distributed
+from pipeline.training.ema import WithEMA
+
+INDEX = "index.json"
+RAW = "raw"
+
+Place = tuple[str, int, int]  # a file, the first element that it holds of a parameter, and how many
+
+
+class Piece(NamedTuple):
+    """`size` elements of a parameter from `at` on, which lie in `tensor`, flat, from `start` on."""
+
+    name: str
+    at: int
+    tensor: Tensor
+    start: int
+    size: int
+
+    def of(self, state: Tensor) -> Tensor:
+        """The piece's view of a state that is shaped as `tensor`."""
+        return state.detach().view(-1)[self.start : self.start + self.size]
+
+
+def shape_of(parameter: Any) -> torch.Size:
+    """A parameter's whole shape; at stage 3 DeepSpeed leaves it empty between uses."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def masters(engine: Any) -> dict[nn.Parameter, Tensor]:
+    """Each parameter's fp32 master where no ZeRO partitions it (stage 0)."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups"):  # bf16 beside whole fp32 copies
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {p: m for low, high in pairs for p, m in zip(low, high, strict=True)}
+    return {p: p for g in optimizer.param_groups for p in g["params"]}
+
+
+def owned_pieces(engine: Any) -> Iterator[Piece]:
+    """This rank's part of every parameter, none of them empty; at stage 0 the whole of each."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    whole = masters(engine) if stage == 0 else {}
+    for name, parameter in engine.module.named_parameters():
+        if stage == 0:
+            yield Piece(name, 0, whole[parameter], 0, parameter.numel())
+        elif stage == 3:
+            group, start, part = zero.grad_position[zero.get_param_id(parameter)]
+            at = part * distributed.rank()
+            # The last rank's part may end in padding, which holds anything.
+            if (size := min(part, parameter.ds_numel - at)) > 0:
+                yield Piece(name, at, zero.fp32_partitioned_groups_flat[group], start, size)
+        elif (mapping := parameter._hp_mapping) is not None:
+            # Stage 1 in bf16 has an optimizer of its own.
+            flats = getattr(zero, "fp32_groups_flat_partition", None)
+            flats = flats or zero.single_partition_of_fp32_groups
+            place, at = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+            yield Piece(name, at, flats[mapping.param_group_index], place.start, place.numel)
+
+
+def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
+    """One rank's share of what all ranks hold alike: laid end to end, the pieces are cut into equal runs."""
+    total = sum(piece.size for piece in pieces)
+    begin, end = total * rank // ranks, total * (rank + 1) // ranks
+    first = 0  # element of the piece, counted over all of them
+    for name, at, tensor, start, size in pieces:
+        low, high = max(begin - first, 0), min(end - first, size)
+        if low < high:
+            yield Piece(name, at + low, tensor, start + low, high - low)
+        first += size
+
+
+@dataclass
+class Contents:
+    """What the index says of one rank's file."""
+
+    places: dict[str, tuple[int, int]]  # first element and count by STATE/PARAMETER
+    shapes: dict[str, list[int]]  # of whole parameters
+    optimizer_step: int
+
+
+def is_weights(state: str) -> bool:
+    """Whether a state is weights, raw or averaged, rather than a moment."""
+    return state == RAW or state.startswith("ema")
+
+
+def collect(
+    engine: Any, optimizer: WithEMA, states: Container[str] | None = None
+) -> tuple[dict[str, Tensor], Contents]:
+    """A copy in CPU memory of what this rank has to save, of some states or of all that are up to date."""
+    pieces = list(owned_pieces(engine))
+    if engine.zero_optimization_stage() == 0:
+        pieces = even_share(pieces, distributed.rank(), distributed.world_size())
+    shapes = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
+    tensors, contents = {}, Contents({}, shapes, 0)
+    for piece in pieces:
+        found = {RAW: piece.tensor} | optimizer.state[piece.tensor]
+        contents.optimizer_step = max(contents.optimizer_step, int(found.pop("step", 0)))
+        for state, value in found.items():
+            # An average that the config no longer names has not been kept up.
+            stale = is_weights(state) and state not in (RAW, *optimizer.decays)
+            if stale or (states is not None and state not in states):
+                continue
+            key = f"{state}/{piece.name}"
+            tensors[key] = piece.of(value).to("cpu", copy=True)
+            contents.places[key] = piece.at, piece.size
+    return tensors, contents
+
+
+def make_index(files: dict[str, Contents]) -> dict[str, Any]:
+    """Where the pieces of each STATE/PARAMETER are."""
+    found: dict[str, list[Place]] = {}
+    for file, contents in files.items():
+        for key, (first, count) in contents.places.items():
+            found.setdefault(key, []).append((file, first, count))
+    return {
+        "optimizer_step": max(contents.optimizer_step for contents in files.values()),
+        "shapes": next(iter(files.values())).shapes,
+        "pieces": {key: sorted(found[key], key=lambda place: place[1]) for key in sorted(found)},
+    }
+
+
+def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
+    """The elements first to first + count of a parameter as runs in files: (file, begin, end) within the piece.
+
+    `places` are in order of their first elements. Raises ValueError where some of the elements are in none.
+    """
+    runs, at = [], first
+    for file, begin, size in places:
+        end = min(begin + size, first + count)
+        if begin <= at < end:
+            runs.append((file, at - begin, end - begin))
+            at = end
+    if at != first + count:
+        raise ValueError(f"no piece holds element {at}, expected {first} to {first + count - 1}")
+    return runs
+
+
+class Pieces:
+    """What a folder holds. Files are mapped, and only those opened of which something is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = json.loads((folder / INDEX).read_text())
+        self.optimizer_step: int = index["optimizer_step"]
+        self.shapes: dict[str, list[int]] = index["shapes"]
+        self.places: dict[str, list[Place]] = index["pieces"]
+        self.states = sorted({key.partition("/")[0] for key in self.places})
+        self._files: dict[str, Any] = {}
+
+    def read(self, key: str, first: int, count: int) -> Tensor:
+        """Elements first to first + count of STATE/PARAMETER, flat; raises InputError where some are missing."""
+        try:
+            runs = overlaps(self.places.get(key, []), first, count)
+        except ValueError as error:
+            raise InputError(f"{self.folder / INDEX}: {key}: {error}") from error
+        parts = []
+        for file, begin, end in runs:
+            if file not in self._files:
+                self._files[file] = safe_open(self.folder / file, "pt")
+            parts.append(self._files[file].get_slice(key)[begin:end])
+        # A lone part stays a view of the mapped file.
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def whole(self, state: str, name: str) -> Tensor:
+        """A parameter's state in its shape."""
+        shape = torch.Size(self.shapes[name])
+        return self.read(f"{state}/{name}", 0, shape.numel()).view(shape)
+
+
+@torch.no_grad()
+def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
+    """Fill all that this rank owns; raises InputError where the pieces are of another network. Collective."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    own = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
+    if others := sorted(
+        n for n in own.keys() | stored.shapes if own.get(n) != stored.shapes.get(n)
+    ):
+        raise InputError(
+            f"{stored.folder}: is of another network: {others[0]} got {stored.shapes.get(others[0])}, expected "
+            f"{own.get(others[0])}. Remedy: the model section that the run began with."
+        )
+    if stage == 3:
+        zero.checkpoint_event_prologue()  # nothing stays gathered meanwhile
+    for piece in owned_pieces(engine):
+        state = optimizer.state[piece.tensor]
+        for name in stored.states:
+            key, tensor = f"{name}/{piece.name}", piece.tensor
+            if key not in stored.places:  # Muon's states are others than AdamW's
+                continue
+            if name != RAW:
+                tensor = state.setdefault(name, torch.zeros_like(piece.tensor))
+            piece.of(tensor).copy_(stored.read(key, piece.at, piece.size))
+        if "exp_avg" in state:
+            step = torch.tensor(float(stored.optimizer_step), device=piece.tensor.device)
+            state.setdefault("step", step)
+    if stage == 0:
+        for parameter, master in masters(engine).items():
+            parameter.copy_(master)
+    elif stage == 3:
+        for number in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.checkpoint_event_epilogue()
+    else:
+        zero.update_lp_params()
+
+
+@torch.no_grad()
+def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
+    """All fp32 weights by name on rank 0's CPU, "raw" or an average's; an empty dict elsewhere. Collective.
+
+    One parameter at a time, so that no device holds more than the largest beside its own.
+    """
+    own = {piece.name: piece for piece in owned_pieces(engine)}
+    divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        shape = shape_of(parameter)
+        value = torch.zeros(shape.numel(), device=engine.device)
+        if (piece := own.get(name)) is not None:
+            # Before the first step an average is the weights.
+            state = optimizer.state[piece.tensor].get(which, piece.tensor)
+            value[piece.at : piece.at + piece.size] = piece.of(state)
+        if divided:  # as integers, so that every bit arrives, a negative zero's too
+            dist.reduce(value.view(torch.int32), 0)
+        if distributed.is_main():
+            weights[name] = value.view(shape).cpu()
+    return weights

@@ -1,0 +1,109 @@
+"""Steps that would do harm: a loss or gradient that is not finite, a loss far above the others.
+
+Such a step changes no parameter, moment or average on any rank, and the schedule does not move. It is
+counted and its samples are written to RUN/rejected.jsonl; too many in a row end the run.
+"""
+
+import json
+import math
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import distributed
+from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader
+from pipeline.training.ema import WithEMA
+from pipeline.training.forward import Terms
+
+
+class Rejection:
+    """Judges every step alike on all ranks. Its state, all of it JSON, belongs in the checkpoint."""
+
+    def __init__(self, config: TrainConfig, loader: Loader, engine: Any, optimizer: WithEMA):
+        self.config, self.path = config.rejection, Path(config.run) / "rejected.jsonl"
+        self.loader, self.engine, self.optimizer = loader, engine, optimizer
+        self.total, self.in_a_row = 0, 0
+        self.recent: deque[float] = deque(maxlen=self.config.window)
+        self.loss, self.reason = 0.0, ""  # of the step in hand
+        self.skipped = self._skipped()
+
+    def _skipped(self) -> int:
+        """Steps that DeepSpeed, or the optimizer where DeepSpeed does not look, found not to be finite."""
+        return self.engine.skipped_steps + self.optimizer.num_skipped
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "in_a_row": self.in_a_row, "recent": list(self.recent)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+        self.recent.extend(state["recent"])
+        self.skipped = self._skipped()
+
+    def judge(self, terms: list[Terms]) -> None:
+        """Before the optimizer's step: veto it for the mean loss of the global batch. Collective."""
+        loss = losses_of(terms).mean().double()
+        if distributed.world_size() > 1:
+            dist.all_reduce(loss)
+        mean = float(loss) / distributed.world_size()
+        limit = math.inf
+        if self.config.spike_factor and len(self.recent) == self.config.window:
+            limit = self.config.spike_factor * sum(self.recent) / self.config.window
+        self.loss, self.reason = mean, ""
+        if not math.isfinite(mean):
+            self.reason = f"loss {mean}"
+        elif mean > limit:
+            self.reason = f"loss {mean:.4g} is above {limit:.4g}"
+        self.optimizer.veto = self.reason
+
+    def settle(self, step: int, batch: Batch, terms: list[Terms]) -> bool:
+        """After the optimizer's step: whether it was taken. Collective.
+
+        Leaves with status 1 after too many rejected steps in a row.
+        """
+        skipped = self._skipped()
+        if skipped != self.skipped:
+            self.skipped, self.reason = skipped, self.reason or "gradient not finite"
+        if not self.reason:
+            self.in_a_row = 0
+            self.recent.append(self.loss)
+            return True
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        self._note(step, batch, losses_of(terms))
+        if self.in_a_row == self.config.max_in_a_row:
+            message = (
+                f"{self.in_a_row} steps in a row were rejected, the last of them step {step}: {self.reason}. Their "
+                f"samples are in {self.path}; the last checkpoint is as it was."
+            )
+            sys.exit(message if distributed.is_main() else 1)
+        return False
+
+    def _note(self, step: int, batch: Batch, losses: Tensor) -> None:
+        """Write down the samples whose loss (b,) is not finite, or, where there are none, all. Collective."""
+        snapshot = self.loader.era_at(batch.step).snapshot
+        bad = ~torch.isfinite(losses)
+        if not any(distributed.gather_objects(bool(bad.any()))):
+            bad[:] = True
+        rows = [
+            {"index": int(batch.indices[i]), "loss": str(float(losses[i]))}
+            | snapshot.locate(int(batch.sample_ids[i]))
+            for i in bad.nonzero().flatten().tolist()
+        ]
+        everyone = distributed.gather_objects(rows)
+        if distributed.is_main():
+            samples = sorted((r for part in everyone for r in part), key=lambda r: r["index"])
+            line = {"step": step, "reason": self.reason, "samples": samples}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        distributed.say(f"step {step} rejected: {self.reason}; {self.total} in all")
+
+
+def losses_of(terms: list[Terms]) -> Tensor:
+    """Loss of each of the rank's samples, (b,)."""
+    return torch.cat([part.named["loss"] for part in terms])

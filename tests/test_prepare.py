@@ -303,6 +303,7 @@ def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy,
     assert counts.kept + sum(counts.rejected.values()) == counts.seen == NUM_GOOD + NUM_BAD
 
 
+@pytest.mark.slow
 def test_what_is_there_is_published_while_preparing_goes_on(reference, messy, ray_address):
     dataset = messy.parent / "published"
     overrides = f"output={dataset}", "publish_every_shards=1"

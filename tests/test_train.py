@@ -116,6 +116,7 @@ def test_sigterm_finishes_the_step_saves_and_ends_with_status_0(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
 
 
+@pytest.mark.slow
 def test_workers_leave_when_their_launcher_is_killed(tmp_path):
     config = write_config(tmp_path)
     process = train_factory.start("pipeline.train", str(config), "training.images=800000", ranks=2)

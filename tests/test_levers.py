@@ -15,7 +15,7 @@ from pipeline.config import TrainConfig
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.objective import Objective
-from pipeline.train import make_plan
+from pipeline.runs.setup import fit_run
 from pipeline.training.forward import Draws, Forward
 from tests.shard_factory import Kind, make_dataset
 from tests.test_networks import debug, inputs, predict, randomise
@@ -100,12 +100,12 @@ def test_the_loss_is_over_the_kept_patches_alone(tmp_path):
         "training": {"images": 3, "global_batch": 3},
         "run": str(tmp_path / "run"),
     }
-    plan, objective = make_plan(TrainConfig.model_validate(section)), Objective(ObjectiveConfig())
-    model = randomise(build_model(plan.config.model))
-    forward = Forward(model, objective, plan.loader, plan.config.model, 0.1, torch.device("cpu"))
-    batch, t = next(plan.loader.batches(7)), torch.tensor([0.2, 0.5, 0.8])
+    run, objective = fit_run(TrainConfig.model_validate(section)), Objective(ObjectiveConfig())
+    model = randomise(build_model(run.config.model))
+    forward = Forward(model, objective, run.loader, run.config.model, 0.1, torch.device("cpu"))
+    batch, t = next(run.loader.batches(7)), torch.tensor([0.2, 0.5, 0.8])
     terms = forward(batch, Draws(7, t, torch.zeros(3, dtype=torch.bool)), images=0)
-    plan.loader.close()
+    run.loader.close()
     drawn = draw_noise(5, 7, range(3), (16,), purpose="tokens")
     kept = layers.kept_pixels(drawn, Span(2, 4, 0.75), 2, 8, 8)
     noise = draw_noise(5, 7, range(3), (4, 8, 8))

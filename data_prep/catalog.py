@@ -1,4 +1,4 @@
-"""Which pictures there are: one catalog Parquet part a partition of the sources, its rows what is known."""
+"""Which pictures there are: one catalog Parquet part per partition of the sources, its rows what is known."""
 
 import hashlib
 import json

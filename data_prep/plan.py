@@ -1,7 +1,7 @@
 """Into which shard each picture goes: filters, duplicates, buckets, cuts. A pure function of the catalog.
 
 Streams: the catalog is read twice, column by column and batch by batch, and sorted on disk by ranges of the
-keys. In memory are one range, 17 bytes a duplicate and, where near duplicates are looked for, 16 a picture.
+keys. In memory are one range, 17 bytes per duplicate and, where near duplicates are looked for, 16 per picture.
 """
 
 import math
@@ -51,7 +51,7 @@ def plan(
     samples_per_shard: int,
     heldout_fraction: float,
 ) -> None:
-    """Write plan/NNNNNN.parquet (a row a picture, a row group a shard), the rejects, and last the shard list.
+    """Write plan/NNNNNN.parquet (a row per picture, a row group a shard), the rejects, and last the shard list.
 
     Raises InputError where the filters speak of metadata that no picture has.
     """

@@ -60,7 +60,7 @@ def listing_sha256(listing: pa.Table) -> str:
 
 
 def class_names(listing: pa.Table) -> list[str]:
-    """Of class folders, in the order of their labels."""
+    """Names of the class folders, in the order of their labels."""
     return sorted(listing["class_name"].drop_null().unique().to_pylist())
 
 

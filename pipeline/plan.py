@@ -103,7 +103,7 @@ class Sample:
 def activation_bytes(
     model: Any, sample: Sample, precision: Precision, checkpointing: bool
 ) -> float:
-    """Bytes a picture between forward and backward, by torch's tracker on fake tensors: nothing runs.
+    """Bytes per picture between forward and backward, by torch's tracker on fake tensors: nothing runs.
 
     Of a transformer of many equal blocks two shallow ones are tracked, and the rest is their difference.
     """
@@ -200,7 +200,7 @@ def assumed_dataset(
         )
     side = resolution // downscale
     arrays = 2 * (2 * sizes["latent_channels"] * side**2 + tokens * sizes["text_dim"] + sizes["pooled_dim"])  # fmt: skip
-    # A header of 128 and a tar entry of 512 bytes a member, each padded to 512; captions are short.
+    # A header of 128 and a tar entry of 512 bytes per member, each padded to 512; captions are short.
     size = arrays + 5 * 1024
     sample = Sample(side, side, tokens, size)
     return Dataset("assumed: none is there yet", pictures, size * pictures, sizes, sample)
@@ -213,14 +213,14 @@ class Fit:
     stage: Stage
     checkpointing: bool
     state: StateBytes
-    activations: float  # bytes a picture
+    activations: float  # bytes per picture
     micro_batch: int  # 0: not even one picture
 
 
 def layouts(
     config: TrainConfig, model: Any, network: nn.Module, sample: Sample, gpus: int, memory: float
 ) -> list[Fit]:
-    """Every ZeRO stage with and without gradient checkpointing; memory in bytes a GPU."""
+    """Every ZeRO stage with and without gradient checkpointing; memory in bytes per GPU."""
     share = config.training.global_batch // gpus
     divisors = [d for d in range(1, share + 1) if share % d == 0]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
@@ -273,7 +273,7 @@ class Machines:
     gpus: int
     gpus_per_node: int
     gpu: str
-    memory: float  # bytes a GPU
+    memory: float  # bytes per GPU
     mfu: float
     price: float | None  # a GPU-hour
 
@@ -304,10 +304,10 @@ def report(config: TrainConfig, data: Dataset, machines: Machines, console: Cons
         ("model", f"{model.kind} {getattr(model, 'size', '')}: {num_parameters / 1e6:,.1f} M parameters"),
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
         ("steps", f"{steps:,} of {batch} pictures; {config.training.images / data.num_pictures:.2f} epochs"),
-        ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s a step"),
+        ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
         ("time", f"{hours:,.1f} h, {hours * machines.gpus:,.0f} GPU-hours" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} a GPU-hour" if machines.price else "")),
-        ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s a node ({nodes}); `flowmill doctor --folder` measures the disk"),
-        ("communication", f"{sent / 1e9:.2f} GB a GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
+        ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
+        ("communication", f"{sent / 1e9:.2f} GB per GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
     ]  # fmt: skip
     for name, text in lines:

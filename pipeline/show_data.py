@@ -143,7 +143,7 @@ def main(
     show: Annotated[int | None, typer.Option(min=0, help="decode the samples of this step")] = None,
     output: Annotated[Path | None, typer.Option(help="PNG for --show")] = None,
 ) -> None:
-    """What an epoch will be: batches a bucket, repeats, what is carried over, what ranks and nodes read."""
+    """What an epoch will be: batches per bucket, repeats, what is carried over, what ranks and nodes read."""
     if run_or_config.is_dir():
         if overrides:
             raise InputError(

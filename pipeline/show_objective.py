@@ -26,7 +26,7 @@ BANDS = (-np.inf, -6.0, -2.0, 2.0, 6.0, np.inf)
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one objective: t as training draws it, with log SNR (-inf at SNR 0) and the weight on the x0 loss."""
+    """The profile of one objective: t as training draws it, with log SNR (-inf at SNR 0) and the weight on the x0 loss."""
 
     name: str
     t: np.ndarray

@@ -20,7 +20,7 @@ MODEL = DiTConfig(size="tiny", latent_channels=4, text_dim=64, pooled_dim=64)
 
 
 def live_bytes() -> int:
-    """Of every tensor's memory that Python can reach, each once."""
+    """Bytes of every tensor that Python can reach, each memory once."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":

@@ -53,7 +53,7 @@ def fresh_sample(count: int, seed: int) -> Tensor:
 
 
 def quantiles(count: int) -> Tensor:
-    """Of the mixture seen along each direction, from a sample 400 times as large."""
+    """Quantiles of the mixture seen along each direction, from a sample 400 times as large."""
     large = (fresh_sample(400 * count, 99).double() @ DIRECTIONS).sort(0).values
     return large.view(count, 400, -1).mean(1)
 

@@ -1,7 +1,7 @@
 """The loader: a prepared dataset's shards to batches. The order is order.py's; this module reads.
 
 A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused buffer, by
-one call a member, or a call a row where rows are large or of various lengths. No tar is parsed.
+one call per member, or a call per row where rows are large or of various lengths. No tar is parsed.
 """
 
 import contextlib

@@ -4,7 +4,7 @@ A bucket's shards are permuted, laid end to end and cut into C equal ranges, the
 inside a partition samples are shuffled in windows of a few shards. Every global batch takes its size / C
 next samples of each partition, so whoever reads partition c, the batch is the same.
 
-A bucket is a stream that never ends: what an epoch's last whole batch leaves over (less than one batch a
+A bucket is a stream that never ends: what an epoch's last whole batch leaves over (less than one batch per
 bucket) opens the next epoch. Nothing is dropped, a bucket smaller than a batch is trained too, and at any
 moment two samples of one dataset and bucket have been laid out equally often or once more.
 """
@@ -134,7 +134,7 @@ class Layout:
 
     @staticmethod
     def cut(laid: Segments, cuts: np.ndarray) -> "Layout":
-        """Of whole pieces, and the samples before each partition, int64 (C + 1,)."""
+        """The layout of whole pieces, and the samples before each partition, int64 (C + 1,)."""
         ends = np.cumsum(laid.stop - laid.start)
         edges = np.union1d(ends, cuts)
         of = ends.searchsorted(edges[1:])  # the whole piece that each is of

@@ -328,7 +328,7 @@ def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
 def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:
     """The same for rows of various sizes, int64 (n,) bytes; the rest of a row of `out` becomes zero.
 
-    A call a row: of large rows it costs little, and memcpy writes them without reading `out` first.
+    A call per row: of large rows it costs little, and memcpy writes them without reading `out` first.
     """
     low = int(address.min())
     memory = np.asarray(Memory(low, 1, int((address + sizes).max()) - low))[0]

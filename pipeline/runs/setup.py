@@ -203,7 +203,7 @@ def describe(run: Run) -> str:
         [
             f"run          {run.folder}"
             + (" (resumes)" if checkpoint.candidates(run.folder) else ""),
-            f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps an epoch",
+            f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps per epoch",
             f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters",
             f"steps        {steps:,} ({steps / per_epoch:.1f} epochs) of {config.training.global_batch} pictures",
             f"ranks        {distributed.world_size()} x {run.micro_batch} pictures x {accumulate} accumulated, "

@@ -36,7 +36,7 @@ class EngineConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     micro_batch: int | None = Field(
         default=None, gt=0
-    )  # pictures a rank at once; null: all of its share
+    )  # pictures per rank at once; null: all of its share
     # Of ZeRO's partitions to the host's memory; parameters with stage 3 alone
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"

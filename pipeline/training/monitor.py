@@ -73,7 +73,7 @@ class StepClock:
 
 
 class SampleLog:
-    """RUN/samples_seen/rank_00000.txt: a line a sample, its step, place in the global batch and number."""
+    """RUN/samples_seen/rank_00000.txt: a line per sample, its step, place in the global batch and number."""
 
     def __init__(self, run: Path):
         folder = run / "samples_seen"

@@ -125,7 +125,7 @@ def resume(folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> 
 
 
 def mixing(shards: int, size: int, batch: int, partitions: int, window: int) -> list[float]:
-    """Of 200 batches: correlation of neighbours' source positions in a batch and between batches, and how
+    """Measure over 200 batches the correlation of neighbours' source positions in a batch and between batches, and how
     much the batch's mean position varies, 1.0 being a perfect shuffle."""
     part = Part(np.arange(shards), np.full(shards, size))
     bucket = Order({(1, 1): [part]}, Plan(0, batch, partitions, window)).buckets[0]

@@ -62,7 +62,7 @@ def read(dataset: Path, ranks: int) -> tuple[float, float]:
 
 
 def cpu_seconds() -> float:
-    """Of the whole machine, which has to be idle beside: what workers spent goes when their raylet does."""
+    """CPU seconds of the whole machine, which has to be idle beside: what workers spent goes when their raylet does."""
     spent = psutil.cpu_times()
     return spent.user + spent.nice + spent.system  # Ray runs its workers niced
 

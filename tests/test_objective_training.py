@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
-from models.config import load_config
+from models.command import load_config
 from models.layers import TimestepEmbedder
 from pipeline.config import TrainConfig
 from pipeline.train import train_all

@@ -341,7 +341,7 @@ RECORD = """
 import sys
 from pathlib import Path
 import torch
-from models.config import load_config
+from models.command import load_config
 from models.dit import DiT
 from pipeline.data.batch import Batch
 from pipeline.config import TrainConfig

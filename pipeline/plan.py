@@ -77,17 +77,13 @@ def state_bytes(
 
 
 def _optimizer_bytes(stage: Stage, precision: Precision, averages: int) -> int:
-    """A parameter's: two moments and the averages, and a master where the weight itself is none."""
+    """Bytes per parameter: two moments, the averages, and a master where the weight itself is none."""
     return 8 + 4 * averages + (4 if stage or precision == "bf16" else 0)
 
 
-def checkpoint_bytes(
-    num_parameters: int, stage: Stage, precision: Precision, averages: int = 1
-) -> float:
-    """One checkpoint on disk: DeepSpeed's files of all ranks, and the weights and averages in fp32."""
-    weights = 0 if stage == 3 else 2 if precision == "bf16" else 4
-    states = _optimizer_bytes(stage, precision, averages)
-    return float(num_parameters * (weights + states + 4 + 4 * averages))
+def checkpoint_bytes(num_parameters: int, averages: int = 1) -> int:
+    """Bytes of one checkpoint: masters, two moments and the averages, fp32, in all ranks' files."""
+    return num_parameters * 4 * (3 + averages)
 
 
 @dataclass(frozen=True)
@@ -295,7 +291,7 @@ def report(config: TrainConfig, data: Dataset, machines: Machines, console: Cons
     nodes = -(-machines.gpus // machines.gpus_per_node)
     stage = best.stage if best else 3
     sent = communicated_bytes(num_parameters, stage, precision, machines.gpus)
-    saved = checkpoint_bytes(num_parameters, stage, precision, len(config.ema.names()))
+    saved = checkpoint_bytes(num_parameters, len(config.ema.names()))
     kept = config.checkpoint.keep
     if config.checkpoint.keep_every_steps:
         kept += steps // config.checkpoint.keep_every_steps

@@ -14,9 +14,8 @@ from pipeline.make_ema import (
     inner_product,
     read_snapshots,
     reconstruct,
-    store_snapshots,
 )
-from pipeline.training.checkpoint import load_weights
+from pipeline.training.checkpoint import load_weights, store_snapshots
 from pipeline.training.config import EMAConfig, power_exponent
 from pipeline.training.ema import AdamWithEMA, ema_decays
 from pipeline.training.pieces import Pieces
@@ -114,7 +113,8 @@ def store(run: Path, every: int, steps: int, batch: int = 4) -> torch.Tensor:
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         if (step + 1) % every == 0:
-            store_snapshots(run, config, step + 1, (step + 1) * batch, engine, optimizer)
+            clock = SimpleNamespace(step=step + 1, images_learned=(step + 1) * batch)
+            store_snapshots(run, config, clock, engine, optimizer)
     return walk
 
 

@@ -578,7 +578,7 @@ def test_other_weights_under_the_same_path_are_refused(small, tmp_path):
     with open(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\1")
-    with pytest.raises(InputError, match=r"weights\.vae: \w+ -> \w+"):
+    with pytest.raises(InputError, match=r"hashes\.vae\.weights: \w+ -> \w+"):
         begin(small, f"vae.path={tmp_path / 'vae'}")
 
 

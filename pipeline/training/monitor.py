@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +61,9 @@ class StepClock:
         else:
             self.marks.append((part, time.perf_counter()))
 
-    def collect(self) -> Counter[str]:
+    def collect(self) -> dict[str, float]:
         """Seconds by part since the last call, and start anew."""
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = defaultdict(float)
         if self.on_gpu:
             self.marks[-1][1].synchronize()
         for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):

@@ -3,6 +3,9 @@
 ranks_layout FOLDER write LAYOUT ...     LAYOUT: stage, precision and more, as 2:fp32 or 0:bf16:muon
 ranks_layout FOLDER read LAYOUT ...      each of what was written, in each layout
 ranks_layout FOLDER resume LAYOUT ...    each as it was written
+
+From the first ZeRO 3 of a process on DeepSpeed's linear layer stands in for torch's, which rounds bf16 otherwise:
+a process that resumes gets the layouts in the order in which they were written.
 """
 
 import sys
@@ -16,7 +19,7 @@ from pipeline import distributed
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Saver
 from pipeline.training.config import EngineConfig
-from pipeline.training.engine import build_engine, set_lr
+from pipeline.training.engine import build_engine
 from pipeline.training.pieces import full_weights
 from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
 
@@ -32,8 +35,7 @@ def engine_of(layout: str) -> tuple[Any, Any]:
     kind = "muon" if "muon" in more else "adamw"
     config = OPTIMIZER.model_copy(update={"kind": kind})
     engine, optimizer = build_engine(fresh_model(), EngineConfig(**settings), config, BATCH)
-    optimizer.decays = {"ema": DECAY, "ema_halflife_64": 0.5}
-    set_lr(optimizer, OPTIMIZER.lr)
+    optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY, "ema_halflife_64": 0.5}, None)
     return engine, optimizer
 
 

@@ -64,17 +64,19 @@ class InputError(ValueError):
 
 
 class Config:
-    """The fields below are defaults; a saved config gives every value, and the kind of a section its class."""
+    """Fields as a saved config gives them, else the class's; a section is of the class of its kind, if it has one."""
 
     kinds = {}
 
     def __init_subclass__(cls):
-        Config.kinds[getattr(cls, "kind", None)] = cls
+        Config.kinds[vars(cls).get("kind")] = cls
 
     def __init__(self, **values):
+        Config.kinds[None] = Config
         for name, value in values.items():
-            section = Config.kinds.get(value.get("kind")) if isinstance(value, dict) else None
-            setattr(self, name, section(**value) if section else value)
+            if isinstance(value, dict):
+                value = Config.kinds[value.get("kind")](**value)
+            setattr(self, name, value)
 
 
 def Field(default=None, **_):

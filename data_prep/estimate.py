@@ -130,15 +130,15 @@ def _encode(
     # The actor gets what each would get where there are as many as there is room for.
     shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
     settings = encoder_settings(config, dataset)
-    actors = Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print)
-    check_buckets(config, actors.describe().divides)
-    begin = time.perf_counter()
-    with Progress(console, "sample", num, "pictures") as progress:
-        done = 0
-        for commit in encode_shards(actors, todo):
-            done += commit["num_planned"]
-            progress.update(done)
-    spent = time.perf_counter() - begin
+    with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
+        check_buckets(config, actors.describe().divides)
+        begin = time.perf_counter()
+        with Progress(console, "sample", num, "pictures") as progress:
+            done = 0
+            for commit in encode_shards(actors, todo):
+                done += commit["num_planned"]
+                progress.update(done)
+        spent = time.perf_counter() - begin
     sizes = find_files(dataset / "shards")
     proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]
     size = sum(sizes.values()) - sum(proofs) - SHARD_END * len(todo)

@@ -62,12 +62,14 @@ def prepare(
         shards = make_plan(config, dataset)
         clock.mark("plan")
         shares = share_out(config.ray, config.encode.threads, most=len(shards))
-        actors = Actors(ShardEncoder, encoder_settings(config, dataset), shares, console.print)
-        encoders: Encoders = actors.describe()
-        check_buckets(config, encoders.divides)
-        clock.mark("load encoders")
-        commits = encode(config, dataset, shards, actors, encoders)
-        clock.mark("encode")
+        with Actors(
+            ShardEncoder, encoder_settings(config, dataset), shares, console.print
+        ) as actors:
+            encoders: Encoders = actors.describe()
+            check_buckets(config, encoders.divides)
+            clock.mark("load encoders")
+            commits = encode(config, dataset, shards, actors, encoders)
+            clock.mark("encode")
         finalise(config, dataset, commits, encoders)
         clock.mark("finalise")
     delete(dataset / WORK / STAGED)

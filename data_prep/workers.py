@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import ray
 from pydantic import Field
@@ -269,18 +269,19 @@ class Actors(_Workers):
         for _ in range(shares.num_actors):
             self._begin()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the actors: their GPUs are free at once, not when Python finds that nobody holds them."""
+        for actor in [*self._begun, *self._beginning.values()]:
+            ray.kill(actor)
+
     def describe(self) -> Any:
         """What an actor says of itself, waited for until one has begun; raises InputError."""
         while not self._begun:
             self._wait({})
         return self._description
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """The answer of any one actor."""
-        _, answer = next(self.run(method, [[arguments]]))
-        if answer is LOST:
-            raise RuntimeError(f"{method}: lost its worker {ATTEMPTS} times")
-        return answer
 
     def _begin(self) -> None:
         actor = self._make()

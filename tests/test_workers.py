@@ -96,10 +96,8 @@ def all_have_begun(actors: Actors) -> None:
 
 @pytest.fixture
 def two_actors(ray_address):
-    actors = Actors(Doubler, None, Shares(2, 1, 0, 1), print)
-    yield actors
-    for actor in [*actors._begun, *actors._beginning.values()]:
-        ray.kill(actor)
+    with Actors(Doubler, None, Shares(2, 1, 0, 1), print) as actors:
+        yield actors
 
 
 def check_that_one_item_is_lost(folder: Path, answers: list) -> None:
@@ -149,8 +147,9 @@ def test_an_encoder_keeps_the_gpu_that_it_began_with_and_shares_it_with_no_livin
 
 def test_actors_that_die_before_they_have_begun_end_the_work(ray_address, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 1)
-    with pytest.raises(RuntimeError, match="2 encoders in a row died before they had done"):
-        Actors(Stillborn, None, Shares(1, 1, 0, 1), print).describe()
+    wrong = pytest.raises(RuntimeError, match="2 encoders in a row died before they had done")
+    with Actors(Stillborn, None, Shares(1, 1, 0, 1), print) as actors, wrong:
+        actors.describe()
 
 
 @pytest.mark.slow
@@ -159,7 +158,8 @@ def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
     monkeypatch.setattr(workers, "SAY_EVERY_S", 0.0)
     said = list[str]()
     shares = share_out(RayConfig(num_actors=1, gpus_per_actor=3), threads=1, most=1)
-    Actors(Doubler, None, shares, said.append)._wait({})
+    with Actors(Doubler, None, shares, said.append) as actors:
+        actors._wait({})
     assert said[0].startswith("waiting for 1 of 1 actors to begin, each of which wants 1 CPUs and")
     assert "3 GPUs; the cluster has 1 nodes, free are" in said[0]
     assert "0 of 0 GPUs" in said[0]
@@ -168,14 +168,21 @@ def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
 def test_an_actor_that_finds_no_room_keeps_no_work_from_the_others(ray_address, tmp_path):
     tenant = ray.remote(num_cpus=3)(Doubler).remote(None, 1)
     ray.get(tenant.__ray_ready__.remote())
-    try:
-        # Of the four CPUs one is left, for one of the two.
-        actors = Actors(Doubler, None, Shares(2, 1, 0, 1), print)
+    # Of the four CPUs one is left, for one of the two.
+    with Actors(Doubler, None, Shares(2, 1, 0, 1), print) as actors:
         work = groups(tmp_path, 1, deadly=-1)
         done = threading.Thread(target=lambda: list(actors.run("double", work)), daemon=True)
         done.start()
         done.join(timeout=120)
         assert not done.is_alive(), "work waits for an actor that cannot begin"
         assert len(actors._beginning) == 1
-    finally:
-        ray.kill(tenant)
+    ray.kill(tenant)
+
+
+def test_actors_end_with_the_block_that_they_work_in(ray_address, tmp_path):
+    with Actors(Doubler, None, Shares(1, 1, 0, 1), print) as actors:
+        assert [answer for _, answer in actors.run("double", [[(tmp_path, 3, -1)]])] == [6]
+        ((_, pid),) = notes(tmp_path)
+        assert alive(int(pid))
+    psutil.wait_procs([psutil.Process(int(pid))] if alive(int(pid)) else [], timeout=60)
+    assert not alive(int(pid))

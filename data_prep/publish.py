@@ -65,7 +65,7 @@ def publish(
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     table = [c | {"generation": 0} for c in commits if c["num_samples"]]
     table.sort(key=lambda c: c["path"])
@@ -74,7 +74,9 @@ def publish(
     rejected, examples = _write_rejects(dataset, commits)
     write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
     if encoders.empty_caption:
-        write_atomic(dataset / EMPTY_CAPTION, lambda path: save_file(encoders.empty_caption, path))
+        # save_file would make it a file that its owner alone may read.
+        data = save(encoders.empty_caption)
+        write_atomic(dataset / EMPTY_CAPTION, lambda path: path.write_bytes(data))
     manifest = _manifest(config, dataset, table, rejected, encoders)
     if shown is not None:
         manifest = manifest.completed()

@@ -221,6 +221,22 @@ def test_the_empty_captions_embedding_is_the_encoders_own(reference, messy):
     tokens, mask, pooled = text.encode([""])
     np.testing.assert_allclose(stored["bert"], tokens[0][mask[0]].numpy(), atol=2e-3)
     np.testing.assert_allclose(stored["bert_pooled"], pooled[0].numpy(), atol=2e-3)
+    assert len({path.stat().st_mode for path in reference.iterdir() if path.is_file()}) == 1
+
+
+def test_text_encoders_in_another_order_are_another_config(tmp_path, vae_folder, text_folder):
+    """Their members are columns of every index in that order."""
+    pictures, encoder = {"p": fill_folder(tmp_path / "p", 1)}, {"path": str(text_folder)}
+    more = {"text_encoders": {"a": encoder, "b": encoder}}
+    path = write_config(tmp_path / "c.yaml", pictures, vae_folder, text_folder, **more)
+    config = load_config(PrepareConfig, path, [])
+    other = dict(reversed(config.text_encoders.items()))
+    open_output(config, check_settings(config), list_sources(config), restart=False)
+    config = config.model_copy(update={"text_encoders": other})
+    with pytest.raises(
+        InputError, match=r"encoders: .*_encoders.a'.* -> \['vae', 'text_encoders.b'"
+    ):
+        open_output(config, check_settings(config), list_sources(config), restart=False)
 
 
 def test_a_proof_shows_originals_and_what_the_codec_makes_of_their_latents(reference, messy):

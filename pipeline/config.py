@@ -1,4 +1,4 @@
-"""The config of a training run: every section, and the checks between them. Neither torch nor pyarrow is needed."""
+"""The config of a training run: every section of it. Importing it loads neither torch nor pyarrow."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, cast
@@ -23,7 +23,9 @@ from pipeline.training.config import (
 if TYPE_CHECKING:
     from data_prep.schema import Manifest
 
-# Sections that change results: a resumed run may not change them unasked.
+CONFIG = "config.yaml"
+"""The config of a run, in its folder."""
+
 RESULTS = (
     "seed",
     "data",
@@ -35,6 +37,7 @@ RESULTS = (
     "start_from",
     "rejection",
 )
+"""Sections that change results: a resumed run may change them only with --override."""
 
 
 def _kind(model: Any) -> str:
@@ -55,13 +58,11 @@ else:
 
 
 class TrainingConfig(Config):
-    """How long, in pictures: the clock that means the same at any batch size."""
-
     images: int = Field(gt=0)
+    """How long to train, in pictures, which mean the same at any batch size."""
     global_batch: int = Field(default=256, gt=0)
-    caption_dropout: float = Field(
-        default=0.1, ge=0, le=1
-    )  # for classifier-free guidance (2207.12598)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of captions dropped for classifier-free guidance (2207.12598)."""
 
     @property
     def num_steps(self) -> int:
@@ -69,22 +70,24 @@ class TrainingConfig(Config):
 
 
 class StartConfig(Config):
-    """A run whose weights are this run's first; `model.init_from` takes those of other programs."""
+    """Another run, whose weights this run begins with; `model.init_from` takes those of other programs."""
 
     run: str
-    weights: str = "ema"  # or raw, or another average
-    step: int | None = None  # of its checkpoint; null: the newest
+    weights: str = "ema"
+    """raw, ema, or another average."""
+    step: int | None = None
+    """Step of its checkpoint; null: the newest."""
 
 
 class EncodersConfig(Config):
-    """Where the dataset's encoders are on this machine, where not at the path that prepare recorded."""
+    """Folders of the dataset's encoders that are not where `flowmill prepare` recorded them."""
 
     vae: str | None = None
     text: dict[str, str] = {}
 
 
 class TrainConfig(Config):
-    """One run. The order is: what changes results, what should not (speed), what cannot."""
+    """One run: first what changes results, then what should not (speed), then what cannot."""
 
     seed: int = Field(default=0, ge=0)
     data: DataConfig
@@ -106,7 +109,7 @@ class TrainConfig(Config):
 
 
 def sizes_of(manifest: "Manifest") -> dict[str, Any]:
-    """Sizes of the model's config that the data fix, for `with_sizes`."""
+    """Sizes of the model that the data fix, for `with_sizes`."""
     records = manifest.text.roles.values()
     return {
         "latent_channels": manifest.codec.channels,
@@ -118,13 +121,13 @@ def sizes_of(manifest: "Manifest") -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to the same config."""
+    """YAML from which `load_config` reads the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def load_run_config(run: Path) -> TrainConfig:
-    """The resolved config that a run was trained with; raises InputError where `run` is not a run."""
-    path = run / "config.yaml"
+    """The resolved config of a run; raises InputError where `run` is not the folder of one."""
+    path = run / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected the folder of a training run")
     return parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))

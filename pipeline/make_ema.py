@@ -21,7 +21,7 @@ from models.command import run_command
 from models.config import InputError
 from pipeline.arguments import RunFolder
 from pipeline.config import load_run_config
-from pipeline.training.checkpoint import RECORD, SNAPSHOTS, faults, save_weights
+from pipeline.training.checkpoint import EMA_SNAPSHOTS, RECORD, faults, save_weights
 from pipeline.training.config import power_exponent, power_name
 from pipeline.training.pieces import Pieces
 
@@ -39,7 +39,7 @@ class Snapshot:
 def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
     """Those up to a step (null: all), oldest first; raises InputError where there are none."""
     found = []
-    for path in sorted((run / SNAPSHOTS).glob(f"step_*[0-9]/{RECORD}")):
+    for path in sorted((run / EMA_SNAPSHOTS).glob(f"step_*[0-9]/{RECORD}")):
         about = json.loads(path.read_text())
         found += [
             Snapshot(path.parent, about["step"], about["images_seen"], sigma_rel)
@@ -47,7 +47,7 @@ def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
         ]
     if not found:
         raise InputError(
-            f"{run / SNAPSHOTS}: no snapshots. Remedy: train with ema.sigma_rels=[0.05,0.1] and "
+            f"{run / EMA_SNAPSHOTS}: no snapshots. Remedy: train with ema.sigma_rels=[0.05,0.1] and "
             "ema.snapshot_images; a profile cannot be made after a run that kept none."
         )
     steps = sorted({s.step for s in found})

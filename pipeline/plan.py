@@ -162,7 +162,7 @@ def prepared_dataset(config: TrainConfig) -> Dataset:
     """The mean picture of the datasets that the config names; raises InputError where they are not there."""
     loader = Loader(config.data.model_copy(update={"grow": False}), global_batch=1, seed=0)
     manifest, buckets = loader.manifest, loader.manifest.buckets
-    table = loader.now
+    table = loader.first.mixture
     loader.close()
     pictures = sum(b.num_samples for b in buckets)
     area = sum(b.height * b.width * b.num_samples for b in buckets) / pictures

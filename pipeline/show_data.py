@@ -15,8 +15,8 @@ from models.vae import LatentCodec, sample_latents
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.batch import Batch
-from pipeline.data.datasets import SNAPSHOTS
 from pipeline.data.encoders import encoder_folder
+from pipeline.data.eras import ERAS
 from pipeline.data.loader import Era, Loader
 from pipeline.inference.grid import grid
 
@@ -65,12 +65,12 @@ def dataset_table(era: Era, local: int) -> Table:
     table = Table(title="datasets")
     for name in ("dataset", "repeat", "samples", "in the epoch"):
         table.add_column(name, justify="left" if name == "dataset" else "right")
-    for number, dataset in enumerate(era.snapshot.datasets):
+    for number, dataset in enumerate(era.mixture.datasets):
         parts = [
             p
             for b in era.order.buckets
             for p in b.parts
-            if era.snapshot.dataset[p.shards[0]] == number
+            if era.mixture.dataset[p.shards[0]] == number
         ]
         drawn = sum(part.drawn(local + 1) - part.drawn(local) for part in parts)
         total = sum(part.total for part in parts)
@@ -81,23 +81,23 @@ def dataset_table(era: Era, local: int) -> Table:
 
 def reading_table(era: Era, local: int, world_size: int, ranks_per_node: int) -> Table:
     """What every rank and node reads in an epoch, its bytes counted by samples."""
-    snapshot, plan = era.snapshot, era.plan
+    mixture, plan = era.mixture, era.plan
     ranks_bytes = np.zeros(world_size)
     nodes = -(-world_size // ranks_per_node)
-    read = np.zeros((nodes, len(snapshot.sizes)), bool)
+    read = np.zeros((nodes, len(mixture.sizes)), bool)
     for bucket in era.order.buckets:
         layout = bucket.layout(local)
         for partition in range(plan.partitions):
             rank, pieces = partition % world_size, layout.partition(partition)
             share = (pieces.stop - pieces.start) / pieces.size
-            ranks_bytes[rank] += (snapshot.bytes[pieces.shard] * share).sum()
+            ranks_bytes[rank] += (mixture.bytes[pieces.shard] * share).sum()
             read[rank // ranks_per_node, pieces.shard] = True
-    used = int((~snapshot.heldout).sum())
+    used = int((~mixture.heldout).sum())
     table = Table(title=f"reading, {world_size} ranks on {nodes} nodes")
     for name in ("", "GiB", "shards"):
         table.add_column(name, justify="right" if name else "left")
     table.add_row(
-        "dataset, train split", f"{snapshot.bytes[~snapshot.heldout].sum() / GIB:.3f}", f"{used:,}"
+        "dataset, train split", f"{mixture.bytes[~mixture.heldout].sum() / GIB:.3f}", f"{used:,}"
     )
     table.add_row("a rank, at most", f"{ranks_bytes.max() / GIB:.3f}", "")
     table.add_row("a node, at most", "", f"{read.sum(axis=1).max():,}")
@@ -109,9 +109,9 @@ def reading_table(era: Era, local: int, world_size: int, ranks_per_node: int) ->
 def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, console: Console) -> None:
     """Print the samples of a step's global batch and save them, decoded, as one picture."""
     batch: Batch = next(loader.batches(step))
-    snapshot, codec = loader.era_at(step).snapshot, loader.manifest.codec
+    mixture, codec = loader.era_at(step).mixture, loader.manifest.codec
     ids = batch.sample_ids.numpy()
-    samples = [snapshot.locate(number) for number in ids.tolist()]
+    samples = [mixture.locate(number) for number in ids.tolist()]
     captions = [sample.get("caption", "") for sample in samples]
     table = Table(
         title=f"step {step}, epoch {batch.epoch}, bucket {batch.bucket[0]}x{batch.bucket[1]}"
@@ -124,7 +124,7 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
         where, row = sample["shard"], str(sample["row"])
         table.add_row(str(place), str(number), where, row, captions[place])
     console.print(table)
-    folder = encoder_folder(codec.path, config.encoders.vae, codec.weights_sha256, "encoders.vae")
+    folder = encoder_folder(codec, config.encoders.vae, "vae")
     network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
     noise = torch.zeros(len(ids), codec.channels, *batch.moments.shape[-2:])
     latents = sample_latents(batch.moments, noise, codec.normalisation)
@@ -153,13 +153,13 @@ def main(
     else:
         config = load_config(TrainConfig, run_or_config, overrides or [])
         run = Path(config.run)
-    record = run / SNAPSHOTS
+    eras = run / ERAS
     loader = Loader(
         config.data.model_copy(update={"grow": False}),  # to look at a run decides nothing about it
         global_batch=config.training.global_batch,
         seed=config.seed,
-        world_size=1 if show is not None else ranks,
-        record=record if record.is_dir() else None,
+        rank_of=(0, ranks if show is None else 1),
+        eras=eras if eras.is_dir() else None,
     )
     console = Console(soft_wrap=True)
     if show is None:

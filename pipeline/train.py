@@ -13,7 +13,7 @@ from models.command import run_command
 from pipeline import distributed
 from pipeline.arguments import ConfigFile, DryRun, Override, Overrides
 from pipeline.config import TrainConfig
-from pipeline.distributed import Exchange
+from pipeline.distributed import Exchange, own_device
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.inference.preview import Preview
@@ -34,7 +34,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     preview = Preview(run, objective)
     engine, optimizer = run.build_engine()
     dropout = config.training.caption_dropout
-    forward = Forward(engine, objective, run.loader, config.model, dropout, run.device)
+    forward = Forward(engine, objective, run.loader, config.model, dropout, own_device())
     rejection = Rejection(config, run.loader, engine, optimizer)
     parts = {"clock": clock, "rejection": rejection, "preview": preview}
     checkpoint.restore(run.folder, engine, optimizer, parts)
@@ -90,7 +90,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
 
 
 def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
-    """Say what begins or goes on."""
+    """Say what begins or resumes."""
     num_parameters = run.num_parameters
     resumes = f"resuming at step {clock.step} of " if clock.step else ""
     distributed.say(
@@ -102,7 +102,7 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
 
 
 def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> None:
-    """Close the loader, wait for the last save and say how the run stands; status 1 where it could not be saved. Collective."""
+    """Close the loader, wait for the last save and say how the run ended; exit 1 if it was not saved. Collective."""
     run.loader.close()
     saver.finish()
     if saver.failed:
@@ -118,7 +118,7 @@ def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> 
 
 
 def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
-    """A run step by step: yields each step's number once all that belongs to it is done."""
+    """Train one run; yields each step's number once all that belongs to the step is done."""
     run = fit_run(config)
     check_run(run, override)
     engine = run.config.engine
@@ -131,9 +131,10 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
 
 
 def train_all(configs: list[TrainConfig], override: bool = False) -> None:
-    """Train runs one after another, each from where it stands; a signal ends all."""
+    """Train runs one after another, each from where it stands; a signal ends all of them."""
+    # What is wrong with a later stage is found before the first one begins.
     for config in configs[1:]:
-        fit_run(config)  # finds now what is wrong with a later stage
+        fit_run(config)
     for config in configs:
         if len(configs) > 1 and finished(config):
             distributed.say(f"{config.run}: finished before")

@@ -76,8 +76,7 @@ def main() -> None:
         DataConfig(path=str(run / "dataset")),
         global_batch=BATCH,
         seed=0,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank_of=(distributed.rank(), distributed.world_size()),
     )
     data = {"data": {"path": str(run / "dataset")}, "training": {"images": BATCH}, "run": str(run)}
     given = parse_config(TrainConfig, data | {"rejection": REJECTION}, "test")

@@ -59,7 +59,7 @@ def test_the_peak_says_whence_it_is():
 def test_the_parts_of_a_steps_time_are_what_lies_between_the_marks(monkeypatch):
     ticks = iter([0.0, 1.0, 3.0, 6.0, 6.5, 10.0, 10.0])
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: next(ticks))
-    clock = monitor.StepClock(torch.device("cpu"))
+    clock = monitor.Stopwatch(torch.device("cpu"))
     for part in ("data", "forward", "backward", "forward", "other"):
         clock.mark(part)
     assert clock.collect() == {"data": 1.0, "forward": 2.5, "backward": 3.0, "other": 3.5}

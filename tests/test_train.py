@@ -330,7 +330,7 @@ def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_pat
     ]
     done = train_factory.run("pipeline.train", *arguments)
     assert done.returncode == 0, done.stderr
-    epochs = sorted(p.name for p in (tmp_path / "run" / "snapshots").glob("epoch_*.json"))
+    epochs = sorted(p.name for p in (tmp_path / "run" / "eras").glob("epoch_*.json"))
     assert epochs[:2] == ["epoch_00000000.json", "epoch_00000001.json"]
     assert scalars(tmp_path / "run", "data/skipped_samples")[-1][1] > 0
     assert shard.name in done.stderr + done.stdout

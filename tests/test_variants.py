@@ -161,7 +161,7 @@ def test_training_reads_every_sample_once_an_epoch_and_knows_its_picture(dataset
         batch = next(batches)
         assert batch.epoch == 0
         seen[int(batch.sample_ids[0]), int(batch.label[0])] += 1
-        where = loader.now.locate(int(batch.sample_ids[0]))
+        where = loader.first.mixture.locate(int(batch.sample_ids[0]))
         assert int(where["caption"].split()[-1]) % 3 == int(batch.label[0])
         keys[where["key"]] += 1
     assert len(seen) == train

@@ -1,4 +1,4 @@
-"""A batch: its tensors, the buffers they lie in, and how samples in memory become one."""
+"""A batch: its tensors, the buffer that they lie in, and how samples in memory become one."""
 
 import math
 import weakref
@@ -16,38 +16,45 @@ from torch import Tensor
 from data_prep.schema import EMPTY_CAPTION, Manifest
 from models.conditions import Conditions
 from models.config import InputError
-from pipeline.data.datasets import Bucket, Snapshot
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Bucket, Mixture
 from pipeline.data.shards import Rows, gather, gather_ragged
 
-ALIGNMENT = 64  # bytes, of every member in a batch buffer
+ALIGNMENT_BYTES = 64
+"""What the place of every member in a batch buffer is a multiple of."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket; b is this rank's share of the global batch, or of a micro-batch.
+    """Samples of one bucket; b is this rank's share of the global batch, or the size of a micro-batch.
 
-    Without text, pooled or labels in the dataset the fields are None. The tensors lie in a buffer that is
-    used again once none of them, nor a view of them, is alive.
+    A field is None where the dataset lacks it. The tensors lie in a buffer that is used again once neither
+    one of them nor a view of one is alive.
     """
 
     step: int
     epoch: int
-    bucket: tuple[int, int]  # height and width of the pictures, pixels
-    indices: Tensor  # int64 (b,), places in the global batch, whatever the world size
-    sample_ids: Tensor  # int64 (b,), numbers of the samples in the snapshot
-    # float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) of a deterministic codec
+    bucket: Bucket
+    indices: Tensor
+    """int64 (b,), places in the global batch, whatever the world size."""
+    sample_ids: Tensor
+    """int64 (b,), numbers of the samples in the mixture."""
     moments: Tensor
-    # float16 (b, L, D), encoders one after another, zeros where masked; bool (b, L), True keeps
+    """float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) where the codec is deterministic."""
     text_emb: Tensor | None = None
+    """float16 (b, L, D), encoders one after another, zeros where masked."""
     text_mask: Tensor | None = None
-    pooled: Tensor | None = None  # float16 (b, P), encoders side by side
-    micro: Tensor | None = None  # float32 (b, 4), original height and width, crop top and left
-    label: Tensor | None = None  # int64 (b,)
-    vision: Tensor | None = (
-        None  # float16 (b, V, g, j), features of the picture's squares, if asked for
-    )
-    text_lengths: tuple[int, ...] = ()  # of each encoder's part of L
-    micro_step: int = 0
+    """bool (b, L), True keeps."""
+    pooled: Tensor | None = None
+    """float16 (b, P), encoders side by side."""
+    micro: Tensor | None = None
+    """float32 (b, 4), original height and width, crop top and left."""
+    label: Tensor | None = None
+    """int64 (b,)."""
+    vision: Tensor | None = None
+    """float16 (b, V, g, j), features of the picture's squares, where the loader was asked for them."""
+    text_lengths: tuple[int, ...] = ()
+    """Length of each encoder's part of L."""
     buffer: "Buffer | None" = field(default=None, repr=False)
 
     def _map(self, function: Any) -> "Batch":
@@ -56,7 +63,7 @@ class Batch:
 
     @property
     def conditions(self) -> Conditions:
-        """What a network is told of the samples."""
+        """What a network is told about the samples."""
         return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
 
     @property
@@ -65,7 +72,7 @@ class Batch:
         return self.moments.shape[-2], self.moments.shape[-1]
 
     def drop(self, dropped: Tensor, caption: "EmptyCaption | None", num_classes: int) -> "Batch":
-        """The batch with the empty caption and no class where `dropped`, bool (b,): what guidance is away from."""
+        """The batch with the empty caption and no class where `dropped`, bool (b,), for guidance."""
         nothing = Conditions() if caption is None else caption.as_in(self)
         if self.label is not None:
             nothing = nothing._replace(label=self.label.new_full((1,), num_classes))
@@ -77,20 +84,17 @@ class Batch:
         return replace(self, **told)
 
     def rows(self, begin: int, end: int) -> "Batch":
-        """Some of the samples, as views."""
+        """Samples begin..end, as views."""
         return self._map(lambda t: t[begin:end])
 
     def split(self, micro_batch: int) -> list["Batch"]:
-        """Micro-batches, views in order; raises InputError where they would not be equal."""
-        size = len(self.indices)
-        if size % micro_batch:
-            raise InputError(f"micro batch: got {micro_batch}, expected a divisor of {size} a rank")
-        starts = range(0, size, micro_batch)
-        parts = [self.rows(start, start + micro_batch) for start in starts]
-        return [replace(part, micro_step=number) for number, part in enumerate(parts)]
+        """Equal micro-batches in order, as views."""
+        assert len(self.indices) % micro_batch == 0
+        starts = range(0, len(self.indices), micro_batch)
+        return [self.rows(start, start + micro_batch) for start in starts]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; from a pinned buffer the copy does not wait."""
+        """The batch on a device; the copy from a pinned buffer does not block."""
         device = torch.device(device)
         if device.type == "cpu":
             return self
@@ -103,7 +107,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class EmptyCaption:
-    """A caption of no words as each encoder sees it: (tokens (l, D), pooled (P,)) by encoder, float16."""
+    """The caption without words as each encoder sees it: tokens (l, D) and pooled (P,), float16."""
 
     parts: list[tuple[Tensor, Tensor]]
 
@@ -113,7 +117,7 @@ class EmptyCaption:
         )
 
     def as_in(self, batch: Batch) -> Conditions:
-        """One row of text, mask and pooled text, laid out and padded as the batch's."""
+        """One row of text, mask and pooled text, laid out and padded as in the batch."""
         assert batch.text_emb is not None
         assert batch.text_mask is not None
         text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
@@ -128,7 +132,7 @@ class EmptyCaption:
 
 
 def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
-    """The dataset's empty_caption.safetensors, whose tensors are named as the members; None without text."""
+    """The dataset's empty_caption.safetensors, its tensors named as the members; None without text."""
     if not manifest.text.roles:
         return None
     path = dataset / EMPTY_CAPTION
@@ -148,23 +152,26 @@ def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None
 
 @dataclass
 class Buffer:
-    """Page-locked where a GPU reads it; `copied` is set by a copy that may still run."""
+    """Memory of one batch, page-locked where a GPU reads it."""
 
     bytes: Tensor
     copied: Any = None
-    user: "weakref.ref[np.ndarray] | None" = None  # what lives as long as any tensor in it
+    """CUDA event of a copy that may still run."""
+    user: "weakref.ref[np.ndarray] | None" = None
+    """The array that lives as long as any tensor in the buffer."""
 
 
 class BufferPool:
-    """Buffers that come back by themselves when the last tensor in them dies."""
+    """Buffers, each free again when the last tensor in it dies."""
 
     def __init__(self, pin: bool):
         self.pin = pin
         self.free: deque[Buffer] = deque()
 
     def take(self, size: int) -> tuple[Buffer, Tensor]:
-        """A buffer, and its bytes as a tensor, uint8 (at least size,)."""
-        buffer = self.free.pop() if self.free else None  # the last one used: the caches know it
+        """A buffer and its bytes as a tensor, uint8 (at least size,)."""
+        # The last one used is most likely still in the CPU's caches.
+        buffer = self.free.pop() if self.free else None
         if buffer is not None and buffer.copied is not None:
             buffer.copied.synchronize()
             buffer.copied = None
@@ -178,10 +185,11 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a member lies in a batch buffer; `column` of the addresses, None of text."""
+    """Where a member lies in a batch buffer."""
 
     name: str
     column: int | None
+    """Column of its addresses; None for text."""
     begin: int
     row_bytes: int
     shape: tuple[int, ...]
@@ -191,24 +199,17 @@ class Slot:
 class Assembler:
     """Turns samples in memory into a Batch in a buffer."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        text_length: int | None,
-        pad_to_longest: bool,
-        pin: bool,
-        vision: bool = False,
-    ):
-        self.snapshot, self.pad_to_longest = snapshot, pad_to_longest
+    def __init__(self, mixture: Mixture, config: DataConfig, vision: bool):
+        self.mixture, self.pad_to_longest = mixture, config.pad_text == "longest"
         self.left_out = set() if vision else {"vision"}
-        self.encoders = list(snapshot.manifest.text.roles.items())
-        self.limits = [r.view.max_length for _, r in self.encoders]
-        self.limits = [min(text_length or limit, limit) for limit in self.limits]
+        self.encoders = list(mixture.manifest.text.roles.items())
+        longest = [role.view.max_length for _, role in self.encoders]
+        self.limits = [min(config.text_length or length, length) for length in longest]
         self.width = max([record.dim for _, record in self.encoders] or [1])
-        self.columns = {name: column for column, name in enumerate(snapshot.manifest.members)}
-        self.pool = BufferPool(pin)
+        self.columns = {name: column for column, name in enumerate(mixture.manifest.members)}
+        self.pool = BufferPool(pin=torch.cuda.is_available())
         self.parts = lru_cache(maxsize=1024)(self._parts)
-        caption = load_empty_caption(snapshot.datasets[0].home, snapshot.manifest)
+        caption = load_empty_caption(mixture.datasets[0].home, mixture.manifest)
         self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
 
     def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
@@ -241,12 +242,11 @@ class Assembler:
 
     def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
         """The members of a batch in its buffer, and the bytes of all."""
+        members, left_out = self.mixture.manifest.members, self.left_out.union(dict(self.encoders))
         kinds: list[tuple[str, int | None, tuple[int, ...], torch.dtype]] = [
-            (name, self.columns[name], shape, getattr(torch, member.dtype))
-            for (name, member), shape in zip(
-                self.snapshot.manifest.members.items(), self.snapshot.shapes(bucket), strict=True
-            )
-            if name not in self.left_out.union(dict(self.encoders))
+            (name, self.columns[name], shape, getattr(torch, members[name].dtype))
+            for name, shape in self.mixture.shapes(bucket).items()
+            if name not in left_out
         ]
         if self.encoders:
             kinds.append(("text", None, (sum(padded), self.width), torch.float16))
@@ -254,19 +254,19 @@ class Assembler:
         for name, column, shape, dtype in kinds:
             row_bytes = math.prod(shape) * dtype.itemsize
             parts.append(Slot(name, column, begin, row_bytes, (count, *shape), dtype))
-            begin += -(-count * row_bytes // ALIGNMENT) * ALIGNMENT
+            begin += -(-count * row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return parts, begin
 
     def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:
-        """The length of each encoder's part of the text; tokens int64 (encoders, b)."""
+        """Length of each encoder's part of the text; `tokens` is int64 (encoders, b)."""
         if not self.pad_to_longest:
             return tuple(self.limits)
-        # Room for the empty caption, which may take any sample's place.
+        # The empty caption needs room too: it may take any sample's place.
         longest = np.maximum(tokens.max(axis=1), self.empty) if self.encoders else []
         return tuple(min(int(a), b) for a, b in zip(longest, self.limits, strict=True))
 
     def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
-        """Fill out, float16 (b, L, D), and return the mask, bool (b, L)."""
+        """Fill `out`, float16 (b, L, D), and return the mask, bool (b, L)."""
         masks, begin = [], 0
         for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
             address, token_bytes = rows.address(self.columns[name]), 2 * record.dim

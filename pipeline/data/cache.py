@@ -1,12 +1,13 @@
-"""Remote shards on local disk: a bounded cache that any number of processes of a node share.
+"""Remote shards on local disk: a bounded cache that any number of processes on a node share.
 
-Whoever uses a cached file holds a shared lock on it (flock, on the open descriptor), whoever writes one an
-exclusive lock, so whatever can be locked may be deleted for room, and a killed process leaves no lock.
+A process that uses a cached file holds a shared lock on it (flock, on the open descriptor), one that writes it
+an exclusive lock. So whatever can be locked may be deleted for room, and a killed process leaves no lock.
 """
 
 import errno
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -25,19 +26,21 @@ log = logging.getLogger(__name__)
 
 CHUNK = 8 << 20
 GIB = 1 << 30
-SUFFIXES = (".tar", ".npy", ".part")  # what counts, and may be evicted
+
+SUFFIXES = (".tar", ".npy", ".part")
+"""Files that count towards the bound and may be evicted."""
 
 
 class ShardError(OSError):
-    """A shard cannot be read, or is not what the shard table says."""
+    """A shard that cannot be read, or is not what the shard table says."""
 
 
 class CacheFullError(ShardError):
-    """No room for a shard: never skipped, for the shards after it would not fit either."""
+    """No room for a shard: never skipped, because the next shards would not fit either."""
 
 
 class ShardCache:
-    """The files of one remote dataset; names are relative to it. `stop` ends the waiting between attempts."""
+    """The files of one remote dataset, named relative to it. `stop` ends the waits between attempts."""
 
     def __init__(self, url: str, config: CacheConfig, stop: threading.Event):
         self.url, self.config, self.stop = url.rstrip("/"), config, stop
@@ -50,14 +53,14 @@ class ShardCache:
             raise InputError(f"{url}, cached in {self.top}: {error}") from error
 
     def refresh(self, name: str) -> Path:
-        """A file beside the shards as it is now, outside the bound; FileNotFoundError if there is none."""
+        """Fetch a file beside the shards as it is now, outside the bound; FileNotFoundError if there is none."""
         path = self.folder / name
         temporary = path.with_name(f"{name}.{os.getpid()}")
         self._try(name, lambda: self._copy(name, temporary.open("wb")))
         return temporary.replace(path)
 
     def open(self, name: str, sha256: str, size: int) -> tuple[IO[bytes], bool]:
-        """A file that stays in the cache while it is open, and whether it was just fetched and checked.
+        """A file, in the cache for as long as it is open, and whether it was fetched and checked just now.
 
         Raises ShardError when every attempt has failed.
         """
@@ -67,22 +70,21 @@ class ShardCache:
         return self._try(name, lambda: self._download(name, path, sha256, size)), True
 
     def forget(self, name: str) -> None:
-        """Drop a file that turned out to be damaged."""
+        """Drop a file that is damaged."""
         (self.folder / name).unlink(missing_ok=True)
 
     def _try(self, name: str, work: Callable[[], Result]) -> Result:
-        attempt = 1
-        while True:
+        for attempt in itertools.count(1):
             try:
                 return work()
             except (FileNotFoundError, CacheFullError):
                 raise
             except Exception as error:
-                log.warning("%s/%s: attempt %d: %r", self.url, name, attempt, error)
+                where = f"{self.url}/{name}"
+                log.warning("%s: attempt %d: %r", where, attempt, error)
                 if attempt == self.config.attempts or self.stop.wait(min(2 ** (attempt - 1), 30)):
-                    where = f"{self.url}/{name}"
                     raise ShardError(f"{where}: {attempt} attempts failed: {error!r}") from error
-            attempt += 1
+        raise AssertionError
 
     def _download(self, name: str, path: Path, sha256: str, size: int) -> IO[bytes]:
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
@@ -91,7 +93,8 @@ class ShardCache:
             found = self._copy(name, file)
             if found != sha256:
                 raise ShardError(f"sha256 got {found}, expected {sha256}")
-            with self._locked():  # or who makes room may count it under neither name
+            # Without the lock a process that makes room might see it under neither name.
+            with self._locked():
                 temporary.replace(path)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
@@ -112,7 +115,7 @@ class ShardCache:
         return digest.hexdigest()
 
     def _reserve(self, path: Path, name: str, size: int) -> IO[bytes]:
-        """A new file of `size` bytes, locked, after deleting as many least recently used ones as it needs."""
+        """A new file of `size` bytes, locked; the least recently used ones are deleted to make room."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._make_room(size, name)
@@ -146,20 +149,22 @@ class ShardCache:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """None where the file is gone: its download failed, or it was damaged."""
     try:
         return path.stat()
-    except FileNotFoundError:  # its download failed, or it was damaged
+    except FileNotFoundError:
         return None
 
 
 def _open_shared(path: Path) -> IO[bytes] | None:
-    """The file, locked shared and marked as used now; None if it is not there."""
+    """The file with a shared lock, marked as used now; None if it is not there."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
     fcntl.flock(file, fcntl.LOCK_SH)
-    if os.fstat(file.fileno()).st_nlink == 0:  # evicted before it was locked
+    if os.fstat(file.fileno()).st_nlink == 0:
+        # It was evicted before it was locked.
         file.close()
         return None
     os.utime(path)
@@ -167,12 +172,11 @@ def _open_shared(path: Path) -> IO[bytes] | None:
 
 
 def _unlink_unused(path: Path) -> bool:
+    """Delete a file unless it is gone or in use; whether it was deleted."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:  # in use
+    except (FileNotFoundError, BlockingIOError):
         return False
     return True

@@ -1,4 +1,4 @@
-"""Configs of what a run reads: datasets, their mixture, the cache. Pydantic alone, so that reading one imports no torch."""
+"""Configs of what a run reads: datasets, their mixture, the cache. Importing them loads no torch."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,9 +8,12 @@ from models.config import Config
 
 
 class CacheConfig(Config):
-    path: str  # a folder on a local disk
-    max_gib: float = Field(gt=0)  # of all shards in it, whichever run or rank put them there
-    attempts: int = Field(default=6, ge=1)  # at a file, waiting 1, 2, 4, ... 30 s in between
+    path: str
+    """Folder on a local disk."""
+    max_gib: float = Field(gt=0)
+    """Size of all shards in it, whichever run or rank fetched them."""
+    attempts: int = Field(default=6, ge=1)
+    """Attempts to fetch a file, with waits of 1, 2, 4, ... 30 s in between."""
 
 
 def is_remote(path: str) -> bool:
@@ -19,7 +22,8 @@ def is_remote(path: str) -> bool:
 
 class DatasetConfig(Config):
     path: str
-    repeat: float = Field(default=1.0, gt=0)  # times that a sample comes in an epoch
+    repeat: float = Field(default=1.0, gt=0)
+    """How often a sample comes per epoch."""
 
 
 class DataConfig(Config):
@@ -28,17 +32,26 @@ class DataConfig(Config):
     path: str | None = None
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     # What changes the order, beside the run's seed and global batch.
-    canonical_partitions: Annotated[int, Field(ge=1)] | None = None  # None: see choose_partitions
-    window_shards: int = Field(4, ge=1)  # shuffled together, in every partition and bucket
-    grow: bool = False  # look for more shards at the beginning of every epoch
-    on_corrupt: Literal["fail", "skip"] = "fail"  # skip: others take the places of its samples
+    canonical_partitions: Annotated[int, Field(ge=1)] | None = None
+    """Ranges that a bucket is cut into; null: the largest power of two, at most 64, that divides the batch."""
+    window_shards: int = Field(4, ge=1)
+    """Shards whose samples are shuffled together, in every partition and bucket."""
+    grow: bool = False
+    """Looks for more shards at the beginning of every epoch."""
+    on_corrupt: Literal["fail", "skip"] = "fail"
+    """With skip, other samples take the places of a damaged shard's."""
     # What changes the tensors.
-    text_length: Annotated[int, Field(ge=1)] | None = None  # tokens kept; None: all prepared
-    pad_text: Literal["max", "longest"] = "max"  # to text_length, or to the batch's longest
+    text_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens kept; null: all that were prepared."""
+    pad_text: Literal["max", "longest"] = "max"
+    """Pads texts to text_length, or to the longest of the batch."""
     # Reading.
-    verify: Literal["first_use", "size"] = "first_use"  # hash each shard once, or trust its size
-    prefetch: int = Field(2, ge=0)  # batches read ahead by a thread; 0 reads when asked
-    cache: CacheConfig | None = None  # for datasets at URLs
+    verify: Literal["first_use", "size"] = "first_use"
+    """Hashes each shard once, or trusts its size."""
+    prefetch: int = Field(2, ge=0)
+    """Batches that a thread reads ahead; 0 reads when asked."""
+    cache: CacheConfig | None = None
+    """For datasets at URLs."""
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:

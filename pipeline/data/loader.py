@@ -1,7 +1,7 @@
-"""The loader: a prepared dataset's shards to batches. The order is order.py's; this module reads.
+"""The loader: from the shards of prepared datasets to batches, in the order that order.py gives.
 
-A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused buffer, by
-one call per member, or a call per row where rows are large or of various lengths. No tar is parsed.
+A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused buffer with
+one call per member, or one per row where rows are large or vary in length. No tar is parsed.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ from data_prep.schema import Manifest
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DataConfig, is_remote
-from pipeline.data.datasets import Record, Snapshot, check_fits, read_dataset
+from pipeline.data.datasets import Mixture, read_dataset
+from pipeline.data.eras import Eras
 from pipeline.data.order import Order, Plan, Window, choose_partitions
 from pipeline.data.shards import Rows, ShardStore, Skipped
 
-__all__ = ["Batch", "DataConfig", "EmptyCaption", "Loader", "check_fits", "load_empty_caption"]
-
 log = logging.getLogger(__name__)
 
-BLOCK = 256  # samples of a partition whose addresses are put together at once
+BLOCK = 256
+"""Samples of a partition whose addresses are put together at once."""
 
 
 class PartitionReader:
-    """The samples of one partition of a bucket, one after another; its next window is on the way."""
+    """The samples of one partition of a bucket, in order; the next window is fetched ahead."""
 
     def __init__(self, store: ShardStore, windows: Iterator[Window]):
         self.store, self.windows = store, windows
@@ -60,7 +60,7 @@ class PartitionReader:
 
 
 class BucketReader:
-    """This rank's share of a bucket's batches, from one place on: (epoch, bucket, batch number)."""
+    """This rank's share of a bucket's batches from `place` on: epoch, bucket, batch number."""
 
     def __init__(self, era: "Era", partitions: range, place: tuple[int, int, int]):
         epoch, bucket, number = place
@@ -81,7 +81,7 @@ class BucketReader:
         return self.batches.popleft()
 
     def _fill(self, count: int) -> None:
-        """The rows of the next `count` batches at once, so that a partition costs little a batch."""
+        """Read the next `count` batches at once, so that a partition costs little time per batch."""
         rows = Rows.join([r for reader in self.readers for r in reader.take(count * self.share)])
         # (..., partitions * count * share) -> (count, ..., partitions * share)
         parts = rows.table.reshape(-1, len(self.readers), count, self.share).transpose(2, 0, 1, 3)
@@ -91,9 +91,9 @@ class BucketReader:
 
 @dataclass(frozen=True)
 class Era:
-    """Epochs that use one snapshot, from plan.first_epoch on."""
+    """The epochs from plan.first_epoch on that use the same shards."""
 
-    snapshot: Snapshot
+    mixture: Mixture
     plan: Plan
     order: Order
     store: ShardStore
@@ -101,12 +101,10 @@ class Era:
 
 
 class Loader:
-    """Batches of one rank. Its whole state is the step: `batches(step)` goes on from anywhere.
+    """Batches of one rank. The step is its whole state: `batches(step)` goes on from anywhere.
 
-    A batch holds the rank's `global_batch / world_size` samples; Batch.split cuts it in micro-batches.
-    `record` is a folder of the run that all ranks see, in which the run keeps which shards its epochs use;
-    without it a resumed run takes the datasets as they are. Raises InputError where the batch, the
-    partitions and the ranks do not divide.
+    A batch holds the rank's `global_batch / world_size` samples; Batch.split cuts it into micro-batches.
+    Raises InputError where global batch, partitions and ranks do not divide each other.
     """
 
     def __init__(
@@ -115,105 +113,75 @@ class Loader:
         *,
         global_batch: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        pin: bool = False,
-        record: Path | None = None,
+        rank_of: tuple[int, int] = (0, 1),
+        eras: Path | None = None,
         vision: bool = False,
     ):
-        self.config, self.pin, self.world_size = config, pin, world_size
-        self.vision = vision  # whether batches have it
+        """`rank_of` is this rank's number and the number of ranks.
+
+        `eras` is a folder that all ranks see, in which a run keeps which shards its epochs use; without it
+        a resumed run takes the datasets as they are. `vision` asks for batches with the vision features.
+        """
+        assert eras or not config.grow, "ranks agree in the folder on what has grown"
+        self.config, self.vision = config, vision
+        rank, self.world_size = rank_of
         self._stop = threading.Event()
-        if config.grow and record is None:
-            raise ValueError("a dataset that grows needs a record")
-        self.record = Record(record, rank, self._stop) if record else None
-        partitions = choose_partitions(config.canonical_partitions, global_batch, world_size)
+        partitions = choose_partitions(config.canonical_partitions, global_batch, self.world_size)
         self.plan = Plan(seed, global_batch, partitions, config.window_shards)
-        self.partitions = range(rank, partitions, world_size)
+        self.partitions = range(rank, partitions, self.world_size)
         share = global_batch // partitions
         self.indices = torch.cat([p * share + torch.arange(share) for p in self.partitions])
-        self.wait_s = 0.0  # that `batches` made its caller wait, in all
+        # Seconds that `batches` has made its caller wait.
+        self.wait_s = 0.0
         self._threads: list[threading.Thread] = []
-        self.caches = {
+        self._caches = {
             name: ShardCache(source.path, config.cache, self._stop)
             for name, source in config.sources.items()
             if config.cache and is_remote(source.path)
         }
         self.skipped = Skipped()
-        self.now = self._look()
-        # First epoch, first step, and the datasets' identities, of every snapshot so far.
-        self.eras: list[tuple[int, int, dict[str, str]]] = [(0, 0, self.now.identities())]
-        for entry in self.record.entries() if self.record else []:
-            self._follow(entry)
+        self.eras = Eras(eras, rank, self._stop, self._look)
         self._era = lru_cache(maxsize=2)(self._make_era)
         self.first = self._era(0)
 
-    def _look(self) -> Snapshot:
+    def _look(self) -> Mixture:
         """The datasets as they are now."""
         sources = self.config.sources.items()
-        return Snapshot([read_dataset(name, s, self.caches.get(name)) for name, s in sources])
+        return Mixture([read_dataset(name, s, self._caches.get(name)) for name, s in sources])
 
-    def _make_era(self, number: int) -> "Era":
-        epoch, step, identities = self.eras[number]
-        if identities != self.now.identities():
-            self.now = self._look()
-        snapshot = self.record.load(identities, self.now) if self.record else self.now
-        plan = replace(self.plan, first_epoch=epoch, first_step=step)
-        store = ShardStore(snapshot, self.config.verify, self.config.on_corrupt, self.skipped)
-        longest = self.config.pad_text == "longest"
-        assemble = Assembler(snapshot, self.config.text_length, longest, self.pin, self.vision)
-        return Era(snapshot, plan, Order(snapshot.buckets(), plan), store, assemble)
-
-    def _follow(self, entry: dict[str, Any]) -> None:
-        """Take in what the record says of an epoch: the first, or one later than all so far."""
-        era = entry["epoch"], entry["first_step"], entry["datasets"]
-        if entry["epoch"] == 0:
-            self.eras = [era]
-        elif entry["datasets"] != self.eras[-1][2]:
-            self.eras.append(era)
-
-    def _begin(self, epoch: int, step: int) -> None:
-        """Settle which snapshot an epoch uses, as rank 0 finds or finds recorded."""
-        if self.record is None or (epoch and not self.config.grow):
-            return
-        entry = self.record.entry(epoch)
-        if entry is None and self.record.rank == 0:
-            if epoch:
-                self.now = self._look()
-            entry = self.record.decide(epoch, step, self.now)
-        entry = entry or self.record.wait(epoch)
-        if epoch:
-            self._follow(entry)
-        elif entry["datasets"] != self.eras[0][2]:  # they grew before this rank looked
-            self._follow(entry)
-            self._era.cache_clear()
-            self.first = self._era(0)
+    def _make_era(self, number: int) -> Era:
+        entry, mixture = self.eras.entries[number], self.eras.mixture(number)
+        plan = replace(self.plan, first_epoch=entry["epoch"], first_step=entry["first_step"])
+        return Era(
+            mixture,
+            plan,
+            Order(mixture.buckets(), plan),
+            ShardStore(mixture, self.config, self.skipped),
+            Assembler(mixture, self.config, self.vision),
+        )
 
     @property
     def manifest(self) -> Manifest:
-        return self.first.snapshot.manifest
+        return self.first.mixture.manifest
 
     @cached_property
     def empty_caption(self) -> EmptyCaption | None:
-        return load_empty_caption(self.first.snapshot.datasets[0].home, self.manifest)
+        return load_empty_caption(self.first.mixture.datasets[0].home, self.manifest)
 
-    def era_at(self, step: int) -> "Era":
-        """What a step uses, as far as is known."""
-        return self._era(sum(first_step <= step for _, first_step, _ in self.eras) - 1)
+    def era_at(self, step: int) -> Era:
+        """The era of a step, as far as is known: a dataset may still grow."""
+        return self._era(sum(entry["first_step"] <= step for entry in self.eras.entries) - 1)
 
-    def epoch_of(self, step: int) -> int:
-        return self.era_at(step).order.epoch_of(step)
-
-    def era_of_epoch(self, epoch: int) -> "Era":
-        return self._era(sum(first <= epoch for first, _, _ in self.eras) - 1)
+    def era_of_epoch(self, epoch: int) -> Era:
+        """The era of an epoch, as far as is known."""
+        return self._era(sum(entry["epoch"] <= epoch for entry in self.eras.entries) - 1)
 
     def steps_per_epoch(self, epoch: int) -> int:
-        """As far as is known: a dataset may grow."""
         order = self.era_of_epoch(epoch).order
         return order.first_step(epoch + 1) - order.first_step(epoch)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's part of every global batch from `start_step` on, for ever."""
+        """This rank's part of every global batch from `start_step` on, without end."""
         produce = self._produce(start_step)
         if not self.config.prefetch:
             yield from self._timed(produce.__next__)
@@ -242,10 +210,13 @@ class Loader:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
-            del batch  # so that its buffer is free while the next one is awaited
+            # Its buffer is to be free while the next one is awaited.
+            del batch
 
     def _produce(self, step: int) -> Iterator[Batch]:
-        self._begin(0, 0)
+        if self.eras.settle(0, 0):
+            self._era.cache_clear()
+            self.first = self._era(0)
         era, readers = self.era_at(step), {}
         epoch = era.order.epoch_of(step)
         while True:
@@ -257,41 +228,35 @@ class Loader:
                 yield era.assemble(readers[bucket].next(), key, self.indices, step, epoch)
                 step += 1
             epoch += 1
-            self._begin(epoch, step)
+            if self.config.grow:
+                self.eras.settle(epoch, step)
             if era is not (latest := self.era_at(step)):
-                left = sum(
-                    b.drawn(epoch - era.plan.first_epoch) % b.plan.global_batch
-                    for b in era.order.buckets
-                )
+                local, batch = epoch - era.plan.first_epoch, era.plan.global_batch
+                left = sum(bucket.drawn(local) % batch for bucket in era.order.buckets)
                 log.info(
-                    "epoch %d: more data; %d samples carried over wait for their next turn",
-                    epoch,
-                    left,
+                    "epoch %d: more data; %d samples carried over wait their turn", epoch, left
                 )
                 era, readers = latest, {}
 
     def heldout_batch(self, size: int) -> Batch | None:
-        """The same `size` held-out samples always (fewer if there are fewer), of the bucket that has most.
+        """The same `size` held-out samples at each call, or all where there are fewer, of the largest bucket.
 
         None where the dataset holds nothing out.
         """
-        snapshot = self.first.snapshot
-        buckets = snapshot.buckets(heldout=True)
+        mixture, store = self.first.mixture, self.first.store
+        buckets = mixture.buckets(heldout=True)
         if not buckets:
             return None
-        counts = {
-            key: sum(int(part.sizes.sum()) for part in parts) for key, parts in buckets.items()
-        }
-        bucket = max(counts, key=lambda key: (counts[key], key))
+        bucket = max(buckets, key=lambda key: (sum(p.total for p in buckets[key]), key))
         rows: list[Rows] = []
         for number in np.concatenate([part.shards for part in buckets[bucket]]).tolist():
             if sum(map(len, rows)) < size:
-                rows.append(self.first.store.rows(number, np.arange(int(snapshot.sizes[number]))))
+                rows.append(store.rows(number, np.arange(int(mixture.sizes[number]))))
         joined = Rows.join(rows)[:size]
         return self.first.assemble(joined, bucket, torch.arange(len(joined)), 0, 0)
 
     def close(self) -> None:
-        """Stop reading ahead; whoever still waits for a batch gets a RuntimeError."""
+        """Stop reading ahead; a caller that still waits for a batch gets a RuntimeError."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -300,8 +265,8 @@ class Loader:
 def _read_ahead(
     produce: Iterator[Batch], ready: "queue.Queue[Any]", stopped: Callable[[], bool]
 ) -> None:
-    """The reading thread: batches, or what went wrong, into the queue until told to stop."""
-    # Of this thread alone: the copies are bound by memory, and the cores are the trainer's.
+    """Put batches, or what went wrong, into the queue until told to stop: the body of the reading thread."""
+    # The limit holds for this thread: its copies are bound by memory, and the trainer needs the cores.
     torch.set_num_threads(1)
     while not stopped():
         try:
@@ -314,4 +279,5 @@ def _read_ahead(
                 break
         if isinstance(item, Exception):
             return
-        del item  # or it would hold its buffer while the next one is read
+        # Its buffer is to be free while the next one is read.
+        del item

@@ -1,12 +1,12 @@
-"""Which sample stands where in an endless run: a pure function of (seed, epoch, step), for any number of ranks.
+"""The order of samples in an endless run: a pure function of (seed, epoch, step), for any number of ranks.
 
-A bucket's shards are permuted, laid end to end and cut into C equal ranges, the canonical partitions;
-inside a partition samples are shuffled in windows of a few shards. Every global batch takes its size / C
-next samples of each partition, so whoever reads partition c, the batch is the same.
+The shards of a bucket are permuted, laid end to end and cut into C equal ranges, the canonical partitions;
+within a partition samples are shuffled in windows of a few shards. Every global batch takes its size / C
+next samples of each partition, so the batch does not depend on which rank reads which partition.
 
-A bucket is a stream that never ends: what an epoch's last whole batch leaves over (less than one batch per
-bucket) opens the next epoch. Nothing is dropped, a bucket smaller than a batch is trained too, and at any
-moment two samples of one dataset and bucket have been laid out equally often or once more.
+A bucket is a stream without end: what an epoch's last whole batch leaves over (less than one batch per
+bucket) opens the next epoch. Nothing is dropped, and a bucket smaller than a batch is trained on too. At any
+moment two samples of one dataset and bucket have been laid out equally often, or one of them once more.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from models.config import InputError
 
 # Purposes, so that no two permutations share a random stream.
 CYCLE, SHARDS, ROWS, WINDOW, SEQUENCE = range(5)
-
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -37,9 +36,9 @@ def _mix(x: Any) -> Any:
 
 
 def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
-    """int64 (length,), a pure function of its arguments, for good: numpy may change its own permutations.
+    """int64 (length,), a pure function of its arguments in every version of numpy, whose own may change.
 
-    The low bits of each random number make way for its place, so that a sort gives the permutation.
+    The low bits of each random number are replaced by its place, so that sorting yields the permutation.
     """
     state = 0
     for number in (seed, purpose, *key):
@@ -54,10 +53,12 @@ def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset's shards of one bucket; each sample comes `repeat` times an epoch."""
+    """One dataset's shards of one bucket; each sample comes `repeat` times per epoch."""
 
-    shards: np.ndarray  # int64 (S,), rows of the shard table
-    sizes: np.ndarray  # int64 (S,), samples
+    shards: np.ndarray
+    """int64 (S,), rows of the shard table."""
+    sizes: np.ndarray
+    """int64 (S,), samples."""
     repeat: Fraction = Fraction(1)
 
     @cached_property
@@ -65,34 +66,32 @@ class Part:
         return int(self.sizes.sum())
 
     def drawn(self, epochs: int) -> int:
-        """Samples that the first `epochs` epochs take."""
+        """Number of samples that the first `epochs` epochs take."""
         return epochs * self.repeat.numerator * self.total // self.repeat.denominator
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """Pieces of shards: rows start..stop of each shard's permutation of cycle `cycle`; all int64 (m,)."""
 
     shard: np.ndarray
-    size: np.ndarray  # of the whole shard
+    size: np.ndarray
+    """Samples of the whole shard."""
     cycle: np.ndarray
     start: np.ndarray
     stop: np.ndarray
 
     def take(self, chosen: np.ndarray | slice) -> "Segments":
-        columns = (self.shard, self.size, self.cycle, self.start, self.stop)
-        return Segments(*(column[chosen] for column in columns))
+        return Segments(*(column[chosen] for column in self))
 
     @staticmethod
     def join(pieces: "list[Segments]") -> "Segments":
-        empty = np.zeros(0, np.int64)
-        names = Segments.__dataclass_fields__
-        return Segments(*(np.concatenate([empty, *(getattr(p, n) for p in pieces)]) for n in names))
+        none = Segments(*[np.zeros(0, np.int64)] * 5)
+        return Segments(*map(np.concatenate, zip(none, *pieces, strict=True)))
 
 
 @lru_cache(maxsize=64)
 def _rows(size: int, seed: int, shard: int, cycle: int) -> np.ndarray:
-    """The permutation of a shard that windows share pieces of."""
+    """A shard's permutation, of which several windows hold pieces."""
     rows = permutation(size, seed, ROWS, shard, cycle)
     rows.flags.writeable = False
     return rows
@@ -100,27 +99,25 @@ def _rows(size: int, seed: int, shard: int, cycle: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Window:
-    """A few pieces of shards, shuffled together; its first `skip` samples have been taken already."""
+    """A few pieces of shards, `length` samples, shuffled together; the first `skip` of them are taken already."""
 
     segments: Segments
-    length: int  # samples
+    length: int
     seed: int
     key: tuple[int, ...]
     skip: int = 0
 
     def rows(self) -> list[np.ndarray]:
-        """A segment each: rows of its shard, int64; of a whole shard in order, for `shuffle` mixes them."""
-        pieces = self.segments
-        columns = (pieces.shard, pieces.size, pieces.cycle, pieces.start, pieces.stop)
+        """Each segment's rows of its shard, int64; of a whole shard in order, because `shuffle` mixes them."""
         return [
             np.arange(size)
             if stop - start == size
             else _rows(size, self.seed, shard, cycle)[start:stop]
-            for shard, size, cycle, start, stop in zip(*(c.tolist() for c in columns), strict=True)
+            for shard, size, cycle, start, stop in np.stack(self.segments, axis=1).tolist()
         ]
 
     def shuffle(self) -> np.ndarray:
-        """int64 (n,): the order of the concatenated rows, without the skipped ones."""
+        """int64 (n,): the order of the concatenated rows, less the skipped ones."""
         return permutation(self.length, self.seed, WINDOW, *self.key)[self.skip :]
 
 
@@ -128,17 +125,21 @@ class Window:
 class Layout:
     """One epoch of a bucket laid end to end, and cut where the C partitions begin."""
 
-    segments: Segments  # (m,)
-    edges: np.ndarray  # int64 (m + 1,), samples before each piece, and all
-    cuts: np.ndarray  # int64 (C + 1,), pieces before each partition, and all
+    segments: Segments
+    """Its m pieces."""
+    edges: np.ndarray
+    """int64 (m + 1,), samples before each piece, and all."""
+    cuts: np.ndarray
+    """int64 (C + 1,), pieces before each partition, and all."""
 
     @staticmethod
     def cut(laid: Segments, cuts: np.ndarray) -> "Layout":
-        """The layout of whole pieces, and the samples before each partition, int64 (C + 1,)."""
+        """Cut whole pieces; `cuts` is the number of samples before each partition, int64 (C + 1,)."""
         ends = np.cumsum(laid.stop - laid.start)
         edges = np.union1d(ends, cuts)
-        of = ends.searchsorted(edges[1:])  # the whole piece that each is of
-        begins = (ends - laid.stop)[of]  # where row 0 of its shard would be
+        # The whole piece that each piece comes from, and where row 0 of its shard would be.
+        of = ends.searchsorted(edges[1:])
+        begins = (ends - laid.stop)[of]
         start, stop = edges[:-1] - begins, edges[1:] - begins
         pieces = Segments(laid.shard[of], laid.size[of], laid.cycle[of], start, stop)
         return Layout(pieces, edges, edges.searchsorted(cuts))
@@ -154,25 +155,25 @@ class Layout:
 
 
 class BucketOrder:
-    """The endless streams, one a partition, of the samples of one bucket."""
+    """The endless streams of one bucket's samples, one stream per partition."""
 
     def __init__(self, parts: list[Part], key: tuple[int, int], plan: "Plan"):
         self.parts, self.key, self.plan = parts, key, plan
         self.layout = lru_cache(maxsize=2)(self._layout)
 
     def drawn(self, epochs: int) -> int:
-        """Samples laid out by the first `epochs` epochs."""
+        """Number of samples that the first `epochs` epochs lay out."""
         return sum(part.drawn(epochs) for part in self.parts)
 
     def batches(self, epochs: int) -> int:
-        """Whole global batches that the first `epochs` epochs give."""
+        """Number of whole global batches in the first `epochs` epochs."""
         return self.drawn(epochs) // self.plan.global_batch
 
-    def _offset(self, epoch: int, partition: int) -> int:
+    def _offset(self, epoch: int, partition: Any) -> Any:
         """Samples of the partition before the epoch: equal for all partitions, to within one.
 
-        Summed over the partitions it is drawn(epoch) (Hermite's identity), so that they share every
-        epoch without a remainder.
+        The sum over the partitions is drawn(epoch) (Hermite's identity), so that they share every epoch
+        without a remainder. `partition` is a number or an array of numbers.
         """
         return (self.drawn(epoch) + partition) // self.plan.partitions
 
@@ -181,13 +182,11 @@ class BucketOrder:
         laid = Segments.join([p for n in range(len(self.parts)) for p in self._draw(n, epoch)])
         laid = laid.take(permutation(len(laid.shard), seed, SHARDS, *self.key, absolute))
         partitions = np.arange(self.plan.partitions)
-        before, after = (
-            (self.drawn(e) + partitions) // self.plan.partitions for e in (epoch, epoch + 1)
-        )
-        return Layout.cut(laid, np.concatenate([[0], np.cumsum(after - before)]))
+        shares = self._offset(epoch + 1, partitions) - self._offset(epoch, partitions)
+        return Layout.cut(laid, np.concatenate([[0], np.cumsum(shares)]))
 
     def _draw(self, number: int, epoch: int) -> list[Segments]:
-        """The samples of a part in an epoch: the next `repeat` of its cycles, a cycle being all of it."""
+        """Samples of a part in an epoch: its next `repeat` cycles, where a cycle holds each sample once."""
         part, pieces = self.parts[number], []
         low, high = part.drawn(epoch), part.drawn(epoch + 1)
         total = part.total
@@ -206,7 +205,7 @@ class BucketOrder:
         return pieces
 
     def windows(self, partition: int, position: int, epoch_hint: int) -> Iterator[Window]:
-        """The partition's windows for ever, from its sample `position`, which epoch_hint or one before holds."""
+        """The partition's windows without end, from sample `position`, in epoch `epoch_hint` or an earlier one, on."""
         epochs = range(epoch_hint + 2)
         epoch = bisect.bisect_right(epochs, position, key=lambda e: self._offset(e, partition)) - 1
         while True:
@@ -226,18 +225,18 @@ class BucketOrder:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the order depends on beside the shards."""
+    """What the order depends on beside the shards; `first_epoch` and `first_step` are those of the era."""
 
     seed: int
     global_batch: int
     partitions: int
     window_shards: int
-    first_epoch: int = 0  # of the snapshot
+    first_epoch: int = 0
     first_step: int = 0
 
 
 class Order:
-    """Bucket and batch number of every step, from a snapshot's first step on."""
+    """Bucket and batch number of every step, from an era's first step on."""
 
     def __init__(self, buckets: dict[tuple[int, int], list[Part]], plan: Plan):
         self.plan = plan
@@ -249,12 +248,12 @@ class Order:
         self.sequence = lru_cache(maxsize=2)(self._sequence)
 
     def first_step(self, epoch: int) -> int:
-        """The step that begins an epoch (of the run, not before the snapshot's first)."""
+        """The step that begins an epoch of the run, one of this era."""
         local = epoch - self.plan.first_epoch
         return self.plan.first_step + sum(bucket.batches(local) for bucket in self.buckets)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to; an epoch too small for a batch has none."""
+        """The epoch that a step belongs to; an epoch too small for a batch has no step."""
         first, last = self.plan.first_epoch, self.plan.first_epoch + 1
         while self.first_step(last) <= step:
             last += last - first
@@ -268,7 +267,7 @@ class Order:
         return buckets[permutation(len(buckets), self.plan.seed, SEQUENCE, epoch)]
 
     def locate(self, step: int) -> tuple[int, int, int]:
-        """Epoch, bucket and the bucket's batch number (since the snapshot's first step) of a step."""
+        """Epoch, bucket, and the bucket's batch number since the era's first step, of a step."""
         epoch = self.epoch_of(step)
         sequence = self.sequence(epoch)
         place = step - self.first_step(epoch)
@@ -283,7 +282,8 @@ def choose_partitions(wanted: int | None, global_batch: int, world_size: int) ->
     Raises InputError with the valid numbers.
     """
     divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
-    if wanted is None:  # never by the number of ranks: the order must not depend on it
+    if wanted is None:
+        # The number of ranks plays no part, or the order would depend on it.
         wanted = max(d for d in divisors if d <= 64 and d & (d - 1) == 0)
     if wanted not in divisors:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Every draw of the project: a pure function of its seed, its purpose and its counters.
+"""All random draws: each a pure function of its seed, its purpose and its counters.
 
 No global generator carries state, so a resumed run draws what an undisturbed one would have drawn.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def make_generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """Counter-based generator keyed by 128 hashed bits, the same on every machine.
+    """A counter-based generator keyed by 128 hashed bits, the same on every machine.
 
-    torch's CPU generator keeps only 32 bits of its seed, so a long run would repeat noise.
+    torch's CPU generator keeps 32 bits of its seed only, with which a long run would repeat noise.
     """
     text = "/".join(str(part) for part in (seed, purpose, *counters))
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
@@ -43,5 +43,5 @@ def draw_noise(
 
 
 def draw_dropout(seed: int, step: int, batch_size: int, p: float) -> Bool[Tensor, " B"]:
-    """Whose caption the global batch drops, each with probability `p`; a function of (seed, step)."""
+    """Whether each sample of the global batch loses its caption, with probability `p`."""
     return torch.from_numpy(make_generator(seed, "dropout", step).random(batch_size) < p)

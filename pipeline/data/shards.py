@@ -1,4 +1,4 @@
-"""Shards in memory: fetched, checked, mapped, and gathered from."""
+"""Shards in memory: fetched, checked and mapped, and how batches are gathered from them."""
 
 import logging
 import math
@@ -20,14 +20,19 @@ from torch import Tensor
 from data_prep.schema import index_path
 from models.files import file_sha256
 from pipeline.data.cache import CacheFullError, ShardError
-from pipeline.data.datasets import Dataset, Snapshot
+from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Mixture
 from pipeline.data.order import Segments, Window
 
 log = logging.getLogger(__name__)
 
 FETCH_THREADS = 4
-LARGE_ROW = 32 << 10  # bytes, from which on a copy of its own is faster
-KEEP_BYTES = 64 << 30  # of local shards stay mapped: 128 MiB of page tables
+
+LARGE_ROW = 32 << 10
+"""Bytes of a row from which on a copy of its own is faster."""
+
+KEEP_BYTES = 64 << 30
+"""Local shards that stay mapped, at a cost of 128 MiB of page tables."""
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -45,8 +50,9 @@ class Shard:
         rows: list[tuple[int, int]],
         first_id: int,
     ):
-        """rows: bytes of a row of each member, and how many a text may have (0 where it is no text)."""
-        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # keeps the file's lock
+        """`rows`: for each member the bytes of a row, and the most rows of a text (0 where it is no text)."""
+        # The mapping keeps the file's lock.
+        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
         unit, most = np.array(rows).T
         fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
@@ -62,7 +68,7 @@ class Shard:
 def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """The array in an index file, which must be int64 of this shape; raises ValueError.
 
-    np.load would parse the header with ast, which fails now and then when several threads of Python 3.11
+    np.load would parse the header with ast, which now and then fails in Python 3.11 when several threads
     do so at once.
     """
     begin = 10 + int.from_bytes(data[8:10], "little")
@@ -76,9 +82,11 @@ def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 class Rows:
     """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
 
-    # int64 (1 + texts + members, n), one array so that few calls move all: the sample's number, how many
-    # tokens each text has, where each member lies.
     table: np.ndarray
+    """int64 (1 + texts + members, n): the sample's number, the tokens of each text, each member's address.
+
+    It is one array, so that few calls move all of it.
+    """
     texts: int
     low: int
     high: int
@@ -119,19 +127,18 @@ class Rows:
 
 @dataclass
 class Skipped:
-    """What had to be skipped: why, by shard, and how many samples others took the places of."""
+    """Shards that were skipped, each with the reason, and how many of their samples were replaced by others."""
 
     shards: dict[str, str] = field(default_factory=dict)
     samples: int = 0
 
 
 class ShardStore:
-    """Opens shards: fetched and checked by threads ahead of time, kept mapped for as long as room is."""
+    """Opens shards: threads fetch and check them ahead of time, and they stay mapped while there is room."""
 
-    def __init__(self, snapshot: Snapshot, verify: str, on_corrupt: str, skipped: Skipped):
-        self.snapshot, self.verify, self.on_corrupt = snapshot, verify, on_corrupt
-        self.skipped = skipped
-        self.verified = np.zeros(len(snapshot.sizes), bool)
+    def __init__(self, mixture: Mixture, config: DataConfig, skipped: Skipped):
+        self.mixture, self.config, self.skipped = mixture, config, skipped
+        self.verified = np.zeros(len(mixture.sizes), bool)
         self.bad: dict[int, ShardError] = {}
         self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self.kept: OrderedDict[int, Shard] = OrderedDict()
@@ -141,7 +148,7 @@ class ShardStore:
         self.lock = threading.Lock()
 
     def request(self, window: Window) -> None:
-        """Have a window's shards at hand soon."""
+        """Begin to fetch a window's shards."""
         with self.lock:
             for number in window.segments.shard.tolist():
                 if number not in self.opened and number not in self.bad:
@@ -153,7 +160,7 @@ class ShardStore:
         return self.coming[number]
 
     def open(self, number: int) -> Shard:
-        """Raises ShardError, always the same for the same shard."""
+        """The mapped shard; raises ShardError, the same one at every call."""
         with self.lock:
             if number in self.bad:
                 raise self.bad[number]
@@ -169,12 +176,13 @@ class ShardStore:
         with self.lock:
             self.coming.pop(number, None)
             self.opened[number] = shard
-            if self._dataset(number).cache is None:  # else its lock would hold it in the cache
+            # A shard of the cache is let go: its lock would keep the cache from evicting it.
+            if self.mixture.dataset_of(number).cache is None:
                 self._keep(number, shard)
         return shard
 
     def _keep(self, number: int, shard: Shard) -> None:
-        """Mapping a file again costs as much as copying it, so the last ones used stay mapped."""
+        """Keep the shards used last mapped: mapping a file again costs as much as copying it."""
         if number not in self.kept:
             self.keep_bytes -= len(shard.map)
         self.kept[number] = shard
@@ -182,26 +190,23 @@ class ShardStore:
         while self.keep_bytes < 0 or len(self.kept) > self.keep_files:
             self.keep_bytes += len(self.kept.popitem(last=False)[1].map)
 
-    def _dataset(self, number: int) -> Dataset:
-        return self.snapshot.datasets[self.snapshot.dataset[number]]
-
     def _fetch(self, number: int) -> Shard:
-        snapshot, name = self.snapshot, self.snapshot.text("path", number)
-        where = f"{self._dataset(number).source.path}/{name}"
-        shape = int(snapshot.sizes[number]), len(snapshot.manifest.members), 2
-        size, index_hash = int(snapshot.bytes[number]), snapshot.text("index_sha256", number)
-        check = self.verify == "first_use" and not self.verified[number]
+        mixture, name = self.mixture, self.mixture.text("path", number)
+        where = f"{self.mixture.dataset_of(number).source.path}/{name}"
+        shape = int(mixture.sizes[number]), len(mixture.manifest.members), 2
+        size, index_hash = int(mixture.bytes[number]), mixture.text("index_sha256", number)
+        check = self.config.verify == "first_use" and not self.verified[number]
         try:
             with self._open(
                 number, index_path(name), index_hash, 128 + math.prod(shape) * 8, True
             ) as file:
                 file.seek(0)
                 index = parse_index(file.read(), shape)
-            with self._open(number, name, snapshot.text("sha256", number), size, check) as file:
+            with self._open(number, name, mixture.text("sha256", number), size, check) as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise ShardError(f"{where}: got {found} bytes, expected {size}")
-                first_id = int(snapshot.first_id[number])
+                first_id = int(mixture.first_id[number])
                 shard = Shard(where, file, index, self._rows(number), first_id)
         except CacheFullError:
             raise
@@ -211,7 +216,7 @@ class ShardStore:
         return shard
 
     def _open(self, number: int, name: str, sha256: str, size: int, check: bool) -> IO[bytes]:
-        dataset = self._dataset(number)
+        dataset = self.mixture.dataset_of(number)
         if dataset.cache is None:
             file, checked = (dataset.home / name).open("rb"), False
         else:
@@ -228,11 +233,10 @@ class ShardStore:
 
     def _rows(self, number: int) -> list[tuple[int, int]]:
         """What Shard checks its index against."""
-        manifest, rows = self.snapshot.manifest, []
-        shapes = self.snapshot.shapes(self.snapshot.bucket(number))
-        for (name, member), shape in zip(manifest.members.items(), shapes, strict=True):
+        manifest, rows = self.mixture.manifest, []
+        for name, shape in self.mixture.shapes(self.mixture.bucket(number)).items():
             role = manifest.text.roles.get(name)
-            unit = np.dtype(member.dtype).itemsize * math.prod(shape)
+            unit = np.dtype(manifest.members[name].dtype).itemsize * math.prod(shape)
             rows.append((unit, role.view.max_length if role else 0))
         return rows
 
@@ -247,7 +251,7 @@ class ShardStore:
             try:
                 rows.append(self.rows(number, chosen))
             except ShardError as error:
-                if self.on_corrupt == "fail" or isinstance(error, CacheFullError):
+                if self.config.on_corrupt == "fail" or isinstance(error, CacheFullError):
                     raise
                 self._count(number, error)
         if len(rows) < len(segments.shard):
@@ -255,7 +259,7 @@ class ShardStore:
         return Rows.join(rows).take(order)
 
     def _replaced(self, segments: Segments) -> np.ndarray:
-        """int64 (n,): the place, among a window's readable samples, that each of its samples is taken from."""
+        """int64 (n,): for each sample of a window, the readable sample of it that takes its place."""
         readable = np.array([number not in self.bad for number in segments.shard.tolist()])
         if not readable.any():
             names = {str(self.bad[n]) for n in segments.shard.tolist()}
@@ -274,14 +278,14 @@ class ShardStore:
         return Rows(table, shard.texts, shard.low, shard.high, [shard])
 
     def _count(self, number: int, error: ShardError) -> None:
-        name = self.snapshot.text("path", number)
+        name = self.mixture.text("path", number)
         if name not in self.skipped.shards:
             log.warning("skipped: %s", error)
         self.skipped.shards[name] = str(error)
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as it may (up to 65,536); returns how many."""
+    """Raise this process's limit of open files to what it may have, up to 65,536; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft < wanted:
@@ -290,7 +294,7 @@ def raise_file_limit() -> int:
 
 
 class Memory:
-    """Memory at an address as numpy's array interface shows it: rows of bytes, one at every address."""
+    """A view of memory through numpy's array interface: rows of bytes, one at every address."""
 
     def __init__(self, base: int, length: int, row_bytes: int):
         self.__array_interface__ = {
@@ -304,7 +308,7 @@ class Memory:
 
 @lru_cache(maxsize=256)
 def _rows_at(low: int, high: int, row_bytes: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """A row at every address, uint8 (n, row bytes); its bytes, (n,); and one place in each page of a row."""
+    """A row at every address, uint8 (n, row bytes); their bytes, (n,); and one place in each page of a row."""
     rows = torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
     memory = np.asarray(Memory(low, 1, high - low + row_bytes))[0]
     return rows, memory, np.append(np.arange(0, row_bytes, mmap.PAGESIZE), row_bytes - 1)
@@ -313,22 +317,22 @@ def _rows_at(low: int, high: int, row_bytes: int) -> tuple[Tensor, np.ndarray, n
 def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
     """Copy from each address, int64 (n,) in low..high, into a row of `out`, uint8 (n, row bytes).
 
-    The caller keeps what lies there mapped, and has checked the bounds.
+    The caller keeps the memory mapped and has checked the bounds.
     """
     if out.shape[1] >= LARGE_ROW:
         gather_ragged(address, np.full(len(address), out.shape[1]), out)
         return
     (rows, memory, places), begins = _rows_at(low, high, out.shape[1]), address - low
     if out.shape[1] >= mmap.PAGESIZE:
-        # A byte of every page first: their misses overlap, while the copy would wait for one after another.
+        # Reading a byte of every page first lets the misses overlap; the copy would wait for each in turn.
         memory.take(begins[:, None] + places)
     torch.index_select(rows, 0, torch.from_numpy(begins), out=out)
 
 
 def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:
-    """The same for rows of various sizes, int64 (n,) bytes; the rest of a row of `out` becomes zero.
+    """Copy rows of various sizes, int64 (n,) bytes; the rest of each row of `out` becomes zero.
 
-    A call per row: of large rows it costs little, and memcpy writes them without reading `out` first.
+    A call per row costs little where rows are large, and memcpy writes them without reading `out` first.
     """
     low = int(address.min())
     memory = np.asarray(Memory(low, 1, int((address + sizes).max()) - low))[0]

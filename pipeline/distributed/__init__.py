@@ -1,8 +1,7 @@
-"""Ranks: joining the process group, agreeing, stopping on a signal. Everything else is DeepSpeed's."""
+"""Ranks: joining the process group, agreeing, leaving it. Everything else is left to DeepSpeed."""
 
 import datetime
 import os
-import socket
 import sys
 import threading
 import time
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 
 def rank() -> int:
-    """This process's place among all ranks; 0 when there is one process."""
+    """This process's number among all ranks; 0 where it is alone."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -30,30 +29,28 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def own_device() -> torch.device:
+    """This rank's GPU where torch sees one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def start(timeout_s: float) -> torch.device:
-    """Join the process group that torchrun, Ray or Slurm describes; alone, a group of one on loopback.
-
-    Returns this rank's device: a GPU where torch sees one, else the CPU.
-    """
-    use_gpu = torch.cuda.is_available()
+    """Join the process group that torchrun, Ray or Slurm describes, or one of this process alone; its device."""
+    device = own_device()
+    use_gpu = device.type == "cuda"
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
     if not use_gpu:
-        # DeepSpeed would compile an op for ranks that share memory; gloo does without a compiler.
+        # DeepSpeed would compile an operator for ranks that share memory; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": _free_port()})
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        # Port 0 is whichever is free.
+        os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if use_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -68,7 +65,7 @@ def start(timeout_s: float) -> torch.device:
 
 
 def _die_with_parent() -> None:
-    """Leave when the launcher dies: after SIGKILL of torchrun its workers would run on as orphans."""
+    """Exit when the launcher dies: workers of a torchrun that SIGKILL ended would run on as orphans."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -81,29 +78,27 @@ def _die_with_parent() -> None:
 
 
 def join(timeout_s: float) -> torch.device:
-    """This rank's device; under a launcher, in the group of its ranks."""
-    if world_size() > 1:
-        return start(timeout_s)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This rank's device, after joining the group where there are several ranks."""
+    return start(timeout_s) if world_size() > 1 else own_device()
 
 
 class Exchange:
-    """A yes or no of every rank on a few questions, once a step, without waiting.
+    """Every rank's yes or no to a few questions, once per step, without waiting.
 
-    A call starts an exchange that the next one completes: all ranks see the same answers, a step late. It
-    also checks that all ranks are at the same step: ranks that are not would pair up the wrong collectives
-    long before they hung.
+    A call starts an exchange that the next one completes: all ranks see the same answers, one step late. It
+    also checks that all ranks are at the same step, because ranks at different steps would match up the wrong
+    collectives long before they hang.
     """
 
     def __init__(self) -> None:
-        # By gloo: a reduction on the GPU would wait for the step in flight.
+        # gloo, because a reduction on the GPU would wait for the step in flight.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def any(self, step: int, *mine: bool) -> tuple[bool, ...]:
-        """For each question whether a rank said yes at the last call. Collective.
+        """Whether any rank said yes to each question at the last call; one rank alone gets its own answers back.
 
-        Alone, the answers are of now. Raises RuntimeError on uneven steps.
+        Raises RuntimeError where ranks are at different steps. Collective.
         """
         if self.group is None:
             return mine
@@ -124,7 +119,7 @@ class Exchange:
 
 
 def gather_objects(value: object) -> list:
-    """Every rank's small picklable value, in rank order, on every rank."""
+    """Every rank's value, small and picklable, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list = [None] * world_size()
@@ -138,6 +133,6 @@ def barrier() -> None:
 
 
 def stop() -> None:
-    """Leave the group; without this, exit aborts now and then."""
+    """Leave the group; otherwise the interpreter's exit aborts now and then."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""A signal that asks a run to stop after the step in hand."""
+"""A signal that asks a run to stop after the current step."""
 
 import os
 import signal
@@ -10,19 +10,21 @@ from pipeline.distributed import rank
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 or SIGINT to any rank asks for a stop after the step in hand; a second SIGINT leaves now.
+    """SIGTERM, SIGUSR1 or SIGINT to any rank asks for a stop after the current step; a second SIGINT exits at once.
 
-    A thread receives the signals: Python's own handlers wait for the main thread, which may hang in a
+    A thread receives the signals, because Python's own handlers wait for the main thread, which may hang in a
     collective.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.former: dict[int, Any] = {}  # handlers
+        self.former: dict[int, Any] = {}
+        """Handlers to restore, by signal."""
 
     def __enter__(self) -> "StopSignal":
+        # A rank of Ray Train runs in another thread and gets no signals: its job is stopped at a checkpoint.
         if threading.current_thread() is not threading.main_thread():
-            return self  # a rank of Ray Train's, which has no signals: its job is stopped at a checkpoint
+            return self
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
@@ -36,10 +38,11 @@ class StopSignal:
             signal.signal(number, handler)
         if self.former:
             signal.set_wakeup_fd(-1)
-            os.close(self.writer)  # which ends the thread
+            # Closing this end ends the thread.
+            os.close(self.writer)
 
     def _receive(self, reader: int) -> None:
-        while number := os.read(reader, 1):  # nothing once the other end is closed
+        while number := os.read(reader, 1):
             name = signal.Signals(number[0]).name
             if name == self.name == "SIGINT":
                 sys.stderr.write(f"rank {rank()}: interrupted twice; leaving without saving\n")

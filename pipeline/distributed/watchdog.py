@@ -1,8 +1,9 @@
-"""One rank dead, stopped or stuck ends all of them, with its name and where it was.
+"""A watchdog: one dead, stopped or stuck rank ends all ranks, which report its name and where it was.
 
-Every rank beats in the rendezvous store and listens to the next rank. A beat carries the main thread's stack, so
-that a rank which no longer answers is named together with where it last was. What one rank finds, the others
-read at their next beat. Time is counted in beats: a whole run that was suspended goes on.
+Every rank sends heartbeats to the rendezvous store and checks those of the next rank. A heartbeat carries the main
+thread's stack, so a rank that no longer answers is reported together with where it last was. What one rank finds,
+the others read at their next heartbeat. Time is counted in heartbeats, so that a run that was suspended as a whole
+goes on.
 """
 
 import faulthandler
@@ -13,33 +14,37 @@ import sys
 import threading
 import time
 import traceback
-from types import TracebackType
 
 import torch.distributed as dist
 
 from models.config import InputError
 from pipeline import distributed
 
-DEPTH = 12  # calls of a stack that are shown
+DEPTH = 12
+"""Calls of a stack that are shown."""
+
+Heard = dict[str, str | int]
+"""A rank's heartbeat: its name, the beat's number, the step, and the main thread's stack."""
 
 
 class Watchdog:
-    """Around the training loop, which tells it by `alive(step)` that it gets on."""
+    """A context around the training loop, which reports its progress by `alive(step)`."""
 
     def __init__(self, silence_s: float, stuck_s: float):
-        """A rank without a beat for silence_s is dead or stopped; one without a step for stuck_s is stuck."""
+        """A rank without a heartbeat for silence_s is dead or stopped; one without a step for stuck_s is stuck."""
         self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 5.0)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.main = threading.get_ident()
         self.step, self.idle_s, self.unanswered_s, self.silent_s = 0, 0.0, 0.0, 0.0
-        self.heard: dict[str, str | int] = {}
+        self.heard: Heard = {}
         self.over, self.threads = threading.Event(), list[threading.Thread]()
 
     def __enter__(self) -> "Watchdog":
         if self.world_size > 1:
-            # A connection of its own, and a thread that nothing holds up beside the one that uses it.
+            # It has its own connection, which one thread uses, while another watches that nothing hangs.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
+            # The store outlives a restart, so each attempt has its own keys.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.TCPStore(host, port, is_master=False)
             self.store = dist.PrefixStore(f"watchdog/{attempt}", store)
             for target in (self._beat, self._watch):
@@ -47,26 +52,20 @@ class Watchdog:
                 self.threads[-1].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        # An InputError concerns all ranks, and each of them raises it.
-        if (
-            self.world_size > 1
-            and isinstance(error, Exception)
-            and not isinstance(error, InputError)
-        ):
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        # An InputError needs no report: all ranks raise the same one.
+        fails = isinstance(error, Exception) and not isinstance(error, InputError)
+        if self.world_size > 1 and error is not None and fails:
             text = "".join(traceback.format_exception(error))
-            silent = "" if not isinstance(error, RuntimeError) else self._silent_ranks()
-            self.over.set()  # or the thread that beats would read it as another's, and leave
+            silent = self._silent_ranks() if isinstance(error, RuntimeError) else ""
+            # The heartbeats end first, or their thread would take this verdict for another rank's and exit.
+            self.over.set()
             self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
             sys.stderr.write(silent)
             self._linger()
         self.over.set()
-        for thread in self.threads:  # one that is within the store aborts the interpreter's exit
+        # A thread inside a call of the store would abort the interpreter's exit.
+        for thread in self.threads:
             thread.join(self.silence_s)
 
     def alive(self, step: int) -> None:
@@ -100,7 +99,7 @@ class Watchdog:
         if self.silent_s > self.silence_s:
             self._leave(self._tell(f"no answer for {self.silent_s:.0f} s from {_describe(heard)}"))
 
-    def _heard(self, rank: int) -> dict[str, str | int]:
+    def _heard(self, rank: int) -> Heard:
         key = f"beat/{rank}"
         if self.store.check([key]):
             return json.loads(self.store.get(key))
@@ -113,17 +112,16 @@ class Watchdog:
             if self.unanswered_s > self.silence_s + self.beat_s:
                 self._leave("the rendezvous store does not answer: rank 0 or its launcher hangs")
             if self.idle_s > self.stuck_s and report is None:
-                # In a thread: across a cut cable the store holds up whoever asks it.
+                # It runs in a thread, because the store blocks its caller while the network is down.
                 report = threading.Thread(target=self._report, name="watchdog", daemon=True)
                 report.start()
 
     def _report(self) -> None:
-        """Leave, saying where the ranks are."""
-        ranks = [self._heard(rank) for rank in range(self.world_size)]
-        groups: dict[str, list[dict[str, str | int]]] = {}
-        for heard in ranks:
+        """Exit and say where the ranks are."""
+        groups: dict[str, list[Heard]] = {}
+        for heard in map(self._heard, range(self.world_size)):
             groups.setdefault(str(heard["stack"]), []).append(heard)
-        # Those who wait for a rank wait in the same place; it is elsewhere.
+        # Ranks that wait for another one all wait in the same place; that one is elsewhere.
         odd = sorted(groups.values(), key=len)
         shown = "\n".join(
             _describe(group[0]) + f"and {len(group) - 1} more ranks there" for group in odd
@@ -131,18 +129,18 @@ class Watchdog:
         self._leave(self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}"))
 
     def _silent_ranks(self) -> str:
-        """A collective fails at once where another rank dies: those who miss two beats, and where they were."""
+        """The ranks that miss two heartbeats: a collective fails as soon as another rank dies."""
         before = [self._heard(rank) for rank in range(self.world_size)]
         self.over.wait(2.5 * self.beat_s)
         silent = [heard for rank, heard in enumerate(before) if heard == self._heard(rank)]
         return "".join(f"no answer from {_describe(heard)}" for heard in silent)
 
     def _tell(self, verdict: str) -> str:
-        """All ranks; what the first one said is what counts."""
+        """Tell all ranks; the first rank's verdict counts, and is returned."""
         return self.store.compare_set("verdict", "", verdict).decode()
 
     def _linger(self) -> None:
-        """Rank 0 may hold the store: it goes when the others have had the time to read there why."""
+        """Let the others read the verdict before rank 0, which may hold the store, exits."""
         if self.rank == 0:
             time.sleep(2.5 * self.beat_s)
 
@@ -155,5 +153,5 @@ class Watchdog:
         os._exit(1)
 
 
-def _describe(heard: dict[str, str | int]) -> str:
+def _describe(heard: Heard) -> str:
     return f"{heard['name']}, at step {heard['step']}, last in:\n{heard['stack']}"

@@ -17,7 +17,7 @@ from models.config import InputError
 from models.files import write_whole
 from models.vae import LatentCodec, sample_latents
 from pipeline import distributed
-from pipeline.data.datasets import Snapshot
+from pipeline.data.datasets import Mixture
 from pipeline.data.encoders import encoder_folder
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import make_generator
@@ -79,8 +79,8 @@ class DatasetPictures:
         self, loader: Loader, split: str, limit: int, vae: str | None, device: torch.device
     ):
         self.loader, self.vae, self.device = loader, vae, device
-        self.snapshot: Snapshot = loader.first.snapshot
-        buckets = self.snapshot.buckets(heldout=split == "heldout")
+        self.mixture: Mixture = loader.first.mixture
+        buckets = self.mixture.buckets(heldout=split == "heldout")
         shards = sorted(int(n) for parts in buckets.values() for p in parts for n in p.shards)
         if not shards:
             raise InputError(
@@ -88,31 +88,31 @@ class DatasetPictures:
             )
         order = make_generator(0, "reference").permutation(len(shards))
         every = [
-            (shards[i], row) for i in order for row in range(int(self.snapshot.sizes[shards[i]]))
+            (shards[i], row) for i in order for row in range(int(self.mixture.sizes[shards[i]]))
         ]
         self.samples = every[:limit]
-        paths = ", ".join(d.source.path for d in self.snapshot.datasets)
+        paths = ", ".join(d.source.path for d in self.mixture.datasets)
         self.name = f"{paths}: {split}, decoded"
 
     @property
     def identity(self) -> Any:
-        return [self.snapshot.identities(), self.name, len(self.samples)]
+        return [self.mixture.identities(), self.name, len(self.samples)]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def sizes(self) -> list[tuple[int, int]]:
-        return [self.snapshot.bucket(shard) for shard, _ in self.samples]
+        return [self.mixture.bucket(shard) for shard, _ in self.samples]
 
     def read(self, begin: int, end: int) -> Iterator[Tensor]:
         record = self.loader.manifest.codec
-        folder = encoder_folder(record.path, self.vae, record.weights_sha256, "encoders.vae")
+        folder = encoder_folder(record, self.vae, "vae")
         codec = LatentCodec.load(folder, record.dtype, self.device)  # pyright: ignore[reportArgumentType]
         for shard, rows in self._by_shard(begin, end):
             for first in range(0, len(rows), 16):
                 found = self.loader.first.store.rows(shard, np.array(rows[first : first + 16]))
                 places = torch.arange(len(found.ids))
-                bucket = self.snapshot.bucket(shard)
+                bucket = self.mixture.bucket(shard)
                 moments = self.loader.first.assemble(found, bucket, places, 0, 0).moments
                 shape = (len(moments), record.channels, *moments.shape[-2:])
                 latents = sample_latents(moments, torch.zeros(shape), record.normalisation)
@@ -122,8 +122,8 @@ class DatasetPictures:
         """What the first `count` samples are of, as a prompt: caption, class, or "CLASS: CAPTION"."""
         prompts: list[str] = []
         for shard, rows in self._by_shard(0, count):
-            dataset = self.snapshot.datasets[self.snapshot.dataset[shard]]
-            path = dataset.home / self.snapshot.text("path", shard)
+            dataset = self.mixture.dataset_of(shard)
+            path = dataset.home / self.mixture.text("path", shard)
             if not path.is_file():
                 raise InputError(
                     f"{path}: its captions are not on this machine. Remedy: --prompts-file"
@@ -133,7 +133,7 @@ class DatasetPictures:
                 captions = [str(json.load(f).get("caption") or "") for f in files if f]
             found = self.loader.first.store.rows(shard, np.array(rows))
             batch = self.loader.first.assemble(
-                found, self.snapshot.bucket(shard), torch.arange(len(rows)), 0, 0
+                found, self.mixture.bucket(shard), torch.arange(len(rows)), 0, 0
             )
             for i, row in enumerate(rows):
                 caption = captions[row] if captions else ""

@@ -25,15 +25,15 @@ class Preview:
     def __init__(self, run: Run, objective: Objective):
         config = run.config
         self.run, self.objective = run, objective
-        self.manifest = run.loader.manifest
+        self.manifest, self.device = run.loader.manifest, distributed.own_device()
         self.painter: Painter | None = None
         if config.monitor.prompts and distributed.is_main():
             folders = config.encoders
-            encoders = load_encoders(self.manifest, folders.vae, folders.text, run.device)
+            encoders = load_encoders(self.manifest, folders.vae, folders.text, self.device)
             self.painter = Painter(encoders, config.monitor.prompts, config.model.num_classes)
         samples = config.monitor.heldout_samples
         heldout = run.loader.heldout_batch(samples) if samples else None
-        self.heldout = None if heldout is None else heldout.to(run.device)
+        self.heldout = None if heldout is None else heldout.to(self.device)
         self.wanted = bool(config.monitor.prompts) or heldout is not None
         self.last_step: int | None = None
 
@@ -53,7 +53,7 @@ class Preview:
             weights = full_weights(engine, optimizer, which)
             if not distributed.is_main():
                 continue
-            network = network_for_sampling(self.run.config, weights, self.run.device)
+            network = network_for_sampling(self.run.config, weights, self.device)
             if self.heldout is not None:
                 values = by_noise_level(
                     network,

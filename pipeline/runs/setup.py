@@ -1,7 +1,6 @@
-"""What a run is made of: a config fitted to its data, the run's folder, the first weights."""
+"""What a run is made of: a config that fits its data, the run's folder, the first weights."""
 
 import importlib.metadata
-import os
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,16 +14,12 @@ from data_prep.schema import Manifest
 from models import build_model
 from models.config import InputError, differences
 from models.files import write_text
+from models.networks import NetworkConfig
 from pipeline import distributed
-from pipeline.config import (
-    RESULTS,
-    TrainConfig,
-    dump_config,
-    load_run_config,
-    sizes_of,
-)
-from pipeline.data.datasets import SNAPSHOTS, check_fits
+from pipeline.config import CONFIG, RESULTS, TrainConfig, dump_config, load_run_config, sizes_of
+from pipeline.data.datasets import Difference, refuse
 from pipeline.data.encoders import encoder_folder
+from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
 from pipeline.runs.start import load_start
 from pipeline.training import checkpoint
@@ -46,13 +41,6 @@ class Run:
         return Path(self.config.run)
 
     @property
-    def device(self) -> torch.device:
-        """This rank's GPU where torch sees one, else the CPU."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-    @property
     def num_parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build_model(self.config.model).parameters())
@@ -60,34 +48,32 @@ class Run:
     def build_model(self) -> nn.Module:
         """The network with its first weights, the same on all ranks: random, or those that the config names.
 
-        A run that has a checkpoint will load it: then the weights are random. Collective.
+        They stay random where the run has a checkpoint, which will be loaded. Collective.
         """
-        config = self.config
+        config, begins = self.config, f"{self.folder}: begins with the"
         torch.manual_seed(config.seed)
         model = build_model(config.model)
         if checkpoint.candidates(self.folder):
             return model
         if start := config.start_from:
-            distributed.say(
-                f"{self.folder}: begins with the {start.weights} weights of {start.run}"
-            )
+            distributed.say(f"{begins} {start.weights} weights of {start.run}")
             load_start(model, start)
         elif config.model.init_from:
-            from models.exchange import load_weights  # imports diffusers
+            # Imports diffusers.
+            from models.exchange import load_weights
 
-            distributed.say(f"{self.folder}: begins with the weights of {config.model.init_from}")
+            distributed.say(f"{begins} weights of {config.model.init_from}")
             load_weights(model, config.model.init_from)
         return model
 
     def build_engine(self) -> tuple[Any, WithEMA]:
         """DeepSpeed's engine around the network, and the optimizer that it drives. Collective."""
-        config = self.config
-        batch = config.training.global_batch
+        config, batch = self.config, self.config.training.global_batch
         return build_engine(self.build_model(), config.engine, config.optimizer, batch)
 
     def record(self) -> None:
-        """Write down config, code and environment of a run that begins or goes on."""
-        path = self.folder / "config.yaml"
+        """Write down the config, and, where the run begins, code and environment."""
+        path = self.folder / CONFIG
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.is_file():
@@ -97,19 +83,17 @@ class Run:
 
 
 def fit_run(config: TrainConfig) -> Run:
-    """Open the dataset and check everything that can be checked before a GPU is touched.
+    """Open the dataset and check all that can be checked before a GPU is used.
 
-    Raises InputError with each difference between the dataset and the config.
+    Raises InputError with each difference between dataset and config.
     """
     micro_batch = micro_batch_size(config.engine, config.training.global_batch)
     loader = Loader(
         config.data,
         global_batch=config.training.global_batch,
         seed=config.seed,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        pin=torch.cuda.is_available(),
-        record=Path(config.run) / SNAPSHOTS,
+        rank_of=(distributed.rank(), distributed.world_size()),
+        eras=Path(config.run) / ERAS,
         vision=getattr(config.model, "alignment", None) is not None,
     )
     manifest = loader.manifest
@@ -123,97 +107,109 @@ def fit_run(config: TrainConfig) -> Run:
     return Run(config, loader, micro_batch)
 
 
+def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
+    """Raise InputError with every difference between a dataset and what a network takes; a size of 0 takes any."""
+    codec, sizes = manifest.codec, sizes_of(manifest)
+    pairs: list[Difference] = [("latent channels", codec.channels, model.latent_channels)]
+    if model.text_dim:
+        pairs.append(("text width", sizes["text_dim"], model.text_dim))
+    if model.pooled_dim:
+        pairs.append(("pooled text width", sizes["pooled_dim"], model.pooled_dim))
+    if model.num_classes:
+        pairs.append(("class labels", "label" in manifest.members, True))
+    if getattr(model, "alignment", None) is not None:
+        # One patch of the network stands for a square of so many pixels.
+        vision, cell = manifest.vision, model.latent_multiple * codec.downscale
+        pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, cell))
+    for bucket in manifest.buckets:
+        sides = bucket.height // codec.downscale, bucket.width // codec.downscale
+        if any(side % model.latent_multiple for side in sides):
+            what = f"latents of bucket {bucket.height}x{bucket.width}"
+            pairs.append((what, sides, f"multiples of {model.latent_multiple}"))
+    remedy = "change the config, or prepare the pictures again with what it names"
+    refuse(f"{where}: does not fit the training config", pairs, remedy)
+
+
 def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
     """Raise InputError where an encoder that the config names is not the one that prepared the data."""
-    recorded = {"vae": manifest.codec}
-    recorded |= {f"text.{name}": record for name, record in manifest.text.roles.items()}
-    given = {f"text.{name}": folder for name, folder in config.encoders.text.items()}
+    roles = manifest.text.roles
     if config.encoders.vae is not None:
-        given["vae"] = config.encoders.vae
-    for key, folder in given.items():
-        if key not in recorded:
+        encoder_folder(manifest.codec, config.encoders.vae, "vae")
+    for name, folder in config.encoders.text.items():
+        if name not in roles:
             raise InputError(
-                f"encoders.{key}: got a name that the dataset lacks, expected one of {list(manifest.text.roles)}"
+                f"encoders.text.{name}: got a name that the dataset lacks, expected one of {list(roles)}"
             )
-        record = recorded[key]
-        encoder_folder(record.path, folder, record.weights_sha256, f"encoders.{key}")
+        encoder_folder(roles[name], folder, f"text.{name}")
 
 
 def _resolve_precision(config: TrainConfig) -> EngineConfig:
-    """Make `precision: auto` one of the two: the run's if it has begun, else what this machine is good at."""
-    engine, saved = config.engine, Path(config.run) / "config.yaml"
+    """The engine with `precision: auto` resolved: as the run has begun, or as is native to this machine."""
+    engine, run = config.engine, Path(config.run)
     if engine.precision != "auto":
         return engine
-    begun = load_run_config(saved.parent).engine.precision if saved.is_file() else None
+    begun = load_run_config(run).engine.precision if (run / CONFIG).is_file() else None
     return engine.model_copy(update={"precision": begun or native_precision()})
 
 
 def check_run(run: Run, override: bool) -> None:
-    """Check that the run's folder, if there is one, holds a run of the same config; raises InputError."""
-    path = run.folder / "config.yaml"
-    if path.is_file():
-        changed = differences(load_run_config(run.folder), run.config)
-        unsafe = {k: v for k, v in changed.items() if k.split(".")[0] in RESULTS}
-        lines = [f"  {key}: saved {old!r}, given {new!r}" for key, (old, new) in changed.items()]
-        if unsafe and not override:
-            raise InputError(
-                f"{run.folder}: was trained with another config:\n"
-                + "\n".join(lines)
-                + "\nRemedy: undo "
-                "the change, choose another run=FOLDER, or pass --override to go on with the new values."
-            )
-        if lines:
-            distributed.say("config changed since this run's start:\n" + "\n".join(lines))
-        if "training.global_batch" in changed:
-            old, new = changed["training.global_batch"]
-            lr, ratio = run.config.optimizer.lr, new / old
-            distributed.say(
-                f"training.global_batch is {ratio:g} times what it was, and optimizer.lr {lr:g} as given: nothing "
-                f"rescales it. In proportion it would be {lr * ratio:.3g}, by the square root {lr * ratio**0.5:.3g}"
-            )
+    """Raise InputError where the run's folder holds a run whose results come from another config."""
+    if not (run.folder / CONFIG).is_file():
+        return
+    changed = differences(load_run_config(run.folder), run.config)
+    lines = "\n".join(f"  {k}: saved {old!r}, given {new!r}" for k, (old, new) in changed.items())
+    if not override and any(key.split(".")[0] in RESULTS for key in changed):
+        raise InputError(
+            f"{run.folder}: was trained with another config:\n{lines}\nRemedy: undo the change, choose "
+            "another run=FOLDER, or pass --override to go on with the new values."
+        )
+    if lines:
+        distributed.say(f"config changed since this run's start:\n{lines}")
+    if "training.global_batch" in changed:
+        old, new = changed["training.global_batch"]
+        lr, ratio = run.config.optimizer.lr, new / old
+        distributed.say(
+            f"training.global_batch is {ratio:g} times what it was, and optimizer.lr {lr:g} as given: nothing "
+            f"rescales it. In proportion it would be {lr * ratio:.3g}, by the square root {lr * ratio**0.5:.3g}"
+        )
 
 
 def _git_state() -> str:
-    """The code's commit and what differs from it, as far as git knows."""
-    here = Path(__file__).parents[2]
-    parts = []
-    for command in ("rev-parse HEAD", "status --short", "diff HEAD"):
-        with suppress(OSError):
-            done = subprocess.run(
-                ["git", "-C", str(here), *command.split()], capture_output=True, text=True
-            )
-            parts.append(done.stdout)
-    return "\n".join(parts)
+    """The code's commit and what differs from it; empty where there is no git."""
+    commands = ("rev-parse HEAD", "status --short", "diff HEAD")
+    settings: dict[str, Any] = {
+        "cwd": Path(__file__).parents[2],
+        "capture_output": True,
+        "text": True,
+    }
+    with suppress(OSError):
+        return "\n".join(subprocess.run(["git", *c.split()], **settings).stdout for c in commands)
+    return ""
 
 
 def _environment() -> str:
     names = sorted({f"{d.name}=={d.version}" for d in importlib.metadata.distributions()})
-    return (
-        "\n".join([f"cuda=={torch.version.cuda}", f"ranks=={distributed.world_size()}", *names])
-        + "\n"
-    )
+    facts = [f"cuda=={torch.version.cuda}", f"ranks=={distributed.world_size()}"]
+    return "\n".join([*facts, *names, ""])
 
 
 def describe(run: Run) -> str:
     """What a run will be, for --dry-run."""
-    config, loader = run.config, run.loader
+    config, loader, batch = run.config, run.loader, run.config.training.global_batch
     steps, per_epoch = config.training.num_steps, loader.steps_per_epoch(0)
-    accumulate = config.training.global_batch // (run.micro_batch * distributed.world_size())
-    return "\n".join(
-        [
-            f"run          {run.folder}"
-            + (" (resumes)" if checkpoint.candidates(run.folder) else ""),
-            f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps per epoch",
-            f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters",
-            f"steps        {steps:,} ({steps / per_epoch:.1f} epochs) of {config.training.global_batch} pictures",
-            f"ranks        {distributed.world_size()} x {run.micro_batch} pictures x {accumulate} accumulated, "
-            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
-        ]
+    ranks, resumes = distributed.world_size(), bool(checkpoint.candidates(run.folder))
+    return (
+        f"run          {run.folder}{' (resumes)' * resumes}\n"
+        f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps per epoch\n"
+        f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters\n"
+        f"steps        {steps:,} ({steps / per_epoch:.1f} epochs) of {batch} pictures\n"
+        f"ranks        {ranks} x {run.micro_batch} pictures x {batch // (run.micro_batch * ranks)} accumulated, "
+        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}"
     )
 
 
 def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
-    """A network with these weights beside the one in training; bf16 on a GPU if it trains in bf16."""
+    """A network with these weights, apart from the one in training; bf16 on a GPU if training is in bf16."""
     network = build_model(config.model)
     network.load_state_dict(weights)
     half = config.engine.precision == "bf16" and device.type == "cuda"

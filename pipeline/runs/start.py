@@ -1,6 +1,6 @@
-"""A curriculum in one file, and weights to start from: another run's, or the former stage's.
+"""Curricula, several stages in one file, and the weights that a run starts from.
 
-A stage is a run of its own, RUN/NAME, whose config is the file's with that stage's differences:
+A stage is a run of its own, RUN/NAME, whose config is the file's with the stage's differences:
 
     stages:
       px256: {data: {path: /data/256}}
@@ -24,7 +24,7 @@ from pipeline.training.checkpoint import RECORD, candidates, load_weights
 
 
 def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
-    """The runs of a file in their order: one, or one a stage; raises InputError."""
+    """The runs of a file in order: one, or one per stage; raises InputError."""
     data = read_yaml(path, overrides)
     stages = data.pop("stages", None)
     if stages is None:
@@ -35,33 +35,30 @@ def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
         raise InputError(f"{path}: run: missing; the stages' folders are made in it")
     configs: list[TrainConfig] = []
     for name, changes in stages.items():
-        run = {"run": f"{data['run']}/{name}"}
-        merged = cast(
-            dict[str, Any], OmegaConf.to_container(OmegaConf.merge(data, changes or {}, run))
-        )
+        tree = OmegaConf.merge(data, changes or {}, {"run": f"{data['run']}/{name}"})
+        merged = cast(dict[str, Any], OmegaConf.to_container(tree))
         if configs:
             merged["start_from"] = {"run": configs[-1].run} | (merged.get("start_from") or {})
-            merged.get("model", {}).pop("init_from", None)  # the first stage's
+            # The first stage alone begins with another program's weights.
+            merged.get("model", {}).pop("init_from", None)
         configs.append(parse_config(TrainConfig, merged, f"{path}: stages.{name}"))
     return configs
 
 
 def finished(config: TrainConfig) -> bool:
-    """Whether a run's best checkpoint is of its last step."""
+    """Whether a run's latest checkpoint is of its last step."""
     folders = candidates(Path(config.run))
     if not folders or not (folders[0] / RECORD).is_file():
         return False
-    return (
-        json.loads((folders[0] / RECORD).read_text())["clock"]["images_seen"]
-        >= config.training.images
-    )
+    record = json.loads((folders[0] / RECORD).read_text())
+    return record["clock"]["images_seen"] >= config.training.images
 
 
 def load_start(model: nn.Module, config: StartConfig) -> None:
     """Put a run's weights in `model`; raises InputError where they are another network's. Collective."""
     weights, _ = load_weights(Path(config.run), config.weights, config.step)
     own = model.state_dict()
-    # Alignment may end or begin with a stage; what begins begins untrained.
+    # Alignment may begin or end with a stage; its projector begins untrained.
     weights = {n: t for n, t in weights.items() if n in own or not n.startswith(PROJECTOR)}
     weights |= {n: t for n, t in own.items() if n.startswith(PROJECTOR) and n not in weights}
     if others := sorted(own.keys() ^ weights.keys()):
@@ -81,7 +78,7 @@ def load_start(model: nn.Module, config: StartConfig) -> None:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Learned positions (G * G, D) of a square grid, for `count` places: bicubic, as for ViT (2010.11929, 3.2)."""
+    """Learned positions (G * G, D) of a square grid resized to `count` places, bicubic as for ViT (2010.11929, 3.2)."""
     old, new = (round(n**0.5) for n in (len(table), count))
     grid = table.view(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic")

@@ -1,4 +1,4 @@
-"""A run at one checkpoint, as sampling, evaluation and export open it."""
+"""A run at one checkpoint, for sampling, evaluation and export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.training.checkpoint import load_weights
 
 @dataclass(frozen=True)
 class Trained:
-    """A run at one checkpoint."""
+    """Weights of a run at one step, and what they belong to."""
 
     run: Path
     config: TrainConfig
@@ -34,9 +34,8 @@ class Trained:
         return network_for_sampling(self.config, self.state, device)
 
     def encoders(self, device: torch.device) -> Encoders:
-        return load_encoders(
-            self.manifest, self.config.encoders.vae, self.config.encoders.text, device
-        )
+        folders = self.config.encoders
+        return load_encoders(self.manifest, folders.vae, folders.text, device)
 
 
 def open_trained(run: Path, weights: str, step: int | None) -> Trained:
@@ -44,7 +43,8 @@ def open_trained(run: Path, weights: str, step: int | None) -> Trained:
     config = load_run_config(run)
     manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
     state, at_step = load_weights(run, weights, step)
-    if getattr(config.model, "alignment", None) is not None:  # it was for training
+    # Alignment serves training alone.
+    if getattr(config.model, "alignment", None) is not None:
         model = config.model.model_copy(update={"alignment": None})
         config = config.model_copy(update={"model": model})
         state = {name: t for name, t in state.items() if not name.startswith(PROJECTOR)}

@@ -6,8 +6,9 @@
       checkpoint.json          step, counters, and bytes and sha256 of every other file; written last
     RUN/checkpoints/latest     the newest one's name
 
-Training waits only for a copy in CPU memory; a thread of each rank writes it. All ranks having written,
-rank 0 commits. Flipped bits load silently, so every hash is checked first, the files shared out over the ranks.
+Training waits only for a copy into CPU memory, which a thread of each rank writes to disk. Once all ranks have
+written, rank 0 commits. Flipped bits would load silently, so every hash is checked first; each rank checks some
+of the files.
 """
 
 import glob
@@ -34,10 +35,12 @@ from pipeline.training.pieces import INDEX, Contents, Pieces
 
 RECORD = "checkpoint.json"
 FORMAT = 2
-CHECKPOINTS = "checkpoints"  # the folder of a run
-SNAPSHOTS = "ema_snapshots"
+# Folders of a run.
+CHECKPOINTS = "checkpoints"
+EMA_SNAPSHOTS = "ema_snapshots"
 
-Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
+Files = dict[str, dict[str, Any]]
+"""Bytes and sha256 by name."""
 
 
 def step_folder(parent: Path, step: int) -> Path:
@@ -49,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> Files:
-    """Write what one rank saves and force it to disk; `tensors` is empty then, so that their memory is free."""
+    """Force what one rank saves to disk, and empty `tensors` to free their memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     tensors.clear()
@@ -58,19 +61,20 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Files:
 
 
 def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> Path:
-    """Make a folder whose pieces are all on disk a checkpoint, in steps of which each is whole or absent."""
+    """Turn a folder whose pieces are all on disk into a checkpoint; each step is whole or absent."""
     folder = unfinished.with_suffix("")
     write_text(unfinished / INDEX, json.dumps(index))
     files = record["files"] | {INDEX: describe(unfinished / INDEX)}
     write_text(unfinished / RECORD, json.dumps(record | {"files": files}, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, met on resuming before it
+    # A damaged checkpoint of the step is left over where the run resumed from an earlier one.
+    shutil.rmtree(folder, ignore_errors=True)
     publish(unfinished, folder)
     write_text(folder.parent / "latest", folder.name + "\n")
     return folder
 
 
 class Saver:
-    """Saves to a folder per step while training goes on, one at a time. Without a config all are kept."""
+    """Saves to a folder per step while training goes on, one save at a time. Without a config it keeps all."""
 
     def __init__(self, parent: Path, config: CheckpointConfig | None = None):
         self.parent, self.config = parent, config
@@ -78,8 +82,8 @@ class Saver:
         self.writing: Future[Files] | None = None
         self.contents: Contents | None = None
         self.record: dict[str, Any] = {}
-        self.failed = False  # the last save
-        self.stall_s = 0.0  # that the last save kept training waiting
+        # Whether the last save failed, and how long it kept training waiting.
+        self.failed, self.stall_s = False, 0.0
 
     @property
     def busy(self) -> bool:
@@ -94,10 +98,7 @@ class Saver:
         state: dict[str, Any],
         states: Container[str] | None = None,
     ) -> None:
-        """Begin the checkpoint of `step`, of some of the optimizer's states or of all. Collective.
-
-        `state` is JSON for the restart.
-        """
+        """Begin to save `states` of the optimizer, or all of them, and `state`, JSON. Collective."""
         begin = time.perf_counter()
         self.finish()
         self.record = state | {
@@ -108,16 +109,17 @@ class Saver:
         }
         if distributed.is_main():
             shutil.rmtree(self._unfinished(), ignore_errors=True)
-        distributed.barrier()  # before anyone writes
+        # Nobody writes before the folder is empty.
+        distributed.barrier()
         tensors, self.contents = pieces.collect(engine, optimizer, states)
         path = self._unfinished() / f"rank_{distributed.rank():05d}.safetensors"
         self.writing = self.writer.submit(write, path, tensors)
         self.stall_s = time.perf_counter() - begin
 
     def finish(self) -> None:
-        """Wait for all ranks to have written, then commit; collective. `failed` tells how it went.
+        """Wait until all ranks have written, then commit, and set `failed`. Collective.
 
-        A save that failed leaves the previous checkpoint as it was, and training goes on.
+        A failed save leaves the previous checkpoint as it was, and training goes on.
         """
         if self.writing is None:
             return
@@ -144,7 +146,7 @@ class Saver:
         return step_folder(self.parent, self.record["step"]).with_suffix(".partial")
 
     def _commit(self, everyone: list[tuple[Files, Contents]]) -> str | None:
-        """On rank 0; what went wrong, if anything."""
+        """Commit on rank 0; returns what went wrong, if anything."""
         files = {name: entry for part, _ in everyone for name, entry in part.items()}
         index = pieces.make_index({name: held for part, held in everyone for name in part})
         try:
@@ -160,15 +162,15 @@ class Saver:
 def store_snapshots(
     run: Path, config: EMAConfig, clock: Clock, engine: Any, optimizer: WithEMA
 ) -> None:
-    """Save every power-function average as it is now, for `flowmill ema`. Collective."""
-    saver = Saver(run / SNAPSHOTS)
+    """Save all power-function averages as they are now, for `flowmill ema`. Collective."""
+    saver = Saver(run / EMA_SNAPSHOTS)
     state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
     saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
     saver.finish()
 
 
 def prune(parent: Path, config: CheckpointConfig) -> None:
-    """Delete all but the newest `keep` and those of every `keep_every_steps`."""
+    """Delete all but the newest `keep` and those of every `keep_every_steps` steps."""
     whole = sorted(p.parent for p in parent.glob(f"step_*[0-9]/{RECORD}"))
     for old in whole[: -config.keep]:
         step = int(old.name.removeprefix("step_"))
@@ -177,7 +179,7 @@ def prune(parent: Path, config: CheckpointConfig) -> None:
 
 
 def candidates(run: Path) -> list[Path]:
-    """Checkpoints to try, best first: the one that `latest` names, then the others, newest first."""
+    """Checkpoints to try in order: the one that `latest` names, then the others, newest first."""
     parent = run / CHECKPOINTS
     folders = sorted((p for p in parent.glob("step_*[0-9]") if p.is_dir()), reverse=True)
     pointer = parent / "latest"
@@ -186,15 +188,14 @@ def candidates(run: Path) -> list[Path]:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint: files missing or changed; each rank looks at some. Collective.
+    """What is wrong with a checkpoint: missing or changed files, each rank checking some. Collective.
 
     Raises InputError where another version of flowmill wrote it.
     """
-    mine = _faults(folder, distributed.rank(), distributed.world_size())
-    return [fault for part in distributed.gather_objects(mine) for fault in part]
+    return [fault for part in distributed.gather_objects(_own_faults(folder)) for fault in part]
 
 
-def _faults(folder: Path, part: int, parts: int) -> list[str]:
+def _own_faults(folder: Path) -> list[str]:
     try:
         record = json.loads((folder / RECORD).read_text())
         files, version = record["files"], record.get("format", 1)
@@ -202,11 +203,11 @@ def _faults(folder: Path, part: int, parts: int) -> list[str]:
         return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
     if version != FORMAT:
         raise InputError(
-            f"{folder}: got a checkpoint of format {version}, expected {FORMAT}. Remedy: the flowmill that wrote "
-            "it (its commit is in the run's git.txt), whose export this one can begin with (model.init_from)."
+            f"{folder}: got a checkpoint of format {version}, expected {FORMAT}. Remedy: export it with the version "
+            "that wrote it (its commit is in the run's git.txt), and begin a new run with model.init_from."
         )
     found = []
-    for name in sorted(files)[part::parts]:
+    for name in sorted(files)[distributed.rank() :: distributed.world_size()]:
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: missing")
@@ -218,12 +219,12 @@ def _faults(folder: Path, part: int, parts: int) -> list[str]:
 
 
 def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint whose every file is as written; None where there is none at all. Collective.
+    """The newest checkpoint whose files are all as written; None where there is no checkpoint. Collective.
 
-    Each damaged one is named and passed over. Raises InputError where all are damaged: starting from
-    zero is the user's to say.
+    A damaged one is named and passed over. Raises InputError where all are damaged: only the user can decide
+    to start from zero.
     """
-    # One rank lists: a folder that another deletes meanwhile must not part the ranks.
+    # Rank 0 lists for all: a folder that is deleted meanwhile must not make the ranks differ.
     folders = distributed.gather_objects(candidates(run) if distributed.is_main() else None)[0]
     for folder in folders:
         if not (found := faults(folder)):
@@ -238,7 +239,7 @@ def newest_sound(run: Path) -> Path | None:
 
 
 class Stateful(Protocol):
-    """What has a state, JSON, beside the optimizer's tensors."""
+    """A part of a run that has a state, JSON, beside the optimizer's tensors."""
 
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
@@ -247,7 +248,7 @@ class Stateful(Protocol):
 def restore(
     run: Path, engine: Any, optimizer: WithEMA, stateful: dict[str, Stateful] | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint and return its record, or None at a run's start. Collective."""
+    """Load the newest sound checkpoint and return its record; None where there is none. Collective."""
     if distributed.is_main():
         for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
             shutil.rmtree(left_over)
@@ -267,7 +268,7 @@ def restore(
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Full weights that outlive their checkpoint, whole or absent, beside a file for `sha256sum -c`."""
+    """Write full weights that outlive their checkpoint, whole or absent, and a file for `sha256sum -c`."""
 
     def write(temporary: Path) -> None:
         save_file(weights, temporary, metadata=about)
@@ -278,7 +279,7 @@ def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) 
 
 
 def check_weights(path: Path) -> None:
-    """Raises InputError where a file of `save_weights` is missing or not as it was written."""
+    """Raise InputError where a file of `save_weights` is missing or not as it was written."""
     recorded = path.with_name(path.name + ".sha256")
     if not path.is_file() or not recorded.is_file():
         raise InputError(f"{path}: it or its .sha256 is missing. Remedy: make or restore it.")
@@ -287,7 +288,7 @@ def check_weights(path: Path) -> None:
 
 
 def made_weights(run: Path, which: str, step: int | None) -> list[Path]:
-    """Averages made after training by that name, oldest first."""
+    """Averages of that name made after training, oldest first."""
     steps = "*" if step is None else f"{step:08d}"
     return sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors"))
 
@@ -295,8 +296,8 @@ def made_weights(run: Path, which: str, step: int | None) -> list[Path]:
 def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """Full fp32 weights and their step, from the newest sound checkpoint or that of `step`.
 
-    `which` is "raw", an average of the run's ("ema" is the first), or one that `flowmill ema` made.
-    Raises InputError where there is none.
+    `which` is "raw", an average of the run ("ema" is the first), or one that `flowmill ema` made. Raises
+    InputError where there is none.
     """
     if made := made_weights(run, which, step):
         check_weights(made[-1])

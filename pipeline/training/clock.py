@@ -1,4 +1,4 @@
-"""Where a run stands, counted in pictures: the learning rate, the averages' decays and what is due follow from it."""
+"""Progress of a run, counted in pictures; learning rate, the averages' decays and what is due follow from it."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from pipeline.training.engine import lr_schedule
 
 
 class Clock:
-    """Progress of one run.
+    """Steps taken, pictures seen, and pictures learned from.
 
-    `images_learned` leaves out the pictures of rejected steps, which move neither schedule nor average.
+    `images_learned` omits the pictures of rejected steps, which advance neither schedule nor averages.
     """
 
     def __init__(self, config: TrainConfig):
@@ -20,7 +20,7 @@ class Clock:
 
     @property
     def next_batch(self) -> int:
-        """Number of the loader's batch that the next step takes."""
+        """Number of the loader's batch for the next step."""
         return self.images_seen // self.global_batch
 
     @property
@@ -38,17 +38,17 @@ class Clock:
         return self.lr_of(self.images_learned // self.global_batch)
 
     def ema_decays(self) -> dict[str, float]:
-        """Decay of every average in the next step, by the average's name."""
+        """Decay of every average in the next step, by name."""
         return ema_decays(self.config.ema, self.images_learned, self.global_batch)
 
     def advance(self, accepted: bool) -> None:
-        """Count a step that was taken, or rejected."""
+        """Count a step, accepted or rejected."""
         self.step += 1
         self.images_seen += self.global_batch
         self.images_learned += self.global_batch * accepted
 
     def due(self, every_steps: int) -> bool:
-        """Whether the step in hand is one of every so many, or the run's last."""
+        """Whether the step just taken is a multiple of `every_steps`, or the run's last."""
         return self.step % every_steps == 0 or self.finished
 
     @property
@@ -70,14 +70,10 @@ class Clock:
         return every > 0 and self.due(max(1, every // self.global_batch))
 
     def state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "images_learned": self.images_learned,
-        }
+        return {name: getattr(self, name) for name in ("step", "images_seen", "images_learned")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; pictures of a batch that another global batch size would cut are seen again."""
+        """Go on from a checkpoint; a batch that another global batch size would cut is seen again."""
         self.start_step = self.step = state["step"]
         for name in ("images_seen", "images_learned"):
             setattr(self, name, state[name] // self.global_batch * self.global_batch)

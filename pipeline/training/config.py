@@ -1,4 +1,4 @@
-"""Configs of what training is made of. Pydantic and numpy alone, so that reading a config imports no torch."""
+"""Configs of what training is made of. Importing them loads no torch."""
 
 from functools import lru_cache
 from typing import Literal, Self
@@ -10,45 +10,47 @@ from models.config import Config, InputError
 
 
 class OptimizerConfig(Config):
-    """lr is for this global batch, nothing rescales it."""
-
-    # muon: on the blocks' matrices, AdamW on the rest, with AdamW's lr
     kind: Literal["adamw", "muon"] = "adamw"
+    """muon steps on the blocks' matrices, with AdamW's lr, and leaves the rest to AdamW."""
     lr: float = Field(default=1e-4, gt=0)
+    """Holds for this global batch; nothing rescales it."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = Field(
-        default=0.0, ge=0
-    )  # on matrices only: not on biases, norms, embeddings
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Applies to matrices only, not to biases, norms and embeddings."""
     schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
         "constant_with_warmup"
     )
     warmup_images: int = Field(default=0, ge=0)
-    decay_images: int = Field(default=0, ge=0)  # the last part of warmup_stable_decay
-    clip: float = Field(default=1.0, ge=0)  # of the gradient's global norm; 0: never
+    decay_images: int = Field(default=0, ge=0)
+    """Length of the last part of warmup_stable_decay."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global norm of the gradient; 0: not clipped."""
 
 
 class EngineConfig(Config):
-    """How the work is laid out over memory and ranks; changes speed, and results by rounding only."""
+    """How the work is laid out over memory and ranks: it changes speed, and results by rounding only."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    # bf16 has fp32 masters, moments and EMA; auto: bf16 where the hardware multiplies it natively
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    micro_batch: int | None = Field(
-        default=None, gt=0
-    )  # pictures per rank at once; null: all of its share
-    # Of ZeRO's partitions to the host's memory; parameters with stage 3 alone
+    """bf16 keeps masters, moments and EMA in fp32; auto is bf16 where the hardware multiplies it natively."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Pictures per rank at once; null: the rank's whole share."""
     offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps its partitions of the optimizer."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    compile: bool = False  # each block
-    cpu_threads: int | None = Field(
-        default=None, gt=0
-    )  # a rank, on CPU; null: its share of the cores
-    timeout_s: float = Field(default=1800, gt=0)  # of a collective, and of a step
-    heartbeat_timeout_s: float = Field(default=120, gt=0)  # a rank silent so long ends the run
+    """Where ZeRO 3 keeps its partitions of the parameters."""
+    compile: bool = False
+    """Compiles each block."""
+    cpu_threads: int | None = Field(default=None, gt=0)
+    """Threads per rank on CPU; null: its share of the cores."""
+    timeout_s: float = Field(default=1800, gt=0)
+    """Longest time of a collective, and of a step."""
+    heartbeat_timeout_s: float = Field(default=120, gt=0)
+    """Silence of a rank that ends the run."""
 
     @model_validator(mode="after")
-    def _can_offload(self) -> "EngineConfig":
+    def _can_offload(self) -> Self:
         for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
             if getattr(self, name) != "none" and self.zero_stage not in stages:
                 raise ValueError(
@@ -58,22 +60,23 @@ class EngineConfig(Config):
 
 
 class EMAConfig(Config):
-    """Half-lives in pictures, so that they mean the same at any batch size (EDM2 2312.02696).
+    """Averages of the weights; half-lives are in pictures, which mean the same at any batch size (EDM2 2312.02696).
 
-    Averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
+    The averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
     """
 
     halflife_images: float = Field(default=500_000, gt=0)
-    # While young, the half-life is this share of the pictures seen, so that the start is forgotten.
     rampup_ratio: float = Field(default=0.05, gt=0)
+    """Bounds the half-life by this share of the pictures seen, so that the first weights are forgotten."""
     more_halflives_images: list[float] = []
-    # Power-function averages (EDM2 section 3) by relative width; two, [0.05, 0.1], and their snapshots
-    # let `flowmill ema` make one of any width after training.
     sigma_rels: list[float] = []
-    snapshot_images: int = Field(default=0, ge=0)  # between snapshots of `sigma_rels`; 0: none
+    """Relative widths of power-function averages (EDM2 section 3); [0.05, 0.1] and their snapshots let
+    `flowmill ema` make one of any width after training."""
+    snapshot_images: int = Field(default=0, ge=0)
+    """Pictures between two snapshots of `sigma_rels`; 0: no snapshots."""
 
     @model_validator(mode="after")
-    def _sensible(self) -> "EMAConfig":
+    def _sensible(self) -> Self:
         for sigma_rel in self.sigma_rels:
             power_exponent(sigma_rel)
         if self.snapshot_images and not self.sigma_rels:
@@ -85,7 +88,7 @@ class EMAConfig(Config):
         return self
 
     def names(self) -> dict[str, tuple[str, float]]:
-        """Every average: its name, "halflife" or "sigma_rel", and which."""
+        """Every average by name: "halflife" or "sigma_rel", and its value."""
         halflives = {f"ema_halflife_{h:.0f}": ("halflife", h) for h in self.more_halflives_images}
         powers = {power_name(s): ("sigma_rel", s) for s in self.sigma_rels}
         return {"ema": ("halflife", self.halflife_images), **halflives, **powers}
@@ -97,11 +100,12 @@ def power_name(sigma_rel: float) -> str:
 
 @lru_cache
 def power_exponent(sigma_rel: float) -> float:
-    """gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time.
+    """The gamma of the profile t^gamma whose standard deviation is sigma_rel of the training time.
 
     EDM2 2312.02696, eq. 123 and algorithm 2: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
     """
-    if not 0 < sigma_rel < 12**-0.5:  # gamma = 0, all weights alike, is 0.2887
+    # gamma = 0, where all weights are alike, is 0.2887.
+    if not 0 < sigma_rel < 12**-0.5:
         raise InputError(f"sigma_rel: got {sigma_rel:g}, expected between 0 and 0.2886")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
@@ -109,8 +113,10 @@ def power_exponent(sigma_rel: float) -> float:
 
 class CheckpointConfig(Config):
     every_steps: int = Field(default=1000, gt=0)
-    keep: int = Field(default=3, gt=0)  # the newest so many
-    keep_every_steps: int | None = Field(default=None, gt=0)  # and for good those of such steps
+    keep: int = Field(default=3, gt=0)
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    """Keeps for good those of every so many steps."""
 
     @model_validator(mode="after")
     def _some_are_kept(self) -> Self:
@@ -127,27 +133,20 @@ class MonitorConfig(Config):
 
     every_steps: int = Field(default=50, gt=0)
     """Steps between two lines of the log, and between two points in TensorBoard."""
-
     sample_every_steps: int = Field(default=1000, gt=0)
     """Steps between two looks: the prompts' pictures and the held-out error."""
-
     prompts: list[str] = []
     """Drawn at the same noise each time, with the EMA weights."""
-
     heldout_samples: int = Field(default=64, ge=0)
     """Held-out samples that each look measures; 0: none."""
-
     mfu: bool = True
-    """Counts the model's FLOPs; on a device that no table knows this times it once, for seconds."""
-
+    """Counts the model's FLOPs; a device whose peak is not known is timed once, for seconds."""
     block_norms: bool = True
     """Norms by block of gradient, update, weights and distance to the EMA, in logged steps only."""
-
     profile_steps: tuple[int, int] | None = None
     """First and last step to trace into RUN/profile, for chrome://tracing."""
-
     log_samples: bool = False
-    """Writes down the samples of every step in RUN/samples_seen/."""
+    """Writes the samples of every step to RUN/samples_seen/."""
 
 
 class RejectionConfig(Config):
@@ -155,9 +154,7 @@ class RejectionConfig(Config):
 
     max_in_a_row: int = Field(default=10, gt=0)
     """Rejected steps in a row after which the run stops."""
-
     spike_factor: float | None = Field(default=None, gt=1)
-    """Rejects a loss above so many times the mean of the last `window` accepted ones; null: none."""
-
+    """Rejects a loss above this factor times the mean of the last `window` accepted ones; null: no loss."""
     window: int = Field(default=100, gt=0)
-    """Accepted steps that the mean is over; no spike is seen before there are as many."""
+    """Accepted steps that the mean is taken over; no spike is found before there are as many."""

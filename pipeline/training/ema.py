@@ -1,8 +1,8 @@
-"""Exponential moving averages of the weights, fp32, as more states of the optimizer.
+"""Exponential moving averages of the weights in fp32, kept as states of the optimizer.
 
-DeepSpeed hands the optimizer the fp32 partition that a rank owns. Keeping the averages there, beside
-Adam's moments, partitions them with it at every ZeRO stage: 4 bytes per parameter and average, divided by
-the ranks. They are saved as they lie; only a preview of the run in training gathers them.
+DeepSpeed hands the optimizer the fp32 partition that a rank owns. Kept beside Adam's moments, the averages are
+partitioned with them at every ZeRO stage: 4 bytes per parameter and average, divided by the ranks. They are
+saved as they lie; only a preview during training gathers them.
 """
 
 import math
@@ -17,7 +17,8 @@ from pipeline.training.config import EMAConfig, power_exponent
 def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:
     """Each average's decay in the step after `images_seen` pictures.
 
-    A half-life, ramped up: EDM 2206.00364, training_loop. A power: EDM2 eq. 127, (1 - 1/t)^(gamma + 1).
+    Half-lives are ramped up as in EDM (2206.00364, training_loop). The decay of a power-function average is
+    (1 - 1/t)^(gamma + 1), EDM2 eq. 127.
     """
     decays = {}
     for name, (kind, value) in config.names().items():
@@ -31,36 +32,38 @@ def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[s
 
 
 class Watch(Protocol):
-    """Looks at the tensors that an optimizer steps, before and after, when it is asked to."""
+    """Looks at the tensors that an optimizer steps on, before and after the step."""
 
     def before(self, parameters: list[Tensor]) -> None: ...
     def after(self, parameters: list[Tensor], state: Any) -> None: ...
 
 
 class WithEMA(torch.optim.Optimizer):
-    """Before an optimizer class: one state per parameter and average, ema <- decay ema + (1 - decay) parameter.
+    """A mixin before an optimizer class: for each parameter and average, ema <- decay ema + (1 - decay) parameter.
 
-    A step that DeepSpeed skips (NaN, overflow) never reaches it, so the averages skip it as well.
-    Where no wrapper of DeepSpeed's looks at the gradients (stage 0 in fp32), `clip` has it done here.
-    While `veto` holds a reason, a step changes nothing.
+    A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it as well.
     """
 
     lr: float = 0.0
-    decays: dict[str, float] = {"ema": 0.0}  # of each average
-    clip: float | None = None  # 0: measure the norm only
-    watch: Watch | None = None  # of this step alone
+    decays: dict[str, float] = {"ema": 0.0}
+    """Decay of each average."""
+    clip: float | None = None
+    """Largest norm of the gradient where DeepSpeed does not clip (stage 0 in fp32); 0 only measures the norm."""
+    watch: Watch | None = None
+    """What looks at this step alone."""
     veto: str = ""
+    """Why this step is to change nothing; empty where it is to be taken."""
     grad_norm: float | None = None
     num_skipped: int = 0
 
     def prepare(self, lr: float, decays: dict[str, float], watch: Watch | None) -> None:
-        """Set what holds for the next step alone; `lr` is scaled by the group's own factor."""
+        """Set what holds for the next step alone; each group scales `lr` by its own factor."""
         self.lr, self.decays, self.watch = lr, decays, watch
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
     def scalars(self) -> dict[str, float]:
-        """What the last step was taken with, for the log."""
+        """Learning rate and decays of the last step, for the log."""
         decays = {f"optimizer/{name}_decay": decay for name, decay in self.decays.items()}
         return {"optimizer/lr": self.lr, **decays}
 
@@ -72,15 +75,17 @@ class WithEMA(torch.optim.Optimizer):
         if self.clip is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
             self.grad_norm = float(norm)
-            if not math.isfinite(self.grad_norm):  # the same on all ranks: gradients are reduced
+            # All ranks see the same norm, because the gradients are reduced already.
+            if not math.isfinite(self.grad_norm):
                 self.num_skipped += 1
                 return None
         if self.watch is not None:
             self.watch.before(parameters)
-        new = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
-        begun = [p.detach().clone() for p in new]  # Adam's own states begin in its step
+        # An average begins as the weights before the step; it is set after the step, in which Adam makes its states.
+        missing = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
+        begun = {p: p.detach().clone() for p in missing}
         loss = super().step(closure)
-        for parameter, weights in zip(new, begun, strict=True):
+        for parameter, weights in begun.items():
             for name in self.decays:
                 self.state[parameter].setdefault(name, weights.clone())
         for name, decay in self.decays.items() if parameters else ():

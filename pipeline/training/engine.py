@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its config built here in Python, parameter groups, optimizer, the LR schedule."""
+"""The DeepSpeed engine: its config, the parameter groups, the optimizer and the LR schedule."""
 
 import logging
 import warnings
@@ -17,12 +17,15 @@ from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.ema import AdamWithEMA, WithEMA
 from pipeline.training.optimizers import MuonWithEMA
 
-BUCKET_ELEMENTS = 500_000_000  # of gradients reduced at once, at most: DeepSpeed's own number
-PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 leaves smaller parameters whole: likewise
+BUCKET_ELEMENTS = 500_000_000
+"""Most elements of gradients reduced at once, DeepSpeed's default."""
+
+PERSISTENT_ELEMENTS = 100_000
+"""ZeRO 3 leaves smaller parameters whole, DeepSpeed's default."""
 
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
-    """Pictures of one forward on one rank; raises InputError where the batch does not come out even."""
+    """Pictures per rank and forward; raises InputError where they do not divide the batch."""
     ranks = distributed.world_size()
     share, rest = divmod(global_batch, ranks)
     if rest:
@@ -39,7 +42,7 @@ def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
 
 
 def native_precision() -> Literal["fp32", "bf16"]:
-    """What `precision: auto` means on this machine; emulated bf16 would be slower than fp32."""
+    """The precision that `auto` stands for on this machine; emulated bf16 would be slower than fp32."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -48,7 +51,7 @@ def native_precision() -> Literal["fp32", "bf16"]:
 
 
 def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: int) -> None:
-    """Raises InputError where the two do not fit each other."""
+    """Raise InputError where engine and optimizer do not go together."""
     if optimizer.kind == "muon" and engine.zero_stage > 0:
         raise InputError(
             f"optimizer.kind: muon needs whole matrices, and ZeRO {engine.zero_stage} cuts them. Remedy: "
@@ -62,11 +65,12 @@ def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases, norm scales, tables and embeddings without; Muon's apart."""
+    """Parameters by weight decay (matrices alone have it), by scale of the LR, and by whether Muon steps on them."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
     for name, role in sorted(parameter_roles(model).items(), key=lambda item: not item[1].decay):
-        by_muon = role.hidden and muon  # whose step has a width-free size of its own
+        by_muon = role.hidden and muon
+        # Muon's step does not depend on the width, so it needs no scale.
         key = (by_muon, role.decay, 1.0 if by_muon else role.lr_scale)
         groups.setdefault(key, []).append(parameters[name])
     return [
@@ -76,9 +80,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
-    """The optimizer that DeepSpeed drives."""
     groups = parameter_groups(model, config.weight_decay, config.kind == "muon")
-    # DeepSpeed may step once while it sets up, hence no LR.
+    # The LR is 0 because DeepSpeed may step once while it sets up.
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
     return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
 
@@ -87,19 +90,12 @@ def lr_schedule(
     config: OptimizerConfig, global_batch: int, num_steps: int
 ) -> Callable[[int], float]:
     """transformers' schedule as a function of the step alone, so that resuming needs no state."""
-    warmup = config.warmup_images // global_batch
-    extra = {}
+    warmup, extra = config.warmup_images // global_batch, {}
     if config.schedule == "warmup_stable_decay":
         extra = {"num_decay_steps": config.decay_images // global_batch}
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(
-        config.schedule,
-        dummy,
-        num_warmup_steps=warmup,
-        num_training_steps=num_steps,
-        scheduler_specific_kwargs=extra,
-    )
-    # A step's LR, from 1: the schedules give 0 at 0, and a first step at LR 0 would be lost.
+    scheduler = get_scheduler(config.schedule, dummy, warmup, num_steps, extra)
+    # With a warm-up, steps count from 1: the schedules give 0 at 0, where a step would be wasted.
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]  # pyright: ignore[reportAttributeAccessIssue]
     return lambda step: config.lr * factor(step + (warmup > 0))
 
@@ -107,25 +103,20 @@ def lr_schedule(
 def deepspeed_config(
     engine: EngineConfig, clip: float, micro_batch: int, global_batch: int
 ) -> dict:
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": engine.offload_optimizer}
+    if engine.offload_parameters != "none":
+        zero["offload_param"] = {"device": engine.offload_parameters}
     bf16 = engine.precision == "bf16"
     config: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_clipping": 0.0 if clips_itself(engine) else clip,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {
-            "stage": engine.zero_stage,
-        }
-        | {
-            key: {"device": device}
-            for key, device in (
-                ("offload_optimizer", engine.offload_optimizer),
-                ("offload_param", engine.offload_parameters),
-            )
-            if device != "none"
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # torch's fused AdamW steps on the host as well, and has the averages.
+        # torch's fused AdamW, which keeps the averages, steps on the host as well.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
     }
@@ -135,7 +126,7 @@ def deepspeed_config(
 
 
 def clips_itself(engine: EngineConfig) -> bool:
-    """Whether DeepSpeed leaves the optimizer bare: it would neither report the norm nor skip a NaN."""
+    """Whether DeepSpeed leaves the optimizer bare, and so neither reports the norm nor skips a NaN."""
     return engine.zero_stage == 0 and engine.precision == "fp32"
 
 
@@ -151,32 +142,30 @@ def build_engine(
     optimizer_config: OptimizerConfig,
     global_batch: int,
 ) -> tuple[Any, WithEMA]:
-    """DeepSpeed's engine around `model`, and the optimizer that it drives (its LR set by the loop)."""
+    """DeepSpeed's engine around `model`, and the optimizer that it drives."""
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # DeepSpeed's own calls of torch say so twice a step with ZeRO 3.
+    # With ZeRO 3, DeepSpeed's own calls would cause this warning twice per step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     optimizer = build_optimizer(model, optimizer_config)
     if clips_itself(engine_config):
         optimizer.clip = optimizer_config.clip
     if engine_config.compile:
-        compile_blocks(model, fullgraph=engine_config.zero_stage < 3)  # whose hooks break graphs
-    settings = deepspeed_config(
-        engine_config,
-        optimizer_config.clip,
-        micro_batch_size(engine_config, global_batch),
-        global_batch,
-    )
+        # The hooks of ZeRO 3 break graphs.
+        compile_blocks(model, fullgraph=engine_config.zero_stage < 3)
+    micro_batch = micro_batch_size(engine_config, global_batch)
+    settings = deepspeed_config(engine_config, optimizer_config.clip, micro_batch, global_batch)
+    # ZeRO 3 holds a bucket all the time, so it is no larger than the model.
     bucket = min(BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
-    settings["zero_optimization"]["reduce_bucket_size"] = bucket  # ZeRO 3 holds one all the time
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,  # pyright: ignore[reportArgumentType]
         config=settings,
         dist_init_required=False,
     )
-    # Some stages step on zero gradients to allocate state, which counts in Adam's bias correction.
+    # Some stages step on zero gradients to allocate state, which would count in Adam's bias correction.
     optimizer.state.clear()
     return engine, optimizer

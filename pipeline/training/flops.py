@@ -1,4 +1,4 @@
-"""What a picture's training step costs in arithmetic, and what the device could do: model FLOPs utilisation."""
+"""Model FLOPs utilisation: the arithmetic of a training step per picture, and the peak of the device."""
 
 import time
 from functools import cached_property
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build_model
 from models.conditions import example_conditions
 
-# Dense bf16 TFLOP/s of the makers' data sheets (no sparsity), by a part of torch's device name.
+# bf16 TFLOP/s from the makers' data sheets, without sparsity, by a part of torch's device name.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -25,10 +25,10 @@ PEAK_TFLOPS = {
 
 
 class ModelFlops:
-    """FLOPs of one picture forward and backward, counted by torch on the meta device, where nothing runs.
+    """FLOPs of one picture, forward and backward, counted by torch on the meta device, where nothing runs.
 
-    Neither recomputation by gradient checkpointing nor the alignment's projection is counted: they are no
-    work of the model's (PaLM 2204.02311, appendix B). A multiplication and an addition are two.
+    Neither recomputation by gradient checkpointing nor the alignment's projection counts: they are not the
+    model's work (PaLM 2204.02311, appendix B). A multiplication and an addition are two FLOPs.
     """
 
     def __init__(self, config: Any):
@@ -37,12 +37,12 @@ class ModelFlops:
         self.config = config.model_copy(update=update)
 
     def picture(self, height: int, width: int, text_length: int) -> float:
-        """For latents of height x width and that many text tokens, padding included."""
+        """FLOPs for latents of height x width and so many text tokens, padding included."""
         return float(_terms(height * width, text_length) @ self._coefficients)
 
     @cached_property
     def _coefficients(self) -> np.ndarray:
-        """Exact for attention, linear and convolutional layers: a polynomial of degree 2 in pixels and tokens."""
+        """Coefficients of a polynomial of degree 2 in pixels and tokens, exact for every layer the models use."""
         with torch.device("meta"):
             network = build_model(self.config)
         pairs = [(16, 0), (32, 0), (64, 0)]
@@ -66,7 +66,7 @@ def _terms(pixels: int, tokens: int) -> np.ndarray:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s that one device can reach, and whence: the table for GPUs it has, else a large product, timed."""
+    """FLOP/s that one device can reach, and the source: the table, or else a large product that is timed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if precision == "bf16":
         for part, tflops in PEAK_TFLOPS.items():
@@ -79,7 +79,8 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     for _ in range(5):
         begin = time.perf_counter()
         product = a @ a
-        product[0, 0].item()  # waits for it
+        # Reading an element waits for the product.
+        product[0, 0].item()
         seconds.append(time.perf_counter() - begin)
     peak = 2 * size**3 / min(seconds)
     return peak, f"{peak / 1e12:.3g} TFLOP/s, measured here: {size} x {size} {precision} product"

@@ -1,4 +1,4 @@
-"""One micro-batch through the network: what is drawn for it, what the network is told, what it comes to."""
+"""One micro-batch through the network: random draws, conditions, loss."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch import Tensor
 from models.layers import kept_pixels
 from models.networks import NetworkConfig, RoutedConfig
 from models.vae import sample_latents
-from pipeline.data.loader import Batch, Loader
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_dropout, draw_noise
 from pipeline.objectives.objective import Latents, LossTerms, Objective, PerSample, alignment_loss
 
@@ -21,20 +22,23 @@ class Draws(NamedTuple):
 
     step: int
     t: PerSample
-    dropped: Bool[Tensor, " B"]  # whose caption and class the network is not told
+    dropped: Bool[Tensor, " B"]
+    """Whether the network is not told the sample's caption and class."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What one micro-batch of b samples came to."""
+    """Losses of one micro-batch of b samples."""
 
     t: PerSample
-    total: Tensor  # (), to go backward from
-    named: dict[str, PerSample]  # what training logs, without gradient, `loss` first
+    total: Tensor
+    """(), what backward begins with."""
+    named: dict[str, PerSample]
+    """What training logs, without gradient, `loss` first."""
 
 
 class Forward:
-    """Micro-batches through a network, or through DeepSpeed's engine around it; no state but its settings."""
+    """Sends micro-batches through a network, or through DeepSpeed's engine around it; it keeps no state."""
 
     def __init__(
         self,
@@ -53,14 +57,15 @@ class Forward:
         self.empty_caption = None if caption is None else caption.to(device)
 
     def draw(self, step: int, latent_size: tuple[int, int]) -> Draws:
-        """A pure function of the seed and the step."""
+        """Draws of a step, a pure function of the seed and the step."""
         t = self.objective.draw_t(self.seed, step, self.global_batch, latent_size)
         dropped = draw_dropout(self.seed, step, self.global_batch, self.caption_dropout)
         return Draws(step, t, dropped)
 
     def __call__(self, batch: Batch, draws: Draws, images: int) -> Terms:
-        """What a micro-batch comes to after `images` pictures."""
-        places = batch.indices  # which the CPU needs, and a GPU would have to be asked for
+        """Losses of a micro-batch after `images` pictures."""
+        # Taken before the batch moves: the CPU needs them, and reading them from a GPU would wait.
+        places = batch.indices
         t, dropped = (drawn[places].to(self.device) for drawn in (draws.t, draws.dropped))
         batch = batch.to(self.device).drop(dropped, self.empty_caption, self.model.num_classes)
         latents, noise, scores = self._drawn_for(batch.moments, places, draws.step)
@@ -82,7 +87,7 @@ class Forward:
     def _drawn_for(
         self, moments: Tensor, places: Tensor, step: int
     ) -> tuple[Latents, Latents, Float[Tensor, "B M"] | None]:
-        """Latents (b, C, h, w), their noise, and a score for each patch where some are to be left out."""
+        """Latents (b, C, h, w), their noise, and a score per patch where the network drops some."""
         shape = (self.codec.channels, *moments.shape[-2:])
 
         def draw(purpose: str, *shape: int) -> Tensor:
@@ -103,14 +108,14 @@ def loss_of_kept(
     t: PerSample,
     kept: Bool[Tensor, "B 1 h w"],
 ) -> LossTerms:
-    """The loss over the pixels that the network kept: no error where it dropped one."""
+    """The loss over the pixels that the network kept; dropped pixels have no error."""
     pred = torch.where(kept, pred, objective.target(latents, noise, t))
     share = kept.float().mean()
     return LossTerms(*(term / share for term in objective.loss(pred, latents, noise, t)))
 
 
 def alignment_weight(model: Any, images: int) -> float:
-    """Weight of the alignment's loss (REPA 2410.06940) after `images` pictures."""
+    """Weight of the alignment loss (REPA 2410.06940) after `images` pictures."""
     alignment = getattr(model, "alignment", None)
     if alignment is None or images >= (alignment.until_images or math.inf):
         return 0.0

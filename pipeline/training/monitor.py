@@ -41,8 +41,8 @@ NUM_LEVELS = 8
 PAUSED = "paused"
 
 
-class StepClock:
-    """Where a step's time goes, part by part; on a GPU by events, read when a log waits for it anyway."""
+class Stopwatch:
+    """Time by part of a step; on a GPU by events, which are read when a log waits for the GPU anyway."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -53,7 +53,7 @@ class StepClock:
         self.mark("")
 
     def mark(self, part: str) -> None:
-        """The time since the last mark was this part's."""
+        """Count the time since the last mark as that of `part`."""
         if self.on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -62,7 +62,7 @@ class StepClock:
             self.marks.append((part, time.perf_counter()))
 
     def collect(self) -> dict[str, float]:
-        """Seconds by part since the last call, and start anew."""
+        """Seconds by part since the last call; starts anew."""
         seconds: dict[str, float] = defaultdict(float)
         if self.on_gpu:
             self.marks[-1][1].synchronize()
@@ -73,7 +73,7 @@ class StepClock:
 
 
 class SampleLog:
-    """RUN/samples_seen/rank_00000.txt: a line per sample, its step, place in the global batch and number."""
+    """RUN/samples_seen/rank_00000.txt: per sample a line with its step, place in the global batch and number."""
 
     def __init__(self, run: Path):
         folder = run / "samples_seen"
@@ -87,14 +87,14 @@ class SampleLog:
 
 
 class LossMeter:
-    """Sums of loss terms by noise level on the device: nothing waits for the GPU between logs."""
+    """Sums of loss terms by noise level, on the device, so that nothing waits for the GPU between logs."""
 
     def __init__(self, device: torch.device):
         self.names: tuple[str, ...] = ("loss",)
         self.sums = torch.zeros(NUM_LEVELS, 2, dtype=torch.float64, device=device)
 
     def add(self, t: Tensor, terms: dict[str, Tensor]) -> None:
-        """Samples of one micro-batch, t and each term (b,); the terms are the same at every call."""
+        """Add the samples of one micro-batch, t and each term (b,); every call has the same terms."""
         if self.names != tuple(terms):
             self.names = tuple(terms)
             self.sums = self.sums.new_zeros(NUM_LEVELS, 1 + len(terms))
@@ -103,7 +103,7 @@ class LossMeter:
         self.sums.index_add_(0, level, rows)
 
     def collect(self) -> dict[str, float]:
-        """Means over all ranks since the last call, and start anew. Collective."""
+        """Means over all ranks since the last call; starts anew. Collective."""
         if distributed.world_size() > 1:
             dist.all_reduce(self.sums)
         sums = self.sums.to("cpu", copy=True)
@@ -121,18 +121,15 @@ class LossMeter:
 
 
 class Monitor:
-    """TensorBoard, the terminal's line and the rates; only rank 0 writes.
-
-    What must be summed over the ranks is collective.
-    """
+    """TensorBoard, the line on the terminal and the rates; only rank 0 writes."""
 
     def __init__(
         self, config: TrainConfig, clock: Clock, objective: Objective, loader: Loader, engine: Any
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
-        self.run_clock, self.objective, self.loader = clock, objective, loader
+        self.clock, self.objective, self.loader = clock, objective, loader
         self.device = torch.device(engine.device)
-        self.step_clock, self.times, self.profiler = StepClock(self.device), list[Tensor](), None
+        self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None
         self.shapes: Counter[tuple[int, int, int]] = Counter()
         """Steps by the height and width of their latents and by their number of text tokens."""
         self.meter = LossMeter(self.device)
@@ -141,7 +138,7 @@ class Monitor:
         self.flops: ModelFlops | None = None
         self.writer: SummaryWriter | None = None
         if distributed.is_main():
-            # Points beyond the step we resume from were written by a run that went on and was lost.
+            # Points after the step that the run resumes from were written by steps that are lost.
             purge = clock.step + 1 if clock.step else None
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
             if self.settings.mfu:
@@ -156,15 +153,15 @@ class Monitor:
 
     def restart(self) -> None:
         """Begin a new interval of rates."""
-        self.since, self.since_step = time.perf_counter(), self.run_clock.step
+        self.since, self.since_step = time.perf_counter(), self.clock.step
         self.waited_before_s = self.loader.wait_s
         self.shapes.clear()
         self.times.clear()
-        self.step_clock.reset()
+        self.stopwatch.reset()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what is done within out of the rates: saving and drawing are not training."""
+        """Leave saving and drawing out of the rates."""
         self.mark("other")
         begin = time.perf_counter()
         yield
@@ -173,10 +170,10 @@ class Monitor:
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark as that of data, forward, backward, optimizer or other."""
-        self.step_clock.mark(part)
+        self.stopwatch.mark(part)
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, its samples written down if the config asks for it."""
+        """The next batch; its samples are logged if the config asks for it."""
         self.mark("other")
         batch = next(batches)
         self.mark("data")
@@ -185,21 +182,21 @@ class Monitor:
         return batch
 
     def norms_if_due(self) -> BlockNorms | None:
-        """What watches the optimizer in a step that is logged."""
-        following = self.run_clock.step + 1
+        """What watches the optimizer in the next step, if that step is logged."""
+        following = self.clock.step + 1
         logged = following % self.settings.every_steps == 0
-        return self.norms if logged or following == self.run_clock.num_steps else None
+        return self.norms if logged or following == self.clock.num_steps else None
 
     def count(self, batch: Batch, draws: Draws, terms: list[Terms], accepted: bool) -> None:
-        """Take in a step that is done."""
+        """Count a finished step."""
         if accepted:
             for part in terms:
                 self.meter.add(part.t, part.named)
         self.times.append(draws.t)
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
         self.shapes[*batch.latent_size, text_length] += 1
-        self._profile(self.run_clock.step)
-        self.progress.update(self.task, completed=self.run_clock.step)
+        self._profile(self.clock.step)
+        self.progress.update(self.task, completed=self.clock.step)
 
     def log(self, engine: Any, optimizer: WithEMA, rejected: int) -> None:
         """Means and rates since the last call, to TensorBoard and the terminal. Collective."""
@@ -217,7 +214,7 @@ class Monitor:
         self.restart()
 
     def _write(self, writer: SummaryWriter, values: dict[str, float]) -> None:
-        clock, elapsed = self.run_clock, time.perf_counter() - self.since
+        clock, elapsed = self.clock, time.perf_counter() - self.since
         steps = clock.step - self.since_step
         values = values | self._speed(elapsed, steps)
         values["progress/images_seen"] = clock.images_seen
@@ -232,8 +229,8 @@ class Monitor:
             print(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left", flush=True)
 
     def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
-        """Rates of the interval. Image tokens alone are counted as tokens, padded text in the FLOPs."""
-        parts, batch = self.step_clock.collect(), self.run_clock.global_batch
+        """Rates of the interval. Only image tokens count as tokens; the FLOPs include padded text."""
+        parts, batch = self.stopwatch.collect(), self.clock.global_batch
         values = {
             f"step_ms/{part}": 1000 * s / steps for part, s in parts.items() if part != PAUSED
         }
@@ -251,14 +248,14 @@ class Monitor:
         return values
 
     def _measure_flops(self, writer: SummaryWriter) -> None:
-        """Count tokens and model FLOPs from here on; measure the device where no table knows it."""
+        """Count tokens and model FLOPs from now on; the device is measured where its peak is not known."""
         self.flops = ModelFlops(self.config.model)
         self.patch = getattr(self.config.model, "patch_size", 1)
         self.peak, source = peak_flops(self.device, self.config.engine.precision)
         writer.add_text("peak", f"{source}; times {distributed.world_size()} ranks", 0)
 
     def describe(self, num_parameters: int) -> None:
-        """The config as text, and hparams in the run's own writer."""
+        """Write the config as text and as hparams."""
         if self.writer is None:
             return
         from torch.utils.tensorboard.summary import hparams
@@ -274,7 +271,7 @@ class Monitor:
             self.writer.file_writer.add_summary(part)
 
     def _profile(self, step: int) -> None:
-        """Start after the step before the first to trace; write the trace after the last."""
+        """Start tracing after the step before the first one to trace; write the trace after the last."""
         if self.settings.profile_steps is None or not distributed.is_main():
             return
         first, last = self.settings.profile_steps
@@ -291,11 +288,11 @@ class Monitor:
     def scalars(self, values: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, self.run_clock.step)
+                self.writer.add_scalar(name, value, self.clock.step)
 
     def pictures(self, name: str, grid: UInt8[Tensor, "3 H W"]) -> None:
         if self.writer is not None:
-            self.writer.add_image(name, grid, self.run_clock.step)
+            self.writer.add_image(name, grid, self.clock.step)
 
     def close(self) -> None:
         self.progress.stop()
@@ -304,7 +301,7 @@ class Monitor:
 
 
 def progress_bar() -> Progress:
-    """A bar of steps with the last loss and speed."""
+    """A bar of steps with the latest loss and speed."""
     return Progress(
         TextColumn("train"),
         BarColumn(),
@@ -316,7 +313,7 @@ def progress_bar() -> Progress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most allocated on the GPU so far, or the most resident in this process."""
+    """The most bytes so far, allocated on the GPU or else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

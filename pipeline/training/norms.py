@@ -1,7 +1,7 @@
-"""Norms by block of the network: of gradient, update, weights, and weights less their average.
+"""Norms by block of the network: gradient, update, weights, and weights minus their average.
 
-Each rank sums over what it owns of the optimizer's tensors, in the steps that are logged only; one small
-reduction joins the ranks. Nothing is gathered.
+In logged steps, each rank sums over what it owns of the optimizer's tensors, and one small reduction adds the
+ranks' sums. Nothing is gathered.
 """
 
 import math
@@ -26,7 +26,7 @@ def block_of(name: str) -> str:
 
 
 class BlockNorms:
-    """Set as an optimizer's `watch` for one step, it sums squares by block; `collect` gives their roots."""
+    """Sums squares by block as an optimizer's `watch` for one step; `collect` returns their roots."""
 
     def __init__(self, engine: Any, device: torch.device):
         self.divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
@@ -60,9 +60,9 @@ class BlockNorms:
             self._add("ema_distance", parameter, parameter - state[parameter]["ema"])
 
     def collect(self, grad_norm: float | None) -> dict[str, float]:
-        """{"gradient_norm/BLOCK": ...} of the watched step, empty if it was skipped. Collective.
+        """{"gradient_norm/BLOCK": ...} for the watched step, empty if it was skipped. Collective.
 
-        The optimizer sees the clipped gradient; `grad_norm`, its norm before, scales it back.
+        The optimizer sees the clipped gradient; `grad_norm`, the norm before clipping, scales it back.
         """
         if self.divided:
             dist.all_reduce(self.sums)

@@ -1,8 +1,8 @@
-"""The optimizer's tensors as pieces of parameters, whatever the ZeRO stage, the precision and the number of ranks.
+"""The optimizer's tensors as pieces of parameters, for every ZeRO stage, precision and number of ranks.
 
-A rank saves, flat, the pieces of parameters and states that it owns, under STATE/PARAMETER. One index of all files
+A rank saves the pieces of parameters and states that it owns, flat, under STATE/PARAMETER. An index of all files
 says where in its parameter each piece begins. To load, a rank reads what overlaps the pieces that it owns now, so
-that no layout is ever converted into another. A state is `raw` (the fp32 weights), a moment, or an average.
+no layout is ever converted into another. A state is `raw` (the fp32 weights), a moment, or an average.
 """
 
 import json
@@ -16,18 +16,19 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.config import InputError
+from models.config import InputError, differences
 from pipeline import distributed
 from pipeline.training.ema import WithEMA
 
 INDEX = "index.json"
 RAW = "raw"
 
-Place = tuple[str, int, int]  # a file, the first element that it holds of a parameter, and how many
+Place = tuple[str, int, int]
+"""A file, the first element that it holds of a parameter, and the number of elements."""
 
 
 class Piece(NamedTuple):
-    """`size` elements of a parameter from `at` on, which lie in `tensor`, flat, from `start` on."""
+    """`size` elements of a parameter from element `at` on, which lie in the flat `tensor` from `start` on."""
 
     name: str
     at: int
@@ -36,26 +37,27 @@ class Piece(NamedTuple):
     size: int
 
     def of(self, state: Tensor) -> Tensor:
-        """The piece's view of a state that is shaped as `tensor`."""
+        """The piece of a state that has the shape of `tensor`, as a view."""
         return state.detach().view(-1)[self.start : self.start + self.size]
 
 
 def shape_of(parameter: Any) -> torch.Size:
-    """A parameter's whole shape; at stage 3 DeepSpeed leaves it empty between uses."""
+    """A parameter's whole shape; at stage 3 DeepSpeed keeps the parameter empty between uses."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """Each parameter's fp32 master where no ZeRO partitions it (stage 0)."""
+    """Each parameter's fp32 master at stage 0, where nothing is partitioned."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups"):  # bf16 beside whole fp32 copies
+    # In bf16, whole fp32 copies lie beside the parameters.
+    if hasattr(optimizer, "fp32_groups"):
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {p: m for low, high in pairs for p, m in zip(low, high, strict=True)}
     return {p: p for g in optimizer.param_groups for p in g["params"]}
 
 
 def owned_pieces(engine: Any) -> Iterator[Piece]:
-    """This rank's part of every parameter, none of them empty; at stage 0 the whole of each."""
+    """This rank's part of every parameter that it owns a part of; at stage 0 the whole of each."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     whole = masters(engine) if stage == 0 else {}
     for name, parameter in engine.module.named_parameters():
@@ -64,11 +66,11 @@ def owned_pieces(engine: Any) -> Iterator[Piece]:
         elif stage == 3:
             group, start, part = zero.grad_position[zero.get_param_id(parameter)]
             at = part * distributed.rank()
-            # The last rank's part may end in padding, which holds anything.
+            # The last rank's part may end in padding, whose content is undefined.
             if (size := min(part, parameter.ds_numel - at)) > 0:
                 yield Piece(name, at, zero.fp32_partitioned_groups_flat[group], start, size)
         elif (mapping := parameter._hp_mapping) is not None:
-            # Stage 1 in bf16 has an optimizer of its own.
+            # Stage 1 in bf16 has a class of its own in DeepSpeed.
             flats = getattr(zero, "fp32_groups_flat_partition", None)
             flats = flats or zero.single_partition_of_fp32_groups
             place, at = mapping.hp_fragment_address, mapping.lp_fragment_address.start
@@ -76,10 +78,11 @@ def owned_pieces(engine: Any) -> Iterator[Piece]:
 
 
 def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
-    """One rank's share of what all ranks hold alike: laid end to end, the pieces are cut into equal runs."""
+    """One rank's share of what all ranks hold: the pieces, laid end to end, are cut into equal parts."""
     total = sum(piece.size for piece in pieces)
     begin, end = total * rank // ranks, total * (rank + 1) // ranks
-    first = 0  # element of the piece, counted over all of them
+    # Number of elements before the piece.
+    first = 0
     for name, at, tensor, start, size in pieces:
         low, high = max(begin - first, 0), min(end - first, size)
         if low < high:
@@ -91,20 +94,22 @@ def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
 class Contents:
     """What the index says of one rank's file."""
 
-    places: dict[str, tuple[int, int]]  # first element and count by STATE/PARAMETER
-    shapes: dict[str, list[int]]  # of whole parameters
+    places: dict[str, tuple[int, int]]
+    """First element and number of elements by STATE/PARAMETER."""
+    shapes: dict[str, list[int]]
+    """Shapes of whole parameters."""
     optimizer_step: int
 
 
 def is_weights(state: str) -> bool:
-    """Whether a state is weights, raw or averaged, rather than a moment."""
+    """Whether a state holds weights, raw or averaged, and not a moment."""
     return state == RAW or state.startswith("ema")
 
 
 def collect(
     engine: Any, optimizer: WithEMA, states: Container[str] | None = None
 ) -> tuple[dict[str, Tensor], Contents]:
-    """A copy in CPU memory of what this rank has to save, of some states or of all that are up to date."""
+    """Copies in CPU memory of what this rank saves: `states`, or all that are up to date."""
     pieces = list(owned_pieces(engine))
     if engine.zero_optimization_stage() == 0:
         pieces = even_share(pieces, distributed.rank(), distributed.world_size())
@@ -114,7 +119,7 @@ def collect(
         found = {RAW: piece.tensor} | optimizer.state[piece.tensor]
         contents.optimizer_step = max(contents.optimizer_step, int(found.pop("step", 0)))
         for state, value in found.items():
-            # An average that the config no longer names has not been kept up.
+            # An average that the config no longer names is out of date.
             stale = is_weights(state) and state not in (RAW, *optimizer.decays)
             if stale or (states is not None and state not in states):
                 continue
@@ -138,9 +143,9 @@ def make_index(files: dict[str, Contents]) -> dict[str, Any]:
 
 
 def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
-    """The elements first to first + count of a parameter as runs in files: (file, begin, end) within the piece.
+    """Where elements first to first + count of a parameter lie: (file, begin, end) within each file's piece.
 
-    `places` are in order of their first elements. Raises ValueError where some of the elements are in none.
+    `places` are in order of their first elements. Raises ValueError where an element lies in none of them.
     """
     runs, at = [], first
     for file, begin, size in places:
@@ -154,7 +159,7 @@ def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
 
 
 class Pieces:
-    """What a folder holds. Files are mapped, and only those opened of which something is read."""
+    """What a folder holds. Files are mapped, and opened only when something in them is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -166,7 +171,7 @@ class Pieces:
         self._files: dict[str, Any] = {}
 
     def read(self, key: str, first: int, count: int) -> Tensor:
-        """Elements first to first + count of STATE/PARAMETER, flat; raises InputError where some are missing."""
+        """Elements first to first + count of STATE/PARAMETER, flat; raises InputError where one is missing."""
         try:
             runs = overlaps(self.places.get(key, []), first, count)
         except ValueError as error:
@@ -176,11 +181,11 @@ class Pieces:
             if file not in self._files:
                 self._files[file] = safe_open(self.folder / file, "pt")
             parts.append(self._files[file].get_slice(key)[begin:end])
-        # A lone part stays a view of the mapped file.
+        # A single part stays a view of the mapped file.
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def whole(self, state: str, name: str) -> Tensor:
-        """A parameter's state in its shape."""
+        """A state of a whole parameter, in its shape."""
         shape = torch.Size(self.shapes[name])
         return self.read(f"{state}/{name}", 0, shape.numel()).view(shape)
 
@@ -190,20 +195,20 @@ def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
     """Fill all that this rank owns; raises InputError where the pieces are of another network. Collective."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     own = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
-    if others := sorted(
-        n for n in own.keys() | stored.shapes if own.get(n) != stored.shapes.get(n)
-    ):
+    for name, (got, expected) in differences(stored.shapes, own).items():
         raise InputError(
-            f"{stored.folder}: is of another network: {others[0]} got {stored.shapes.get(others[0])}, expected "
-            f"{own.get(others[0])}. Remedy: the model section that the run began with."
+            f"{stored.folder}: is of another network: {name} got {got}, expected {expected}. Remedy: the model "
+            "section that the run began with."
         )
     if stage == 3:
-        zero.checkpoint_event_prologue()  # nothing stays gathered meanwhile
+        # Nothing may stay gathered meanwhile.
+        zero.checkpoint_event_prologue()
     for piece in owned_pieces(engine):
         state = optimizer.state[piece.tensor]
         for name in stored.states:
             key, tensor = f"{name}/{piece.name}", piece.tensor
-            if key not in stored.places:  # Muon's states are others than AdamW's
+            # Muon and AdamW keep different states.
+            if key not in stored.places:
                 continue
             if name != RAW:
                 tensor = state.setdefault(name, torch.zeros_like(piece.tensor))
@@ -224,9 +229,9 @@ def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
 
 @torch.no_grad()
 def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
-    """All fp32 weights by name on rank 0's CPU, "raw" or an average's; an empty dict elsewhere. Collective.
+    """All fp32 weights by name, "raw" or an average, on rank 0's CPU; empty on other ranks. Collective.
 
-    One parameter at a time, so that no device holds more than the largest beside its own.
+    They are gathered one at a time, so that no device holds more than the largest in addition to its own.
     """
     own = {piece.name: piece for piece in owned_pieces(engine)}
     divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
@@ -238,7 +243,8 @@ def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tenso
             # Before the first step an average is the weights.
             state = optimizer.state[piece.tensor].get(which, piece.tensor)
             value[piece.at : piece.at + piece.size] = piece.of(state)
-        if divided:  # as integers, so that every bit arrives, a negative zero's too
+        if divided:
+            # Reduced as integers, every bit arrives, even that of a negative zero.
             dist.reduce(value.view(torch.int32), 0)
         if distributed.is_main():
             weights[name] = value.view(shape).cpu()

@@ -1,7 +1,7 @@
-"""Steps that would do harm: a loss or gradient that is not finite, a loss far above the others.
+"""Rejection of harmful steps: those whose loss or gradient is not finite, or whose loss is far above the others.
 
-Such a step changes no parameter, moment or average on any rank, and the schedule does not move. It is
-counted and its samples are written to RUN/rejected.jsonl; too many in a row end the run.
+A rejected step changes no parameter, moment or average on any rank, and the schedule does not advance. It is
+counted, and its samples are written to RUN/rejected.jsonl; too many in a row end the run.
 """
 
 import json
@@ -24,18 +24,19 @@ from pipeline.training.forward import Terms
 
 
 class Rejection:
-    """Judges every step alike on all ranks. Its state, all of it JSON, belongs in the checkpoint."""
+    """Judges every step, with the same verdict on all ranks."""
 
     def __init__(self, config: TrainConfig, loader: Loader, engine: Any, optimizer: WithEMA):
         self.config, self.path = config.rejection, Path(config.run) / "rejected.jsonl"
         self.loader, self.engine, self.optimizer = loader, engine, optimizer
         self.total, self.in_a_row = 0, 0
         self.recent: deque[float] = deque(maxlen=self.config.window)
-        self.loss, self.reason = 0.0, ""  # of the step in hand
+        # Loss of the current step, and why it is rejected.
+        self.loss, self.reason = 0.0, ""
         self.skipped = self._skipped()
 
     def _skipped(self) -> int:
-        """Steps that DeepSpeed, or the optimizer where DeepSpeed does not look, found not to be finite."""
+        """Steps that DeepSpeed, or the optimizer in its place, skipped for a gradient that is not finite."""
         return self.engine.skipped_steps + self.optimizer.num_skipped
 
     def state(self) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Rejection:
         self.skipped = self._skipped()
 
     def judge(self, terms: list[Terms]) -> None:
-        """Before the optimizer's step: veto it for the mean loss of the global batch. Collective."""
+        """Before the optimizer's step, veto it if the mean loss of the global batch demands it. Collective."""
         loss = losses_of(terms).mean().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)
@@ -63,9 +64,9 @@ class Rejection:
         self.optimizer.veto = self.reason
 
     def settle(self, step: int, batch: Batch, terms: list[Terms]) -> bool:
-        """After the optimizer's step: whether it was taken. Collective.
+        """Whether the optimizer's step was taken. Collective.
 
-        Leaves with status 1 after too many rejected steps in a row.
+        Exits with status 1 after too many rejected steps in a row.
         """
         skipped = self._skipped()
         if skipped != self.skipped:
@@ -85,14 +86,14 @@ class Rejection:
         return False
 
     def _note(self, step: int, batch: Batch, losses: Tensor) -> None:
-        """Write down the samples whose loss (b,) is not finite, or, where there are none, all. Collective."""
-        snapshot = self.loader.era_at(batch.step).snapshot
+        """Write down the samples whose loss (b,) is not finite, or else all of them. Collective."""
+        mixture = self.loader.era_at(batch.step).mixture
         bad = ~torch.isfinite(losses)
         if not any(distributed.gather_objects(bool(bad.any()))):
             bad[:] = True
         rows = [
             {"index": int(batch.indices[i]), "loss": str(float(losses[i]))}
-            | snapshot.locate(int(batch.sample_ids[i]))
+            | mixture.locate(int(batch.sample_ids[i]))
             for i in bad.nonzero().flatten().tolist()
         ]
         everyone = distributed.gather_objects(rows)
@@ -105,5 +106,5 @@ class Rejection:
 
 
 def losses_of(terms: list[Terms]) -> Tensor:
-    """Loss of each of the rank's samples, (b,)."""
+    """Loss of each of this rank's samples, (b,)."""
     return torch.cat([part.named["loss"] for part in terms])

@@ -82,9 +82,9 @@ def link_shards(loader: Loader, folder: Path, step: int) -> None:
             windows = order.windows(partition, number * plan.global_batch // plan.partitions, epoch)
             for window in (next(windows) for _ in range(4)):
                 for shard in window.segments.shard.tolist():
-                    path = folder / era.snapshot.text("path", shard)
+                    path = folder / era.mixture.text("path", shard)
                     if not path.exists():
-                        kind = templates[era.snapshot.bucket(shard)]
+                        kind = templates[era.mixture.bucket(shard)]
                         path.hardlink_to(folder / f"template-{kind}.tar")
                         Path(index_path(str(path))).hardlink_to(folder / f"template-{kind}.idx.npy")
 
@@ -94,7 +94,7 @@ def resume(folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.perf_counter()
     config = DataConfig(path=str(folder), verify="size", prefetch=0)
-    loader = Loader(config, global_batch=GLOBAL_BATCH, seed=0, rank=3, world_size=RANKS)
+    loader = Loader(config, global_batch=GLOBAL_BATCH, seed=0, rank_of=(3, RANKS))
     opened = time.perf_counter()
     order = loader.first.order
     step = order.first_step(2) + int(np.random.default_rng().integers(loader.steps_per_epoch(2)))
@@ -107,7 +107,7 @@ def resume(folder: Path, results: "multiprocessing.Queue[dict[str, float]]") -> 
     next(batches)
     end = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read = np.zeros((NODES, len(loader.first.snapshot.sizes)), bool)
+    read = np.zeros((NODES, len(loader.first.mixture.sizes)), bool)
     for bucket in order.buckets:
         layout = bucket.layout(2)
         for partition in range(order.plan.partitions):

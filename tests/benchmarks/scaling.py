@@ -31,10 +31,11 @@ IDLE_S = 15.0
 
 READ = """
 import sys, time
-from pipeline.data.loader import DataConfig, Loader
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
 path, rank, ranks, batch, warm_up, steps = sys.argv[1], *map(int, sys.argv[2:])
-loader = Loader(DataConfig(path=path, prefetch=0, verify="size"), global_batch=batch, seed=0, rank=rank,
-                world_size=ranks, pin=False)
+loader = Loader(DataConfig(path=path, prefetch=0, verify="size"), global_batch=batch, seed=0,
+                rank_of=(rank, ranks))
 batches = loader.batches(0)
 for _ in range(warm_up):
     next(batches)

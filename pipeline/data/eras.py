@@ -1,0 +1,109 @@
+"""The eras of a run: which shards its epochs use. A new era begins where a dataset that may grow has grown."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.schema import SHARD_SCHEMA, parse_manifest
+from models.config import InputError
+from models.files import write_text
+from pipeline.data.datasets import Mixture, compute
+
+ERAS = "eras"
+"""Folder of a run that holds its eras."""
+
+WAIT_S = 600.0
+"""Longest wait of a rank for rank 0 to settle an epoch."""
+
+
+class Eras:
+    """Every era so far; rank 0 settles each epoch's data in a folder that all ranks see.
+
+    A run that is killed and resumed finds its own decisions there and repeats them. Without a folder a run
+    uses the datasets as they are.
+    """
+
+    def __init__(
+        self, folder: Path | None, rank: int, stop: threading.Event, look: Callable[[], Mixture]
+    ):
+        """`look` returns the datasets as they are now; `stop` ends the waiting for rank 0."""
+        self.folder, self.rank, self.stop, self.look = folder, rank, stop, look
+        self.now = look()
+        self.entries = [self._entry(0, 0)]
+        for path in sorted(folder.glob("epoch_*.json")) if folder else ():
+            self._follow(json.loads(path.read_text()))
+
+    def _entry(self, epoch: int, first_step: int) -> dict[str, Any]:
+        return {"epoch": epoch, "first_step": first_step, "datasets": self.now.identities()}
+
+    def _follow(self, entry: dict[str, Any]) -> None:
+        """Take in what was settled of an epoch: the first, or one later than all so far."""
+        if entry["epoch"] == 0:
+            self.entries[0] = entry
+        elif entry["datasets"] != self.entries[-1]["datasets"]:
+            self.entries.append(entry)
+
+    def settle(self, epoch: int, first_step: int) -> bool:
+        """Agree with all ranks on the data of an epoch; whether that changed what is known of the eras."""
+        if self.folder is None:
+            return False
+        before, path = list(self.entries), self.folder / f"epoch_{epoch:08d}.json"
+        if self.rank == 0 and not path.is_file():
+            if epoch:
+                self.now = self.look()
+            self._decide(path, self._entry(epoch, first_step))
+        end = time.monotonic() + WAIT_S
+        while not path.is_file():
+            if time.monotonic() > end or self.stop.wait(0.05):
+                raise TimeoutError(f"{path}: rank 0 has not settled the data of epoch {epoch}")
+        self._follow(json.loads(path.read_text()))
+        return self.entries != before
+
+    def _decide(self, path: Path, entry: dict[str, Any]) -> None:
+        """Let the run use the datasets as they are now from an epoch on."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for dataset in self.now.datasets:
+            kept = path.with_name(dataset.identity)
+            if not kept.with_suffix(".json").is_file():
+                pq.write_table(dataset.table, kept.with_suffix(".parquet"))
+                write_text(kept.with_suffix(".json"), dataset.manifest.model_dump_json())
+        write_text(path, json.dumps(entry))
+
+    def mixture(self, number: int) -> Mixture:
+        """An era's data; raises InputError where the datasets of today do not hold all its shards."""
+        identities = self.entries[number]["datasets"]
+        if identities != self.now.identities():
+            self.now = self.look()
+        if self.folder is None or identities == self.now.identities():
+            return self.now
+        if list(identities) != [dataset.name for dataset in self.now.datasets]:
+            raise InputError(
+                f"data.datasets: got {[d.name for d in self.now.datasets]}, expected {list(identities)}, "
+                f"as {self.folder} records of this run. Remedy: a new run, or the old datasets."
+            )
+        datasets = []
+        for dataset in self.now.datasets:
+            identity = identities[dataset.name]
+            record = self.folder / f"{identity}.json"
+            manifest = parse_manifest(record.read_text(), record)
+            table = pq.read_table(record.with_suffix(".parquet"), schema=SHARD_SCHEMA)
+            if not _contains(dataset.table, table):
+                raise InputError(
+                    f"{dataset.source.path}: was prepared again with other shards since this run began. "
+                    "Remedy: a new run, or the dataset as it was."
+                )
+            datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
+        return Mixture(datasets)
+
+
+def _contains(table: pa.Table, part: pa.Table) -> bool:
+    """Whether every shard of `part` is in `table`, by path and content."""
+    keys = [compute.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]
+    return compute.all(compute.is_in(keys[1], value_set=keys[0])).as_py()

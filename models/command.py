@@ -12,6 +12,7 @@ import typer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 from yaml import YAMLError
 
 from models.config import ConfigType, InputError, parse_config
@@ -66,11 +67,6 @@ def run_command(function: Callable[..., None], **settings: Any) -> None:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
     except InputError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[bold red]error[/] {_plain(error)}"
+            f"[bold red]error[/] {escape(str(error))}"
         )
         sys.exit(2)
-
-
-def _plain(error: Exception) -> str:
-    """The message with rich markup switched off, so that a path like [x] survives."""
-    return str(error).replace("[", "\\[")

@@ -11,34 +11,33 @@ from torch import Tensor
 class Conditions(NamedTuple):
     """What a network is told of each picture; None where the dataset has none, or the network takes none."""
 
-    text_emb: Tensor | None = None  # (B, L, E), text encoders one after another
-    text_mask: Tensor | None = None  # bool (B, L), True keeps; None: all tokens count
-    pooled: Tensor | None = None  # (B, P), text encoders side by side
-    micro: Tensor | None = None  # (B, 4), original height and width, crop top and left
-    label: Tensor | None = None  # int64 (B,); the number of classes stands for none of them
-    # (B, M), one per patch: the lowest choose those that `routing` or `masking` keeps; None: all are
-    token_scores: Tensor | None = None
+    text_emb: Float[Tensor, "B L E"] | None = None
+    """Tokens of the text encoders, one encoder after another."""
+    text_mask: Bool[Tensor, "B L"] | None = None
+    """True keeps a token; None keeps all."""
+    pooled: Float[Tensor, "B P"] | None = None
+    """Vectors of the text encoders, side by side."""
+    micro: Float[Tensor, "B 4"] | None = None
+    """Original height and width, top and left of the crop."""
+    label: Int[Tensor, " B"] | None = None
+    """Class; the number of classes stands for no class."""
+    token_scores: Float[Tensor, "B M"] | None = None
+    """Score of each patch: `routing` and `masking` keep the lowest; None keeps all."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Conditions":
         """The function's result in place of each tensor that is there."""
         return Conditions(*(None if value is None else function(value) for value in self))
 
 
-def check_shapes(
-    x_t: Float[Tensor, "B C h w"],
-    t: Float[Tensor, " B"],
-    text_emb: Float[Tensor, "B L E"] | None,
-    text_mask: Bool[Tensor, "B L"] | None,
-    pooled: Float[Tensor, "B P"] | None,
-    micro: Float[Tensor, "B 4"] | None,
-    label: Int[Tensor, " B"] | None,
-    token_scores: Float[Tensor, "B M"] | None,
-) -> None:
-    """Does nothing: under pytest this signature is checked, and with it that all are of as many pictures."""
+Fields: Any = tuple[tuple(Conditions.__annotations__.values())]
+
+
+def check_shapes(x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], conditions: Fields) -> None:
+    """Do nothing, except under pytest, which checks that shapes agree in all arguments and all conditions."""
 
 
 def given(name: str, value: Tensor | None) -> Tensor:
-    """The value; raises ValueError where a condition that the network was built for is left out."""
+    """The value of a condition that the network was built for; raises ValueError where there is none."""
     if value is None:
         raise ValueError(f"{name}: got None; this model was built to be conditioned on it")
     return value
@@ -47,7 +46,7 @@ def given(name: str, value: Tensor | None) -> Tensor:
 def example_conditions(
     config: Any, batch: int, latent_size: tuple[int, int], text_length: int
 ) -> Conditions:
-    """Zeros of every shape that a network of this config takes, on torch's default device and dtype."""
+    """Zeros, or ones, in the shapes that a network of this config takes; on torch's default device and dtype."""
     num_patches = latent_size[0] * latent_size[1] // config.latent_multiple**2
     routed = getattr(config, "span", None) is not None
     return Conditions(

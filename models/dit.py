@@ -2,18 +2,19 @@
 
 Text enters twice: its tokens by cross-attention in every block (PixArt-alpha 2310.00426), its pooled
 vector beside t in the modulation. `modulation: shared` is PixArt's adaLN-single: one projection for
-all blocks and a table a block.
+all blocks and a table per block.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, check_shapes, given
+from models.conditions import Conditions, given
 from models.layers import (
     Attention,
     AttentionFunction,
-    ConditionEmbedder,
     FeedForward,
     MLPEmbedder,
     Modulation,
@@ -21,13 +22,12 @@ from models.layers import (
     initialise,
     modulate,
     positions_2d,
-    unpatchify,
 )
 from models.networks import DiTConfig
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention on the text if there is one, MLP; the first and last modulated."""
+    """Self-attention, cross-attention to the text if there is any, MLP; the first and the last are modulated."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -61,18 +61,18 @@ class DiTBlock(nn.Module):
 class DiT(PatchTransformer):
     """Text- or class-conditioned DiT on latents of any size that the patch divides.
 
-    Training from scratch needs the zero initialisation done here: modulation, cross-attention's
-    and the network's last layer start at zero, so an untrained network returns exactly zero.
+    Modulation, the output of cross-attention and the last layer start at zero, as training from scratch
+    needs, so an untrained network returns exactly zero.
     """
 
     def __init__(self, config: DiTConfig):
-        super().__init__(config)
+        super().__init__(config, config.timestep_shift)
         dim, self.config = self.dim, config
-        self.time_text_embed = ConditionEmbedder(config, dim, config.timestep_shift)
         self.caption_projection = self.adaln_single = self.modulation_out = None
         if config.text_dim:
             self.caption_projection = MLPEmbedder(config.text_dim, dim, nn.GELU(approximate="tanh"))
-        self.transformer_blocks = nn.ModuleList(DiTBlock(config) for _ in range(self.depth))
+        blocks = [DiTBlock(config) for _ in range(self.depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         if config.modulation == "shared":
             self.adaln_single = Modulation(dim, 6)
@@ -80,28 +80,19 @@ class DiT(PatchTransformer):
         else:
             self.modulation_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, self.patch_dim)
-        zeros: list[nn.Module] = [m for m in self.modules() if isinstance(m, Modulation)]
-        zeros += [m.attn2.to_out for m in self.modules() if isinstance(m, DiTBlock) and m.attn2]
-        initialise(self, [*zeros, self.proj_out])
+        initialise(self, [self.proj_out, *(b.attn2.to_out for b in blocks if b.attn2)])
 
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
         return positions_2d(height, width, self.dim, device, self.config.position_extent)
 
-    def forward(
+    def transform(
         self,
-        x_t: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-        conditions: Conditions = Conditions(),
-    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
-        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
-
-        In training with `alignment` also the projection of each patch, for the alignment's loss.
-        """
-        check_shapes(x_t, t, *conditions)
-        height, width = x_t.shape[-2:]
-        p = self.config.patch_size
-        x, rope = self.embed(x_t)  # (B, N, D)
-        c = sum(self.time_text_embed(t, conditions))
+        x: Float[Tensor, "B N D"],
+        rope: Float[Tensor, "1 M e 2"] | None,
+        vectors: list[Float[Tensor, "B D"]],
+        conditions: Conditions,
+    ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
+        c: Any = sum(vectors)
         text = mask = None
         if self.caption_projection is not None:
             text = self.caption_projection(given("text_emb", conditions.text_emb))  # (B, L, D)
@@ -117,10 +108,6 @@ class DiT(PatchTransformer):
         if self.modulation_out is not None:
             table = self.modulation_out(c)  # (B, 2, D)
         else:
-            table = c[:, None] + self.scale_shift_table  # pyright: ignore[reportIndexIssue]
+            table = c[:, None] + self.scale_shift_table
         shift, scale = table.unsqueeze(2).unbind(1)
-        num = height * width // p**2
-        x = x[:, :num]  # without registers
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))  # (B, N, p*p*C)
-        out = unpatchify(x, p, height, width)
-        return out if projection is None else (out, projection[:, :num])
+        return self.proj_out(modulate(self.norm_out(x), shift, scale)), projection

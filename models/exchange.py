@@ -3,92 +3,98 @@
     network = to_diffusers(model, sample_size=32); network.save_pretrained(folder)
     load_weights(model, folder_or_file)
 
-Names are ours but for the rules below; a rule's `*` stands for every block, `@i` for the i-th third of a
-tensor. What a class cannot compute is refused, never dropped.
+A parameter has our name in every layout, but for the rules below. An option that a class cannot compute is refused,
+never dropped.
 """
 
 import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.config import InputError
 from models.layers import PROJECTOR, positions_2d
 from models.networks import DiTConfig, MMDiTConfig, NetworkConfig, TransformerConfig, UNetConfig
-from models.weights import brief, read_model_config
+from models.weights import brief, load_network, read_model_config
 
+DIT, PIXART, SD3 = "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
 FACEBOOK, OWN = "facebookresearch/DiT", "flowmill"
-# Layout -> (our prefix or infix, theirs); the first that matches is taken.
-RULES: dict[str, list[tuple[str, str]]] = {
-    "DiTTransformer2DModel": [
-        (r"^proj_in", "pos_embed.proj"),
-        (
-            r"^time_text_embed\.class_embedder",
-            "transformer_blocks.*.norm1.emb.class_embedder.embedding_table",
-        ),
-        (r"^time_text_embed", "transformer_blocks.*.norm1.emb"),
-        (r"^modulation_out\.linear", "proj_out_1"),
-        (r"^proj_out", "proj_out_2"),
-    ],
-    "PixArtTransformer2DModel": [
-        (r"^proj_in", "pos_embed.proj"),
-        (r"^time_text_embed", "adaln_single.emb"),
-    ],
-    "SD3Transformer2DModel": [
-        (r"^proj_in", "pos_embed.proj"),
-        (r"^position_table", "pos_embed.pos_embed"),
-    ],
-    "UNet2DConditionModel": [(r"^unet\.", "")],
-    OWN: [],
-    FACEBOOK: [
-        (r"^proj_in", "x_embedder.proj"),
-        (r"^time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
-        (r"^time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
-        (r"^time_text_embed\.class_embedder", "y_embedder.embedding_table"),
-        (r"^transformer_(.*)norm1\.linear", r"\1adaLN_modulation.1"),
-        (r"^transformer_(.*)attn1\.to_q", r"\1attn.qkv@0"),
-        (r"^transformer_(.*)attn1\.to_k", r"\1attn.qkv@1"),
-        (r"^transformer_(.*)attn1\.to_v", r"\1attn.qkv@2"),
-        (r"^transformer_(.*)attn1\.to_out\.0", r"\1attn.proj"),
-        (r"^transformer_(.*)ff\.net\.0\.proj", r"\1mlp.fc1"),
-        (r"^transformer_(.*)ff\.net\.2", r"\1mlp.fc2"),
-        (r"^modulation_out\.linear", "final_layer.adaLN_modulation.1"),
-        (r"^proj_out", "final_layer.linear"),
-    ],
+
+
+class Layout(NamedTuple):
+    """How weights are named outside, and which options of ours the network there has no place for, or needs."""
+
+    lacks: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    rules: dict[str, str] = {}
+    """Our name's pattern to theirs; the first that matches counts. `*` is any block, `@i` the i-th third of a tensor."""
+
+
+LAYOUTS = {
+    DIT: Layout(
+        lacks=("text_dim", "pooled_dim", "qk_norm"),
+        needs=("num_classes", "timestep_shift"),
+        rules={
+            r"^proj_in": "pos_embed.proj",
+            r"^time_text_embed\.class_embedder": (
+                "transformer_blocks.*.norm1.emb.class_embedder.embedding_table"
+            ),
+            r"^time_text_embed": "transformer_blocks.*.norm1.emb",
+            r"^modulation_out\.linear": "proj_out_1",
+            r"^proj_out": "proj_out_2",
+        },
+    ),
+    PIXART: Layout(
+        lacks=("pooled_dim", "num_classes", "timestep_shift", "qk_norm"),
+        needs=("text_dim", "position_extent"),
+        rules={r"^proj_in": "pos_embed.proj", r"^time_text_embed": "adaln_single.emb"},
+    ),
+    SD3: Layout(
+        lacks=("num_classes",),
+        needs=("pooled_dim",),
+        rules={r"^proj_in": "pos_embed.proj", r"^position_table": "pos_embed.pos_embed"},
+    ),
+    "UNet2DConditionModel": Layout(rules={r"^unet\.": ""}),
+    OWN: Layout(),
+    FACEBOOK: Layout(
+        lacks=("text_dim", "pooled_dim", "timestep_shift", "position_extent", "qk_norm"),
+        needs=("num_classes",),
+        rules={
+            r"^proj_in": "x_embedder.proj",
+            r"^time_text_embed\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+            r"^time_text_embed\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+            r"^time_text_embed\.class_embedder": "y_embedder.embedding_table",
+            r"^transformer_(.*)norm1\.linear": r"\1adaLN_modulation.1",
+            r"^transformer_(.*)attn1\.to_q": r"\1attn.qkv@0",
+            r"^transformer_(.*)attn1\.to_k": r"\1attn.qkv@1",
+            r"^transformer_(.*)attn1\.to_v": r"\1attn.qkv@2",
+            r"^transformer_(.*)attn1\.to_out\.0": r"\1attn.proj",
+            r"^transformer_(.*)ff\.net\.0\.proj": r"\1mlp.fc1",
+            r"^transformer_(.*)ff\.net\.2": r"\1mlp.fc2",
+            r"^modulation_out\.linear": "final_layer.adaLN_modulation.1",
+            r"^proj_out": "final_layer.linear",
+        },
+    ),
 }
-# What a layout has no place for, and what it cannot be without.
-LACKS = {
-    "DiTTransformer2DModel": ("text_dim", "pooled_dim"),
-    "PixArtTransformer2DModel": ("pooled_dim", "num_classes", "timestep_shift"),
-    "SD3Transformer2DModel": ("num_classes",),
-    FACEBOOK: ("text_dim", "pooled_dim", "timestep_shift", "position_extent"),
-}
-NEEDS = {
-    "DiTTransformer2DModel": ("num_classes", "timestep_shift"),
-    "PixArtTransformer2DModel": ("text_dim", "position_extent"),
-    "SD3Transformer2DModel": ("pooled_dim",),
-    FACEBOOK: ("num_classes",),
-}
-# Arguments of theirs that decide nothing here, or are looked at apart.
+# Arguments of diffusers' classes that decide nothing here, or that `check_config` compares by hand.
 IGNORED = ("sample_size", "interpolation_scale", "norm_eps", "out_channels", "num_embeds_ada_norm")
 
 
 def layout_of(config: NetworkConfig) -> str:
     """The diffusers class that computes what this network does; raises InputError naming what none can."""
-    if isinstance(config, DiTConfig):
-        shared = config.modulation == "shared"
-        layout = "PixArtTransformer2DModel" if shared else "DiTTransformer2DModel"
-    elif isinstance(config, MMDiTConfig):
-        layout = "SD3Transformer2DModel"
-    elif isinstance(config, UNetConfig):
+    if isinstance(config, UNetConfig):
         return "UNet2DConditionModel"
+    if isinstance(config, DiTConfig):
+        layout = PIXART if config.modulation == "shared" else DIT
+    elif isinstance(config, MMDiTConfig):
+        layout = SD3
     else:
         raise InputError(f"model.kind: got {config.kind}, which diffusers has no class for")
     check_layout(config, layout)
@@ -97,18 +103,15 @@ def layout_of(config: NetworkConfig) -> str:
 
 def check_layout(config: NetworkConfig, layout: str) -> None:
     """Raises InputError naming each option that the layout has no place for, or needs."""
-    never = ["size_conditioning", "rope", "register_tokens"]
-    if layout != "SD3Transformer2DModel":
-        never.append("qk_norm")
-    values = {name: getattr(config, name, None) for name in type(config).model_fields}
+    values, (lacks, needs, _) = dict(config), LAYOUTS[layout]
     lines = [
         f"model.{name}: got {values[name]}, which {layout} has no place for"
-        for name in (*never, *LACKS[layout])
+        for name in ("size_conditioning", "rope", "register_tokens", *lacks)
         if values.get(name)
     ]
     lines += [
         f"model.{name}: got {values.get(name)}, but {layout} needs it"
-        for name in NEEDS[layout]
+        for name in needs
         if not values.get(name)
     ]
     if values.get("mlp_ratio") not in (None, 4):
@@ -118,7 +121,7 @@ def check_layout(config: NetworkConfig, layout: str) -> None:
 
 
 def diffusers_config(config: NetworkConfig, sample_size: int | None = None) -> dict[str, Any]:
-    """Arguments of the diffusers class; `sample_size`, a latent's side, is its pipeline's default."""
+    """Arguments of the diffusers class; `sample_size`, a latent's side, becomes the default of its pipeline."""
     layout = layout_of(config)
     if isinstance(config, UNetConfig):
         return config.diffusers() | {"sample_size": sample_size}
@@ -143,11 +146,9 @@ def diffusers_config(config: NetworkConfig, sample_size: int | None = None) -> d
             "qk_norm": "rms_norm" if config.qk_norm else None,
         }
     assert isinstance(config, DiTConfig)
-    side = round(config.position_extent or 16)
-    if sample_size is not None:
-        side = sample_size // config.patch_size
+    side = sample_size // config.patch_size if sample_size else round(config.position_extent or 16)
     arguments |= {"sample_size": side * config.patch_size, "norm_eps": 1e-6}
-    if layout == "DiTTransformer2DModel":
+    if layout == DIT:
         if config.position_extent not in (None, side):
             raise InputError(
                 f"sample_size: got {sample_size}, but model.position_extent={config.position_extent} "
@@ -163,12 +164,9 @@ def diffusers_config(config: NetworkConfig, sample_size: int | None = None) -> d
 
 
 def places(name: str, layout: str, depth: int) -> list[tuple[str, int | None]]:
-    """Where our parameter lies in the layout: keys, each with the third of it or None for all."""
-    key = name
-    for ours, theirs in RULES[layout]:
-        if re.search(ours, name):
-            key = re.sub(ours, theirs, name)
-            break
+    """Where our parameter lies in the layout: keys, each with the third of that tensor, or None for all of it."""
+    matching = (rule for rule in LAYOUTS[layout].rules.items() if re.search(rule[0], name))
+    key = re.sub(*rule, name) if (rule := next(matching, None)) else name
     key, _, rest = key.partition("@")
     third = int(rest[0]) if rest else None
     key += rest[1:]
@@ -176,7 +174,7 @@ def places(name: str, layout: str, depth: int) -> list[tuple[str, int | None]]:
 
 
 def to_theirs(name: str, tensor: Tensor, key: str, channels: int) -> Tensor:
-    """Patches are a linear here and a convolution there."""
+    """The tensor as the layout has it, where embedding patches is a convolution; here it is a linear."""
     if name == "proj_in.weight":
         side = round((tensor.shape[1] / channels) ** 0.5)
         return tensor.view(-1, side, side, channels).permute(0, 3, 1, 2)
@@ -184,7 +182,7 @@ def to_theirs(name: str, tensor: Tensor, key: str, channels: int) -> Tensor:
 
 
 def to_ours(name: str, tensor: Tensor, own: Tensor, channels: int) -> Tensor:
-    """Inverse of `to_theirs`; of an output with learned variances (2102.09672) the prediction alone."""
+    """Inverse of `to_theirs`; an output with learned variances (2102.09672) keeps the prediction alone."""
     if name == "proj_in.weight":
         tensor = tensor.permute(0, 2, 3, 1).flatten(1)
     elif name == "position_table":
@@ -194,36 +192,33 @@ def to_ours(name: str, tensor: Tensor, own: Tensor, channels: int) -> Tensor:
     return tensor
 
 
-def export_weights(
-    model: nn.Module, layout: str, sample_size: int | None = None
-) -> dict[str, Tensor]:
-    """The model's weights under the layout's names, those included that it has and we compute."""
-    config: Any = model.config
-    parts: dict[str, dict[int | None, Tensor]] = {}
-    weights = model.state_dict()
+def export_weights(model: Any, layout: str, sample_size: int | None = None) -> dict[str, Tensor]:
+    """The model's weights under the layout's names, with the tensors there that we compute."""
+    config, weights = model.config, model.state_dict()
+    parts: dict[str, list[Tensor]] = {}
     for name, tensor in weights.items():
-        for key, third in places(name, layout, len(model.blocks)):  # pyright: ignore[reportArgumentType]
-            converted = to_theirs(name, tensor, key, config.latent_channels)
-            parts.setdefault(key, {})[third] = converted
-    theirs = {key: torch.cat(list(part.values())) for key, part in parts.items()}
+        for key, _ in places(name, layout, len(model.blocks)):
+            parts.setdefault(key, []).append(to_theirs(name, tensor, key, config.latent_channels))
     dtype = next(iter(weights.values())).dtype
-    theirs = computed(config, layout, sample_size, dtype) | theirs
+    theirs = computed(config, layout, sample_size, dtype)
+    theirs |= {key: torch.cat(part) for key, part in parts.items()}
     return {key: tensor.contiguous() for key, tensor in theirs.items()}
 
 
 def computed(
     config: Any, layout: str, sample_size: int | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Tensors of the layout that no parameter here stands for: fixed positions, unused projections."""
+    """Tensors of the layout that are no parameters here: fixed positions, unused projections."""
     cpu = torch.device("cpu")
     if layout == FACEBOOK:
         side = (sample_size or 32) // config.patch_size
         return {"pos_embed": positions_2d(side, side, config.shape()[0], cpu)[None].to(dtype)}
-    if layout != "SD3Transformer2DModel":
+    if layout != SD3:
         return {}
     dim, depth, heads = config.shape()
+    # The text queries of the last block, whose results go nowhere.
     last = f"transformer_blocks.{depth - 1}.attn."
-    extra = {  # the last block's text queries, whose results go nowhere
+    extra = {
         f"{last}add_q_proj.weight": torch.zeros(dim, dim, dtype=dtype),
         f"{last}add_q_proj.bias": torch.zeros(dim, dtype=dtype),
     }
@@ -234,32 +229,25 @@ def computed(
     return extra | {"pos_embed.pos_embed": table[None].to(dtype)}
 
 
-def to_diffusers(model: nn.Module, sample_size: int | None = None) -> Any:
-    """The diffusers network with this model's weights, which the two share, ready to save."""
-    config: Any = model.config
-    layout = layout_of(config)
-    network = getattr(diffusers, layout)(**diffusers_config(config, sample_size))
+def to_diffusers(model: Any, sample_size: int | None = None) -> Any:
+    """The diffusers network, ready to save, with this model's weights, which the two share."""
+    layout = layout_of(model.config)
+    network = getattr(diffusers, layout)(**diffusers_config(model.config, sample_size))
     network.load_state_dict(export_weights(model, layout, sample_size), assign=True)
     return network.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Weights from a diffusers folder, or a file in our names or the original DiT's; all of them, or InputError."""
+def load_weights(model: Any, path: str | Path) -> None:
+    """Load all weights from a diffusers folder, or a file in our names or the original DiT's; raises InputError."""
     path, config = Path(path), model.config
     if path.is_dir():
         name = read_model_config(path, "a diffusers network").get("_class_name")
-        layout = layout_of(config)  # pyright: ignore[reportArgumentType]
-        legacy = (
-            isinstance(config, DiTConfig) and name == "Transformer2DModel"
-        )  # its name until 2024
+        layout = layout_of(config)
+        # The name of both classes of DiTConfig until 2024.
+        legacy = isinstance(config, DiTConfig) and name == "Transformer2DModel"
         if name != layout and not legacy:
             raise InputError(f"{path}: _class_name got {name!r}, expected {layout} for this model")
-        try:
-            network = getattr(diffusers, layout).from_pretrained(
-                path, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot load {layout}: {brief(error)}") from error
+        network = load_network("diffusers", layout, path)
         check_config(config, network.config, path)
         import_weights(model, network.state_dict(), layout, path)
         return
@@ -272,14 +260,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise InputError(f"{path}: cannot read weights: {brief(error)}") from error
     layout = FACEBOOK if "blocks.0.attn.qkv.weight" in weights else OWN
     if layout == FACEBOOK:
-        check_layout(config, layout)  # pyright: ignore[reportArgumentType]
+        check_layout(config, layout)
     import_weights(model, weights, layout, path)
 
 
 def check_config(config: Any, theirs: Any, path: Path) -> None:
-    """Raises InputError with each argument in which the checkpoint is another network than the config's."""
+    """Raises InputError with each argument in which the checkpoint's network differs from the config's."""
+    layout = layout_of(config)
     with torch.device("meta"):
-        ours = getattr(diffusers, layout_of(config))(**diffusers_config(config)).config
+        ours = getattr(diffusers, layout)(**diffusers_config(config)).config
 
     def plain(value: Any) -> str:
         return json.dumps(value or None)
@@ -290,29 +279,23 @@ def check_config(config: Any, theirs: Any, path: Path) -> None:
         for name in names
         if plain(theirs[name]) != plain(ours[name])
     ]
-    if isinstance(config, DiTConfig) and config.position_extent:
+    if wanted := getattr(config, "position_extent", None):
         extent = theirs["sample_size"] // config.patch_size
-        if config.modulation == "shared":
+        if layout == PIXART:
             extent /= theirs["interpolation_scale"] or max(theirs["sample_size"] // 64, 1)
-        if extent != config.position_extent:
+        if extent != wanted:
             lines.append(f"{path}: its positions need model.position_extent={extent}")
-    if isinstance(config, MMDiTConfig):
-        side = theirs["sample_size"] // config.patch_size
-        if side != config.position_extent:
-            lines.append(f"{path}: its positions need model.position_extent={side}")
     if lines:
         raise InputError("\n".join(lines))
 
 
-def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, path: Path) -> None:
-    """Copy every weight into the model; raises InputError for any that lacks, is left over or does not fit."""
-    config: Any = model.config
-    channels, loaded = config.latent_channels, {}
-    whole_model = model.state_dict()
-    own = {name: t for name, t in whole_model.items() if not name.startswith(PROJECTOR)}
-    known: set[str] = set()
+def import_weights(model: Any, weights: dict[str, Tensor], layout: str, path: Path) -> None:
+    """Copy every weight into the model; raises InputError for any that is missing, left over or does not fit."""
+    config, own, known = model.config, model.state_dict(), set()
     for name, tensor in own.items():
-        keys = places(name, layout, len(model.blocks))  # pyright: ignore[reportArgumentType]
+        if name.startswith(PROJECTOR):
+            continue
+        keys = places(name, layout, len(model.blocks))
         known |= {key for key, _ in keys}
         if lacks := [key for key, _ in keys if key not in weights]:
             raise InputError(f"{path}: lacks {lacks[0]}, which the model section needs")
@@ -321,13 +304,15 @@ def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, pa
         ]
         if any(not torch.equal(whole[0], other) for other in whole[1:]):
             raise InputError(f"{path}: {keys[0][0]} differs from block to block; here it is one")
-        value = whole[0] if layout == OWN else to_ours(name, whole[0], tensor, channels)
+        value = whole[0]
+        if layout != OWN:
+            value = to_ours(name, value, tensor, config.latent_channels)
         if value.shape != tensor.shape:
             raise InputError(
                 f"{path}: {keys[0][0]} got shape {tuple(whole[0].shape)}, the model section's {name} "
                 f"has {tuple(tensor.shape)}"
             )
-        loaded[name] = value
+        own[name] = value
     side = round(weights["pos_embed"].shape[1] ** 0.5) if "pos_embed" in weights else 0
     extra = computed(config, layout, side * getattr(config, "patch_size", 1), torch.float32)
     for key in weights.keys() - known:
@@ -335,9 +320,8 @@ def import_weights(model: nn.Module, weights: dict[str, Tensor], layout: str, pa
             raise InputError(
                 f"{path}: {key} has no place in this model. Remedy: another model section"
             )
-        fixed = "pos_embed" in key
-        if fixed and not torch.allclose(weights[key].float(), extra[key], atol=1e-3):
+        if "pos_embed" in key and not torch.allclose(weights[key].float(), extra[key], atol=1e-3):
             raise InputError(
                 f"{path}: {key} is not the fixed table. Remedy: model.learned_positions=true"
             )
-    model.load_state_dict(whole_model | loaded)
+    model.load_state_dict(own)

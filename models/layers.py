@@ -3,6 +3,7 @@
 Parameter names follow diffusers' where the maths is the same, so that weights carry over.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Conditions, given
+from models.conditions import Conditions, check_shapes, given
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig, Span, TransformerConfig
 
-PROJECTOR = "projector."  # parameters that only training has
+PROJECTOR = "projector."
+"""How the names of parameters begin that only training has."""
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -49,7 +51,7 @@ def unpatchify(
 def sinusoid(x: Float[Tensor, "*S"], dim: int, shift: int = 0) -> Float[Tensor, "*S D"]:
     """cos then sin at `dim`/2 geometric frequencies, fp32 whatever the network's dtype.
 
-    At 1000 t in bf16 the argument would be off by up to 2 radians. The last frequency is 1e-4 with
+    In bf16 an argument of 1000 t would be off by up to 2 radians. The last frequency is 1e-4 with
     shift 1, one step before it with 0.
     """
     half = dim // 2
@@ -70,9 +72,9 @@ def positions_2d(
 ) -> Float[Tensor, "N D"]:
     """Fixed sine-cosine position of each patch of a height x width grid (MAE 2111.06377, DiT).
 
-    First half of the features is the column, second the row; sin then cos in each. Positions count
-    patches; with `extent` they run from 0 to it whatever the size (PixArt), with `grid` too they are the
-    middle of a square of `grid` patches that does (SD3). A table stays cached, since buckets recur.
+    The first half of the features encodes the column, the second the row; sin then cos in each. Positions
+    count patches. With `extent` they run from 0 to it whatever the size (PixArt); with `grid` too, a square of
+    `grid` patches runs from 0 to `extent`, and the positions are its middle (SD3).
     """
     quarter = dim // 4
     omega = 1.0 / 1e4 ** (torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
@@ -99,7 +101,7 @@ def positions_2d(
 def rope_2d(
     height: int, width: int, head_dim: int, device: torch.device
 ) -> Float[Tensor, "1 N d 2"]:
-    """cos and sin of each patch's rotations (RoFormer 2104.09864): half the pairs by row, half by column."""
+    """cos and sin of each patch's rotations (RoFormer 2104.09864): half the pairs turn by row, half by column."""
     quarter = head_dim // 4
     omega = 1e4 ** -(torch.arange(quarter, device=device) / quarter)
     row, column = torch.meshgrid(
@@ -112,7 +114,7 @@ def rope_2d(
 def rotate(
     x: Float[Tensor, "B N H d"], rope: Float[Tensor, "R M e 2"] | None
 ) -> Float[Tensor, "B N H d"]:
-    """Turn the pairs (i, i + d/2) of the first M tokens; what follows them has no place."""
+    """Turn the pairs (i, i + d/2) of the first M tokens; the tokens after them have no position."""
     if rope is None:
         return x
     cos, sin = rope[:, :, None].unbind(-1)  # (R, M, 1, d/2)
@@ -123,7 +125,7 @@ def rotate(
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with an activation between: for t, pooled text, caption tokens."""
+    """Two linear layers with an activation between, for t, pooled text or caption tokens."""
 
     def __init__(self, in_dim: int, dim: int, activation: nn.Module):
         super().__init__()
@@ -149,9 +151,9 @@ class TimestepEmbedder(MLPEmbedder):
 
 
 class ConditionEmbedder(nn.Module):
-    """t and the vectors that the config has, each embedded: pooled text, class, original size and crop."""
+    """Embeds t and whichever of these the config has: pooled text, original size and crop, class."""
 
-    def __init__(self, config: NetworkConfig, dim: int, shift: int = 0):
+    def __init__(self, config: NetworkConfig, dim: int, shift: int):
         super().__init__()
         self.timestep_embedder = TimestepEmbedder(dim, shift)
         self.text_embedder = self.size_embedder = self.class_embedder = None
@@ -175,7 +177,7 @@ class ConditionEmbedder(nn.Module):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's scaled dot-product attention; q, k, v (B, L, heads, d), mask (B, 1, 1, L_k) bool."""
+    """torch's scaled dot-product attention of q, k, v (B, L, heads, d) under a bool mask (B, 1, 1, L_k)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -186,7 +188,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     bias = None
     if mask is not None:
-        # Its kernels want the bias's rows aligned to 8: allocate wider, then cut.
+        # Its kernels want the rows of the bias aligned to 8, so it is allocated wider, then cut.
         length = k.shape[1]
         wide = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], -(-length // 8) * 8)
         bias = wide[..., :length].masked_fill_(~mask, float("-inf"))
@@ -204,7 +206,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     lengths = keep.sum(1, dtype=torch.int32)
     ends_k = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     ends_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    sizes = (length, k.shape[1])  # the latter a bound, so that nothing waits for the lengths
+    # The longest key is bounded rather than looked up, so that the CPU does not wait for the GPU.
+    sizes = (length, k.shape[1])
     out = flash_attn_varlen_func(q.flatten(0, 1), k[keep], v[keep], ends_q, ends_k, *sizes)
     return out.unflatten(0, (batch, length))
 
@@ -229,7 +232,7 @@ def attention_backend(name: str, device_type: str, dtype: torch.dtype) -> Attent
 
 
 class Attention(nn.Module):
-    """Multi-head attention, on itself or across `context_dim`; QK-norm is RMSNorm a head (2302.05442)."""
+    """Multi-head attention, to itself or to a context; QK-norm is an RMSNorm per head (2302.05442)."""
 
     def __init__(
         self,
@@ -270,7 +273,7 @@ def qk_normalisation(head_dim: int, used: bool) -> nn.Module:
 
 
 class GELUProjection(nn.Module):
-    """Linear then tanh GELU; a module of its own only for diffusers' parameter names."""
+    """Linear then tanh GELU, a module of its own for the sake of diffusers' parameter names."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -281,7 +284,7 @@ class GELUProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's MLP, `net.0` up with GELU and `net.2` down."""
+    """The transformer's MLP: `net.0` widens, with GELU, and `net.2` narrows."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -294,7 +297,7 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN-Zero's SiLU and linear, zero at the start, so that every block begins as the identity."""
+    """adaLN-Zero's SiLU and linear; starts at zero, so that every block begins as the identity."""
 
     def __init__(self, dim: int, num: int):
         super().__init__()
@@ -311,9 +314,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def kept_patches(scores: Float[Tensor, "B M"], span: Span) -> Int[Tensor, "B K"]:
-    """The patches of the lowest scores, in order: a random part of fixed size, if scores are random."""
-    kept = scores.argsort(dim=1)[:, : span.num_kept(scores.shape[1])]
-    return kept.sort(dim=1).values
+    """The patches with the lowest scores, in order: of random scores, a random part of fixed size."""
+    num_kept = scores.shape[1] - int(scores.shape[1] * span.ratio)
+    return scores.argsort(dim=1)[:, :num_kept].sort(dim=1).values
 
 
 def kept_pixels(
@@ -339,18 +342,13 @@ def put_back(
     return torch.cat([patches, x[:, num:]], dim=1)
 
 
-class Projector(nn.Sequential):
-    """REPA's three layers from the network's patches to the features of a vision encoder (2410.06940, A)."""
-
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int):
-        layers = [nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)]
-        super().__init__(*layers, nn.SiLU(), nn.Linear(hidden_dim, out_dim))
-
-
 class PatchTransformer(nn.Module):
     """What the transformers share: patches in and out, positions, registers, how blocks are run."""
 
-    def __init__(self, config: TransformerConfig):
+    transform: Callable[..., tuple[Tensor, Tensor | None]]
+    """What a subclass does: tokens, RoPE's table, vectors and conditions to predicted patches and the projection."""
+
+    def __init__(self, config: TransformerConfig, timestep_shift: int = 0):
         super().__init__()
         self.config = config
         self.dim, self.depth, self.num_heads = config.shape()
@@ -362,13 +360,14 @@ class PatchTransformer(nn.Module):
         self.registers = None
         if config.register_tokens:  # 2309.16588
             self.registers = nn.Parameter(torch.randn(config.register_tokens, self.dim) * 0.02)
-
-        # In training alone, and left out where the weights are given away.
+        # REPA's three layers (2410.06940, A), in training alone: exported weights leave them out.
         self.projector, self.aligned = None, 0
         if isinstance(config, RoutedConfig) and config.alignment is not None:
             self.aligned = config.alignment_block()
-            hidden = config.alignment.hidden_size
-            self.projector = Projector(self.dim, hidden, config.vision_dim or 0)
+            sizes = [self.dim, *[config.alignment.hidden_size] * 2, config.vision_dim or 0]
+            first, second, third = (nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+            self.projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+        self.time_text_embed = ConditionEmbedder(config, self.dim, timestep_shift)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -380,7 +379,7 @@ class PatchTransformer(nn.Module):
     def embed(
         self, x_t: Float[Tensor, "B C h w"]
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "1 M e 2"] | None]:
-        """Tokens, registers last, and RoPE's table where the config has it instead of fixed positions."""
+        """Tokens, registers last, and RoPE's table where the config has `rope` instead of fixed positions."""
         p = self.config.patch_size
         size = (x_t.shape[-2] // p, x_t.shape[-1] // p)
         x = self.proj_in(patchify(x_t, p).to(self.proj_in.weight.dtype))
@@ -393,17 +392,34 @@ class PatchTransformer(nn.Module):
             x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)
         return x, rope
 
+    def forward(
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: Float[Tensor, " B"],
+        conditions: Conditions = Conditions(),
+    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
+        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
+
+        In training with `alignment` also the projection of each patch, for the alignment loss.
+        """
+        check_shapes(x_t, t, conditions)
+        vectors = self.time_text_embed(t, conditions)
+        x, projection = self.transform(*self.embed(x_t), vectors, conditions)
+        out = unpatchify(x, self.config.patch_size, *x_t.shape[-2:])
+        return out if projection is None else (out, projection)
+
     def through(
         self,
         x: Float[Tensor, "B N D"],
         rope: Float[Tensor, "1 M e 2"] | None,
         token_scores: Float[Tensor, "B M"] | None,
         step: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N V"] | None]:
-        """All blocks in turn by `step`; given scores, those of the config's span on the kept patches alone.
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M V"] | None]:
+        """Run all blocks in turn by `step`; with scores, the blocks of the config's span see the kept patches alone.
 
-        Also, in training with `alignment`, the projection of what a block gave.
+        Returns the patches, without registers, and in training with `alignment` the projection of one block's.
         """
+        num = x.shape[1] - self.config.register_tokens
         projection = span = None
         if token_scores is not None and isinstance(self.config, RoutedConfig):
             span = self.config.span
@@ -418,8 +434,8 @@ class PatchTransformer(nn.Module):
                 x, rope, kept = put_back(whole, kept, x), whole_rope, None
             x = step(block, x, rope)
             if self.projector is not None and self.training and number + 1 == self.aligned:
-                projection = self.projector(x)
-        return x if kept is None else put_back(whole, kept, x), projection
+                projection = self.projector(x)[:, :num]
+        return (x if kept is None else put_back(whole, kept, x))[:, :num], projection
 
     def attend(self, x: Tensor) -> AttentionFunction:
         """The attention that the config asks for, if it runs on x's device and dtype."""
@@ -432,13 +448,13 @@ class PatchTransformer(nn.Module):
 
 
 def compile_blocks(model: Any, fullgraph: bool = True, backend: Any = "inductor") -> None:
-    """torch.compile each block: one graph for all alike, minutes less than the whole network."""
+    """Compile each block: those alike share a graph, which takes minutes less than the whole network."""
     for block in model.blocks:
         block.compile(fullgraph=fullgraph, backend=backend)
 
 
 def initialise(model: PatchTransformer, zeros: list[nn.Module]) -> None:
-    """DiT's initialisation: Xavier for linears, 0.02 for conditions' embeddings, zero for `zeros`.
+    """Initialise as DiT: Xavier for linears, std 0.02 for embeddings of conditions, zero for modulation and `zeros`.
 
     Under muP every linear has the variance 1 / fan_in (2203.03466, table 8).
     """
@@ -451,10 +467,9 @@ def initialise(model: PatchTransformer, zeros: list[nn.Module]) -> None:
                 nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for embedder in (m for m in model.modules() if isinstance(m, ConditionEmbedder)):
-        for part in embedder.modules():
-            if isinstance(part, nn.Embedding if mup else nn.Linear | nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-    for module in zeros:
+    for part in model.time_text_embed.modules():
+        if isinstance(part, nn.Embedding if mup else nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+    for module in (*zeros, *(m for m in model.modules() if isinstance(m, Modulation))):
         for parameter in module.parameters():
             nn.init.zeros_(parameter)

@@ -1,7 +1,7 @@
 """MMDiT (SD3, Esser 2403.03206): text and patches in two streams that meet in every attention.
 
-`qk_norm` and `dual_attention_layers` are SD3.5's. Unlike theirs, padded text can be masked. The last block
-has no text stream to go on with: there text gives keys and values only.
+`qk_norm` and `dual_attention_layers` are SD3.5's. Unlike theirs, padded text can be masked. The text stream ends
+in the last block, where text gives keys and values only.
 """
 
 import torch
@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, check_shapes, given
+from models.conditions import Conditions, given
 from models.config import InputError
 from models.layers import (
     Attention,
     AttentionFunction,
-    ConditionEmbedder,
     FeedForward,
     Modulation,
     PatchTransformer,
@@ -23,13 +22,12 @@ from models.layers import (
     positions_2d,
     qk_normalisation,
     rotate,
-    unpatchify,
 )
 from models.networks import MMDiTConfig
 
 
 class JointAttention(Attention):
-    """Patches and text attend to both; text has projections of its own."""
+    """Attention of patches and text to both, text with projections of its own."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, last: bool):
         super().__init__(dim, num_heads, qk_norm=qk_norm)
@@ -62,7 +60,7 @@ class JointAttention(Attention):
 
 
 class MMDiTBlock(nn.Module):
-    """Joint attention, with `dual` a second one of the patches alone, and an MLP for each stream."""
+    """Joint attention, with `dual` a second attention among the patches, and an MLP for each stream."""
 
     def __init__(self, config: MMDiTConfig, dual: bool, last: bool):
         super().__init__()
@@ -115,7 +113,6 @@ class MMDiT(PatchTransformer):
             raise InputError(
                 "model.text_dim: got none, but mmdit needs text tokens. Remedy: kind dit"
             )
-        self.time_text_embed = ConditionEmbedder(config, dim)
         self.context_embedder = nn.Linear(config.text_dim, dim)
         self.transformer_blocks = nn.ModuleList(
             MMDiTBlock(config, i < config.dual_attention_layers, i == self.depth - 1)
@@ -130,8 +127,7 @@ class MMDiT(PatchTransformer):
             device = self.proj_in.weight.device
             table = positions_2d(grid, grid, dim, device, config.position_extent, grid)
             self.position_table = nn.Parameter(table.clone())
-        modulations = [m for m in self.modules() if isinstance(m, Modulation)]
-        initialise(self, [*modulations, self.proj_out])
+        initialise(self, [self.proj_out])
 
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
         grid, extent = self.config.position_grid, self.config.position_extent
@@ -141,23 +137,15 @@ class MMDiT(PatchTransformer):
         table = self.position_table.view(grid, grid, -1)
         return table[top : top + height, left : left + width].flatten(0, 1)
 
-    def forward(
+    def transform(
         self,
-        x_t: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-        conditions: Conditions = Conditions(),
-    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
-        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
-
-        In training with `alignment` also the projection of each patch, for the alignment's loss.
-        """
-        check_shapes(x_t, t, *conditions)
-        height, width = x_t.shape[-2:]
-        x, rope = self.embed(x_t)  # (B, N, D)
-        c = sum(self.time_text_embed(t, conditions))
-        text = self.context_embedder(
-            given("text_emb", conditions.text_emb).to(x.dtype)
-        )  # (B, L, D)
+        x: Float[Tensor, "B N D"],
+        rope: Float[Tensor, "1 M e 2"] | None,
+        vectors: list[Float[Tensor, "B D"]],
+        conditions: Conditions,
+    ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
+        c = sum(vectors)
+        text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
         attend = self.attend(x)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
@@ -167,8 +155,4 @@ class MMDiT(PatchTransformer):
 
         x, projection = self.through(x, rope, conditions.token_scores, step)
         scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
-        num = height * width // self.config.patch_size**2
-        x = x[:, :num]  # without registers
-        x = self.proj_out(modulate(self.norm(x), shift, scale))  # (B, N, p*p*C)
-        out = unpatchify(x, self.config.patch_size, height, width)
-        return out if projection is None else (out, projection[:, :num])
+        return self.proj_out(modulate(self.norm(x), shift, scale)), projection

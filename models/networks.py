@@ -128,14 +128,11 @@ class AlignmentConfig(Config):
 
 
 class Span(NamedTuple):
-    """Blocks start to end run on 1 - ratio of the patches."""
+    """Blocks start to end - 1 see 1 - ratio of the patches."""
 
     start: int
     end: int
     ratio: float
-
-    def num_kept(self, num_patches: int) -> int:
-        return num_patches - int(num_patches * self.ratio)
 
 
 class RoutedConfig(TransformerConfig):

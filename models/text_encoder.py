@@ -12,14 +12,15 @@ from models.config import InputError
 from models.weights import (
     Dtype,
     brief,
-    load_transformers,
+    check_kind,
+    load_network,
     read_model_config,
     tokenizer_folder,
     tokenizer_sha256,
     weights_sha256,
 )
 
-# model_type in config.json -> the class that holds its text encoder alone.
+# The class that holds the text encoder alone, by model_type in config.json.
 ENCODERS = {
     "bert": "BertModel",
     "distilbert": "DistilBertModel",
@@ -52,23 +53,14 @@ class TextEncoder:
         dtype: Dtype = "fp32",
         device: str | torch.device = "cpu",
     ) -> "TextEncoder":
-        """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing.
-
-        The tokenizer may lie in the folder itself or, as in a diffusers pipeline, in the sibling folder
-        `tokenizer` (of `text_encoder`), `tokenizer_2` (of `text_encoder_2`) and so on.
-        """
+        """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing."""
         path = Path(path)
         config = read_model_config(path, "a transformers text encoder")
-        kind = config.get("model_type")
-        if kind not in ENCODERS:
-            raise InputError(
-                f"{path}: model_type got {kind!r}, expected one of {', '.join(ENCODERS)}"
-            )
-        name = ENCODERS[kind]
+        name = ENCODERS[check_kind(path, config, "model_type", ENCODERS)]
         if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
             name = "CLIPTextModelWithProjection"
         tokenizer = _load_tokenizer(path)
-        network = load_transformers(path, name, dtype).to(device)
+        network = load_network("transformers", name, path, dtype).to(device)
         positions = getattr(network.config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
             raise InputError(f"{path}: max_length got {max_length}, expected at most {positions}")
@@ -78,10 +70,10 @@ class TextEncoder:
     def encode(
         self, captions: list[str]
     ) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"]]:
-        """fp32 tokens, mask (True keeps), fp32 pooled, L being the length of the longest caption given.
+        """fp32 tokens, zero where masked; the mask, True keeps; fp32 pooled. L is the longest caption's length.
 
-        Longer captions are cut at max_length, their end token kept. Pooled is CLIP's own pooled output,
-        of any other encoder the mean over its real tokens. Masked positions hold zeros.
+        A caption longer than max_length is cut but keeps its end token. Pooled is CLIP's own pooled output; for
+        any other encoder it is the mean over the real tokens.
         """
         batch = self.tokenizer(
             captions,
@@ -103,7 +95,7 @@ class TextEncoder:
         return tokens, mask, pooled
 
     def record(self) -> dict[str, Any]:
-        """What a dataset made with this encoder must say of it: the fields of its RoleRecord."""
+        """The fields of the RoleRecord that a dataset made with this encoder has."""
         return {
             "family": type(self.network).__name__,
             "path": str(self.path),

@@ -1,9 +1,13 @@
 """UNet: diffusers' UNet2DConditionModel, SD 1.5 (2112.10752) and SDXL (2307.01952) shaped.
 
-Here are its size table, our signature and the zero initialisation that diffusers' class lacks.
+This module adds our signature and the zero initialisation that diffusers' class lacks.
 """
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,23 +16,18 @@ from models.networks import UNetConfig
 
 
 class UNet(nn.Module):
-    """Text-conditioned; untrained it returns exactly zero. Sides that halve unevenly are diffusers' to pad."""
+    """Text-conditioned; untrained it returns exactly zero. diffusers pads sides that do not halve evenly."""
 
     def __init__(self, config: UNetConfig):
-        # Here, since reading a config needs none of it.
-        from diffusers.models.attention import BasicTransformerBlock
-        from diffusers.models.resnet import ResnetBlock2D
-        from diffusers.models.transformers.transformer_2d import Transformer2DModel
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
         super().__init__()
         self.config = config
         self.unet = UNet2DConditionModel(**config.diffusers())
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        kinds = (ResnetBlock2D, BasicTransformerBlock)
-        self.blocks = [m for m in self.modules() if isinstance(m, kinds)]
-        # As the original's zero_module: each residual begins as the identity.
+        self.blocks = [
+            m for m in self.modules() if isinstance(m, ResnetBlock2D | BasicTransformerBlock)
+        ]
+        # Like zero_module of the original: each residual begins as the identity.
         last: list[nn.Module] = [self.unet.conv_out]
         last += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock2D)]
         last += [m.proj_out for m in self.modules() if isinstance(m, Transformer2DModel)]
@@ -42,7 +41,7 @@ class UNet(nn.Module):
         conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
-        check_shapes(x_t, t, *conditions)
+        check_shapes(x_t, t, conditions)
         if t.dtype != torch.float32:
             raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")
         dtype = self.unet.conv_in.weight.dtype

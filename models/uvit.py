@@ -1,28 +1,28 @@
 """U-ViT (Bao 2209.12152): all conditions are tokens, and long skips join shallow blocks to deep ones.
 
-Positions are fixed sine-cosines (theirs: learned for one size), so that any latent shape goes.
+Positions are fixed sine-cosines, so that any shape of latent works; the paper's are learned for one size.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, check_shapes, given
+from models.conditions import Conditions, given
 from models.layers import (
     Attention,
     AttentionFunction,
-    ConditionEmbedder,
     FeedForward,
     PatchTransformer,
     initialise,
-    unpatchify,
 )
 from models.networks import UViTConfig
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm attention and MLP; of the second half, a linear merges the long skip first."""
+    """Pre-norm attention and MLP; with `skip`, a linear merges the long skip first."""
 
     def __init__(self, config: UViTConfig, skip: bool):
         super().__init__()
@@ -48,12 +48,11 @@ class UViTBlock(nn.Module):
 
 
 class UViT(PatchTransformer):
-    """Text- or class-conditioned; its last convolution starts at zero, so untrained it returns zero."""
+    """Text- or class-conditioned; its last convolution starts at zero, so an untrained network returns zero."""
 
     def __init__(self, config: UViTConfig):
         super().__init__(config)
         dim, self.config = self.dim, config
-        self.time_text_embed = ConditionEmbedder(config, dim)
         self.context_embedder = nn.Linear(config.text_dim, dim) if config.text_dim else None
         half = self.depth // 2
         self.transformer_blocks = nn.ModuleList(
@@ -65,18 +64,15 @@ class UViT(PatchTransformer):
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
         initialise(self, [self.conv_out])
 
-    def forward(
+    def transform(
         self,
-        x_t: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-        conditions: Conditions = Conditions(),
-    ) -> Float[Tensor, "B C h w"]:
-        """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
-        check_shapes(x_t, t, *conditions)
-        height, width = x_t.shape[-2:]
-        x, rope = self.embed(x_t)
-        tokens = [x, *(v[:, None] for v in self.time_text_embed(t, conditions))]
-        x, mask = torch.cat(tokens, dim=1), None
+        x: Float[Tensor, "B N D"],
+        rope: Float[Tensor, "1 M e 2"] | None,
+        vectors: list[Float[Tensor, "B D"]],
+        conditions: Conditions,
+    ) -> tuple[Float[Tensor, "B M P"], None]:
+        num, mask = x.shape[1] - self.config.register_tokens, None
+        x = torch.cat([x, *(v[:, None] for v in vectors)], dim=1)
         if self.context_embedder is not None:
             text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
             if conditions.text_mask is not None:
@@ -89,6 +85,7 @@ class UViT(PatchTransformer):
             x = self.run(block, x, skip, mask, rope, attend)
             if i < self.depth // 2:
                 skips.append(x)
-        p = self.config.patch_size
-        x = self.proj_out(self.norm_out(x[:, : height * width // p**2]))  # (B, N, p*p*C)
-        return self.conv_out(unpatchify(x, p, height, width))
+        return self.proj_out(self.norm_out(x[:, :num])), None
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.conv_out(super().forward(*inputs))

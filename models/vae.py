@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 
 from models.config import InputError
 from models.weights import (
-    TORCH_DTYPES,
     Dtype,
     Normalisation,
-    brief,
+    check_kind,
+    load_network,
     read_model_config,
     weights_sha256,
 )
 
-# Class in config.json -> whether its encoder is deterministic (moments are then the mean alone).
+# Whether a class's encoder is deterministic; its moments are then the mean alone.
 CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
 
 
@@ -46,15 +45,9 @@ class LatentCodec:
         cls, path: str | Path, dtype: Dtype = "fp32", device: str | torch.device = "cpu"
     ) -> "LatentCodec":
         """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
-        import diffusers  # takes seconds, and training without pictures does not need it
-
         path = Path(path)
         config = read_model_config(path, "a diffusers autoencoder")
-        name = config.get("_class_name")
-        if name not in CODECS:
-            raise InputError(
-                f"{path}: _class_name got {name!r}, expected one of {', '.join(CODECS)}"
-            )
+        name = check_kind(path, config, "_class_name", CODECS)
         if config.get("latents_mean") or config.get("latents_std"):
             raise InputError(
                 f"{path}: got per-channel latents_mean or latents_std, expected one scale"
@@ -63,19 +56,7 @@ class LatentCodec:
             raise InputError(
                 f"{path}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
             )
-        try:
-            network, info = getattr(diffusers, name).from_pretrained(
-                path,
-                torch_dtype=getattr(torch, TORCH_DTYPES[dtype]),
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
-        if lacks := info["missing_keys"] or info["mismatched_keys"]:
-            raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+        network = load_network("diffusers", name, path, dtype)
         return cls(network.to(device), path, dtype, CODECS[name])
 
     @torch.inference_mode()
@@ -104,7 +85,7 @@ class LatentCodec:
         return to_uint8(self.network.decode(raw).sample)
 
     def record(self) -> dict[str, Any]:
-        """What a dataset made with this codec must say of it: the fields of its CodecRecord."""
+        """The fields of the CodecRecord that a dataset made with this codec has."""
         return {
             "class_name": type(self.network).__name__,
             "path": str(self.path),
@@ -122,9 +103,9 @@ def sample_latents(
     noise: Float[Tensor, "B C h w"],
     normalisation: Normalisation,
 ) -> Float[Tensor, "B C h w"]:
-    """Normalised fp32 latents of the moments' mean + std * noise; M = 2C.
+    """Normalised fp32 latents, mean + std * noise, where M = 2C.
 
-    With a deterministic codec M = C, and the noise gives only the shape.
+    M = C where the codec is deterministic; the noise then gives only the shape.
     """
     channels = noise.shape[1]
     if moments.shape[1] not in (channels, 2 * channels):
@@ -141,9 +122,9 @@ def sample_latents(
 def _mean_and_scale(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """fp32 mean and 1 / std, (C, 1, 1) each, on the device once: latents are made at every step.
+    """fp32 mean and 1 / std, (C, 1, 1) each; cached, since every training step needs them.
 
-    A codec's scaling factor s is std = 1 / s in the record, and s again here, bit for bit in fp32.
+    A codec's scaling factor s is stored as std = 1 / s and becomes s again here, bit for bit in fp32.
     """
     factors = torch.tensor([mean, [1 / value for value in std]], dtype=torch.float64)
     shift, scale = factors.float().view(2, -1, 1, 1).to(device)

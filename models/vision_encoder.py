@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.config import InputError
-from models.weights import Dtype, load_transformers, read_model_config, weights_sha256
+from models.weights import Dtype, check_kind, load_network, read_model_config, weights_sha256
 
-# model_type in config.json -> class; all give class token, registers if any, then patches, normalised.
+# Classes by model_type in config.json; all give the class token, any registers, then the patches, normalised.
 ENCODERS = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -21,9 +20,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class VisionEncoder:
-    """A transformers ViT in a local folder, frozen, which sees one patch where `patch_pixels` squared are.
+    """A transformers ViT in a local folder, frozen; one of its patches covers `patch_pixels` squared.
 
-    So its grid is that of a network whose patch, times the codec's downscale, is `patch_pixels`: DINOv2's
+    Its grid is then that of a network whose patch, times the codec's downscale, is `patch_pixels`: DINOv2's
     patches of 14 see a picture of 256 as one of 224 (REPA, Yu et al. 2410.06940, 4.1).
     """
 
@@ -50,12 +49,9 @@ class VisionEncoder:
     ) -> "VisionEncoder":
         """Open a folder with config.json and safetensors; raises InputError if it is no whole ViT."""
         path = Path(path)
-        kind = read_model_config(path, "a vision transformer").get("model_type")
-        if kind not in ENCODERS:
-            raise InputError(
-                f"{path}: model_type got {kind!r}, expected one of {', '.join(ENCODERS)}"
-            )
-        network = load_transformers(path, ENCODERS[kind], dtype)
+        config = read_model_config(path, "a vision transformer")
+        kind = check_kind(path, config, "model_type", ENCODERS)
+        network = load_network("transformers", ENCODERS[kind], path, dtype)
         return cls(network.to(device), path, patch_pixels, dtype)
 
     @torch.inference_mode()
@@ -67,14 +63,15 @@ class VisionEncoder:
             pixels, size=[side * self._patch for side in grid], mode="bicubic", antialias=True
         )
         pixels = ((pixels - self._mean) / self._std).to(self.network.dtype)
-        asked: dict[str, Any] = {}
-        if self.network.config.model_type == "vit":  # DINOv2 fits its positions to any size unasked
-            asked["interpolate_pos_encoding"] = True
+        # DINOv2 fits its positions to any size unasked.
+        asked = (
+            {"interpolate_pos_encoding": True} if self.network.config.model_type == "vit" else {}
+        )
         hidden = self.network(pixels, **asked).last_hidden_state[:, self._prefix :]
         return hidden.float().transpose(1, 2).unflatten(2, grid).contiguous()
 
     def record(self) -> dict[str, Any]:
-        """What a dataset made with this encoder must say of it: the fields of its VisionRecord."""
+        """The fields of the VisionRecord that a dataset made with this encoder has."""
         return {
             "family": type(self.network).__name__,
             "path": str(self.path),

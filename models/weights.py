@@ -4,7 +4,9 @@ Torch-free, so that a dataset's record can be compared with a folder before anyt
 """
 
 import hashlib
+import importlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +53,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_folder(path: Path) -> Path:
-    """The text encoder's folder or the one beside it that has a tokenizer; raises InputError."""
+    """The text encoder's folder, or the sibling named after it, as in a diffusers pipeline; raises InputError.
+
+    `tokenizer` belongs to `text_encoder`, `tokenizer_2` to `text_encoder_2` and so on.
+    """
     sibling = path.parent / path.name.replace("text_encoder", "tokenizer")
     for folder in (path, sibling):
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -98,25 +103,30 @@ def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:240]
 
 
-def load_transformers(path: Path, name: str, dtype: Dtype) -> Any:
-    """transformers' class of that name with the folder's weights; raises InputError where any is missing."""
+def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[str]) -> str:
+    """The config's value of `key`; raises InputError where it is none of `kinds`."""
+    if (kind := config.get(key)) not in kinds:
+        raise InputError(f"{path}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
+    return str(kind)
+
+
+def load_network(library: str, name: str, path: Path, dtype: Dtype = "fp32") -> Any:
+    """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing."""
     import torch
-    import transformers
     from safetensors import SafetensorError
 
-    transformers.utils.logging.disable_progress_bar()  # it takes a second
+    package, torch_dtype = importlib.import_module(library), getattr(torch, TORCH_DTYPES[dtype])
+    package.utils.logging.disable_progress_bar()
+    if library == "transformers":
+        options: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": False}
+    else:
+        options = {"torch_dtype": torch_dtype, "low_cpu_mem_usage": False}
+    options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        network, info = getattr(transformers, name).from_pretrained(
-            path,
-            dtype=getattr(torch, TORCH_DTYPES[dtype]),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        network, info = getattr(package, name).from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
-    # The pooler of BERT, MPNet and ViT is not used here, and many checkpoints lack it.
+    # Nothing here uses the pooler of BERT, MPNet and ViT, and many checkpoints lack it.
     lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     if lacks := lacks or list(info["mismatched_keys"]):
         raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")

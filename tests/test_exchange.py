@@ -19,7 +19,7 @@ from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.objectives.objective import Objective
-from pipeline.objectives.sampling import generate
+from pipeline.objectives.sampling import Guidance, generate
 from tests.test_networks import predict
 
 VAE = Path(__file__).parent.parent / "models" / "demo_vae"
@@ -375,8 +375,8 @@ def test_the_sd3_pipeline_draws_what_our_sampler_and_codec_draw(encoded, tmp_pat
         output_type="np",
     ).images
     objective = Objective(ObjectiveConfig())  # SD3's
-    given = Conditions(tokens, mask, pooled)
-    latents = generate(model, objective, noise, given, None, SamplerConfig(num_steps=3))
+    given = Guidance(Conditions(tokens, mask, pooled))
+    latents = generate(model, objective, noise, given, SamplerConfig(num_steps=3))
     ours = LatentCodec.load(VAE).decode(latents).permute(0, 2, 3, 1).numpy()
     assert ours.std() > 2
     # A difference in rounding to 8 bits.

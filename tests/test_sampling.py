@@ -20,11 +20,12 @@ from models.config import InputError, parse_config
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
-from pipeline.objectives.sampling import ancestral_step, generate, guided
+from pipeline.objectives.sampling import Guidance, Schedule, ancestral_step, generate, guided
 from tests.test_objective import COMBINATIONS, PATHS, make
 
-NONE = Conditions()
-SAMPLERS = ("ddim", "euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral")
+NOTHING = Guidance(Conditions())
+# ddim takes the steps of euler.
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "unipc", "euler_ancestral")
 
 
 def sampler(name: str = "euler", num_steps: int = 20, **options) -> SamplerConfig:
@@ -66,7 +67,7 @@ def distance(points: Tensor, expected: Tensor) -> float:
 def posterior_mean(objective: Objective):
     """The network that training would end at: E[target | x_t], exact; each pixel is a point."""
 
-    def network(x_t: Tensor, t: Tensor, _: Conditions = NONE) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, _: Conditions = Conditions()) -> Tensor:
         alpha, sigma = (c.double().view(-1, 1, 1, 1, 1) for c in objective.alpha_sigma(t))
         variance = alpha**2 * STDS**2 + sigma**2
         offset = x_t.permute(0, 2, 3, 1)[..., None, :].double() - alpha * MEANS  # (B, h, w, K, 2)
@@ -108,7 +109,7 @@ def test_with_the_exact_posterior_mean_every_sampler_reaches_the_mixture(path, m
         # Ancestral is of first order and adds scatter of its own: more steps, and twice the distance.
         num_steps, limit = (200, 2 * own) if name == "euler_ancestral" else (50, own)
         config = sampler(name, num_steps)
-        latents = generate(posterior_mean(objective), objective, noise, NONE, None, config)
+        latents = generate(posterior_mean(objective), objective, noise, NOTHING, config)
         assert distance(points_of(latents), expected) < limit, name
 
 
@@ -117,7 +118,7 @@ def test_every_prediction_takes_every_sampler_along_the_same_trajectory(path, pr
     noise = spread_noise(256)
     for name in SAMPLERS:
         latents = [
-            generate(posterior_mean(o), o, noise, NONE, None, sampler(name, num_steps=8))
+            generate(posterior_mean(o), o, noise, NOTHING, sampler(name, num_steps=8))
             for o in (make(path, prediction), make(path, "flow"))
         ]
         # fp32, and epsilon at the noisiest level divides by alpha = 0.006 (ddpm), 0.0125 (edm).
@@ -134,7 +135,7 @@ def test_the_error_of_every_sampler_vanishes_with_its_steps(path):
         errors = []
         for num_steps in (10, 40, 160):
             config = sampler(name, num_steps)
-            latents = generate(posterior_mean(objective), objective, noise, NONE, None, config)
+            latents = generate(posterior_mean(objective), objective, noise, NOTHING, config)
             errors.append(distance(points_of(latents), expected))
         print(f"{path:15} {name:16}", *(f"{e:.4f}" for e in errors), f"fresh {own:.4f}")
         assert errors[0] > errors[1] > errors[2], name
@@ -156,7 +157,7 @@ def calls(
         seen.append((x_t, t))
         return torch.zeros_like(x_t, dtype=torch.bfloat16)
 
-    generate(network, make(path, prediction), spread_noise(128), NONE, None, config)
+    generate(network, make(path, prediction), spread_noise(128), NOTHING, config)
     return [x for x, _ in seen], [t[0].item() for _, t in seen]
 
 
@@ -177,8 +178,7 @@ def test_one_step_or_many_every_sampler_returns_finite_fp32(path, name):
             posterior_mean(objective),
             objective,
             spread_noise(128),
-            NONE,
-            None,
+            NOTHING,
             sampler(name, num_steps),
         )
         assert latents.dtype == torch.float32
@@ -220,9 +220,7 @@ def test_edm_is_sampled_at_karras_sigmas():
 # --- diffusers' own variance-preserving schedules ----------------------------------------------------
 
 
-def native(
-    scheduler, prediction: str, noise: Tensor, num_steps: int, objective: Objective
-) -> Tensor:
+def native(scheduler, noise: Tensor, num_steps: int, objective: Objective) -> Tensor:
     """Sample as a diffusers pipeline does, the scheduler choosing its timesteps and the conversion."""
     network = posterior_mean(objective)
     scheduler.set_timesteps(num_steps)
@@ -260,8 +258,8 @@ def test_samplers_follow_diffusers_stable_diffusion_trajectories(
 ):
     objective, noise = make("sd", prediction), spread_noise(256)
     scheduler = scheduler(prediction_type=theirs, **STABLE_DIFFUSION)
-    expected = native(scheduler, prediction, noise, 20, objective)
-    ours = generate(posterior_mean(objective), objective, noise, NONE, None, sampler(name, 20))
+    expected = native(scheduler, noise, 20, objective)
+    ours = generate(posterior_mean(objective), objective, noise, NOTHING, sampler(name, 20))
     # Rounding of 20 steps; UniPC's own table is of 1000 fp32 products.
     assert (ours - expected).abs().max() < 1e-3
 
@@ -273,23 +271,13 @@ def test_flow_euler_follows_diffusers_with_explicit_sigmas():
     x, network = noise, posterior_mean(objective)
     for timestep in scheduler.timesteps:
         x = scheduler.step(network(x, (timestep / 1000).expand(len(x))), timestep, x).prev_sample
-    ours = generate(network, objective, noise, NONE, None, sampler("euler", 20))
+    ours = generate(network, objective, noise, NOTHING, sampler("euler", 20))
     assert (ours - x).abs().max() < 1e-4  # fp32
 
 
-def test_ddim_is_euler_on_every_path():
-    for path in PATHS:
-        objective, noise = make(path), spread_noise(256)
-        ddim, euler = (
-            generate(posterior_mean(objective), objective, noise, NONE, None, sampler(name, 12))
-            for name in ("ddim", "euler")
-        )
-        assert (ddim - euler).abs().max() < 1e-4, path  # fp32
-
-
-def levels(path: str, k: int, k_next: int) -> list[Tensor]:
-    alpha, sigma = make(path).alpha_sigma(torch.tensor([k, k_next]) / 1000)
-    return [*alpha, *sigma]
+def levels(path: str, k: int, k_next: int) -> Schedule:
+    times = torch.tensor([k, k_next]) / 1000
+    return Schedule(times[:1], *make(path).alpha_sigma(times))
 
 
 def test_an_ancestral_step_is_diffusers_euler_ancestral_on_its_path():
@@ -297,26 +285,26 @@ def test_an_ancestral_step_is_diffusers_euler_ancestral_on_its_path():
     scheduler.set_timesteps(20)
     objective = make("sd", "v")
     x_t, pred = (draw_noise(0, i, range(4), (2, 8, 8)) for i in range(2))
-    alpha, alpha_next, sigma, sigma_next = levels("sd", 999, 949)
     scale = (scheduler.sigmas[0] ** 2 + 1).sqrt()
     scheduler.scale_model_input(x_t * scale, scheduler.timesteps[0])
     generator = torch.Generator().manual_seed(0)
     expected = scheduler.step(pred, scheduler.timesteps[0], x_t * scale, generator=generator)
     fresh = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
     velocity = objective.to_velocity(pred, x_t, torch.full((4,), 0.999))
-    ours = ancestral_step(x_t, velocity, fresh, alpha, alpha_next, sigma, sigma_next)
+    ours = ancestral_step(x_t, velocity, fresh, levels("sd", 999, 949), 0)
     next_scale = (scheduler.sigmas[1] ** 2 + 1).sqrt()
     assert torch.allclose(ours, expected.prev_sample / next_scale, atol=2e-5)  # fp32 at sigma 14.6
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_an_ancestral_step_has_the_marginal_of_its_level_and_the_paths_own_memory(path):
-    alpha, alpha_next, sigma, sigma_next = levels(path, 999, 700)
+    schedule = levels(path, 999, 700)
+    (alpha, alpha_next), (sigma, sigma_next) = schedule.alpha, schedule.sigma
     count = 400_000
     noise, fresh = (draw_noise(1, i, [0], (count,))[0] for i in range(2))
     x0 = torch.full((count,), 0.8)
     x_t = alpha * x0 + sigma * noise
-    x_next = ancestral_step(x_t, noise - x0, fresh, alpha, alpha_next, sigma, sigma_next)
+    x_next = ancestral_step(x_t, noise - x0, fresh, schedule, 0)
     # q(x_next | x0): mean alpha x0, standard deviation sigma; 5 standard errors of 400,000 draws.
     assert x_next.mean().item() == pytest.approx(float(alpha_next) * 0.8, abs=8e-3)
     assert x_next.std().item() == pytest.approx(float(sigma_next), rel=6e-3)
@@ -329,59 +317,11 @@ def test_an_ancestral_step_has_the_marginal_of_its_level_and_the_paths_own_memor
 def test_ancestral_noise_of_a_sample_does_not_depend_on_its_batch():
     objective, noise = make(), spread_noise(256)
     network, config = posterior_mean(objective), sampler("euler_ancestral", 6, seed=3)
-    whole = generate(network, objective, noise, NONE, None, config)
-    part = generate(network, objective, noise[4:7], NONE, None, config, indices=range(4, 7))
+    whole = generate(network, objective, noise, NOTHING, config)
+    part = generate(network, objective, noise[4:7], NOTHING, config, indices=range(4, 7))
     assert torch.allclose(part, whole[4:7], atol=1e-6)
-    other = generate(network, objective, noise, NONE, None, sampler("euler_ancestral", 6, seed=4))
+    other = generate(network, objective, noise, NOTHING, sampler("euler_ancestral", 6, seed=4))
     assert (other - whole).abs().max() > 0.1
-
-
-# --- diffusers pinned where it is wrong ------------------------------------------------------------
-
-
-def test_diffusers_flow_euler_shifts_twice_without_explicit_sigmas():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(10)
-    u = torch.linspace(1, scheduler.sigma_min, 10)  # its sigma_min is shifted already
-    once = 3 * u / (1 + 2 * u)
-    assert torch.allclose(scheduler.sigmas[:-1], once, atol=1e-5)
-    unshifted_min = 0.001
-    assert scheduler.sigma_min == pytest.approx(3 * unshifted_min / (1 + 2 * unshifted_min))
-    assert scheduler.sigmas[-2].item() == pytest.approx(9 * unshifted_min, rel=0.02)
-
-
-def test_diffusers_ddim_steps_to_levels_that_it_does_not_visit():
-    scheduler = DDIMScheduler(**STABLE_DIFFUSION)
-    scheduler.set_timesteps(30)
-    announced = scheduler.timesteps.tolist()
-    stepped = [k - 1000 // 30 for k in announced]
-    assert announced[1:4] == [966, 932, 899]
-    assert stepped[:3] == [966, 933, 899]  # 933 is the level that it puts the sample at
-    assert sum(a != b for a, b in zip(announced[1:], stepped, strict=False)) > 5
-
-
-def test_diffusers_ancestral_has_no_sample_prediction_and_no_zero_snr():
-    scheduler = EulerAncestralDiscreteScheduler(
-        prediction_type="sample", rescale_betas_zero_snr=True
-    )
-    scheduler.set_timesteps(4)
-    x = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(NotImplementedError):
-        scheduler.step(x, scheduler.timesteps[0], x)
-    assert scheduler.alphas_cumprod[-1].item() == 2**-24  # not the 0 that was trained
-
-
-def test_diffusers_stochastic_flow_sampling_misses_the_distribution(mixture):
-    # It restarts from the posterior mean with new noise, which shrinks the data at every step.
-    expected, own = mixture
-    objective, x = make(), spread_noise(NUM_POINTS)
-    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, 51)[:-1].tolist())
-    network, generator = posterior_mean(objective), torch.Generator().manual_seed(0)
-    for timestep in scheduler.timesteps:
-        pred = network(x, (timestep / 1000).expand(len(x)))
-        x = scheduler.step(pred, timestep, x, generator=generator).prev_sample
-    assert distance(points_of(x), expected) > 3 * own
 
 
 # --- guidance --------------------------------------------------------------------------------------
@@ -401,7 +341,7 @@ def guidance_case(**options) -> tuple[Tensor, Tensor, Tensor]:
     """Guided prediction, and the conditional and unconditional ones."""
     x_t, t = draw_noise(0, 0, range(3), (2, 4, 4)), torch.full((3,), 0.5)
     cond, uncond = factors([1.0, 2.0, 3.0]), factors([0.5] * 3)
-    pred = guided(scaled_network, x_t, t, cond, uncond, sampler(**options))
+    pred = guided(scaled_network, x_t, t, Guidance(cond, uncond), sampler(**options))
     return pred, scaled_network(x_t, t, cond), scaled_network(x_t, t, uncond)
 
 
@@ -426,7 +366,7 @@ def test_a_network_that_predicts_zero_survives_guidance_rescale():
     objective, noise = make(), spread_noise(128)
     config = sampler("euler", 4, guidance_scale=5.0, guidance_rescale=0.7)
     factor = factors([0.0] * len(noise))
-    latents = generate(scaled_network, objective, noise, factor, factor, config)
+    latents = generate(scaled_network, objective, noise, Guidance(factor, factor), config)
     assert torch.equal(latents, noise)
 
 
@@ -439,14 +379,14 @@ def test_outside_the_guidance_interval_the_network_is_asked_once_and_conditional
 
     cond, uncond = (factors([f] * len(noise)) for f in (-1.0, -0.5))
     config = sampler("euler", 10, guidance_scale=3.0, guidance_interval=[0.25, 0.75])
-    generate(network, objective, noise, cond, uncond, config)
+    generate(network, objective, noise, Guidance(cond, uncond), config)
     n = len(noise)
     assert [size for size, _ in sizes] == [n, n, n, 2 * n, 2 * n, 2 * n, 2 * n, 2 * n, n, n]
 
 
 def test_guidance_needs_unconditional_conditions():
     with pytest.raises(ValueError, match="expected unconditional conditions"):
-        generate(scaled_network, make(), spread_noise(128), NONE, None, sampler(guidance_scale=2.0))
+        generate(scaled_network, make(), spread_noise(128), NOTHING, sampler(guidance_scale=2.0))
 
 
 @pytest.mark.parametrize(
@@ -471,4 +411,4 @@ def test_sampler_options_without_meaning_are_refused(options, reason):
 def test_a_sampler_shift_is_refused_on_a_path_of_fixed_levels(path):
     config = sampler(shift={"kind": "constant", "value": 3.0})
     with pytest.raises(InputError, match="no meaning on path"):
-        generate(scaled_network, make(path), spread_noise(128), NONE, None, config)
+        generate(scaled_network, make(path), spread_noise(128), NOTHING, config)

@@ -54,12 +54,9 @@ IMPORTED_COMMANDS: set[str] = {
 LONG: set[str] = set()
 MANY_PARAMETERS = {
     "cluster.train_job.fit",
-    "models.conditions.check_shapes",
     "pipeline.data.loader.__init__",
     "pipeline.inference.diffusers_pipeline.__call__",
     "pipeline.inference.diffusers_pipeline.__init__",
-    "pipeline.objectives.sampling.ancestral_step",
-    "pipeline.objectives.sampling.generate",
 }
 MODULES = {
     str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
@@ -275,7 +272,7 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
             flow, flat, flat, flat, flat, flat
         ),
         "pipeline.objectives.sampling": lambda: sampling.generate(
-            print, flow, flat, Conditions(), None, sampler
+            print, flow, flat, sampling.Guidance(Conditions()), sampler
         ),
         "pipeline.training.monitor": lambda: monitor.Monitor.pictures(None, "grid", flat.byte()),  # pyright: ignore
         "pipeline.inference.grid": lambda: grid.to_pil(flat.byte()),

@@ -17,7 +17,7 @@ from models.conditions import Conditions
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.objectives.objective import Objective
-from pipeline.objectives.sampling import generate
+from pipeline.objectives.sampling import Guidance, generate
 
 
 class FlowmillPipeline(DiffusionPipeline):
@@ -131,7 +131,7 @@ class FlowmillPipeline(DiffusionPipeline):
         """Normalised latents, fp32."""
         down = self.recipe["downscale"]
         size = (noise.shape[-2] * down, noise.shape[-1] * down)
-        conditions, unconditional = self.encode(prompts, size, noise.device)
+        guidance = self.encode(prompts, size, noise.device)
         objective = Objective(ObjectiveConfig(**self.recipe["objective"]))
         calls = 2 * config.num_steps - 1 if config.name == "heun" else config.num_steps
         with self.progress_bar(total=calls) as bar:
@@ -140,11 +140,11 @@ class FlowmillPipeline(DiffusionPipeline):
                 bar.update()
                 return self.predict(x_t, t, conditions)
 
-            return generate(network, objective, noise, conditions, unconditional, config, places)
+            return generate(network, objective, noise, guidance, config, places)
 
     # --- conditions
 
-    def encode(self, prompts, size, device) -> tuple[Conditions, Conditions]:
+    def encode(self, prompts, size, device) -> Guidance:
         """What the network is told, with the prompts and without."""
         texts, count, classes, label = prompts, len(prompts), self.recipe["num_classes"], None
         micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
@@ -173,7 +173,8 @@ class FlowmillPipeline(DiffusionPipeline):
             text_emb, side = (torch.cat(p, d).half().float() for p, d in ((padded, 1), (pooled, 1)))
             every = every._replace(text_emb=text_emb, text_mask=torch.cat(masks, 1), pooled=side)
         last = [count] * count
-        return every.map(lambda value: value[:-1]), every.map(lambda value: value[last])
+        prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
+        return Guidance(prompted, unprompted)
 
     # --- the network, whatever its class
 

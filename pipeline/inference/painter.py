@@ -24,7 +24,7 @@ from pipeline.data.randomness import draw_noise
 from pipeline.inference.grid import to_pil
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
-from pipeline.objectives.sampling import generate
+from pipeline.objectives.sampling import Guidance, generate
 
 
 def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
@@ -88,7 +88,7 @@ class Painter:
         noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
         cond = self._conditions(rows, size)
         uncond = self._conditions([len(self.prompts)] * len(rows), size)
-        latents = generate(network, objective, noise, cond, uncond, sampler, places)
+        latents = generate(network, objective, noise, Guidance(cond, uncond), sampler, places)
         return self.codec.decode(latents).cpu()
 
     def draw(

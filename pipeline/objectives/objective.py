@@ -1,7 +1,7 @@
 """What the network learns: predictions, weightings and losses, all through a path's alpha_t and sigma_t.
 
-SNR = alpha_t^2 / sigma_t^2. Everything here is fp32 whatever the network's dtype; the paths are in `paths`, the
-distributions of t in `timesteps`.
+SNR = alpha_t^2 / sigma_t^2. All of it is fp32 whatever the network's dtype. Module `paths` has the paths, `timesteps`
+the distributions of t, `config` the weightings.
 """
 
 from typing import NamedTuple
@@ -20,18 +20,10 @@ Latents = Float[Tensor, "B C h w"]
 PerSample = Float[Tensor, " B"]
 
 
-# --- weightings: numerator N of the weight N / sigma^2 on the x0 loss --------------------------------
-
-
-# --- the config -----------------------------------------------------------------------------------
-
-
-# --- the objective --------------------------------------------------------------------------------
-
-
 class Prediction(NamedTuple):
-    """Linear maps, each coefficient (B,): pred = target_x0 x0 + target_noise noise, and back from x_t and
-    pred: x0 = x0_x x_t + x0_p pred, noise = noise_x x_t + noise_p pred.
+    """Coefficients (B,) of what a network predicts, and of x0 and noise as x_t and the prediction imply them.
+
+    pred = target_x0 x0 + target_noise noise; x0 = x0_x x_t + x0_p pred; noise = noise_x x_t + noise_p pred.
     """
 
     target_x0: Tensor
@@ -45,21 +37,23 @@ class Prediction(NamedTuple):
 def prediction_coefficients(
     kind: str, alpha: Tensor, sigma: Tensor, sigma_data: float
 ) -> Prediction:
-    """The linear maps between what a network predicts and (x0, noise), for any alpha and sigma."""
+    """The coefficients of a kind of prediction, for any alpha and sigma."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "sample":
         return Prediction(one, zero, zero, one, 1 / sigma, -alpha / sigma)
     if kind == "epsilon":
         return Prediction(zero, one, 1 / alpha, -sigma / alpha, zero, one)
-    if kind == "v":  # Salimans & Ho 2202.00512; power is 1 on a VP path
+    # Salimans & Ho 2202.00512; power is 1 on a VP path.
+    if kind == "v":
         power = alpha**2 + sigma**2
         return Prediction(
             -sigma, alpha, alpha / power, -sigma / power, sigma / power, alpha / power
         )
-    if kind == "flow":  # sum is 1 on the straight path
+    # total is 1 on the straight path.
+    if kind == "flow":
         total = alpha + sigma
         return Prediction(-one, one, 1 / total, -sigma / total, 1 / total, alpha / total)
-    # Karras 2206.00364, eq. 7 with Table 1, c_in being within alpha and sigma already.
+    # Karras 2206.00364, eq. 7 with Table 1; alpha and sigma include c_in already.
     root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
     signal = alpha * sigma_data / root
     x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
@@ -67,17 +61,19 @@ def prediction_coefficients(
 
 
 class LossTerms(NamedTuple):
-    """What each sample came to, fp32 (B,), by the names under which training logs it."""
+    """The figures of each sample, fp32 (B,), by the names under which training logs them."""
 
-    loss: PerSample  # weighted
-    x0_mse: PerSample  # mean squared error of the x0 that the prediction implies
+    loss: PerSample
+    """Weighted loss."""
+    x0_mse: PerSample
+    """Mean squared error of the x0 that the prediction implies."""
 
 
 def alignment_loss(
     projection: Float[Tensor, "B N V"], features: Float[Tensor, "B V g j"]
 ) -> PerSample:
-    """1 - cosine similarity, mean over patches (REPA 2410.06940, eq. 8, which leaves out the 1)."""
-    features = features.flatten(2).transpose(1, 2).float()  # (B, N, V), row by row as the patches
+    """1 - cosine similarity, averaged over patches (REPA 2410.06940, eq. 8, which leaves out the 1)."""
+    features = features.flatten(2).transpose(1, 2).float()  # (B, N, V), row by row like the patches
     return 1 - F.cosine_similarity(projection.float(), features, dim=-1).mean(dim=1)
 
 
@@ -90,10 +86,7 @@ class Objective:
     def draw_t(
         self, seed: int, step: int, batch_size: int, latent_size: tuple[int, int]
     ) -> PerSample:
-        """t of the whole global batch, stratified; a pure function of (seed, step).
-
-        `latent_size` is (h, w) of the latents, for shifts that depend on resolution.
-        """
+        """t of the whole global batch, stratified; a pure function of (seed, step) for latents of a size (h, w)."""
         config = self.config
         generator = make_generator(seed, "timestep", step)
         u = (generator.permutation(batch_size) + generator.random(batch_size)) / batch_size
@@ -107,10 +100,7 @@ class Objective:
     def sampling_times(
         self, num_steps: int, latent_size: tuple[int, int], shift: Shift | None = None
     ) -> Float[Tensor, " n"]:
-        """The t at which a sampler calls the network, noisiest first, shifted as t is in training.
-
-        `shift` takes the place of the config's.
-        """
+        """The t at which a sampler calls the network, noisiest first, moved by `shift`, or as in training."""
         t, path = self.config.path.sampling_times(num_steps), self.config.path
         shift = shift or self.config.shift
         if shift is not None:
@@ -122,7 +112,7 @@ class Objective:
         return self.config.path.alpha_sigma(t.float())
 
     def add_noise(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
-        """x_t = alpha_t latents + sigma_t noise, fp32: the network's input as it is."""
+        """x_t = alpha_t latents + sigma_t noise, fp32; the network's input needs no further scaling."""
         alpha, sigma = self.alpha_sigma(t)
         return combine(alpha, latents, sigma, noise)
 
@@ -131,18 +121,8 @@ class Objective:
         c = self._coefficients(t)
         return combine(c.target_x0, latents, c.target_noise, noise)
 
-    def to_x0(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
-        """The clean latents that a prediction implies."""
-        c = self._coefficients(t)
-        return combine(c.x0_x, x_t, c.x0_p, pred)
-
-    def to_noise(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
-        """The noise that a prediction implies."""
-        c = self._coefficients(t)
-        return combine(c.noise_x, x_t, c.noise_p, pred)
-
     def to_velocity(self, pred: Latents, x_t: Latents, t: PerSample) -> Latents:
-        """noise - x0 that a prediction implies."""
+        """The velocity, noise - x0, that a prediction implies."""
         c = self._coefficients(t)
         return combine(c.noise_x - c.x0_x, x_t, c.noise_p - c.x0_p, pred)
 
@@ -152,14 +132,14 @@ class Objective:
         if isinstance(weighting, Unweighted):
             return torch.ones_like(t, dtype=torch.float32)
         alpha, sigma = self.alpha_sigma(t)
-        # Both ends are limits: the clamp keeps 0/0 out and is 1e-8 from exact everywhere else.
+        # At both ends the weight is a limit: the clamp avoids 0/0 and is within 1e-8 of exact elsewhere.
         a, s = alpha.clamp_min(1e-8), sigma.clamp_min(1e-8)
         c = prediction_coefficients(self.config.prediction, a, s, self.config.path.data_std)
         weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
         return torch.where(alpha == 0, weighting.terminal_weight, weight)
 
     def x0_weight(self, t: PerSample) -> PerSample:
-        """The same weight as a weight on the squared error of x0, infinite where sigma is 0."""
+        """Weight on the squared error of x0 that is equal to `weight`, infinite where sigma is 0."""
         return self.weight(t) / self._coefficients(t).x0_p ** 2
 
     def loss(self, pred: Latents, latents: Latents, noise: Latents, t: PerSample) -> LossTerms:

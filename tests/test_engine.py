@@ -15,9 +15,7 @@ TOLERANCE = {"fp32": (1e-4, 1e-4), "bf16": (1e-2, 5e-2)}
 
 @pytest.mark.distributed
 def test_every_stage_precision_optimizer_and_offload_trains_as_plain_torch_does():
-    done = train_factory.run("tests.ranks_engine", ranks=2)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("engine ")]
+    lines = train_factory.results("engine", "tests.ranks_engine")
     assert [tuple(line[:4]) for line in lines] == [tuple(map(str, case)) for case in CASES]
     for *case, raw, ema, norm, blocks in lines:
         weights, gradient = TOLERANCE[case[1]]

@@ -25,9 +25,8 @@ FAST = ["0:fp32", "1:bf16", "2:bf16", "3:fp32"]
 
 
 def layouts(folder: Path, ranks: int, what: str, *names: str) -> list[list[str]]:
-    done = train_factory.run("tests.ranks_layout", str(folder), what, *names, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("layout ")]
+    arguments = ("tests.ranks_layout", str(folder), what, *names)
+    return train_factory.results("layout", *arguments, ranks=ranks)
 
 
 def check_layouts(found: list[list[str]], count: int) -> None:
@@ -91,14 +90,12 @@ def test_killed_and_resumed_on_other_ranks_and_stages_a_run_sees_the_same_and_le
 ):
     options = ["monitor.log_samples=true", "engine.micro_batch=2", "training.images=320"]
     whole, broken = write_config(tmp_path, "whole"), write_config(tmp_path, "broken")
-    done = train_factory.run("pipeline.train", str(whole), *options, ranks=1)
-    assert done.returncode == 0, done.stderr
+    train_factory.train(whole, *options, ranks=1)
     kill(tmp_path, broken, "step_00000006, for which", 2, *options, "engine.zero_stage=2")
     kill(tmp_path, broken, "step_00000018, for which", 1, *options, "engine.zero_stage=3")
     last = [*options, "engine.zero_stage=1"]
-    done = train_factory.run("pipeline.train", str(broken), *last, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "engine.zero_stage: saved 3, given 1" in done.stdout
+    output = train_factory.train(broken, *last, ranks=2)
+    assert "engine.zero_stage: saved 3, given 1" in output
     assert seen(tmp_path / "broken") == seen(tmp_path / "whole")
     assert len(seen(tmp_path / "whole")) == 320
     ours, theirs = (dict(scalars(tmp_path / n, "loss/train")) for n in ("broken", "whole"))
@@ -133,10 +130,8 @@ def test_a_bad_step_of_one_rank_changes_nothing_on_any_at_every_stage_and_precis
     tmp_path, layouts
 ):
     write_config(tmp_path)
-    done = train_factory.run("tests.ranks_reject", str(tmp_path), *layouts, ranks=2)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("reject ")]
-    assert lines == [f"reject {layout} {REJECTED}" for layout in layouts]
+    lines = train_factory.results("reject", "tests.ranks_reject", str(tmp_path), *layouts)
+    assert lines == [[layout, *REJECTED.split()] for layout in layouts]
     notes = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert len(notes) == 4 * len(layouts)
     nan, gradient, spike, _ = notes[:4]
@@ -183,24 +178,26 @@ def test_sigusr1_to_one_rank_of_two_stops_both_within_a_step_and_saves(tmp_path)
     options = ["training.images=800000", "checkpoint.every_steps=100000"]
     process = train_factory.start("pipeline.train", str(config), *options, ranks=2)
     train_factory.wait_for(process, "step 8/")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [p for p in children if b"pipeline.train" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(int(workers[1]), signal.SIGUSR1)
-    assert process.stdout is not None
+    os.kill(train_factory.workers(process)[1], signal.SIGUSR1)
+    check_saved(process, tmp_path / "run")
+
+
+def check_saved(process, run: Path) -> str:
+    """What a stopped run has printed, which has saved its last step."""
     output = process.stdout.read()
     assert process.wait() == 0, output
     step = int(re.findall(r"at step (\d+), saved", output)[0])
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
+    return output
 
 
-def test_one_interrupt_saves(tmp_path):
-    process = train_factory.start(
-        "pipeline.train", str(write_config(tmp_path)), "training.images=800000"
-    )
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_finishes_the_step_saves_and_ends_with_status_0(tmp_path, number):
+    config = str(write_config(tmp_path))
+    process = train_factory.start("pipeline.train", config, "training.images=800000")
     train_factory.wait_for(process, "step 8/")
-    process.send_signal(signal.SIGINT)
-    train_factory.wait_for(process, "stopped by SIGINT at step")
-    assert process.wait() == 0
+    process.send_signal(number)
+    assert f"stopped by {number.name} at step" in check_saved(process, tmp_path / "run")
 
 
 HANGS = """
@@ -251,19 +248,14 @@ def test_training_goes_on_over_a_full_disk_and_saves_when_there_is_room(tmp_path
 def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rate_is(tmp_path):
     config = str(write_config(tmp_path))
     options = ["training.images=96", "optimizer.schedule=linear", "optimizer.warmup_images=0"]
-    done = train_factory.run("pipeline.train", config, *options)
-    assert done.returncode == 0, done.stderr
+    train_factory.train(config, *options)
     options = [*options, "training.images=192", "training.global_batch=16"]
     done = train_factory.run("pipeline.train", config, *options)
     assert done.returncode == 2  # not without --override
     assert "training.global_batch: saved 8, given 16" in done.stderr
-    done = train_factory.run("pipeline.train", config, *options, "--override")
-    assert done.returncode == 0, done.stderr
-    assert (
-        "training.global_batch is 2 times what it was, and optimizer.lr 0.001 as given"
-        in done.stdout
-    )
-    assert "resuming at step 12 of 18" in done.stdout
+    output = train_factory.train(config, *options, "--override")
+    assert "training.global_batch is 2 times what it was, and optimizer.lr 0.001 as given" in output
+    assert "resuming at step 12 of 18" in output
     run = tmp_path / "run"
     assert scalars(run, "progress/images_seen")[-7:] == [
         (12, 96.0), *((step, 96.0 + 16 * (step - 12)) for step in range(13, 19))
@@ -278,14 +270,12 @@ def test_another_global_batch_goes_on_by_pictures_and_says_what_the_learning_rat
 @pytest.mark.slow
 def test_muons_state_goes_to_another_precision_and_adamw_refuses_it(tmp_path):
     config = str(write_config(tmp_path))
-    done = train_factory.run("pipeline.train", config, "training.images=48", "optimizer.kind=muon")
-    assert done.returncode == 0, done.stderr
+    train_factory.train(config, "training.images=48", "optimizer.kind=muon")
     options = ["training.images=96", "--override"]
     done = train_factory.run("pipeline.train", config, *options)
     assert done.returncode == 2
     assert "written by MuonWithEMA, got AdamWithEMA" in done.stderr
     assert "Traceback" not in done.stderr
     options += ["optimizer.kind=muon", "engine.precision=bf16"]
-    done = train_factory.run("pipeline.train", config, *options, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 6 of 12" in done.stdout
+    output = train_factory.train(config, *options, ranks=2)
+    assert "resuming at step 6 of 12" in output

@@ -49,6 +49,28 @@ def run(
     return run_forked([module, *arguments], environment() | variables, cwd, ranks)
 
 
+def train(config: Path | str, *options: str, ranks: int = 1) -> str:
+    """What a training run prints, which ends well."""
+    done = run("pipeline.train", str(config), *options, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def results(word: str, module: str, *arguments: str, ranks: int = 2) -> list[list[str]]:
+    """The words behind `word` in each line that begins with it, of a module that ends well."""
+    done = run(module, *arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    lines = map(str.split, done.stdout.splitlines())
+    return [line[1:] for line in lines if line[:1] == [word]]
+
+
+def workers(process: subprocess.Popen[str] | Forked) -> list[int]:
+    """Process ids of the ranks of pipeline.train that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, command in commands.items() if b"pipeline.train" in command]
+
+
 def start(
     module: str, *arguments: str, ranks: int = 1, merged: bool = True, **variables: str
 ) -> subprocess.Popen[str] | Forked:

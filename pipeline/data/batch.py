@@ -28,33 +28,26 @@ ALIGNMENT_BYTES = 64
 class Batch:
     """Samples of one bucket; b is this rank's share of the global batch, or the size of a micro-batch.
 
-    A field is None where the dataset lacks it. The tensors lie in a buffer that is used again once neither
-    one of them nor a view of one is alive.
+    `indices` are places in the global batch, whatever the world size; `sample_ids` number the samples of the
+    mixture. `moments` are raw, mean then std, or one value where the codec is deterministic. Of several text
+    encoders, tokens lie one after another, `text_lengths` of each, zeros where masked, and pooled vectors side
+    by side. A field is None where the dataset lacks it. The tensors lie in a buffer that is used again once
+    neither one of them nor a view of one is alive.
     """
 
     step: int
     epoch: int
     bucket: Bucket
-    indices: Tensor
-    """int64 (b,), places in the global batch, whatever the world size."""
-    sample_ids: Tensor
-    """int64 (b,), numbers of the samples in the mixture."""
-    moments: Tensor
-    """float16 (b, 2C, h, w), mean then std, raw; (b, C, h, w) where the codec is deterministic."""
-    text_emb: Tensor | None = None
-    """float16 (b, L, D), encoders one after another, zeros where masked."""
-    text_mask: Tensor | None = None
-    """bool (b, L), True keeps."""
-    pooled: Tensor | None = None
-    """float16 (b, P), encoders side by side."""
-    micro: Tensor | None = None
-    """float32 (b, 4), original height and width, crop top and left."""
-    label: Tensor | None = None
-    """int64 (b,)."""
-    vision: Tensor | None = None
-    """float16 (b, V, g, j), features of the picture's squares, where the loader was asked for them."""
+    indices: Tensor  # int64 (b,)
+    sample_ids: Tensor  # int64 (b,)
+    moments: Tensor  # float16 (b, 2C, h, w) or (b, C, h, w)
+    text_emb: Tensor | None = None  # float16 (b, L, D)
+    text_mask: Tensor | None = None  # bool (b, L), True keeps
+    pooled: Tensor | None = None  # float16 (b, P)
+    micro: Tensor | None = None  # float32 (b, 4): original height and width, crop top and left
+    label: Tensor | None = None  # int64 (b,)
+    vision: Tensor | None = None  # float16 (b, V, g, j): features of the picture's squares
     text_lengths: tuple[int, ...] = ()
-    """Length of each encoder's part of L."""
     buffer: "Buffer | None" = field(default=None, repr=False)
 
     def _map(self, function: Any) -> "Batch":
@@ -152,13 +145,14 @@ def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None
 
 @dataclass
 class Buffer:
-    """Memory of one batch, page-locked where a GPU reads it."""
+    """Memory of one batch, page-locked where a GPU reads it.
+
+    `copied` is the CUDA event of a copy that may still run; `user` lives as long as any tensor in the buffer.
+    """
 
     bytes: Tensor
     copied: Any = None
-    """CUDA event of a copy that may still run."""
     user: "weakref.ref[np.ndarray] | None" = None
-    """The array that lives as long as any tensor in the buffer."""
 
 
 class BufferPool:
@@ -185,11 +179,10 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a member lies in a batch buffer."""
+    """Where a member lies in a batch buffer; `column` is that of its addresses, None for text."""
 
     name: str
     column: int | None
-    """Column of its addresses; None for text."""
     begin: int
     row_bytes: int
     shape: tuple[int, ...]

@@ -70,16 +70,17 @@ def refuse(what: str, pairs: list[Difference], remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset as it stands at one moment."""
+    """One dataset as it stands at one moment.
+
+    `home` holds its small files, here or in the cache; `identity` is the sha256 of manifest and shard table.
+    """
 
     name: str
     source: DatasetConfig
     home: Path
-    """Folder of its small files: the dataset's own, or the cache's."""
     manifest: Manifest
     table: pa.Table
     identity: str
-    """sha256 of manifest and shard table."""
     cache: ShardCache | None = None
 
 

@@ -53,12 +53,10 @@ def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset's shards of one bucket; each sample comes `repeat` times per epoch."""
+    """One dataset's shards of one bucket, as rows of the shard table; each sample comes `repeat` times per epoch."""
 
-    shards: np.ndarray
-    """int64 (S,), rows of the shard table."""
-    sizes: np.ndarray
-    """int64 (S,), samples."""
+    shards: np.ndarray  # int64 (S,)
+    sizes: np.ndarray  # int64 (S,)
     repeat: Fraction = Fraction(1)
 
     @cached_property
@@ -71,11 +69,10 @@ class Part:
 
 
 class Segments(NamedTuple):
-    """Pieces of shards: rows start..stop of each shard's permutation of cycle `cycle`; all int64 (m,)."""
+    """Pieces of shards of `size` samples: rows start..stop of each one's permutation of `cycle`; all int64 (m,)."""
 
     shard: np.ndarray
     size: np.ndarray
-    """Samples of the whole shard."""
     cycle: np.ndarray
     start: np.ndarray
     stop: np.ndarray
@@ -123,14 +120,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Layout:
-    """One epoch of a bucket laid end to end, and cut where the C partitions begin."""
+    """One epoch of a bucket laid end to end, and cut where the C partitions begin.
+
+    `edges` are the samples before each of the m pieces, and all; `cuts` the pieces before each partition, and all.
+    """
 
     segments: Segments
-    """Its m pieces."""
-    edges: np.ndarray
-    """int64 (m + 1,), samples before each piece, and all."""
-    cuts: np.ndarray
-    """int64 (C + 1,), pieces before each partition, and all."""
+    edges: np.ndarray  # int64 (m + 1,)
+    cuts: np.ndarray  # int64 (C + 1,)
 
     @staticmethod
     def cut(laid: Segments, cuts: np.ndarray) -> "Layout":

@@ -80,13 +80,13 @@ def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 
 @dataclass(slots=True)
 class Rows:
-    """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped."""
+    """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped.
 
-    table: np.ndarray
-    """int64 (1 + texts + members, n): the sample's number, the tokens of each text, each member's address.
-
-    It is one array, so that few calls move all of it.
+    A column of `table` holds a sample's number, the number of tokens of each text, and each member's address; one
+    array, so that few calls move all of it.
     """
+
+    table: np.ndarray  # int64 (1 + texts + members, n)
     texts: int
     low: int
     high: int

@@ -42,17 +42,15 @@ class WithEMA(torch.optim.Optimizer):
     """A mixin before an optimizer class: for each parameter and average, ema <- decay ema + (1 - decay) parameter.
 
     A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it as well.
+    `clip` bounds the gradient's norm where DeepSpeed does not (stage 0 in fp32); 0 only measures it. `veto` says
+    why a step is to change nothing.
     """
 
     lr: float = 0.0
     decays: dict[str, float] = {"ema": 0.0}
-    """Decay of each average."""
     clip: float | None = None
-    """Largest norm of the gradient where DeepSpeed does not clip (stage 0 in fp32); 0 only measures the norm."""
     watch: Watch | None = None
-    """What looks at this step alone."""
     veto: str = ""
-    """Why this step is to change nothing; empty where it is to be taken."""
     grad_norm: float | None = None
     num_skipped: int = 0
 

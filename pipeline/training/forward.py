@@ -18,23 +18,20 @@ from pipeline.objectives.objective import Latents, LossTerms, Objective, PerSamp
 
 
 class Draws(NamedTuple):
-    """What a step draws for its whole global batch of B samples."""
+    """What a step draws for its global batch of B samples; `dropped` ones lose caption and class."""
 
     step: int
     t: PerSample
     dropped: Bool[Tensor, " B"]
-    """Whether the network is not told the sample's caption and class."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Losses of one micro-batch of b samples."""
+    """Losses of one micro-batch: `total` () for backward; `named` without gradient for the log, `loss` first."""
 
     t: PerSample
     total: Tensor
-    """(), what backward begins with."""
     named: dict[str, PerSample]
-    """What training logs, without gradient, `loss` first."""
 
 
 class Forward:

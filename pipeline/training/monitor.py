@@ -11,14 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import UInt8
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -72,20 +65,6 @@ class Stopwatch:
         return seconds
 
 
-class SampleLog:
-    """RUN/samples_seen/rank_00000.txt: per sample a line with its step, place in the global batch and number."""
-
-    def __init__(self, run: Path):
-        folder = run / "samples_seen"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = (folder / f"rank_{distributed.rank():05d}.txt").open("a")
-
-    def write(self, batch: Batch) -> None:
-        places = zip(batch.indices.tolist(), batch.sample_ids.tolist(), strict=True)
-        self.file.writelines(f"{batch.step} {index} {number}\n" for index, number in places)
-        self.file.flush()
-
-
 class LossMeter:
     """Sums of loss terms by noise level, on the device, so that nothing waits for the GPU between logs."""
 
@@ -134,7 +113,6 @@ class Monitor:
         """Steps by the height and width of their latents and by their number of text tokens."""
         self.meter = LossMeter(self.device)
         self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
-        self.sample_log = SampleLog(self.run) if self.settings.log_samples else None
         self.flops: ModelFlops | None = None
         self.writer: SummaryWriter | None = None
         if distributed.is_main():
@@ -143,7 +121,8 @@ class Monitor:
             self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
             if self.settings.mfu:
                 self._measure_flops(self.writer)
-        self.progress = progress_bar()
+        columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
+        self.progress = Progress(*columns, TextColumn("{task.fields[line]}"))
         self.task = self.progress.add_task(
             "train", total=clock.num_steps, completed=clock.step, line=""
         )
@@ -173,12 +152,16 @@ class Monitor:
         self.stopwatch.mark(part)
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; its samples are logged if the config asks for it."""
+        """The next batch; if the config asks for it, a line per sample with step, place and number is logged."""
         self.mark("other")
         batch = next(batches)
         self.mark("data")
-        if self.sample_log is not None:
-            self.sample_log.write(batch)
+        if self.settings.log_samples:
+            path = self.run / "samples_seen" / f"rank_{distributed.rank():05d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            places = zip(batch.indices.tolist(), batch.sample_ids.tolist(), strict=True)
+            with path.open("a") as file:
+                file.writelines(f"{batch.step} {index} {number}\n" for index, number in places)
         return batch
 
     def norms_if_due(self) -> BlockNorms | None:
@@ -263,9 +246,8 @@ class Monitor:
         self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}\n```", 0)
         self.writer.add_text("model", f"{num_parameters:,} parameters", 0)
         flat = flatten(self.config.model_dump(mode="json"))
-        plain = {
-            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in flat.items()
-        }
+        known = (bool, int, float, str)
+        plain = {k: v if isinstance(v, known) else str(v) for k, v in flat.items()}
         for part in hparams(plain, {"loss/train": 0.0}):
             assert self.writer.file_writer is not None
             self.writer.file_writer.add_summary(part)
@@ -298,18 +280,6 @@ class Monitor:
         self.progress.stop()
         if self.writer is not None:
             self.writer.close()
-
-
-def progress_bar() -> Progress:
-    """A bar of steps with the latest loss and speed."""
-    return Progress(
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[line]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -92,12 +92,13 @@ def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
 
 @dataclass
 class Contents:
-    """What the index says of one rank's file."""
+    """What the index says of one rank's file.
+
+    `places` are first element and number of elements by STATE/PARAMETER; `shapes` those of whole parameters.
+    """
 
     places: dict[str, tuple[int, int]]
-    """First element and number of elements by STATE/PARAMETER."""
     shapes: dict[str, list[int]]
-    """Shapes of whole parameters."""
     optimizer_step: int
 
 

@@ -103,8 +103,7 @@ def test_an_epoch_lays_out_each_sample_as_often_as_its_repeat_factor_says(bucket
         counts: Counter[Sample] = Counter()
         for epoch in range(1, 5):
             pieces = bucket.layout(epoch - 1).segments
-            columns = (pieces.shard, pieces.size, pieces.cycle, pieces.start, pieces.stop)
-            for shard, size, cycle, start, stop in zip(*(c.tolist() for c in columns), strict=True):
+            for shard, size, cycle, start, stop in np.stack(pieces, axis=1).tolist():
                 rows = permutation(size, plan.seed, ROWS, shard, cycle)[start:stop]
                 counts.update((shard, row) for row in rows.tolist())
             for part in bucket.parts:

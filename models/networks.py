@@ -1,5 +1,6 @@
 """The configs of the networks, without torch: what all have, and each one's own."""
 
+from importlib import import_module
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
@@ -13,7 +14,7 @@ class NetworkConfig(Config):
     """Sizes that the data fixes default to the dataset's."""
 
     kind: Any
-    """The network's name in the registry of `models`."""
+    """The network's name in MODELS."""
     size: Any
     """A name of the network's own table of sizes."""
     init_from: str | None = None
@@ -310,3 +311,22 @@ class UNetConfig(NetworkConfig):
                 "projection_class_embeddings_input_dim": self.pooled_dim + 6 * 256,
             }
         return arguments
+
+
+MODELS = {
+    "dit": (DiTConfig, "models.dit", "DiT"),
+    "mmdit": (MMDiTConfig, "models.mmdit", "MMDiT"),
+    "uvit": (UViTConfig, "models.uvit", "UViT"),
+    "unet": (UNetConfig, "models.unet", "UNet"),
+}
+"""Each kind of network: its config, and the module and name of its class, which is imported when it is built."""
+
+
+def config_class(kind: str) -> Any:
+    return MODELS[kind][0]
+
+
+def build_model(config: Any) -> Any:
+    """The network that `config.kind` names, on whatever device is torch's default."""
+    _, module, name = MODELS[config.kind]
+    return getattr(import_module(module), name)(config)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from models import build_model
+from models.networks import build_model
 
 # Conditioning inside blocks: embeddings of t and the like, not features of the picture.
 MODULATION = ("norm1.linear", "norm1_context.linear", "time_emb_proj")

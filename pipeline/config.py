@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 import yaml
 from pydantic import Discriminator, Field, Tag
 
-from models import MODELS, config_class
 from models.config import Config, InputError, parse_config
-from models.networks import DiTConfig, NetworkConfig
+from models.networks import MODELS, DiTConfig, NetworkConfig, config_class
 from pipeline.data.config import DataConfig
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.training.config import (

@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from models import MODELS, build_model
 from models.command import run_command
 from models.config import InputError
 from models.exchange import layout_of, to_diffusers
 from models.files import publish
+from models.networks import MODELS, build_model
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline import distributed
 from pipeline.arguments import DryRun, RunFolder, Step, Weights
@@ -126,7 +126,7 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 
 def network_source(kind: str) -> str:
     """One Python file with an architecture, under diffusers' loading and saving."""
-    module, model = MODELS[kind]
+    _, module, model = MODELS[kind]
     return whole_source(module) + NETWORK.format(model=model, config=f"{model}Config")
 
 

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from models import build_model
 from models.command import load_config, run_command
 from models.conditions import example_conditions
 from models.config import InputError
 from models.layers import positions_2d, rope_2d
-from models.networks import TransformerConfig
+from models.networks import TransformerConfig, build_model
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data.loader import Loader

@@ -3,8 +3,8 @@
 import torch
 from pydantic import TypeAdapter
 
-from models import MODELS, build_model
 from models.conditions import Conditions
+from models.networks import MODELS, build_model
 from pipeline import distributed
 from pipeline.config import ModelConfig
 from pipeline.data.randomness import draw_noise

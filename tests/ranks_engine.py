@@ -4,10 +4,9 @@ from collections import defaultdict
 
 import torch
 
-from models import build_model
 from models.conditions import Conditions
 from models.dit import DiT
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from pipeline import distributed
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.engine import build_engine, grad_norm, parameter_groups

@@ -8,8 +8,8 @@ import sys
 import torch
 import yaml
 
-from models import build_model
 from models.config import parse_config
+from models.networks import build_model
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.objectives.objective import Objective

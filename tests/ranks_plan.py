@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from models import build_model
 from models.conditions import Conditions
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from pipeline import distributed
 from pipeline.plan import num_small
 from pipeline.training import checkpoint

@@ -18,11 +18,17 @@ from data_prep.prepare import prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.settings import encoder_settings
 from data_prep.verify import verify
-from models import build_model
 from models.command import load_config
 from models.conditions import Conditions
 from models.config import InputError, parse_config
-from models.networks import AlignmentConfig, DiTConfig, MaskingConfig, MMDiTConfig, RoutingConfig
+from models.networks import (
+    AlignmentConfig,
+    DiTConfig,
+    MaskingConfig,
+    MMDiTConfig,
+    RoutingConfig,
+    build_model,
+)
 from models.vision_encoder import VisionEncoder
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from models import build_model
 from models.command import load_config
 from models.config import InputError, differences
+from models.networks import build_model
 from pipeline import cli
 from pipeline.config import TrainConfig, dump_config
 from tests.train_factory import run

@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Con
 from typer.testing import CliRunner
 
 from data_prep.schema import read_shard_table
-from models import build_model
 from models.config import InputError
+from models.networks import build_model
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from pipeline.evaluate import Options, evaluate, main, parse_features

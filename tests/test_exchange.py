@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import build_model, exchange, layers
+from models import exchange, layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig
+from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig, build_model
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_prep.schema import TextRecord
-from models import build_model
 from models.config import InputError, parse_config
+from models.networks import build_model
 from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.evaluation import subjects

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models import MODELS
+from models.networks import MODELS
 from tests import train_factory
 
 # Loss, gradient norm before clipping, checksum of the weights after one step: `python -m tests.golden_step`.

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from models import build_model, layers
+from models import layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.networks import MaskingConfig, RoutingConfig, Span
+from models.networks import MaskingConfig, RoutingConfig, Span, build_model
 from models.roles import parameter_roles
 from pipeline.config import TrainConfig
 from pipeline.data.randomness import draw_noise

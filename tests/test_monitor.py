@@ -6,8 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models import build_model
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from pipeline.config import load_run_config
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise

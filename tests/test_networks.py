@@ -8,10 +8,18 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import nn
 
-from models import MODELS, build_model, config_class, layers
+from models import layers
 from models.conditions import Conditions
 from models.config import InputError
-from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig
+from models.networks import (
+    MODELS,
+    DiTConfig,
+    MMDiTConfig,
+    UNetConfig,
+    UViTConfig,
+    build_model,
+    config_class,
+)
 from models.roles import parameter_roles
 from tests.benchmarks import sizes
 from tests.train_factory import run

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from models import build_model
 from models.config import parse_config
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.objective import Objective

@@ -9,10 +9,9 @@ import sys
 import pytest
 import torch
 
-from models import build_model
 from models.command import load_config
 from models.config import InputError
-from models.networks import DiTConfig, UNetConfig
+from models.networks import DiTConfig, UNetConfig, build_model
 from pipeline import plan
 from pipeline.config import TrainConfig
 from pipeline.plan import Sample, activation_bytes, checkpoint_bytes, state_bytes

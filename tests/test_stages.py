@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models import build_model
 from models.config import InputError
 from models.layers import positions_2d
+from models.networks import build_model
 from pipeline.config import StartConfig, load_run_config
 from pipeline.runs.start import finished, load_stages, load_start, resize_positions
 from pipeline.training.checkpoint import load_weights

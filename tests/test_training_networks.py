@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import build_model
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from pipeline.demo import stages
 from pipeline.training import checkpoint
 from tests import train_factory

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from data_prep.schema import Manifest
-from models import build_model
 from models.config import InputError, differences
 from models.files import write_text
-from models.networks import NetworkConfig
+from models.networks import NetworkConfig, build_model
 from pipeline import distributed
 from pipeline.config import CONFIG, RESULTS, TrainConfig, dump_config, load_run_config, sizes_of
 from pipeline.data.datasets import Difference, refuse

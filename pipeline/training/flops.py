@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
 from models.conditions import example_conditions
+from models.networks import build_model
 
 # bf16 TFLOP/s from the makers' data sheets, without sparsity, by a part of torch's device name.
 PEAK_TFLOPS = {

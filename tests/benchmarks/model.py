@@ -21,12 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models import build_model
 from models.command import run_command
 from models.conditions import Conditions
 from models.exchange import to_diffusers
 from models.layers import compile_blocks
-from models.networks import DiTConfig, MMDiTConfig
+from models.networks import DiTConfig, MMDiTConfig, build_model
 from pipeline.training.flops import ModelFlops
 
 SIDE, TOKENS = 32, 64  # latent of a 256-pixel picture; text tokens

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import MODELS, build_model, config_class
 from models.conditions import example_conditions
+from models.networks import MODELS, build_model, config_class
 
 DATA: dict[str, Any] = {"latent_channels": 4, "text_dim": 768, "pooled_dim": 768}
 XL: dict[str, Any] = {"size_conditioning": True, "latent_downscale": 8}

@@ -23,10 +23,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from models import build_model
 from models.command import run_command
 from models.config import parse_config
-from models.networks import DiTConfig
+from models.networks import DiTConfig, build_model
 from models.vae import sample_latents
 from pipeline import distributed
 from pipeline.config import TrainConfig

@@ -32,8 +32,10 @@ class Conditions(NamedTuple):
 Fields: Any = tuple[tuple(Conditions.__annotations__.values())]
 
 
-def check_shapes(x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], conditions: Fields) -> None:
-    """Do nothing, except under pytest, which checks that shapes agree in all arguments and all conditions."""
+def check_inputs(x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], conditions: Fields) -> None:
+    """Raises TypeError where t is not fp32; under pytest, also where shapes of inputs disagree."""
+    if t.dtype != torch.float32:
+        raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")
 
 
 def given(name: str, value: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ all blocks and a table per block.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.conditions import Conditions, given
@@ -16,9 +16,13 @@ from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
+    Mask,
     MLPEmbedder,
     Modulation,
     PatchTransformer,
+    Rope,
+    Tokens,
+    Vector,
     initialise,
     modulate,
     positions_2d,
@@ -42,13 +46,13 @@ class DiTBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B N D"],
-        c: Float[Tensor, "B D"] | Float[Tensor, "B 6 D"],
+        x: Tokens,
+        c: Vector | Float[Tensor, "B 6 D"],
         text: Float[Tensor, "B L D"] | None,
-        mask: Bool[Tensor, "B 1 1 L"] | None,
-        rope: Float[Tensor, "R M e 2"] | None,
+        mask: Mask,
+        rope: Rope,
         attend: AttentionFunction,
-    ) -> Float[Tensor, "B N D"]:
+    ) -> Tokens:
         table = c + self.scale_shift_table if self.norm1 is None else self.norm1(c)  # (B, 6, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unsqueeze(2).unbind(1)
         h = self.attn1(modulate(self.norm(x), shift_a, scale_a), attend, rope=rope)
@@ -86,11 +90,7 @@ class DiT(PatchTransformer):
         return positions_2d(height, width, self.dim, device, self.config.position_extent)
 
     def transform(
-        self,
-        x: Float[Tensor, "B N D"],
-        rope: Float[Tensor, "1 M e 2"] | None,
-        vectors: list[Float[Tensor, "B D"]],
-        conditions: Conditions,
+        self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
         c: Any = sum(vectors)
         text = mask = None

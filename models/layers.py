@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Conditions, check_shapes, given
+from models.conditions import Conditions, check_inputs, given
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig, Span, TransformerConfig
 
@@ -24,6 +24,13 @@ PROJECTOR = "projector."
 """How the names of parameters begin that only training has."""
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Latents = Float[Tensor, "B C h w"]
+Tokens = Float[Tensor, "B N D"]
+Vector = Float[Tensor, "B D"]
+Mask = Bool[Tensor, "B 1 1 L"] | None
+"""Text that attention may look at; None: all of it."""
+Rope = Float[Tensor, "R M e 2"] | None
+"""cos and sin by which the first M tokens are turned, the same (R = 1) or other ones (R = B) for each picture."""
 
 
 def patchify(x: Float[Tensor, "B C h w"], patch_size: int) -> Float[Tensor, "B N P"]:
@@ -111,9 +118,7 @@ def rope_2d(
     return torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
 
 
-def rotate(
-    x: Float[Tensor, "B N H d"], rope: Float[Tensor, "R M e 2"] | None
-) -> Float[Tensor, "B N H d"]:
+def rotate(x: Float[Tensor, "B N H d"], rope: Rope) -> Float[Tensor, "B N H d"]:
     """Turn the pairs (i, i + d/2) of the first M tokens; the tokens after them have no position."""
     if rope is None:
         return x
@@ -145,8 +150,6 @@ class TimestepEmbedder(MLPEmbedder):
         self.shift = shift
 
     def forward(self, x: Float[Tensor, " B"]) -> Float[Tensor, "B D"]:
-        if x.dtype != torch.float32:
-            raise TypeError(f"t: got {x.dtype}, expected torch.float32: lower precision loses time")
         return super().forward(sinusoid(1000.0 * x, 256, self.shift))
 
 
@@ -164,7 +167,7 @@ class ConditionEmbedder(nn.Module):
         if config.num_classes:
             self.class_embedder = nn.Embedding(config.num_classes + 1, dim)
 
-    def forward(self, t: Float[Tensor, " B"], conditions: Conditions) -> list[Float[Tensor, "B D"]]:
+    def forward(self, t: Float[Tensor, " B"], conditions: Conditions) -> list[Vector]:
         vectors = [self.timestep_embedder(t)]
         if self.text_embedder is not None:
             vectors.append(self.text_embedder(given("pooled", conditions.pooled)))
@@ -250,17 +253,17 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = (qk_normalisation(dim // num_heads, qk_norm) for _ in range(2))
 
-    def split(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N H d"]:
+    def split(self, x: Tokens) -> Float[Tensor, "B N H d"]:
         return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(
         self,
-        x: Float[Tensor, "B N D"],
+        x: Tokens,
         attend: AttentionFunction,
         context: Float[Tensor, "B L E"] | None = None,
-        mask: Bool[Tensor, "B 1 1 L"] | None = None,
-        rope: Float[Tensor, "R M e 2"] | None = None,
-    ) -> Float[Tensor, "B N D"]:
+        mask: Mask = None,
+        rope: Rope = None,
+    ) -> Tokens:
         source = x if context is None else context
         q = rotate(self.norm_q(self.split(self.to_q(x))), rope)
         k = rotate(self.norm_k(self.split(self.to_k(source))), rope)
@@ -304,7 +307,7 @@ class Modulation(nn.Module):
         self.num = num
         self.linear = nn.Linear(dim, num * dim)
 
-    def forward(self, c: Float[Tensor, "B D"]) -> Float[Tensor, "B num D"]:
+    def forward(self, c: Vector) -> Float[Tensor, "B num D"]:
         return self.linear(F.silu(c)).unflatten(-1, (self.num, -1))
 
 
@@ -328,13 +331,11 @@ def kept_pixels(
     return unpatchify(tokens, patch_size, height, width).bool()
 
 
-def take(x: Float[Tensor, "B N D"], places: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+def take(x: Tokens, places: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def put_back(
-    whole: Float[Tensor, "B N D"], places: Int[Tensor, "B K"], x: Float[Tensor, "B M D"]
-) -> Float[Tensor, "B N D"]:
+def put_back(whole: Tokens, places: Int[Tensor, "B K"], x: Float[Tensor, "B M D"]) -> Tokens:
     """`whole` with x's first K tokens at `places` and its registers, the rest, at the end."""
     num, registers = places.shape[1], x.shape[1] - places.shape[1]
     index = places[..., None].expand(-1, -1, x.shape[-1])
@@ -376,9 +377,7 @@ class PatchTransformer(nn.Module):
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
         return positions_2d(height, width, self.dim, device)
 
-    def embed(
-        self, x_t: Float[Tensor, "B C h w"]
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "1 M e 2"] | None]:
+    def embed(self, x_t: Latents) -> tuple[Tokens, Rope]:
         """Tokens, registers last, and RoPE's table where the config has `rope` instead of fixed positions."""
         p = self.config.patch_size
         size = (x_t.shape[-2] // p, x_t.shape[-1] // p)
@@ -393,16 +392,13 @@ class PatchTransformer(nn.Module):
         return x, rope
 
     def forward(
-        self,
-        x_t: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
-        conditions: Conditions = Conditions(),
-    ) -> Float[Tensor, "B C h w"] | tuple[Float[Tensor, "B C h w"], Float[Tensor, "B M V"]]:
+        self, x_t: Latents, t: Float[Tensor, " B"], conditions: Conditions = Conditions()
+    ) -> Latents | tuple[Latents, Float[Tensor, "B M V"]]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype.
 
         In training with `alignment` also the projection of each patch, for the alignment loss.
         """
-        check_shapes(x_t, t, conditions)
+        check_inputs(x_t, t, conditions)
         vectors = self.time_text_embed(t, conditions)
         x, projection = self.transform(*self.embed(x_t), vectors, conditions)
         out = unpatchify(x, self.config.patch_size, *x_t.shape[-2:])
@@ -410,8 +406,8 @@ class PatchTransformer(nn.Module):
 
     def through(
         self,
-        x: Float[Tensor, "B N D"],
-        rope: Float[Tensor, "1 M e 2"] | None,
+        x: Tokens,
+        rope: Rope,
         token_scores: Float[Tensor, "B M"] | None,
         step: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M V"] | None]:

@@ -17,6 +17,9 @@ from models.layers import (
     FeedForward,
     Modulation,
     PatchTransformer,
+    Rope,
+    Tokens,
+    Vector,
     initialise,
     modulate,
     positions_2d,
@@ -39,12 +42,12 @@ class JointAttention(Attention):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        x: Float[Tensor, "B N D"],
+        x: Tokens,
         text: Float[Tensor, "B L D"],
         attend: AttentionFunction,
         mask: Bool[Tensor, "B L"] | None,
-        rope: Float[Tensor, "R M e 2"] | None,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
+        rope: Rope,
+    ) -> tuple[Tokens, Float[Tensor, "B L D"] | None]:
         num = x.shape[1]
         q = rotate(self.norm_q(self.split(self.to_q(x))), rope)
         if self.add_q_proj is not None:
@@ -76,13 +79,13 @@ class MMDiTBlock(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B N D"],
+        x: Tokens,
         text: Float[Tensor, "B L D"],
-        c: Float[Tensor, "B D"],
+        c: Vector,
         mask: Bool[Tensor, "B L"] | None,
-        rope: Float[Tensor, "R M e 2"] | None,
+        rope: Rope,
         attend: AttentionFunction,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
+    ) -> tuple[Tokens, Float[Tensor, "B L D"]]:
         shift, scale, gate, shift_m, scale_m, gate_m, *dual = self.norm1(c).unsqueeze(2).unbind(1)
         table = self.norm1_context(c).unsqueeze(2).unbind(1)
         # SD3's order: scale first where there are two.
@@ -138,11 +141,7 @@ class MMDiT(PatchTransformer):
         return table[top : top + height, left : left + width].flatten(0, 1)
 
     def transform(
-        self,
-        x: Float[Tensor, "B N D"],
-        rope: Float[Tensor, "1 M e 2"] | None,
-        vectors: list[Float[Tensor, "B D"]],
-        conditions: Conditions,
+        self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
         c = sum(vectors)
         text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))

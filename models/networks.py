@@ -1,4 +1,4 @@
-"""The configs of the networks, without torch: what all have, and each one's own."""
+"""The configs of the networks, read without torch: what all have, and what each has of its own."""
 
 from importlib import import_module
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -11,42 +11,42 @@ NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 
 
 class NetworkConfig(Config):
-    """Sizes that the data fixes default to the dataset's."""
+    """What every network has; sizes that the data fixes default to the dataset's."""
 
     kind: Any
     """The network's name in MODELS."""
     size: Any
-    """A name of the network's own table of sizes."""
+    """A name in the network's table of sizes."""
     init_from: str | None = None
-    """Weights to begin with: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT."""
+    """Weights to start from: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT."""
     size_conditioning: bool = False
     """The network is told the picture's original size and crop, as SDXL (2307.01952, 2.2)."""
     gradient_checkpointing: bool = False
     latent_channels: int | None = None
-    """Channels of a latent, the dataset's where left out."""
+    """Channels of a latent; the dataset's where left out."""
     text_dim: int | None = None
-    """Width of the text tokens, the dataset's where left out; 0: none."""
+    """Width of the text tokens, 0 for none; the dataset's where left out."""
     pooled_dim: int | None = None
-    """Width of the pooled text, the dataset's where left out; 0: none."""
+    """Width of the pooled text, 0 for none; the dataset's where left out."""
     num_classes: int = 0
-    """Classes of the dataset; one more is added, for no class."""
+    """Classes of the dataset; the network adds one, for no class."""
 
     @property
     def latent_multiple(self) -> int:
-        """What the sides of a latent must be a multiple of."""
+        """The number of which the sides of a latent must be multiples."""
         return 1
 
     def with_sizes(self: NetworkType, sizes: dict[str, Any]) -> NetworkType:
-        """This config, with what it leaves open taken from `sizes`."""
+        """This config with the values of `sizes` where it has none."""
         missing = {k: v for k, v in sizes.items() if getattr(self, k, v) is None}
         return self.model_copy(update=missing)
 
 
 class TransformerConfig(NetworkConfig):
-    """A size by name, any part of it overridden."""
+    """A size by name, of which any part can be overridden."""
 
-    SIZES: ClassVar[dict[str, tuple[int, int, int]]]  # hidden_size, depth, num_heads
-
+    SIZES: ClassVar[dict[str, tuple[int, int, int]]]
+    """hidden_size, depth and num_heads by name."""
     hidden_size: int | None = Field(default=None, gt=0)
     depth: int | None = Field(default=None, gt=0)
     num_heads: int | None = Field(default=None, gt=0)
@@ -54,19 +54,19 @@ class TransformerConfig(NetworkConfig):
     mlp_ratio: float = Field(default=4.0, gt=0)
     qk_norm: bool = False
     rope: bool = False
-    """Rotary positions in place of fixed ones."""
+    """Rotary positions instead of fixed ones."""
     register_tokens: int = Field(default=0, ge=0)
-    """Tokens that stand for no patch (2309.16588)."""
+    """Number of tokens that are no patches (2309.16588)."""
     attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
     mup_base_width: int | None = Field(default=None, gt=0)
-    """muP (2203.03466) for Adam: tune at this width, train at another with the same lr and heads as wide."""
+    """muP (2203.03466) for Adam: the lr tuned at this width serves any width with heads of the same width."""
 
     @property
     def latent_multiple(self) -> int:
         return self.patch_size
 
     def at_base_width(self) -> "TransformerConfig":
-        """The same network at `mup_base_width`; raises InputError where its heads would differ in width."""
+        """The same network at `mup_base_width`; raises InputError where the width of its heads would change."""
         assert self.mup_base_width is not None
         hidden, _, heads = self.shape()
         base_heads, rest = divmod(heads * self.mup_base_width, hidden)
@@ -78,7 +78,7 @@ class TransformerConfig(NetworkConfig):
         return self.model_copy(update={"hidden_size": self.mup_base_width, "num_heads": base_heads})
 
     def shape(self) -> tuple[int, int, int]:
-        """hidden_size, depth, num_heads, checked."""
+        """hidden_size, depth and num_heads; raises InputError where they do not fit."""
         hidden, depth, heads = self.SIZES[self.size]
         hidden, depth = self.hidden_size or hidden, self.depth or depth
         heads = self.num_heads or heads
@@ -90,42 +90,42 @@ class TransformerConfig(NetworkConfig):
 
 
 class RoutingConfig(Config):
-    """TREAD (2501.04765): in training, a random part of the tokens goes around some blocks unchanged."""
+    """TREAD (2501.04765): in training, random patches bypass some blocks unchanged."""
 
     ratio: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the tokens that go around."""
+    """Share of the patches that bypass the blocks."""
     start: int = Field(default=2, ge=0)
-    """The first block that they go around."""
+    """The first block that they bypass."""
     end: int = -4
-    """The first block that all tokens enter again; negative counts from the last."""
+    """The first block that all patches enter again; a negative number counts from the last."""
 
 
 class MaskingConfig(Config):
     """Deferred masking (2407.15811): the first blocks mix all patches, then training drops most of them.
 
-    The loss is over the kept ones. Fine-tune without it at the end, as the paper does.
+    The loss covers the kept ones. The paper fine-tunes without masking at the end.
     """
 
     ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Share of the patches that are dropped."""
+    """Share of the patches to drop."""
     mixer_depth: int = Field(default=4, gt=0)
-    """Blocks that mix all patches, beside `depth`."""
+    """Number of blocks that mix all patches, in addition to `depth`."""
 
 
 class AlignmentConfig(Config):
-    """REPA (2410.06940): patches after a block, projected, learn to look like a frozen ViT's of the clean picture.
+    """REPA (2410.06940): projected features of a block learn to match those of a frozen ViT for the clean picture.
 
-    Needs a dataset prepared with `vision_encoder`.
+    The dataset must have been prepared with `vision_encoder`.
     """
 
     block: int = Field(default=8, gt=0)
-    """After how many blocks patches are aligned; 8 of XL's 28 in the paper."""
+    """The number of blocks after which patches are aligned; 8 of XL's 28 in the paper."""
     weight: float = Field(default=0.5, gt=0)
     """Weight of 1 - cosine similarity in the loss."""
     hidden_size: int = Field(default=2048, gt=0)
     """Width of the projection's three layers."""
     until_images: int | None = Field(default=None, gt=0)
-    """After so many pictures there is no more alignment (2505.16792); null: always."""
+    """Number of pictures after which alignment ends (2505.16792); null for never."""
 
 
 class Span(NamedTuple):
@@ -137,18 +137,22 @@ class Span(NamedTuple):
 
 
 class RoutedConfig(TransformerConfig):
-    """Networks whose blocks may run on a part of the patches, which `token_scores` choose."""
+    """Networks whose blocks can run on some of the patches, chosen by `token_scores`."""
 
+    NO_EFFECT_WITH_ROPE: ClassVar[str]
+    """An option of fixed positions."""
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
     alignment: AlignmentConfig | None = None
     vision_dim: int | None = None
-    """Width of the vision encoder's features, the dataset's where left out; 0: none."""
+    """Width of the vision encoder's features, 0 for none; the dataset's where left out."""
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> "RoutedConfig":
+    def _has_effect(self) -> "RoutedConfig":
         if self.routing and self.masking:
             raise ValueError("routing and masking: expected one of them, got both")
+        if self.rope and getattr(self, name := self.NO_EFFECT_WITH_ROPE):
+            raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
     def shape(self) -> tuple[int, int, int]:
@@ -156,7 +160,7 @@ class RoutedConfig(TransformerConfig):
         return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
 
     def alignment_block(self) -> int:
-        """After how many blocks patches are aligned, 0 for never; raises InputError where not all are there."""
+        """The number of blocks after which patches are aligned, 0 for none; raises InputError where some are missing."""
         if self.alignment is None:
             return 0
         block, depth, span = self.alignment.block, self.shape()[1], self.span
@@ -172,7 +176,7 @@ class RoutedConfig(TransformerConfig):
 
     @property
     def span(self) -> Span | None:
-        """Which blocks do not see all patches; raises InputError where there are no such."""
+        """The blocks that do not see all patches; raises InputError where the depth does not allow them."""
         depth = self.shape()[1]
         if self.masking:
             return Span(self.masking.mixer_depth, depth, self.masking.ratio)
@@ -188,7 +192,7 @@ class RoutedConfig(TransformerConfig):
 
 
 class DiTConfig(RoutedConfig):
-    # S to XL are the paper's table 1.
+    # S to XL are those of the paper's table 1.
     SIZES: ClassVar = {
         "debug": (64, 2, 2),
         "tiny": (256, 6, 4),
@@ -197,23 +201,18 @@ class DiTConfig(RoutedConfig):
         "L": (1024, 24, 16),
         "XL": (1152, 28, 16),
     }
+    NO_EFFECT_WITH_ROPE: ClassVar = "position_extent"
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
     modulation: Literal["block", "shared"] = "block"
     position_extent: float | None = None
-    """Positions run from 0 to this, as PixArt's; null: a patch is 1."""
+    """Positions run from 0 to this, like PixArt's; null counts patches."""
     timestep_shift: Literal[0, 1] = 0
-    """Shift of t's frequencies: diffusers' DiT has 1, all others 0."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "DiTConfig":
-        if self.rope and self.position_extent:
-            raise ValueError("position_extent has no effect with rope. Remedy: remove one")
-        return self
+    """Shift of t's frequencies: 1 in diffusers' DiT, 0 everywhere else."""
 
 
 class MMDiTConfig(RoutedConfig):
-    # Width 64 x depth, as the paper's; sd3 is SD3's and SD3.5's medium, sd3.5-large has depth 38.
+    # The width is 64 x depth, as in the paper; sd3 is the medium size of SD3 and SD3.5.
     SIZES: ClassVar = {
         "debug": (64, 2, 2),
         "tiny": (256, 6, 4),
@@ -222,26 +221,21 @@ class MMDiTConfig(RoutedConfig):
         "sd3": (1536, 24, 24),
         "sd3.5-large": (2432, 38, 38),
     }
+    NO_EFFECT_WITH_ROPE: ClassVar = "learned_positions"
     kind: Literal["mmdit"] = "mmdit"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
     dual_attention_layers: int = Field(default=0, ge=0)
-    """How many of the first blocks have a second attention; SD3.5 medium has 13."""
+    """Number of blocks, counted from the first, with a second attention; 13 in SD3.5 medium."""
     position_grid: int = Field(default=192, gt=0)
-    """Positions are the middle of a square of so many patches; a larger latent is an error."""
+    """Positions are the middle of a square of this many patches per side; a larger latent is an error."""
     position_extent: float = Field(default=64.0, gt=0)
     """The square's positions run from 0 to this."""
     learned_positions: bool = False
-    """Positions are trained from there; else they are fixed."""
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> "MMDiTConfig":
-        if self.rope and self.learned_positions:
-            raise ValueError("learned_positions has no effect with rope. Remedy: remove one")
-        return self
+    """Train the positions, which start from the fixed ones."""
 
 
 class UViTConfig(TransformerConfig):
-    # S to H are the paper's table 1; depth counts the middle block, so it is odd.
+    # S to H are those of the paper's table 1. depth includes the middle block, so it is odd.
     SIZES: ClassVar = {
         "debug": (64, 3, 2),
         "tiny": (256, 7, 4),
@@ -260,7 +254,7 @@ class UViTConfig(TransformerConfig):
         return hidden, depth, heads
 
 
-# By level: channels, transformer layers (0: none) and heads; then ResNets per level.
+# Channels, transformer layers (0 for none) and heads, one value per level; then the ResNets per level.
 UNET_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]] = {
     "debug": ((32, 64), (0, 1), (2, 2), 1),
     "tiny": ((64, 128, 256), (0, 1, 1), (4, 4, 4), 1),
@@ -273,11 +267,11 @@ class UNetConfig(NetworkConfig):
     kind: Literal["unet"] = "unet"
     size: Literal["debug", "tiny", "sd15", "sdxl"] = "sd15"
     latent_downscale: int | None = Field(default=None, gt=0)
-    """Pixels per latent pixel, the dataset's where left out. size_conditioning is SDXL's "text_time": pooled text and
-    six numbers, of which the last two are the picture's own size, the latent's times this."""
+    """Pixels per latent pixel; the dataset's where left out. Here size_conditioning is SDXL's "text_time": pooled text
+    and six numbers, of which the last two are the picture's size, the latent's times this."""
 
     def diffusers(self) -> dict[str, Any]:
-        """Arguments of diffusers' class; raises InputError where it has no such network."""
+        """Arguments of diffusers' class; raises InputError where it lacks one."""
         channels, layers, heads, resnets = UNET_SIZES[self.size]
         if not self.latent_channels:
             raise InputError("model.latent_channels: missing; it is the dataset's, or the codec's")
@@ -292,7 +286,8 @@ class UNetConfig(NetworkConfig):
             "down_block_types": tuple(f"{c}DownBlock2D" for c in cross),
             "up_block_types": tuple(f"{c}UpBlock2D" for c in cross[::-1]),
             "transformer_layers_per_block": tuple(n or 1 for n in layers),
-            "attention_head_dim": heads,  # diffusers' name for the number of heads
+            # diffusers' name for the number of heads.
+            "attention_head_dim": heads,
             "cross_attention_dim": self.text_dim,
             "use_linear_projection": self.size != "sd15",
             "norm_num_groups": min(32, channels[0] // 2),

@@ -11,7 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, check_shapes, given
+from models.conditions import Conditions, check_inputs, given
 from models.networks import UNetConfig
 
 
@@ -41,9 +41,7 @@ class UNet(nn.Module):
         conditions: Conditions = Conditions(),
     ) -> Float[Tensor, "B C h w"]:
         """Prediction for latents x_t at time t (0 data, 1 noise), in the network's dtype."""
-        check_shapes(x_t, t, conditions)
-        if t.dtype != torch.float32:
-            raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")
+        check_inputs(x_t, t, conditions)
         dtype = self.unet.conv_in.weight.dtype
         added = None
         if self.config.size_conditioning:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.conditions import Conditions, given
@@ -15,7 +15,11 @@ from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
+    Mask,
     PatchTransformer,
+    Rope,
+    Tokens,
+    Vector,
     initialise,
 )
 from models.networks import UViTConfig
@@ -33,13 +37,8 @@ class UViTBlock(nn.Module):
         self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
 
     def forward(
-        self,
-        x: Float[Tensor, "B N D"],
-        skip: Float[Tensor, "B N D"] | None,
-        mask: Bool[Tensor, "B 1 1 N"] | None,
-        rope: Float[Tensor, "R M e 2"] | None,
-        attend: AttentionFunction,
-    ) -> Float[Tensor, "B N D"]:
+        self, x: Tokens, skip: Tokens | None, mask: Mask, rope: Rope, attend: AttentionFunction
+    ) -> Tokens:
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -65,11 +64,7 @@ class UViT(PatchTransformer):
         initialise(self, [self.conv_out])
 
     def transform(
-        self,
-        x: Float[Tensor, "B N D"],
-        rope: Float[Tensor, "1 M e 2"] | None,
-        vectors: list[Float[Tensor, "B D"]],
-        conditions: Conditions,
+        self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], None]:
         num, mask = x.shape[1] - self.config.register_tokens, None
         x = torch.cat([x, *(v[:, None] for v in vectors)], dim=1)

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import exchange, layers
@@ -105,6 +105,11 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str = "", floor: float = 1e
     assert error < 5e-5, f"{what}: {error:.1e}"
 
 
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for key, value in other.state_dict().items():
+        assert torch.equal(one.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("size", [(8, 8), (4, 16)])
 def test_the_reference_class_computes_the_same_outputs_and_gradients(name, size):
@@ -162,8 +167,7 @@ def test_weights_come_back_from_a_folder_as_they_went(name, tmp_path):
     model, other = random_model(PAIRS[name]), random_model(PAIRS[name], seed=1)
     exchange.to_diffusers(model, sample_size=8).save_pretrained(tmp_path)
     exchange.load_weights(other, tmp_path)
-    for key, value in model.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value), key
+    assert_same_weights(other, model)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart"])
@@ -174,7 +178,7 @@ def test_folders_under_the_class_name_of_the_released_checkpoints_load(name, tmp
     released = {"_class_name": "Transformer2DModel", "double_self_attention": False}
     path.write_text(json.dumps(json.loads(path.read_text()) | released))
     exchange.load_weights(other, tmp_path)
-    assert all(torch.equal(other.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert_same_weights(other, model)
 
 
 def facebook_keys(depth: int) -> set[str]:
@@ -202,8 +206,7 @@ def test_the_original_dit_layout_is_covered_both_ways(ending, tmp_path):
     path = tmp_path / f"DiT.{ending}"
     save_file(weights, path) if ending == "safetensors" else torch.save(weights, path)
     exchange.load_weights(other, path)
-    for key, value in model.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value), key
+    assert_same_weights(other, model)
 
 
 def test_our_own_weights_load_from_a_file(tmp_path):
@@ -211,7 +214,7 @@ def test_our_own_weights_load_from_a_file(tmp_path):
     model, other = random_model(config), random_model(config, seed=1)
     save_file(model.state_dict(), tmp_path / "ema.safetensors")
     exchange.load_weights(other, tmp_path / "ema.safetensors")
-    assert all(torch.equal(other.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert_same_weights(other, model)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,16 @@ def test_a_folder_of_another_network_is_refused_with_the_difference(config, mess
     exchange.to_diffusers(random_model(PIXART), sample_size=8).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=message):
         exchange.load_weights(build_model(config), tmp_path)
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_with_its_name(tmp_path):
+    exchange.to_diffusers(random_model(DIT), sample_size=8).save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["proj_out_2.bias"]
+    save_file(weights, path)
+    with pytest.raises(InputError, match=r"do not fit config.json, e\.g\. proj_out_2\.bias"):
+        exchange.load_weights(build_model(DIT), tmp_path)
 
 
 def test_weights_that_are_not_the_models_are_refused_with_their_name(tmp_path):

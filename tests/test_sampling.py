@@ -174,13 +174,8 @@ def test_a_discrete_path_is_sampled_at_trailing_levels_from_the_very_last():
 def test_one_step_or_many_every_sampler_returns_finite_fp32(path, name):
     for num_steps in (1, 2, 3, 14, 15):
         objective = make(path)
-        latents = generate(
-            posterior_mean(objective),
-            objective,
-            spread_noise(128),
-            NOTHING,
-            sampler(name, num_steps),
-        )
+        network, config = posterior_mean(objective), sampler(name, num_steps)
+        latents = generate(network, objective, spread_noise(128), NOTHING, config)
         assert latents.dtype == torch.float32
         assert latents.isfinite().all(), num_steps
 

@@ -1,4 +1,4 @@
-"""Configs of objectives and samplers, beside those of paths and timesteps; reading one imports no torch."""
+"""Configs of objectives and samplers, with those of weightings and losses; reading them imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path as FilePath
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PRESETS = FilePath(__file__).parents[2] / "configs" / "objectives.yaml"
-MIN_TERMINAL_SNR = 1e-6  # below it, dividing by alpha_t multiplies an error of epsilon by over 1000
+MIN_TERMINAL_SNR = 1e-6
+"""Below it, dividing by alpha_t multiplies an error of epsilon by over 1000."""
 
 
 class Unweighted(Config):
-    """1 on the prediction as it is."""
+    """Weight 1 on the loss of the prediction itself."""
 
     kind: Literal["none"] = "none"
 
@@ -60,7 +61,7 @@ class MSE(Config):
 
 
 class PseudoHuber(Config):
-    """2c (sqrt(e^2 + c^2) - c) per element: e^2 where small against `c`, 2c|e| where large."""
+    """2c (sqrt(e^2 + c^2) - c) per element: about e^2 where e is small against `c`, 2c|e| where it is large."""
 
     kind: Literal["pseudo_huber"] = "pseudo_huber"
     c: PositiveFloat = 0.1
@@ -82,14 +83,28 @@ class ObjectiveConfig(Config):
     timesteps: Timesteps = LogitNormal()
     shift: Shift | None = None
     uniform_fraction: Share = 0.0
-    """Share of the samples whose t is uniform instead."""
+    """Share of the samples that draw t uniformly instead."""
     weighting: Weighting = Unweighted()
     loss: Loss = MSE()
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, data: Any) -> Any:
-        return resolve_preset(data)
+        """Plain data in place of `preset: NAME` and the keys beside it, which override the preset's."""
+        if not isinstance(data, dict) or "preset" not in data:
+            return data
+        import yaml
+
+        presets, overrides = yaml.safe_load(PRESETS.read_text()), dict(data)
+        if (name := overrides.pop("preset")) not in presets:
+            raise ValueError(f"preset {name!r}: no such name; valid: {', '.join(presets)}")
+        merged: dict[str, Any] = dict(presets[name])
+        for key, value in overrides.items():
+            base = merged.get(key)
+            if isinstance(value, dict) and base and value.get("kind") in (None, base["kind"]):
+                value = {**base, **value}
+            merged[key] = value
+        return merged
 
     @model_validator(mode="after")
     def _can_learn(self) -> "ObjectiveConfig":
@@ -98,7 +113,7 @@ class ObjectiveConfig(Config):
         return self
 
     def _refusals(self) -> Iterator[str]:
-        """Why this combination is meaningless or cannot be learnt, if it is."""
+        """The reasons why this combination is meaningless or cannot be learned."""
         path, timesteps, weighting = self.path, self.timesteps, self.weighting
         (_, alpha), (clean_sigma, sigma) = path.ends()
         snr, in_sigma = (alpha / sigma) ** 2, path.sigma_range is not None
@@ -133,43 +148,23 @@ class ObjectiveConfig(Config):
             )
 
 
-def resolve_preset(data: Any) -> Any:
-    """`preset: NAME` plus overrides, as plain data without the key; raises ValueError for no such name."""
-    if not isinstance(data, dict) or "preset" not in data:
-        return data
-    import yaml
-
-    presets = yaml.safe_load(PRESETS.read_text())
-    overrides = {key: value for key, value in data.items() if key != "preset"}
-    if data["preset"] not in presets:
-        raise ValueError(f"preset {data['preset']!r}: no such name; valid: {', '.join(presets)}")
-    merged: dict[str, Any] = dict(presets[data["preset"]])
-    for key, value in overrides.items():
-        base = merged.get(key)
-        if isinstance(value, dict) and base and value.get("kind") in (None, base["kind"]):
-            value = {**base, **value}
-        merged[key] = value
-    return merged
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class SamplerConfig(Config):
-    """How pictures are drawn from a trained network.
-
-    name: euler and ddim (the same steps), euler_ancestral (fresh noise each step, from `seed`), dpmpp_2m,
-    unipc, heun (2 num_steps - 1 network calls). shift: of the sampler's times; None is the objective's.
-    guidance_scale: 1 is none; guidance_rescale: phi of Lin 2305.08891, sec. 3.4; guidance_interval: the t
-    that are guided (Kynkaanniemi 2404.07724).
-    """
+    """How pictures are drawn from a trained network."""
 
     name: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "heun"] = "euler"
+    """ddim takes the steps of euler; euler_ancestral adds fresh noise from `seed`; heun calls the network twice per step."""
     num_steps: Annotated[int, Field(ge=1, le=1000)] = 30
     shift: Shift | None = None
+    """Shift of the sampler's times; null takes the objective's."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """1 for no guidance."""
     guidance_rescale: Fraction = 0.0
+    """phi of Lin 2305.08891, sec. 3.4."""
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """The t that are guided, from and to (Kynkaanniemi 2404.07724)."""
     seed: int = 0
 
     @model_validator(mode="after")

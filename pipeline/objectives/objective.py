@@ -82,6 +82,8 @@ class Objective:
 
     def __init__(self, config: ObjectiveConfig):
         self.config = config
+        # Only the prediction edm uses it, which has this path.
+        self.sigma_data = getattr(config.path, "sigma_data", 1.0)
 
     def draw_t(
         self, seed: int, step: int, batch_size: int, latent_size: tuple[int, int]
@@ -134,7 +136,7 @@ class Objective:
         alpha, sigma = self.alpha_sigma(t)
         # At both ends the weight is a limit: the clamp avoids 0/0 and is within 1e-8 of exact elsewhere.
         a, s = alpha.clamp_min(1e-8), sigma.clamp_min(1e-8)
-        c = prediction_coefficients(self.config.prediction, a, s, self.config.path.data_std)
+        c = prediction_coefficients(self.config.prediction, a, s, self.sigma_data)
         weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
         return torch.where(alpha == 0, weighting.terminal_weight, weight)
 
@@ -154,9 +156,8 @@ class Objective:
         return LossTerms(self.weight(t) * distance, x0_mse)
 
     def _coefficients(self, t: Tensor) -> Prediction:
-        config = self.config
         return prediction_coefficients(
-            config.prediction, *self.alpha_sigma(t), config.path.data_std
+            self.config.prediction, *self.alpha_sigma(t), self.sigma_data
         )
 
 

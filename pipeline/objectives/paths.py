@@ -1,7 +1,7 @@
 """Paths from data to noise: x_t = alpha_t latents + sigma_t noise, t from 0, data, to 1, noise.
 
-What the rest of the project must know of a path is a fact of its class: a new one is a class here and its
-name in `Path`. Configs import this module, so it does without torch until it is given a tensor.
+All that the rest of the project asks of a path, its class answers: a new path is a class here and its name in
+`Path`. Configs import this module, so it imports torch only when it is given a tensor.
 """
 
 import math
@@ -17,29 +17,27 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NUM_TIMESTEPS = 1000  # of the discrete paths; the network is given t = k / 1000
+NUM_TIMESTEPS = 1000
+"""Levels of the discrete paths; the network is given t = k / 1000."""
 
 
 def named(value: Any) -> Any:
-    """`path: edm` is short for `path: {kind: edm}`; before the validation of any such union."""
+    """{kind: NAME} for NAME, so that `path: edm` is short for `path: {kind: edm}`; serves any union by `kind`."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 class NoisePath(Config):
-    """What every path answers; most are continuous and made for latents of variance 1."""
+    """What every path answers; most are continuous and assume latents of variance 1."""
 
-    kind: Any  # each path's own name
-    discrete: ClassVar[bool] = False  # t is one of k / NUM_TIMESTEPS
-    shiftable: ClassVar[bool] = False  # `shift` is defined
-
-    @property
-    def data_std(self) -> float:
-        """The latents' standard deviation, where the path knows of one."""
-        return 1.0
+    kind: Any
+    discrete: ClassVar[bool] = False
+    """Whether t is one of k / NUM_TIMESTEPS."""
+    shiftable: ClassVar[bool] = False
+    """Whether `shift` is defined."""
 
     @property
     def sigma_range(self) -> tuple[float, float] | None:
-        """The least and the largest sigma/alpha of a path that `time_of` inverts, else None."""
+        """The least and the largest sigma/alpha, where the path defines `time_of`; else None."""
         return None
 
     def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
@@ -47,7 +45,7 @@ class NoisePath(Config):
         raise NotImplementedError
 
     def sampling_times(self, num_steps: int) -> np.ndarray:
-        """The t at which a sampler calls the network, noisiest first: evenly spaced from 1."""
+        """The t at which a sampler calls the network, noisiest first; here evenly spaced from 1."""
         return np.linspace(1, 0, num_steps + 1)[:-1]
 
     def shift(self, t: np.ndarray, a: float) -> np.ndarray:
@@ -55,15 +53,15 @@ class NoisePath(Config):
         raise NotImplementedError
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
-        """The t of a sigma/alpha."""
+        """The t at which sigma/alpha has this value."""
         raise NotImplementedError
 
     def snap(self, t: np.ndarray) -> np.ndarray:
-        """The path's own t at each t or below it."""
+        """The largest t of the path that is not above the one given."""
         return t
 
     def ends(self) -> tuple[np.ndarray, np.ndarray]:
-        """alpha and sigma, both at the cleanest t and at the noisiest: from data alone to noise alone."""
+        """alpha and sigma, each at the cleanest t and at the noisiest; here from pure data to pure noise."""
         return np.array([1.0, 0.0]), np.array([0.0, 1.0])
 
 
@@ -97,16 +95,14 @@ class VPCosine(NoisePath):
 
 
 class VPDiscrete(NoisePath):
-    """1000 noise levels (Ho 2006.11239): alpha sqrt(abar_k), sigma sqrt(1 - abar_k), t = k / 1000.
-
-    betas: `scaled_linear` as Stable Diffusion, `linear` as DDPM, `cosine` as Nichol 2102.09672.
-    zero_terminal_snr: rescaled so that the last level is noise alone (Lin 2305.08891, Alg. 1).
-    """
+    """1000 noise levels (Ho 2006.11239): alpha sqrt(abar_k), sigma sqrt(1 - abar_k), t = k / 1000."""
 
     kind: Literal["vp_discrete"] = "vp_discrete"
     discrete: ClassVar[bool] = True
     betas: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    """Stable Diffusion's, DDPM's or those of Nichol 2102.09672."""
     zero_terminal_snr: bool = False
+    """Rescale them so that the last level is pure noise (Lin 2305.08891, Alg. 1)."""
 
     def alpha_sigma(self, t: "Tensor") -> "tuple[Tensor, Tensor]":
         alpha, sigma = vp_table(self.betas, self.zero_terminal_snr, t.device)
@@ -129,12 +125,13 @@ class VPDiscrete(NoisePath):
 class EDM(NoisePath):
     """Karras 2206.00364: latents + sigma noise, sigma = sigma_min (sigma_max/sigma_min)^t.
 
-    x_t is that times c_in = (sigma^2 + sigma_data^2)^-1/2, what the network is to see; t is linear
-    in c_noise = ln(sigma)/4. sigma_data is the latents' standard deviation.
+    x_t is that times c_in = (sigma^2 + sigma_data^2)^-1/2, as the network is to see it; t is linear
+    in c_noise = ln(sigma)/4.
     """
 
     kind: Literal["edm"] = "edm"
     sigma_data: PositiveFloat = 1.0
+    """Standard deviation of the latents."""
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80.0
 
@@ -143,10 +140,6 @@ class EDM(NoisePath):
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         return self
-
-    @property
-    def data_std(self) -> float:
-        return self.sigma_data
 
     @property
     def sigma_range(self) -> tuple[float, float]:

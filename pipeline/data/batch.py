@@ -26,13 +26,13 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket; b is this rank's share of the global batch, or the size of a micro-batch.
+    """Samples of one bucket; b is this rank's share of the global batch, or a micro-batch's size.
 
-    `indices` are places in the global batch, whatever the world size; `sample_ids` number the samples of the
-    mixture. `moments` are raw, mean then std, or one value where the codec is deterministic. Of several text
-    encoders, tokens lie one after another, `text_lengths` of each, zeros where masked, and pooled vectors side
-    by side. A field is None where the dataset lacks it. The tensors lie in a buffer that is used again once
-    neither one of them nor a view of one is alive.
+    `indices` are places in the global batch, whatever the world size; `sample_ids` are the samples'
+    numbers in the mixture. `moments` are raw, mean then std, or one value where the codec is
+    deterministic. Tokens of several encoders lie one after another, `text_lengths` of each, zeros where
+    masked; pooled vectors lie side by side. A field is None where the dataset lacks it. The tensors lie
+    in a buffer that is used again once neither one of them nor a view of one is alive.
     """
 
     step: int
@@ -65,7 +65,7 @@ class Batch:
         return self.moments.shape[-2], self.moments.shape[-1]
 
     def drop(self, dropped: Tensor, caption: "EmptyCaption | None", num_classes: int) -> "Batch":
-        """The batch with the empty caption and no class where `dropped`, bool (b,), for guidance."""
+        """The batch with the empty caption and no class where `dropped`, bool (b,)."""
         nothing = Conditions() if caption is None else caption.as_in(self)
         if self.label is not None:
             nothing = nothing._replace(label=self.label.new_full((1,), num_classes))
@@ -125,7 +125,7 @@ class EmptyCaption:
 
 
 def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
-    """The dataset's empty_caption.safetensors, its tensors named as the members; None without text."""
+    """The dataset's empty caption, stored under the members' names; None without text."""
     if not manifest.text.roles:
         return None
     path = dataset / EMPTY_CAPTION
@@ -147,7 +147,7 @@ def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None
 class Buffer:
     """Memory of one batch, page-locked where a GPU reads it.
 
-    `copied` is the CUDA event of a copy that may still run; `user` lives as long as any tensor in the buffer.
+    `copied` is the CUDA event of a copy that may still run; `user` lives as long as any tensor in it.
     """
 
     bytes: Tensor

@@ -1,7 +1,8 @@
 """Remote shards on local disk: a bounded cache that any number of processes on a node share.
 
-A process that uses a cached file holds a shared lock on it (flock, on the open descriptor), one that writes it
-an exclusive lock. So whatever can be locked may be deleted for room, and a killed process leaves no lock.
+A process that uses a cached file holds a shared lock on it (flock, on the open descriptor), one
+that writes it an exclusive lock. So whatever can be locked may be deleted for room, and a killed
+process leaves no lock.
 """
 
 import errno
@@ -40,7 +41,7 @@ class CacheFullError(ShardError):
 
 
 class ShardCache:
-    """The files of one remote dataset, named relative to it. `stop` ends the waits between attempts."""
+    """The files of one remote dataset. `stop` ends the waits between attempts."""
 
     def __init__(self, url: str, config: CacheConfig, stop: threading.Event):
         self.url, self.config, self.stop = url.rstrip("/"), config, stop
@@ -53,14 +54,14 @@ class ShardCache:
             raise InputError(f"{url}, cached in {self.top}: {error}") from error
 
     def refresh(self, name: str) -> Path:
-        """Fetch a file beside the shards as it is now, outside the bound; FileNotFoundError if there is none."""
+        """Fetch a file beside the shards anew, outside the bound; may raise FileNotFoundError."""
         path = self.folder / name
         temporary = path.with_name(f"{name}.{os.getpid()}")
         self._try(name, lambda: self._copy(name, temporary.open("wb")))
         return temporary.replace(path)
 
     def open(self, name: str, sha256: str, size: int) -> tuple[IO[bytes], bool]:
-        """A file, in the cache for as long as it is open, and whether it was fetched and checked just now.
+        """A file, which stays cached while it is open, and whether it was just fetched and checked.
 
         Raises ShardError when every attempt has failed.
         """
@@ -115,7 +116,7 @@ class ShardCache:
         return digest.hexdigest()
 
     def _reserve(self, path: Path, name: str, size: int) -> IO[bytes]:
-        """A new file of `size` bytes, locked; the least recently used ones are deleted to make room."""
+        """A new locked file of `size` bytes; the least recently used ones make room."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._make_room(size, name)

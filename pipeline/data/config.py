@@ -1,4 +1,4 @@
-"""Configs of what a run reads: datasets, their mixture, the cache. Importing them loads no torch."""
+"""Configs of what a run reads: datasets, their mixture, the cache. They import no torch."""
 
 from typing import Annotated, Literal, Self
 
@@ -33,7 +33,7 @@ class DataConfig(Config):
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     # What changes the order, beside the run's seed and global batch.
     canonical_partitions: Annotated[int, Field(ge=1)] | None = None
-    """Ranges that a bucket is cut into; null: the largest power of two, at most 64, that divides the batch."""
+    """Ranges per bucket; null: the largest power of two up to 64 that divides the batch."""
     window_shards: int = Field(4, ge=1)
     """Shards whose samples are shuffled together, in every partition and bucket."""
     grow: bool = False

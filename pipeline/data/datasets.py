@@ -51,7 +51,7 @@ def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
 
 
 def _mixed_by(manifest: Manifest) -> dict[str, Any]:
-    """What datasets that are mixed must have in common: not the encoders' paths, dtypes and measured errors."""
+    """What mixed datasets have in common: not the encoders' paths, dtypes and measured errors."""
     place, rounding = {"path", "dtype"}, {"mean_error", "worst_error"}
     return {
         "members": [(name, m.dtype, m.shape) for name, m in manifest.members.items()],
@@ -72,7 +72,7 @@ def refuse(what: str, pairs: list[Difference], remedy: str) -> None:
 class Dataset:
     """One dataset as it stands at one moment.
 
-    `home` holds its small files, here or in the cache; `identity` is the sha256 of manifest and shard table.
+    `home` holds its small files, here or in the cache; `identity` hashes manifest and shard table.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Dataset:
 
 
 def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> Dataset:
-    """The dataset as it is now; raises InputError if it is not whole, or names a shard outside itself."""
+    """The dataset as it is now; raises InputError if it is not whole, or a path leads out of it."""
     home = cache.folder if cache else Path(source.path)
     for attempt in range(3):
         # Someone may replace the two files between one read and the next.
@@ -109,7 +109,7 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
 
 
 def _check_members(manifest: Manifest, where: Path) -> None:
-    """Raise InputError unless the loader can read the members: anyone may have written the manifest."""
+    """Raise InputError unless the loader can read the members: anyone may have written them."""
     roles, members = manifest.text.roles, manifest.members
     texts = [(n, m.dtype, m.shape) for n, m in members.items() if n in roles]
     expected = [(n, "float16", (None, r.dim)) for n, r in roles.items()]
@@ -157,7 +157,7 @@ class Mixture:
         return self.table[column][shard].as_py()
 
     def locate(self, sample_id: int) -> dict[str, Any]:
-        """Dataset, shard and row of a sample, and its key and caption where the shard is on this machine."""
+        """Dataset, shard and row of a sample; key and caption too where its shard is here."""
         shard = int(np.searchsorted(self.first_id, sample_id, "right")) - 1
         row, path = sample_id - int(self.first_id[shard]), self.text("path", shard)
         dataset = self.dataset_of(shard)
@@ -193,7 +193,7 @@ class Mixture:
 
 
 def _key_and_caption(path: Path, offset: int) -> tuple[str, str]:
-    """Key and caption of the sample that holds the byte at `offset`; no KEY.json, an empty caption."""
+    """Key and caption (empty without KEY.json) of the sample that holds the byte at `offset`."""
     with tarfile.open(path) as tar:
         member = next(m for m in tar if m.offset_data <= offset < m.offset_data + m.size)
         key = member.name.split(".", 1)[0]

@@ -13,7 +13,7 @@ from models.weights import weights_sha256
 
 
 def encoder_folder(record: CodecRecord | RoleRecord, given: str | None, name: str) -> Path:
-    """The encoder's folder, `given` or else as recorded; raises InputError if it holds another encoder.
+    """The encoder's folder, `given` or as recorded; raises InputError if it holds another one.
 
     `name` is its key in the config's section `encoders`.
     """
@@ -45,7 +45,7 @@ class Encoders:
 def load_encoders(
     manifest: Manifest, vae: str | None, text: dict[str, str], device: torch.device
 ) -> Encoders:
-    """Load the encoders from `vae` and `text` (folders by name) where given, else from the recorded folders."""
+    """Load the encoders from `vae` and `text` (folders by name), else from the recorded folders."""
     record, encoders = manifest.codec, []
     where = encoder_folder(record, vae, "vae")
     codec = LatentCodec.load(where, record.dtype, device)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""The eras of a run: which shards its epochs use. A new era begins where a dataset that may grow has grown."""
+"""The eras of a run: which shards its epochs use. One ends where a dataset has grown."""
 
 import json
 import threading
@@ -26,8 +26,8 @@ WAIT_S = 600.0
 class Eras:
     """Every era so far; rank 0 settles each epoch's data in a folder that all ranks see.
 
-    A run that is killed and resumed finds its own decisions there and repeats them. Without a folder a run
-    uses the datasets as they are.
+    A run that is killed and resumed finds its own decisions there and repeats them. Without a
+    folder a run uses the datasets as they are.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Eras:
             self.entries.append(entry)
 
     def settle(self, epoch: int, first_step: int) -> bool:
-        """Agree with all ranks on the data of an epoch; whether that changed what is known of the eras."""
+        """Agree with all ranks on an epoch's data; whether that changed the known eras."""
         if self.folder is None:
             return False
         before, path = list(self.entries), self.folder / f"epoch_{epoch:08d}.json"
@@ -77,7 +77,7 @@ class Eras:
         write_text(path, json.dumps(entry))
 
     def mixture(self, number: int) -> Mixture:
-        """An era's data; raises InputError where the datasets of today do not hold all its shards."""
+        """An era's data; raises InputError where the datasets no longer hold all its shards."""
         identities = self.entries[number]["datasets"]
         if identities != self.now.identities():
             self.now = self.look()

@@ -1,7 +1,8 @@
 """The loader: from the shards of prepared datasets to batches, in the order that order.py gives.
 
-A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused buffer with
-one call per member, or one per row where rows are large or vary in length. No tar is parsed.
+A shard is mapped, its index turned into addresses, and a batch gathered from them into a reused
+buffer with one call per member, or one per row where rows are large or vary in length. No tar is
+parsed.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ class BucketReader:
         return self.batches.popleft()
 
     def _fill(self, count: int) -> None:
-        """Read the next `count` batches at once, so that a partition costs little time per batch."""
+        """Read `count` batches at once, so that a partition costs little time per batch."""
         rows = Rows.join([r for reader in self.readers for r in reader.take(count * self.share)])
         # (..., partitions * count * share) -> (count, ..., partitions * share)
         parts = rows.table.reshape(-1, len(self.readers), count, self.share).transpose(2, 0, 1, 3)
@@ -103,8 +104,8 @@ class Era:
 class Loader:
     """Batches of one rank. The step is its whole state: `batches(step)` goes on from anywhere.
 
-    A batch holds the rank's `global_batch / world_size` samples; Batch.split cuts it into micro-batches.
-    Raises InputError where global batch, partitions and ranks do not divide each other.
+    A batch holds the rank's `global_batch / world_size` samples. Raises InputError where global
+    batch, partitions and ranks do not divide each other.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class Loader:
     ):
         """`rank_of` is this rank's number and the number of ranks.
 
-        `eras` is a folder that all ranks see, in which a run keeps which shards its epochs use; without it
-        a resumed run takes the datasets as they are. `vision` asks for batches with the vision features.
+        `eras` is a folder that all ranks see, for class Eras. `vision` asks for batches with the
+        vision features.
         """
         assert eras or not config.grow, "ranks agree in the folder on what has grown"
         self.config, self.vision = config, vision
@@ -239,7 +240,7 @@ class Loader:
                 era, readers = latest, {}
 
     def heldout_batch(self, size: int) -> Batch | None:
-        """The same `size` held-out samples at each call, or all where there are fewer, of the largest bucket.
+        """The same `size` held-out samples of the largest bucket at each call, or all it has.
 
         None where the dataset holds nothing out.
         """
@@ -265,8 +266,8 @@ class Loader:
 def _read_ahead(
     produce: Iterator[Batch], ready: "queue.Queue[Any]", stopped: Callable[[], bool]
 ) -> None:
-    """Put batches, or what went wrong, into the queue until told to stop: the body of the reading thread."""
-    # The limit holds for this thread: its copies are bound by memory, and the trainer needs the cores.
+    """Put batches, or what went wrong, into the queue until told to stop."""
+    # For this thread alone: its copies are bound by memory, and the trainer needs the cores.
     torch.set_num_threads(1)
     while not stopped():
         try:

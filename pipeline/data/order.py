@@ -1,12 +1,12 @@
-"""The order of samples in an endless run: a pure function of (seed, epoch, step), for any number of ranks.
+"""The order of samples in an endless run: a pure function of (seed, epoch, step).
 
-The shards of a bucket are permuted, laid end to end and cut into C equal ranges, the canonical partitions;
-within a partition samples are shuffled in windows of a few shards. Every global batch takes its size / C
-next samples of each partition, so the batch does not depend on which rank reads which partition.
+The shards of a bucket are permuted, laid end to end and cut into C equal ranges, the canonical
+partitions; within a partition samples are shuffled in windows of a few shards. Every global batch
+takes its size / C next samples of each partition, so it does not depend on the number of ranks.
 
-A bucket is a stream without end: what an epoch's last whole batch leaves over (less than one batch per
-bucket) opens the next epoch. Nothing is dropped, and a bucket smaller than a batch is trained on too. At any
-moment two samples of one dataset and bucket have been laid out equally often, or one of them once more.
+A bucket is a stream without end: what an epoch's last whole batch leaves over (less than one batch
+per bucket) opens the next epoch. Nothing is dropped, and a bucket smaller than a batch is trained on
+too. Two samples of one dataset and bucket are laid out equally often, or one of them once more.
 """
 
 import bisect
@@ -36,9 +36,9 @@ def _mix(x: Any) -> Any:
 
 
 def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
-    """int64 (length,), a pure function of its arguments in every version of numpy, whose own may change.
+    """int64 (length,), a function of its arguments alone: numpy may change its own permutations.
 
-    The low bits of each random number are replaced by its place, so that sorting yields the permutation.
+    Each random number's low bits are replaced by its place, so sorting yields the permutation.
     """
     state = 0
     for number in (seed, purpose, *key):
@@ -53,7 +53,7 @@ def permutation(length: int, seed: int, purpose: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset's shards of one bucket, as rows of the shard table; each sample comes `repeat` times per epoch."""
+    """One dataset's shards of one bucket, rows of the shard table; `repeat` is per epoch."""
 
     shards: np.ndarray  # int64 (S,)
     sizes: np.ndarray  # int64 (S,)
@@ -69,7 +69,7 @@ class Part:
 
 
 class Segments(NamedTuple):
-    """Pieces of shards of `size` samples: rows start..stop of each one's permutation of `cycle`; all int64 (m,)."""
+    """Rows start..stop of the permutations of shards of `size` samples in a cycle; int64 (m,)."""
 
     shard: np.ndarray
     size: np.ndarray
@@ -96,7 +96,7 @@ def _rows(size: int, seed: int, shard: int, cycle: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Window:
-    """A few pieces of shards, `length` samples, shuffled together; the first `skip` of them are taken already."""
+    """Pieces of shards, `length` samples shuffled together; the first `skip` are taken."""
 
     segments: Segments
     length: int
@@ -105,7 +105,7 @@ class Window:
     skip: int = 0
 
     def rows(self) -> list[np.ndarray]:
-        """Each segment's rows of its shard, int64; of a whole shard in order, because `shuffle` mixes them."""
+        """Each segment's rows, int64; those of a whole shard in order, for `shuffle` mixes them."""
         return [
             np.arange(size)
             if stop - start == size
@@ -122,7 +122,8 @@ class Window:
 class Layout:
     """One epoch of a bucket laid end to end, and cut where the C partitions begin.
 
-    `edges` are the samples before each of the m pieces, and all; `cuts` the pieces before each partition, and all.
+    `edges` are the samples before each of the m pieces, and all; `cuts` the pieces before each
+    partition, and all.
     """
 
     segments: Segments
@@ -131,7 +132,7 @@ class Layout:
 
     @staticmethod
     def cut(laid: Segments, cuts: np.ndarray) -> "Layout":
-        """Cut whole pieces; `cuts` is the number of samples before each partition, int64 (C + 1,)."""
+        """Cut whole pieces; `cuts` are the samples before each partition, int64 (C + 1,)."""
         ends = np.cumsum(laid.stop - laid.start)
         edges = np.union1d(ends, cuts)
         # The whole piece that each piece comes from, and where row 0 of its shard would be.
@@ -169,8 +170,8 @@ class BucketOrder:
     def _offset(self, epoch: int, partition: Any) -> Any:
         """Samples of the partition before the epoch: equal for all partitions, to within one.
 
-        The sum over the partitions is drawn(epoch) (Hermite's identity), so that they share every epoch
-        without a remainder. `partition` is a number or an array of numbers.
+        The sum over the partitions is drawn(epoch) (Hermite's identity), so that they share every
+        epoch without a remainder. `partition` is a number or an array of numbers.
         """
         return (self.drawn(epoch) + partition) // self.plan.partitions
 
@@ -183,7 +184,7 @@ class BucketOrder:
         return Layout.cut(laid, np.concatenate([[0], np.cumsum(shares)]))
 
     def _draw(self, number: int, epoch: int) -> list[Segments]:
-        """Samples of a part in an epoch: its next `repeat` cycles, where a cycle holds each sample once."""
+        """Samples of a part in an epoch: its next `repeat` cycles; a cycle holds each sample once."""
         part, pieces = self.parts[number], []
         low, high = part.drawn(epoch), part.drawn(epoch + 1)
         total = part.total
@@ -202,7 +203,7 @@ class BucketOrder:
         return pieces
 
     def windows(self, partition: int, position: int, epoch_hint: int) -> Iterator[Window]:
-        """The partition's windows without end, from sample `position`, in epoch `epoch_hint` or an earlier one, on."""
+        """Windows of a partition from sample `position` on, which lies in epoch_hint or before."""
         epochs = range(epoch_hint + 2)
         epoch = bisect.bisect_right(epochs, position, key=lambda e: self._offset(e, partition)) - 1
         while True:
@@ -222,7 +223,7 @@ class BucketOrder:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the order depends on beside the shards; `first_epoch` and `first_step` are those of the era."""
+    """What the order depends on beside the shards; the era begins with the first epoch and step."""
 
     seed: int
     global_batch: int
@@ -274,7 +275,7 @@ class Order:
 
 
 def choose_partitions(wanted: int | None, global_batch: int, world_size: int) -> int:
-    """canonical_partitions, or by default the largest power of two, at most 64, that divides the batch.
+    """`wanted`, or else the largest power of two, at most 64, that divides the batch.
 
     Raises InputError with the valid numbers.
     """

@@ -50,7 +50,7 @@ class Shard:
         rows: list[tuple[int, int]],
         first_id: int,
     ):
-        """`rows`: for each member the bytes of a row, and the most rows of a text (0 where it is no text)."""
+        """`rows`: each member's bytes per row, and the most rows of a text (0: no text)."""
         # The mapping keeps the file's lock.
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
@@ -68,8 +68,8 @@ class Shard:
 def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """The array in an index file, which must be int64 of this shape; raises ValueError.
 
-    np.load would parse the header with ast, which now and then fails in Python 3.11 when several threads
-    do so at once.
+    np.load would parse the header with ast, which now and then fails in Python 3.11 when several
+    threads do so at once.
     """
     begin = 10 + int.from_bytes(data[8:10], "little")
     header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}"
@@ -82,8 +82,8 @@ def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
 class Rows:
     """n samples in memory; all addresses lie in low..high, and `shards` keeps the files mapped.
 
-    A column of `table` holds a sample's number, the number of tokens of each text, and each member's address; one
-    array, so that few calls move all of it.
+    A column of `table` holds a sample's number, the number of tokens of each text, and each
+    member's address; one array, so that few calls move all of it.
     """
 
     table: np.ndarray  # int64 (1 + texts + members, n)
@@ -127,14 +127,14 @@ class Rows:
 
 @dataclass
 class Skipped:
-    """Shards that were skipped, each with the reason, and how many of their samples were replaced by others."""
+    """Skipped shards, each with the reason, and how many samples others replaced."""
 
     shards: dict[str, str] = field(default_factory=dict)
     samples: int = 0
 
 
 class ShardStore:
-    """Opens shards: threads fetch and check them ahead of time, and they stay mapped while there is room."""
+    """Opens shards: threads fetch and check them ahead; they stay mapped while there is room."""
 
     def __init__(self, mixture: Mixture, config: DataConfig, skipped: Skipped):
         self.mixture, self.config, self.skipped = mixture, config, skipped
@@ -259,7 +259,7 @@ class ShardStore:
         return Rows.join(rows).take(order)
 
     def _replaced(self, segments: Segments) -> np.ndarray:
-        """int64 (n,): for each sample of a window, the readable sample of it that takes its place."""
+        """int64 (n,): for each sample of a window, the readable one that takes its place."""
         readable = np.array([number not in self.bad for number in segments.shard.tolist()])
         if not readable.any():
             names = {str(self.bad[n]) for n in segments.shard.tolist()}
@@ -285,7 +285,7 @@ class ShardStore:
 
 
 def raise_file_limit() -> int:
-    """Raise this process's limit of open files to what it may have, up to 65,536; returns the limit."""
+    """Raise this process's limit of open files as far as possible, up to 65,536."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
     if soft < wanted:
@@ -308,7 +308,7 @@ class Memory:
 
 @lru_cache(maxsize=256)
 def _rows_at(low: int, high: int, row_bytes: int) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """A row at every address, uint8 (n, row bytes); their bytes, (n,); and one place in each page of a row."""
+    """A row at every address, uint8 (n, row bytes); their bytes; a place in each page of a row."""
     rows = torch.from_numpy(np.asarray(Memory(low, high - low + 1, row_bytes)))
     memory = np.asarray(Memory(low, 1, high - low + row_bytes))[0]
     return rows, memory, np.append(np.arange(0, row_bytes, mmap.PAGESIZE), row_bytes - 1)
@@ -324,7 +324,7 @@ def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
         return
     (rows, memory, places), begins = _rows_at(low, high, out.shape[1]), address - low
     if out.shape[1] >= mmap.PAGESIZE:
-        # Reading a byte of every page first lets the misses overlap; the copy would wait for each in turn.
+        # Read a byte of every page first: the misses overlap, while a copy would wait for each.
         memory.take(begins[:, None] + places)
     torch.index_select(rows, 0, torch.from_numpy(begins), out=out)
 
@@ -332,7 +332,7 @@ def gather(address: np.ndarray, low: int, high: int, out: Tensor) -> None:
 def gather_ragged(address: np.ndarray, sizes: np.ndarray, out: Tensor) -> None:
     """Copy rows of various sizes, int64 (n,) bytes; the rest of each row of `out` becomes zero.
 
-    A call per row costs little where rows are large, and memcpy writes them without reading `out` first.
+    A call per row costs little where rows are large, and memcpy does not read `out` first.
     """
     low = int(address.min())
     memory = np.asarray(Memory(low, 1, int((address + sizes).max()) - low))[0]

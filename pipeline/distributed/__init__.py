@@ -37,7 +37,7 @@ def own_device() -> torch.device:
 
 
 def start(timeout_s: float) -> torch.device:
-    """Join the process group that torchrun, Ray or Slurm describes, or one of this process alone; its device."""
+    """This rank's device, after joining the launcher's process group, or one of its own."""
     device = own_device()
     use_gpu = device.type == "cuda"
     if not use_gpu:
@@ -65,7 +65,7 @@ def start(timeout_s: float) -> torch.device:
 
 
 def _die_with_parent() -> None:
-    """Exit when the launcher dies: workers of a torchrun that SIGKILL ended would run on as orphans."""
+    """Exit when the launcher dies: after its SIGKILL the ranks would run on as orphans."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -85,9 +85,9 @@ def join(timeout_s: float) -> torch.device:
 class Exchange:
     """Every rank's yes or no to a few questions, once per step, without waiting.
 
-    A call starts an exchange that the next one completes: all ranks see the same answers, one step late. It
-    also checks that all ranks are at the same step, because ranks at different steps would match up the wrong
-    collectives long before they hang.
+    A call starts an exchange that the next one completes: all ranks see the same answers, one step
+    late. It also checks that all ranks are at the same step, because ranks at different steps would
+    match up the wrong collectives long before they hang.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Exchange:
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def any(self, step: int, *mine: bool) -> tuple[bool, ...]:
-        """Whether any rank said yes to each question at the last call; one rank alone gets its own answers back.
+        """Whether any rank said yes to each question at the last call; alone, it is the current call.
 
         Raises RuntimeError where ranks are at different steps. Collective.
         """

@@ -10,10 +10,10 @@ from pipeline.distributed import rank
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 or SIGINT to any rank asks for a stop after the current step; a second SIGINT exits at once.
+    """SIGTERM, SIGUSR1 or SIGINT asks for a stop after the current step; a second SIGINT exits.
 
-    A thread receives the signals, because Python's own handlers wait for the main thread, which may hang in a
-    collective.
+    A thread receives the signals, because Python's own handlers wait for the main thread, which may
+    hang in a collective.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StopSignal:
         """Handlers to restore, by signal."""
 
     def __enter__(self) -> "StopSignal":
-        # A rank of Ray Train runs in another thread and gets no signals: its job is stopped at a checkpoint.
+        # A rank of Ray Train runs in another thread, which gets no signals.
         if threading.current_thread() is not threading.main_thread():
             return self
         reader, self.writer = os.pipe()

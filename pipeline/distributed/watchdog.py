@@ -1,9 +1,9 @@
-"""A watchdog: one dead, stopped or stuck rank ends all ranks, which report its name and where it was.
+"""A watchdog: one dead, stopped or stuck rank ends all, which report its name and where it was.
 
-Every rank sends heartbeats to the rendezvous store and checks those of the next rank. A heartbeat carries the main
-thread's stack, so a rank that no longer answers is reported together with where it last was. What one rank finds,
-the others read at their next heartbeat. Time is counted in heartbeats, so that a run that was suspended as a whole
-goes on.
+Every rank sends heartbeats to the rendezvous store and checks those of the next rank. A heartbeat
+carries the main thread's stack, to tell where a rank was that no longer answers. What one rank finds,
+the others read at their next heartbeat. Time is counted in heartbeats, so a run that was suspended as
+a whole goes on.
 """
 
 import faulthandler
@@ -31,7 +31,7 @@ class Watchdog:
     """A context around the training loop, which reports its progress by `alive(step)`."""
 
     def __init__(self, silence_s: float, stuck_s: float):
-        """A rank without a heartbeat for silence_s is dead or stopped; one without a step for stuck_s is stuck."""
+        """No heartbeat for silence_s: the rank is dead or stopped. No step for stuck_s: stuck."""
         self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 5.0)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.main = threading.get_ident()
@@ -41,7 +41,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world_size > 1:
-            # It has its own connection, which one thread uses, while another watches that nothing hangs.
+            # It has its own connection; a thread that does not use it watches the one that does.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # The store outlives a restart, so each attempt has its own keys.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -58,7 +58,7 @@ class Watchdog:
         if self.world_size > 1 and error is not None and fails:
             text = "".join(traceback.format_exception(error))
             silent = self._silent_ranks() if isinstance(error, RuntimeError) else ""
-            # The heartbeats end first, or their thread would take this verdict for another rank's and exit.
+            # Or the heartbeats' thread would take this verdict for another rank's, and exit.
             self.over.set()
             self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
             sys.stderr.write(silent)
@@ -112,7 +112,7 @@ class Watchdog:
             if self.unanswered_s > self.silence_s + self.beat_s:
                 self._leave("the rendezvous store does not answer: rank 0 or its launcher hangs")
             if self.idle_s > self.stuck_s and report is None:
-                # It runs in a thread, because the store blocks its caller while the network is down.
+                # In a thread, because the store blocks its caller while the network is down.
                 report = threading.Thread(target=self._report, name="watchdog", daemon=True)
                 report.start()
 

@@ -45,7 +45,7 @@ class Run:
             return sum(p.numel() for p in build_model(self.config.model).parameters())
 
     def build_model(self) -> nn.Module:
-        """The network with its first weights, the same on all ranks: random, or those that the config names.
+        """The network with its first weights, on all ranks alike: random, or as the config says.
 
         They stay random where the run has a checkpoint, which will be loaded. Collective.
         """
@@ -107,7 +107,7 @@ def fit_run(config: TrainConfig) -> Run:
 
 
 def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
-    """Raise InputError with every difference between a dataset and what a network takes; a size of 0 takes any."""
+    """Raise InputError with every misfit of dataset and network; a size of 0 fits any."""
     codec, sizes = manifest.codec, sizes_of(manifest)
     pairs: list[Difference] = [("latent channels", codec.channels, model.latent_channels)]
     if model.text_dim:
@@ -130,7 +130,7 @@ def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
 
 
 def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise InputError where an encoder that the config names is not the one that prepared the data."""
+    """Raise InputError where the config names an encoder that did not prepare the data."""
     roles = manifest.text.roles
     if config.encoders.vae is not None:
         encoder_folder(manifest.codec, config.encoders.vae, "vae")
@@ -143,7 +143,7 @@ def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
 
 
 def _resolve_precision(config: TrainConfig) -> EngineConfig:
-    """The engine with `precision: auto` resolved: as the run has begun, or as is native to this machine."""
+    """The engine with `precision: auto` resolved: as the run began, or as is native here."""
     engine, run = config.engine, Path(config.run)
     if engine.precision != "auto":
         return engine
@@ -152,7 +152,7 @@ def _resolve_precision(config: TrainConfig) -> EngineConfig:
 
 
 def check_run(run: Run, override: bool) -> None:
-    """Raise InputError where the run's folder holds a run whose results come from another config."""
+    """Raise InputError where the run has begun with a config that gives other results."""
     if not (run.folder / CONFIG).is_file():
         return
     changed = differences(load_run_config(run.folder), run.config)
@@ -208,7 +208,7 @@ def describe(run: Run) -> str:
 
 
 def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
-    """A network with these weights, apart from the one in training; bf16 on a GPU if training is in bf16."""
+    """A network with these weights; bf16 on a GPU if training is in bf16."""
     network = build_model(config.model)
     network.load_state_dict(weights)
     half = config.engine.precision == "bf16" and device.type == "cuda"

@@ -55,7 +55,7 @@ def finished(config: TrainConfig) -> bool:
 
 
 def load_start(model: nn.Module, config: StartConfig) -> None:
-    """Put a run's weights in `model`; raises InputError where they are another network's. Collective."""
+    """Put a run's weights in `model`; raises InputError for another network's. Collective."""
     weights, _ = load_weights(Path(config.run), config.weights, config.step)
     own = model.state_dict()
     # Alignment may begin or end with a stage; its projector begins untrained.
@@ -78,7 +78,7 @@ def load_start(model: nn.Module, config: StartConfig) -> None:
 
 
 def resize_positions(table: Tensor, count: int) -> Tensor:
-    """Learned positions (G * G, D) of a square grid resized to `count` places, bicubic as for ViT (2010.11929, 3.2)."""
+    """A square grid's positions (G * G, D) resized bicubically as for ViT (2010.11929, 3.2)."""
     old, new = (round(n**0.5) for n in (len(table), count))
     grid = table.view(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic")

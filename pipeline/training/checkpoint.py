@@ -1,14 +1,13 @@
-"""Checkpoints that are whole or absent: a folder appears under its name only when every file is on disk.
+"""Checkpoints, whole or absent: a folder gets its name when every file is on disk.
 
     RUN/checkpoints/step_00001000/
-      rank_00000.safetensors   what rank 0 owns of the weights, moments and averages (pipeline/training/pieces.py)
+      rank_00000.safetensors   rank 0's pieces of weights, moments and averages (pieces.py)
       index.json               where each parameter's pieces are
       checkpoint.json          step, counters, and bytes and sha256 of every other file; written last
     RUN/checkpoints/latest     the newest one's name
 
-Training waits only for a copy into CPU memory, which a thread of each rank writes to disk. Once all ranks have
-written, rank 0 commits. Flipped bits would load silently, so every hash is checked first; each rank checks some
-of the files.
+Training waits only for a copy into CPU memory, which a thread of each rank writes to disk. Once all
+ranks have written, rank 0 commits. Flipped bits would load silently, so every hash is checked first.
 """
 
 import glob
@@ -61,7 +60,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Files:
 
 
 def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> Path:
-    """Turn a folder whose pieces are all on disk into a checkpoint; each step is whole or absent."""
+    """Turn a folder whose pieces are all on disk into a checkpoint."""
     folder = unfinished.with_suffix("")
     write_text(unfinished / INDEX, json.dumps(index))
     files = record["files"] | {INDEX: describe(unfinished / INDEX)}
@@ -74,7 +73,7 @@ def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> P
 
 
 class Saver:
-    """Saves to a folder per step while training goes on, one save at a time. Without a config it keeps all."""
+    """Saves while training goes on, one save at a time. Without a config it keeps all."""
 
     def __init__(self, parent: Path, config: CheckpointConfig | None = None):
         self.parent, self.config = parent, config
@@ -98,7 +97,7 @@ class Saver:
         state: dict[str, Any],
         states: Container[str] | None = None,
     ) -> None:
-        """Begin to save `states` of the optimizer, or all of them, and `state`, JSON. Collective."""
+        """Begin to save `states` of the optimizer, or all, and `state`, JSON. Collective."""
         begin = time.perf_counter()
         self.finish()
         self.record = state | {
@@ -188,7 +187,7 @@ def candidates(run: Path) -> list[Path]:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint: missing or changed files, each rank checking some. Collective.
+    """Missing and changed files of a checkpoint; each rank checks some. Collective.
 
     Raises InputError where another version of flowmill wrote it.
     """
@@ -219,10 +218,10 @@ def _own_faults(folder: Path) -> list[str]:
 
 
 def newest_sound(run: Path) -> Path | None:
-    """The newest checkpoint whose files are all as written; None where there is no checkpoint. Collective.
+    """The newest checkpoint whose files are all as written, if there is one. Collective.
 
-    A damaged one is named and passed over. Raises InputError where all are damaged: only the user can decide
-    to start from zero.
+    A damaged one is named and passed over. Raises InputError where all are damaged: only the user
+    can decide to start from zero.
     """
     # Rank 0 lists for all: a folder that is deleted meanwhile must not make the ranks differ.
     folders = distributed.gather_objects(candidates(run) if distributed.is_main() else None)[0]
@@ -248,7 +247,7 @@ class Stateful(Protocol):
 def restore(
     run: Path, engine: Any, optimizer: WithEMA, stateful: dict[str, Stateful] | None = None
 ) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint and return its record; None where there is none. Collective."""
+    """Load the newest sound checkpoint, if there is one; returns its record. Collective."""
     if distributed.is_main():
         for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
             shutil.rmtree(left_over)
@@ -268,7 +267,7 @@ def restore(
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write full weights that outlive their checkpoint, whole or absent, and a file for `sha256sum -c`."""
+    """Write weights that outlive their checkpoint, and a file for `sha256sum -c`."""
 
     def write(temporary: Path) -> None:
         save_file(weights, temporary, metadata=about)
@@ -278,36 +277,29 @@ def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) 
     write_whole(path, write)
 
 
-def check_weights(path: Path) -> None:
-    """Raise InputError where a file of `save_weights` is missing or not as it was written."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """What `save_weights` wrote; raises InputError where it is not as it was written."""
     recorded = path.with_name(path.name + ".sha256")
-    if not path.is_file() or not recorded.is_file():
-        raise InputError(f"{path}: it or its .sha256 is missing. Remedy: make or restore it.")
+    if not recorded.is_file():
+        raise InputError(f"{recorded}: missing. Remedy: make {path.name} again, or restore it.")
     if recorded.read_text().split()[0] != file_sha256(path):
         raise InputError(f"{path}: its bytes changed since it was written (sha256)")
-
-
-def made_weights(run: Path, which: str, step: int | None) -> list[Path]:
-    """Averages of that name made after training, oldest first."""
-    steps = "*" if step is None else f"{step:08d}"
-    return sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors"))
+    return load_file(path)
 
 
 def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[str, Tensor], int]:
     """Full fp32 weights and their step, from the newest sound checkpoint or that of `step`.
 
-    `which` is "raw", an average of the run ("ema" is the first), or one that `flowmill ema` made. Raises
-    InputError where there is none.
+    `which` is "raw", an average of the run ("ema" is the first), or one that `flowmill ema` made.
+    Raises InputError where there is none.
     """
-    if made := made_weights(run, which, step):
-        check_weights(made[-1])
-        return load_file(made[-1]), int(made[-1].name.split(".")[0].removeprefix("step_"))
+    steps = "*" if step is None else f"{step:08d}"
+    if made := sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors")):
+        return read_weights(made[-1]), int(made[-1].name.split(".")[0].removeprefix("step_"))
     if step is None:
         folder = newest_sound(run)
-    else:
-        folder = step_folder(run / CHECKPOINTS, step)
-        if found := faults(folder):
-            raise InputError(found[0])
+    elif found := faults(folder := step_folder(run / CHECKPOINTS, step)):
+        raise InputError(found[0])
     if folder is None:
         raise InputError(f"{run / CHECKPOINTS}: no checkpoint yet. Remedy: flowmill train.")
     stored = Pieces(folder)

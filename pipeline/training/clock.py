@@ -1,4 +1,4 @@
-"""Progress of a run, counted in pictures; learning rate, the averages' decays and what is due follow from it."""
+"""Progress of a run in pictures, from which learning rate, decays and what is due follow."""
 
 from typing import Any
 
@@ -73,7 +73,7 @@ class Clock:
         return {name: getattr(self, name) for name in ("step", "images_seen", "images_learned")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; a batch that another global batch size would cut is seen again."""
+        """Go on from a checkpoint; a batch that a new batch size would cut is seen again."""
         self.start_step = self.step = state["step"]
         for name in ("images_seen", "images_learned"):
             setattr(self, name, state[name] // self.global_batch * self.global_batch)

@@ -29,11 +29,11 @@ class OptimizerConfig(Config):
 
 
 class EngineConfig(Config):
-    """How the work is laid out over memory and ranks: it changes speed, and results by rounding only."""
+    """How work is laid out over memory and ranks: it changes speed, and results by rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 keeps masters, moments and EMA in fp32; auto is bf16 where the hardware multiplies it natively."""
+    """bf16 has fp32 masters, moments and EMA; auto is bf16 where the hardware has it."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Pictures per rank at once; null: the rank's whole share."""
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -51,27 +51,26 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _can_offload(self) -> Self:
-        for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
-            if getattr(self, name) != "none" and self.zero_stage not in stages:
+        for name, valid in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
+            if getattr(self, name) != "none" and self.zero_stage not in valid:
                 raise ValueError(
-                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {stages}"
+                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {valid}"
                 )
         return self
 
 
 class EMAConfig(Config):
-    """Averages of the weights; half-lives are in pictures, which mean the same at any batch size (EDM2 2312.02696).
+    """Averages of the weights; half-lives in pictures hold at any batch size (EDM2 2312.02696).
 
     The averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
     """
 
     halflife_images: float = Field(default=500_000, gt=0)
     rampup_ratio: float = Field(default=0.05, gt=0)
-    """Bounds the half-life by this share of the pictures seen, so that the first weights are forgotten."""
+    """Bounds the half-life by this share of the pictures seen: the first weights are forgotten."""
     more_halflives_images: list[float] = []
     sigma_rels: list[float] = []
-    """Relative widths of power-function averages (EDM2 section 3); [0.05, 0.1] and their snapshots let
-    `flowmill ema` make one of any width after training."""
+    """Relative widths of power-function averages (EDM2, 3); with snapshots, [0.05, 0.1] give any."""
     snapshot_images: int = Field(default=0, ge=0)
     """Pictures between two snapshots of `sigma_rels`; 0: no snapshots."""
 
@@ -155,6 +154,6 @@ class RejectionConfig(Config):
     max_in_a_row: int = Field(default=10, gt=0)
     """Rejected steps in a row after which the run stops."""
     spike_factor: float | None = Field(default=None, gt=1)
-    """Rejects a loss above this factor times the mean of the last `window` accepted ones; null: no loss."""
+    """Rejects a loss above so many times the mean of the last `window` accepted; null: none."""
     window: int = Field(default=100, gt=0)
     """Accepted steps that the mean is taken over; no spike is found before there are as many."""

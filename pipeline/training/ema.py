@@ -1,8 +1,8 @@
 """Exponential moving averages of the weights in fp32, kept as states of the optimizer.
 
-DeepSpeed hands the optimizer the fp32 partition that a rank owns. Kept beside Adam's moments, the averages are
-partitioned with them at every ZeRO stage: 4 bytes per parameter and average, divided by the ranks. They are
-saved as they lie; only a preview during training gathers them.
+DeepSpeed hands the optimizer the fp32 partition that a rank owns. Kept beside Adam's moments, the
+averages are partitioned with them at every ZeRO stage: 4 bytes per parameter and average, divided by
+the ranks. They are saved as they lie; only a preview during training gathers them.
 """
 
 import math
@@ -17,8 +17,8 @@ from pipeline.training.config import EMAConfig, power_exponent
 def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:
     """Each average's decay in the step after `images_seen` pictures.
 
-    Half-lives are ramped up as in EDM (2206.00364, training_loop). The decay of a power-function average is
-    (1 - 1/t)^(gamma + 1), EDM2 eq. 127.
+    Half-lives are ramped up as in EDM (2206.00364, training_loop). A power-function average decays
+    by (1 - 1/t)^(gamma + 1), EDM2 eq. 127.
     """
     decays = {}
     for name, (kind, value) in config.names().items():
@@ -39,11 +39,11 @@ class Watch(Protocol):
 
 
 class WithEMA(torch.optim.Optimizer):
-    """A mixin before an optimizer class: for each parameter and average, ema <- decay ema + (1 - decay) parameter.
+    """A mixin before an optimizer class: ema <- decay ema + (1 - decay) parameter.
 
-    A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it as well.
-    `clip` bounds the gradient's norm where DeepSpeed does not (stage 0 in fp32); 0 only measures it. `veto` says
-    why a step is to change nothing.
+    A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it
+    as well. `clip` bounds the gradient's norm where DeepSpeed does not (stage 0 in fp32); 0 only
+    measures it. `veto` says why a step is to change nothing.
     """
 
     lr: float = 0.0
@@ -79,7 +79,7 @@ class WithEMA(torch.optim.Optimizer):
                 return None
         if self.watch is not None:
             self.watch.before(parameters)
-        # An average begins as the weights before the step; it is set after the step, in which Adam makes its states.
+        # An average begins as the weights before the step, but Adam makes its states in the step.
         missing = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
         begun = {p: p.detach().clone() for p in missing}
         loss = super().step(closure)

@@ -42,7 +42,7 @@ def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
 
 
 def native_precision() -> Literal["fp32", "bf16"]:
-    """The precision that `auto` stands for on this machine; emulated bf16 would be slower than fp32."""
+    """The precision that `auto` stands for here; emulated bf16 would be slower than fp32."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -65,7 +65,7 @@ def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: 
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[dict[str, Any]]:
-    """Parameters by weight decay (matrices alone have it), by scale of the LR, and by whether Muon steps on them."""
+    """Parameters by decay (matrices have it), scale of the LR, and whether Muon steps on them."""
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     parameters = dict(model.named_parameters())
     for name, role in sorted(parameter_roles(model).items(), key=lambda item: not item[1].decay):
@@ -126,7 +126,7 @@ def deepspeed_config(
 
 
 def clips_itself(engine: EngineConfig) -> bool:
-    """Whether DeepSpeed leaves the optimizer bare, and so neither reports the norm nor skips a NaN."""
+    """Whether DeepSpeed leaves the optimizer bare: it neither reports the norm nor skips NaN."""
     return engine.zero_stage == 0 and engine.precision == "fp32"
 
 
@@ -166,6 +166,6 @@ def build_engine(
         config=settings,
         dist_init_required=False,
     )
-    # Some stages step on zero gradients to allocate state, which would count in Adam's bias correction.
+    # Some stages step on zero gradients to allocate state: Adam's bias correction counts it.
     optimizer.state.clear()
     return engine, optimizer

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the arithmetic of a training step per picture, and the peak of the device."""
+"""Model FLOPs utilisation: the arithmetic per picture, and the peak of the device."""
 
 import time
 from functools import cached_property
@@ -25,10 +25,10 @@ PEAK_TFLOPS = {
 
 
 class ModelFlops:
-    """FLOPs of one picture, forward and backward, counted by torch on the meta device, where nothing runs.
+    """FLOPs of one picture, forward and backward, counted by torch on the meta device.
 
-    Neither recomputation by gradient checkpointing nor the alignment's projection counts: they are not the
-    model's work (PaLM 2204.02311, appendix B). A multiplication and an addition are two FLOPs.
+    Neither recomputation by gradient checkpointing nor the alignment's projection counts: they are
+    not the model's work (PaLM 2204.02311, appendix B). A multiplication and an addition are two.
     """
 
     def __init__(self, config: Any):
@@ -42,7 +42,7 @@ class ModelFlops:
 
     @cached_property
     def _coefficients(self) -> np.ndarray:
-        """Coefficients of a polynomial of degree 2 in pixels and tokens, exact for every layer the models use."""
+        """Coefficients of a polynomial of degree 2 in pixels and tokens, exact for our layers."""
         with torch.device("meta"):
             network = build_model(self.config)
         pairs = [(16, 0), (32, 0), (64, 0)]
@@ -66,7 +66,7 @@ def _terms(pixels: int, tokens: int) -> np.ndarray:
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s that one device can reach, and the source: the table, or else a large product that is timed."""
+    """FLOP/s of one device, and the source: the table, or else a large product, timed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if precision == "bf16":
         for part, tflops in PEAK_TFLOPS.items():

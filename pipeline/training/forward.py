@@ -18,7 +18,7 @@ from pipeline.objectives.objective import Latents, LossTerms, Objective, PerSamp
 
 
 class Draws(NamedTuple):
-    """What a step draws for its global batch of B samples; `dropped` ones lose caption and class."""
+    """Draws for a global batch of B samples; `dropped` ones lose caption and class."""
 
     step: int
     t: PerSample
@@ -27,7 +27,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """Losses of one micro-batch: `total` () for backward; `named` without gradient for the log, `loss` first."""
+    """Losses of a micro-batch: `total` () for backward, `named` for the log, `loss` first."""
 
     t: PerSample
     total: Tensor
@@ -35,7 +35,7 @@ class Terms:
 
 
 class Forward:
-    """Sends micro-batches through a network, or through DeepSpeed's engine around it; it keeps no state."""
+    """Sends micro-batches through a network, or DeepSpeed's engine around it; has no state."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ PAUSED = "paused"
 
 
 class Stopwatch:
-    """Time by part of a step; on a GPU by events, which are read when a log waits for the GPU anyway."""
+    """Time by part of a step; on a GPU by events, read when a log waits for it anyway."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -66,14 +66,14 @@ class Stopwatch:
 
 
 class LossMeter:
-    """Sums of loss terms by noise level, on the device, so that nothing waits for the GPU between logs."""
+    """Sums of loss terms by noise level, on the device: nothing waits for it between logs."""
 
     def __init__(self, device: torch.device):
         self.names: tuple[str, ...] = ("loss",)
         self.sums = torch.zeros(NUM_LEVELS, 2, dtype=torch.float64, device=device)
 
     def add(self, t: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add the samples of one micro-batch, t and each term (b,); every call has the same terms."""
+        """Add a micro-batch, t and each term (b,); every call has the same terms."""
         if self.names != tuple(terms):
             self.names = tuple(terms)
             self.sums = self.sums.new_zeros(NUM_LEVELS, 1 + len(terms))
@@ -148,11 +148,11 @@ class Monitor:
         self.mark(PAUSED)
 
     def mark(self, part: str) -> None:
-        """Count the time since the last mark as that of data, forward, backward, optimizer or other."""
+        """Count the time since the last mark as data, forward, backward, optimizer or other."""
         self.stopwatch.mark(part)
 
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; if the config asks for it, a line per sample with step, place and number is logged."""
+        """The next batch; `log_samples` writes a line per sample: step, place, number."""
         self.mark("other")
         batch = next(batches)
         self.mark("data")
@@ -212,7 +212,7 @@ class Monitor:
             print(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left", flush=True)
 
     def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
-        """Rates of the interval. Only image tokens count as tokens; the FLOPs include padded text."""
+        """Rates of the interval. Tokens are the image's; FLOPs include padded text."""
         parts, batch = self.stopwatch.collect(), self.clock.global_batch
         values = {
             f"step_ms/{part}": 1000 * s / steps for part, s in parts.items() if part != PAUSED
@@ -231,7 +231,7 @@ class Monitor:
         return values
 
     def _measure_flops(self, writer: SummaryWriter) -> None:
-        """Count tokens and model FLOPs from now on; the device is measured where its peak is not known."""
+        """Count tokens and model FLOPs from now on; a device not in the table is measured."""
         self.flops = ModelFlops(self.config.model)
         self.patch = getattr(self.config.model, "patch_size", 1)
         self.peak, source = peak_flops(self.device, self.config.engine.precision)
@@ -253,7 +253,7 @@ class Monitor:
             self.writer.file_writer.add_summary(part)
 
     def _profile(self, step: int) -> None:
-        """Start tracing after the step before the first one to trace; write the trace after the last."""
+        """Start the trace after the step before its first; write it after its last."""
         if self.settings.profile_steps is None or not distributed.is_main():
             return
         first, last = self.settings.profile_steps

@@ -1,7 +1,7 @@
 """Norms by block of the network: gradient, update, weights, and weights minus their average.
 
-In logged steps, each rank sums over what it owns of the optimizer's tensors, and one small reduction adds the
-ranks' sums. Nothing is gathered.
+In logged steps, each rank sums over what it owns of the optimizer's tensors, and one small reduction
+adds the ranks' sums. Nothing is gathered.
 """
 
 import math
@@ -26,7 +26,7 @@ def block_of(name: str) -> str:
 
 
 class BlockNorms:
-    """Sums squares by block as an optimizer's `watch` for one step; `collect` returns their roots."""
+    """Sums squares by block as an optimizer's `watch`; `collect` returns their roots."""
 
     def __init__(self, engine: Any, device: torch.device):
         self.divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.training.ema import WithEMA
 
-# torch.optim.Muon's defaults, with the scale at which AdamW's learning rate and decay fit (2502.16982, 2.2).
+# torch's defaults, with the scale at which AdamW's LR and decay fit (2502.16982, 2.2).
 MUON = {
     "momentum": 0.95,
     "nesterov": True,
@@ -18,7 +18,7 @@ MUON = {
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """torch's Muon (Jordan 2024) on groups marked `muon` and torch's AdamW on the others, with one state."""
+    """Muon (Jordan 2024) on groups marked `muon`, AdamW on the others, with one state."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any):
         groups = [group | MUON if group["muon"] else group for group in groups]

@@ -1,8 +1,9 @@
-"""The optimizer's tensors as pieces of parameters, for every ZeRO stage, precision and number of ranks.
+"""The optimizer's tensors as pieces of parameters, in every layout.
 
-A rank saves the pieces of parameters and states that it owns, flat, under STATE/PARAMETER. An index of all files
-says where in its parameter each piece begins. To load, a rank reads what overlaps the pieces that it owns now, so
-no layout is ever converted into another. A state is `raw` (the fp32 weights), a moment, or an average.
+A rank saves the pieces of parameters and states that it owns, flat, under STATE/PARAMETER. An index
+of all files says where in its parameter each piece begins. To load, a rank reads what overlaps the
+pieces that it owns now, so no layout (ZeRO stage, precision, number of ranks) is ever converted into
+another. A state is `raw` (the fp32 weights), a moment, or an average.
 """
 
 import json
@@ -28,7 +29,7 @@ Place = tuple[str, int, int]
 
 
 class Piece(NamedTuple):
-    """`size` elements of a parameter from element `at` on, which lie in the flat `tensor` from `start` on."""
+    """`size` elements of a parameter from `at` on, in the flat `tensor` from `start` on."""
 
     name: str
     at: int
@@ -78,7 +79,7 @@ def owned_pieces(engine: Any) -> Iterator[Piece]:
 
 
 def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
-    """One rank's share of what all ranks hold: the pieces, laid end to end, are cut into equal parts."""
+    """One rank's share of what all ranks hold: the pieces, laid end to end, cut equally."""
     total = sum(piece.size for piece in pieces)
     begin, end = total * rank // ranks, total * (rank + 1) // ranks
     # Number of elements before the piece.
@@ -94,7 +95,8 @@ def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
 class Contents:
     """What the index says of one rank's file.
 
-    `places` are first element and number of elements by STATE/PARAMETER; `shapes` those of whole parameters.
+    `places` are first element and number of elements by STATE/PARAMETER; `shapes` are those of
+    whole parameters.
     """
 
     places: dict[str, tuple[int, int]]
@@ -144,7 +146,7 @@ def make_index(files: dict[str, Contents]) -> dict[str, Any]:
 
 
 def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
-    """Where elements first to first + count of a parameter lie: (file, begin, end) within each file's piece.
+    """Where elements first to first + count lie: (file, begin, end) within each file's piece.
 
     `places` are in order of their first elements. Raises ValueError where an element lies in none of them.
     """
@@ -172,7 +174,7 @@ class Pieces:
         self._files: dict[str, Any] = {}
 
     def read(self, key: str, first: int, count: int) -> Tensor:
-        """Elements first to first + count of STATE/PARAMETER, flat; raises InputError where one is missing."""
+        """Elements first to first + count of STATE/PARAMETER, flat; InputError if one is missing."""
         try:
             runs = overlaps(self.places.get(key, []), first, count)
         except ValueError as error:
@@ -193,7 +195,7 @@ class Pieces:
 
 @torch.no_grad()
 def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
-    """Fill all that this rank owns; raises InputError where the pieces are of another network. Collective."""
+    """Fill all that this rank owns; raises InputError for another network's. Collective."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     own = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
     for name, (got, expected) in differences(stored.shapes, own).items():
@@ -230,9 +232,9 @@ def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
 
 @torch.no_grad()
 def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
-    """All fp32 weights by name, "raw" or an average, on rank 0's CPU; empty on other ranks. Collective.
+    """All fp32 weights, raw or averaged, on rank 0's CPU; empty elsewhere. Collective.
 
-    They are gathered one at a time, so that no device holds more than the largest in addition to its own.
+    They are gathered one at a time, so that a device needs room for one more parameter only.
     """
     own = {piece.name: piece for piece in owned_pieces(engine)}
     divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1

@@ -1,7 +1,8 @@
-"""Rejection of harmful steps: those whose loss or gradient is not finite, or whose loss is far above the others.
+"""Rejection of harmful steps: a loss or gradient not finite, a loss far above the others.
 
-A rejected step changes no parameter, moment or average on any rank, and the schedule does not advance. It is
-counted, and its samples are written to RUN/rejected.jsonl; too many in a row end the run.
+A rejected step changes no parameter, moment or average on any rank, and the schedule does not
+advance. It is counted, and its samples are written to RUN/rejected.jsonl; too many in a row end the
+run.
 """
 
 import json
@@ -36,7 +37,7 @@ class Rejection:
         self.skipped = self._skipped()
 
     def _skipped(self) -> int:
-        """Steps that DeepSpeed, or the optimizer in its place, skipped for a gradient that is not finite."""
+        """Steps that DeepSpeed, or the optimizer in its place, skipped: gradient not finite."""
         return self.engine.skipped_steps + self.optimizer.num_skipped
 
     def state(self) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class Rejection:
         self.skipped = self._skipped()
 
     def judge(self, terms: list[Terms]) -> None:
-        """Before the optimizer's step, veto it if the mean loss of the global batch demands it. Collective."""
+        """Veto the optimizer's step if the global batch's mean loss demands it. Collective."""
         loss = losses_of(terms).mean().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)

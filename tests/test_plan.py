@@ -40,9 +40,8 @@ def test_predicted_states_and_checkpoints_are_those_of_two_ranks_within_2_percen
 
 ACTIVATIONS = """
 import json, sys, torch
-from models import build_model
 from models.conditions import Conditions
-from models.dit import DiTConfig
+from models.networks import DiTConfig, build_model
 torch.set_num_threads(1)
 network = build_model(DiTConfig(**json.loads(sys.argv[3]), gradient_checkpointing=sys.argv[1] == "True"))
 for p in network.parameters():

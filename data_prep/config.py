@@ -1,22 +1,28 @@
 """One preparation's config: every section from the module that it configures."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from data_prep.catalog import CaptionsConfig, FiltersConfig
-from data_prep.encode import EncodeConfig
-from data_prep.encoders import TextEncoderConfig, VaeConfig, VisionEncoderConfig
+from data_prep.encoders import (
+    EncodeConfig,
+    TextEncoderConfig,
+    VaeConfig,
+    VisionEncoderConfig,
+    check_encoders,
+)
 from data_prep.images import ImagesConfig
 from data_prep.sources import SourceConfig
 from data_prep.workers import RayConfig
-from models.config import Config
+from models.config import Config, InputError
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 EncoderName = Annotated[
     str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(lambda name: _free_name(name))
 ]
-INDECISIVE = {"publish_every_shards", "ray", "output"}  # of the config
+# Fields that do not decide what is written.
+INDECISIVE = {"publish_every_shards", "ray", "output"}
 
 
 def _free_name(name: str) -> str:
@@ -40,10 +46,11 @@ class PrepareConfig(Config):
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
     thumbnails_per_shard: int = Field(default=4, ge=1)
     """Pictures of a shard that its proof shows: chosen by their keys, decoded once from their latents."""
-    # Shards made between a manifest of what is there so far and the next; null: one, at the end.
     publish_every_shards: int | None = Field(default=None, ge=1)
+    """Shards between two manifests of what is there so far; null: one manifest, at the end."""
     ray: RayConfig = RayConfig()
-    output: str  # a local path, or any fsspec URL such as s3://bucket/folder
+    output: str
+    """A local path, or any fsspec URL such as s3://bucket/folder."""
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:
@@ -54,3 +61,22 @@ class PrepareConfig(Config):
                 "of integers, or none"
             )
         return self
+
+
+def check_settings(config: PrepareConfig) -> dict[str, Any]:
+    """What decides the result, the encoders' weights included; raises InputError where one is not there."""
+    hashes = check_encoders(config)
+    # The order of the encoders is that of the members.
+    decisive = config.model_dump(mode="json", exclude=INDECISIVE)
+    return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
+
+
+def check_buckets(config: PrepareConfig, divides: dict[str, int]) -> None:
+    """Raise InputError where a bucket's sides are not multiples of what each encoder, by place, needs."""
+    got = config.images.bucket_multiple
+    for place, side in divides.items():
+        if got % side:
+            raise InputError(
+                f"images.bucket_multiple: got {got}, expected a multiple of {side}, for {place}. Remedy: "
+                "the downscale of the vae times the patch size of the model suits every encoder."
+            )

@@ -7,29 +7,25 @@ import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from data_prep.commits import ShardSpec, commit_path, read_commit
+from data_prep.commits import commit_path, read_commit
+from data_prep.config import PrepareConfig
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
-from data_prep.encoders import Arrays, Codec, Encoder, EncoderConfig, merged
-from data_prep.images import ImagesConfig, Picture, Rejected
-from data_prep.plan import read_planned
+from data_prep.encoders import Arrays, Codec, Encoder, configured, merged
+from data_prep.images import Picture, Rejected
+from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
-from data_prep.schema import (
-    Member,
-    captions_sha256,
-)
+from data_prep.schema import Member, captions_sha256
 from data_prep.shards import WORK, ShardWriter, write_text
-from data_prep.storage import open_root
-from data_prep.workers import ATTEMPTS, Worker
-from models.config import Config, InputError
+from data_prep.workers import ATTEMPTS, LOST, Actors, Worker
+from models.config import InputError
 
 # Where each bin begins.
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -37,15 +33,6 @@ WORDS = (0, 1, 2, 5, 10, 20, 40, 80, 160)
 HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption": WORDS}
 
 # torch is imported by `load`: this module is also imported where only decoding is done.
-
-
-class EncodeConfig(Config):
-    """What changes the last bits of the numbers, so that it must not change while a dataset is made."""
-
-    batch_size: int = Field(default=16, ge=1)
-    threads: int = Field(
-        default=1, ge=1
-    )  # of torch in one actor; on CPU more actors beat more threads
 
 
 @dataclass(frozen=True)
@@ -62,25 +49,20 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What is the same for all shards; the output's path is absolute, or a URL."""
+    """What an actor is made with. Relative paths of encoders lie in `folder`."""
 
-    output: str
-    encoders: dict[str, EncoderConfig]
-    """By place in the config; paths lie in `folder` where they are relative."""
-    folder: Path
-    images: ImagesConfig
-    encode: EncodeConfig
-    thumbnails: int
-    has_labels: bool
+    config: PrepareConfig
+    dataset: Path
+    folder: Path = field(default_factory=Path.cwd)
 
 
 class ShardEncoder(Worker):
     """Holds the encoders; `encode_shard` may run in two threads, so that one decodes while one encodes."""
 
     def __init__(self, settings: EncoderSettings, num_decoders: int):
-        self._dataset = open_root(settings.output, "output")
-        self._settings, self._images, self._config = settings, settings.images, settings.encode
-        self._pool = DecodePool(settings.images, num_decoders)
+        self._config, self._dataset = settings.config, settings.dataset
+        self._folder, self._configs = settings.folder, configured(settings.config)
+        self._pool = DecodePool(self._config.images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._encoders: dict[str, Encoder] = {}
         self._metrics = _Metrics()
@@ -99,24 +81,29 @@ class ShardEncoder(Worker):
         """Import torch and open the encoders, once; raises InputError."""
         with self._loading:
             if not self._encoders:
-                self._open_encoders()
+                self._encoders = self._open_encoders()
 
-    def _open_encoders(self) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(self._config.threads)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only so
+    def _open_encoders(self) -> dict[str, Encoder]:
+        os.environ["OMP_NUM_THREADS"] = str(self._config.encode.threads)
+        # cuBLAS gives the same bits again only with a workspace of its own.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Torch takes a VAE's activations from the kernel anew at every layer; of small pages that alone
         # is a third of the time on CPUs.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         import torch
 
-        torch.set_num_threads(self._config.threads)
+        torch.set_num_threads(self._config.encode.threads)
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoders = {
-            place: encoder.open(place.split(".")[-1], self._settings.folder / encoder.path, device)
-            for place, encoder in self._settings.encoders.items()
+        return {
+            place: encoder.open(place.split(".")[-1], self._folder / encoder.path, device)
+            for place, encoder in self._configs.items()
         }
+
+    @property
+    def _has_labels(self) -> bool:
+        return any(source.labels for source in self._config.sources.values())
 
     @property
     def _codec(self) -> Codec:
@@ -128,11 +115,11 @@ class ShardEncoder(Worker):
         """All members in the order of the index, or those of the encoders that read so alone."""
         members: dict[str, Member] = {}
         for place, encoder in self._encoders.items():
-            if reads in (None, self._settings.encoders[place].reads):
+            if reads in (None, self._configs[place].reads):
                 members |= encoder.members()
         if reads is None:
             members["micro"] = Member(dtype="float32", shape=(4,))
-            if self._settings.has_labels:
+            if self._has_labels:
                 members["label"] = Member(dtype="int64", shape=())
         return members
 
@@ -149,8 +136,11 @@ class ShardEncoder(Worker):
         planned = read_planned(self._dataset / WORK, number).to_pylist()
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
-        sums, kept = _LatentSums(self._codec.model.channels), list[dict[str, Any]]()
-        texts, samples = list(self._members("captions")), ProofSamples(self._settings.thumbnails)
+        sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
+        texts, samples = (
+            list(self._members("captions")),
+            ProofSamples(self._config.thumbnails_per_shard),
+        )
         rejects = [
             _reject(row, "encoder_crash", f"its encoder died {ATTEMPTS} times")
             for place, row in enumerate(planned)
@@ -165,11 +155,12 @@ class ShardEncoder(Worker):
                     caption = row["captions"][0]
                     samples.add(ProofSample(row["key"], caption, picture.pixels, arrays))
                     for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
-                        sums.add(arrays[name])
+                        _add_latents(sums, arrays[name])
             proof, psnr_db = self._prove(samples.in_order(), texts)
-            commit = asdict(spec) | writer.commit(proof) | sums.record() | _summary(kept)
-            commit["psnr_db"] = psnr_db
-            commit["rejects"] = rejects
+            commit = asdict(spec) | writer.commit(proof) | _summary(kept)
+            commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
+            commit |= {"latent_square_sum": sums[2].tolist()}
+            commit |= {"psnr_db": psnr_db, "rejects": rejects}
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()
@@ -184,17 +175,18 @@ class ShardEncoder(Worker):
                 pass
 
     def _flips(self, spec: ShardSpec) -> bool:
-        return self._images.flip and spec.split == "train"
+        return self._config.images.flip and spec.split == "train"
 
     def _batches(
         self, spec: ShardSpec, rows: list[dict[str, Any]], rejects: list[dict[str, str]]
     ) -> Iterator[list[tuple[dict[str, Any], Picture]]]:
         """Decoded pictures in the plan's order, `batch_size` at a time; at most two batches are ahead."""
         waiting: deque[tuple[dict[str, Any], Future[Answer]]] = deque()
+        size = self._config.encode.batch_size
         todo = iter(rows)
         batch: list[tuple[dict[str, Any], Picture]] = []
         while True:
-            while len(waiting) < 2 * self._config.batch_size and (row := next(todo, None)):
+            while len(waiting) < 2 * size and (row := next(todo, None)):
                 waiting.append((row, self._pool.submit(self._request(row, spec))))
             if not waiting:
                 break
@@ -205,7 +197,7 @@ class ShardEncoder(Worker):
             else:
                 assert isinstance(answer, Rejected)
                 rejects.append(_reject(row, answer.reason, answer.detail))
-            if len(batch) == self._config.batch_size:
+            if len(batch) == size:
                 yield batch
                 batch = []
         if batch:
@@ -213,7 +205,7 @@ class ShardEncoder(Worker):
 
     def _request(self, row: dict[str, Any], spec: ShardSpec) -> DecodeRequest:
         address = Address(row["path"], row["offset"], row["length"])
-        crop_at = (0.5, 0.5) if self._images.crop == "center" else _random_pair(row["key"])
+        crop_at = (0.5, 0.5) if self._config.images.crop == "center" else _random_pair(row["key"])
         return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
 
     def _encode_batch(
@@ -240,7 +232,7 @@ class ShardEncoder(Worker):
             arrays["micro"] = picture.micro
             if flip:
                 arrays["micro.flip"] = _mirrored(picture)
-            if self._settings.has_labels:
+            if self._has_labels:
                 arrays["label"] = np.array(row["label"], np.int64)
             if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                 detail = f"{', '.join(bad)}: NaN, or over 65504, what float16 holds"
@@ -256,7 +248,7 @@ class ShardEncoder(Worker):
             batch = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
         found: Arrays = {}
         for place, encoder in self._encoders.items():
-            if self._settings.encoders[place].reads == reads:
+            if self._configs[place].reads == reads:
                 found |= encoder.encode(batch)
         return found
 
@@ -285,6 +277,31 @@ class ShardEncoder(Worker):
         return variants
 
 
+def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
+    """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
+    lost = list[tuple[ShardSpec, int]]()
+    for (spec, number), commit in actors.run("encode_shard", ([shard] for shard in todo)):
+        if commit is LOST:
+            lost.append((spec, number))
+        else:
+            yield commit
+    # Each picture alone shows which of them kill. The others are then encoded as if those had been
+    # rejected earlier, so that a shard's bytes depend on its pictures and not on what its search met.
+    deadly: dict[int, list[int]] = {number: [] for _, number in lost}
+    pictures = ([(*shard, place) for place in range(shard[0].num_planned)] for shard in lost)
+    for (_, number, place), answer in actors.run("try_picture", pictures):
+        if answer is LOST:
+            deadly[number].append(place)
+    again = ([(spec, number, sorted(deadly[number]))] for spec, number in lost)
+    for (spec, *_), commit in actors.run("encode_shard", again):
+        if commit is LOST:
+            raise RuntimeError(
+                f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
+                "memory is short, lower encode.batch_size."
+            )
+        yield commit
+
+
 def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str, Any]:
     """encode(values) in halves, and halves of halves, where the GPU's memory is too small for all at once.
 
@@ -308,28 +325,16 @@ def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str,
     return {name: [*first[name], *second[name]] for name in first}
 
 
-class _LatentSums:
-    """Sums over samples and pixels of the latents' first and second moment, a channel, in float64."""
-
-    def __init__(self, channels: int):
-        self._channels, self._count = channels, 0
-        self._sum, self._square = np.zeros(channels), np.zeros(channels)
-
-    def add(self, moments: np.ndarray) -> None:
-        mean = moments[: self._channels].astype(np.float64)
-        std = moments[self._channels :].astype(np.float64)  # none where the codec is deterministic
-        self._count += mean[0].size
-        self._sum += mean.sum(axis=(1, 2))
-        self._square += (mean**2).sum(axis=(1, 2))
-        if len(std):
-            self._square += (std**2).sum(axis=(1, 2))
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "latent_count": self._count,
-            "latent_sum": self._sum.tolist(),
-            "latent_square_sum": self._square.tolist(),
-        }
+def _add_latents(sums: np.ndarray, moments: np.ndarray) -> None:
+    """Add a picture's latents to float64 (3, C): per channel the pixels, and the sums of x and of x squared."""
+    channels = sums.shape[1]
+    mean = moments[:channels].astype(np.float64)
+    sums[0] += mean[0].size
+    sums[1] += mean.sum(axis=(1, 2))
+    sums[2] += (mean**2).sum(axis=(1, 2))
+    # A deterministic codec stores no std.
+    if len(std := moments[channels:].astype(np.float64)):
+        sums[2] += (std**2).sum(axis=(1, 2))
 
 
 class _Metrics:

@@ -99,6 +99,14 @@ class VisionEncoderConfig(EncoderConfig):
         return Vision(VisionEncoder.load(folder, self.patch_pixels, self.dtype, device), self.path)
 
 
+class EncodeConfig(Config):
+    """What changes the last bits of the numbers, so that it must not change while a dataset is made."""
+
+    batch_size: int = Field(default=16, ge=1)
+    threads: int = Field(default=1, ge=1)
+    """Threads of torch per actor; on CPUs more actors beat more threads."""
+
+
 class Codec:
     """The latent codec, whose moments are stored raw."""
 

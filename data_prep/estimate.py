@@ -18,14 +18,12 @@ import pyarrow.parquet as pq
 import typer
 from rich.table import Table
 
-from data_prep.commits import ShardSpec, encode_shards
-from data_prep.config import PrepareConfig
-from data_prep.encode import ShardEncoder
-from data_prep.prepare import make_plan
+from data_prep.config import PrepareConfig, check_buckets, check_settings
+from data_prep.encode import EncoderSettings, ShardEncoder, encode_shards
+from data_prep.plan import ShardSpec, make_plan
 from data_prep.report import Progress, console
 from data_prep.scan import list_sources, scan
 from data_prep.schema import proof_path
-from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import WORK
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
@@ -129,7 +127,7 @@ def _encode(
             num += shards[number].num_planned
     # The actor gets what each would get where there are as many as there is room for.
     shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
-    settings = encoder_settings(config, dataset)
+    settings = EncoderSettings(config, dataset)
     with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
         check_buckets(config, actors.describe().divides)
         begin = time.perf_counter()

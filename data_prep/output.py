@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.commits import read_commits, shard_list
+from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig
+from data_prep.plan import shard_list
 from data_prep.publish import AUDITED
 from data_prep.report import console
 from data_prep.scan import class_names, listing_sha256

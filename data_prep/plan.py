@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,12 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
+from data_prep.config import PrepareConfig
 from data_prep.duplicates import DROP, near_duplicates, same_files
-from data_prep.images import Bucket, nearest_bucket
+from data_prep.images import Bucket, list_buckets, nearest_bucket
 from data_prep.metadata import check_fields
 from data_prep.schema import REJECT_SCHEMA, SPLITS
-from data_prep.shards import NewTable, write_table
+from data_prep.shards import WORK, NewTable, read_table, write_table
 from data_prep.storage import find_files, is_remote
+from models.config import InputError
 
 SHARD_LIST_SCHEMA = pa.schema(
     [
@@ -30,7 +33,7 @@ SHARD_LIST_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("num_planned", pa.int64()),  # pictures
+        ("num_planned", pa.int64()),
     ]
 )
 REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
@@ -42,6 +45,40 @@ MAX_RANGES = 256  # open files
 SHARDS_PER_FILE = 256  # of the plan: whoever makes one reads the footer of so many
 TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)  # what becomes of a row
 REASONS = {TOO_SMALL: "too_small", ASPECT: "aspect", DUPLICATE: "duplicate", NEAR: "near_duplicate"}
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """A shard to be made, of `num_planned` pictures: a row of the plan's list."""
+
+    path: str
+    split: str
+    height: int
+    width: int
+    num_planned: int
+
+
+def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
+    """The shards to be made; raises InputError if no picture is left to fill one."""
+    work = dataset / WORK
+    if not (work / "shard_list.parquet").is_file():
+        buckets, size = list_buckets(config.images), config.samples_per_shard
+        plan(work, buckets, config.filters, size, config.heldout_fraction)
+    shards = shard_list(dataset)
+    if not shards:
+        rejects = read_table(work / "plan_rejects.parquet")
+        counts = Counter(rejects["reason"].to_pylist()).most_common()
+        raise InputError(
+            f"sources: of {len(rejects)} pictures none is left: "
+            + ", ".join(f"{count} {reason}" for reason, count in counts)
+            + f" (see {work}/plan_rejects.parquet). Remedy: other pictures, captions or filters, and --restart."
+        )
+    return shards
+
+
+def shard_list(dataset: Path) -> list[ShardSpec]:
+    table = read_table(dataset / WORK / "shard_list.parquet", SHARD_LIST_SCHEMA)
+    return [ShardSpec(**row) for row in table.to_pylist()]
 
 
 def plan(
@@ -73,7 +110,8 @@ def plan(
                 group = pa.array(bucket * len(SPLITS) + heldout, pa.int64())
                 spill.add(kept.append_column("group", group))
         shards = _write_shards(work / "plan", spill.ranges(), buckets, samples_per_shard)
-    write_table(work / "shard_list.parquet", pa.Table.from_pylist(shards, SHARD_LIST_SCHEMA))
+    rows = [asdict(spec) for spec in shards]
+    write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows, SHARD_LIST_SCHEMA))
 
 
 def read_planned(work: Path, number: int) -> pa.Table:
@@ -194,11 +232,11 @@ class Spill:
 
 def _write_shards(
     folder: Path, ranges: Iterator[pa.Table], buckets: list[Bucket], size: int
-) -> list[dict[str, Any]]:
+) -> list[ShardSpec]:
     """Cut every group into shards of `size` in the order of keys; keys are hashes, so each is a random sample."""
-    shards: list[dict[str, Any]] = []
-    counts, rest = Counter[int](), dict[int, pa.Table]()
+    shards: list[ShardSpec] = []
     writer: NewTable | None = None
+    counts, rest = Counter[int](), dict[int, pa.Table]()
 
     def emit(group: int, table: pa.Table) -> None:
         nonlocal writer
@@ -211,8 +249,7 @@ def _write_shards(
         writer.write(table)
         (height, width), split = buckets[group // len(SPLITS)], SPLITS[group % len(SPLITS)]
         path = f"shards/{height}x{width}/{split}-{counts[group]:06d}.tar"
-        sides = {"height": height, "width": width}
-        shards.append({"path": path, "split": split, **sides, "num_planned": len(table)})
+        shards.append(ShardSpec(path, split, height, width, len(table)))
         counts[group] += 1
 
     for table in ranges:

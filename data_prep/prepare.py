@@ -1,29 +1,26 @@
 """Pictures to shards: `flowmill prepare CONFIG.yaml [section.key=value ...]`. Run it again to resume."""
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from data_prep.catalog import STAGED
-from data_prep.commits import ShardSpec, encode_shards, read_commits, shard_list
-from data_prep.config import PrepareConfig
-from data_prep.encode import Encoders, ShardEncoder
+from data_prep.commits import read_commits
+from data_prep.config import PrepareConfig, check_buckets, check_settings
+from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
-from data_prep.plan import plan
+from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result
 from data_prep.scan import list_sources, scan
 from data_prep.schema import read_manifest
-from data_prep.settings import check_buckets, check_settings, encoder_settings
-from data_prep.shards import WORK, read_table
+from data_prep.shards import WORK
 from data_prep.storage import delete
 from data_prep.workers import Actors, connect, share_out
 from models.command import load_config, run_command
-from models.config import InputError
 
 
 def main(
@@ -62,9 +59,8 @@ def prepare(
         shards = make_plan(config, dataset)
         clock.mark("plan")
         shares = share_out(config.ray, config.encode.threads, most=len(shards))
-        with Actors(
-            ShardEncoder, encoder_settings(config, dataset), shares, console.print
-        ) as actors:
+        settings = EncoderSettings(config, dataset)
+        with Actors(ShardEncoder, settings, shares, console.print) as actors:
             encoders: Encoders = actors.describe()
             check_buckets(config, encoders.divides)
             clock.mark("load encoders")
@@ -87,24 +83,6 @@ class _Clock:
         """What came since the last mark was this."""
         now = time.monotonic()
         self.spent[stage], self._last = now - self._last, now
-
-
-def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
-    """The shards to be made; raises InputError if no picture is left to fill one."""
-    work = dataset / WORK
-    if not (work / "shard_list.parquet").is_file():
-        buckets, size = list_buckets(config.images), config.samples_per_shard
-        plan(work, buckets, config.filters, size, config.heldout_fraction)
-    shards = shard_list(dataset)
-    if not shards:
-        rejects = read_table(work / "plan_rejects.parquet")
-        counts = Counter(rejects["reason"].to_pylist()).most_common()
-        raise InputError(
-            f"sources: of {len(rejects)} pictures none is left: "
-            + ", ".join(f"{count} {reason}" for reason, count in counts)
-            + f" (see {work}/plan_rejects.parquet). Remedy: other pictures, captions or filters, and --restart."
-        )
-    return shards
 
 
 def encode(

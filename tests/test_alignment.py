@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from data_prep.config import PrepareConfig
-from data_prep.encode import ShardEncoder
+from data_prep.encode import EncoderSettings, ShardEncoder
 from data_prep.prepare import prepare
 from data_prep.schema import read_manifest, read_shard_table
-from data_prep.settings import encoder_settings
 from data_prep.verify import verify
 from models.command import load_config
 from models.conditions import Conditions
@@ -152,7 +151,7 @@ def test_prepared_features_are_those_of_picture_and_mirror_image(dataset):
     assert manifest.vision is not None
     assert manifest.vision.dim == 24
     config = load_config(PrepareConfig, dataset.parent / "c.yaml", [])
-    encoder = ShardEncoder(encoder_settings(config, dataset), num_decoders=1)
+    encoder = ShardEncoder(EncoderSettings(config, dataset), num_decoders=1)
     needs = {"vae": 4, "text_encoders.bert": 1, "vision_encoder": 8}
     assert encoder.describe().divides == needs
     torch.use_deterministic_algorithms(False)

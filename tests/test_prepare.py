@@ -31,17 +31,17 @@ from webdataset.compat import WebDataset
 
 from data_prep import workers
 from data_prep.catalog import CATALOG_SCHEMA
-from data_prep.commits import ShardSpec, read_commits, shard_list
-from data_prep.config import PrepareConfig
+from data_prep.commits import read_commits
+from data_prep.config import PrepareConfig, check_buckets, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.estimate import estimate
 from data_prep.images import ImagesConfig, decode
 from data_prep.output import is_complete, open_output
+from data_prep.plan import ShardSpec, shard_list
 from data_prep.prepare import main, prepare
 from data_prep.proof import proof_keys, read_proof
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
-from data_prep.settings import check_buckets, check_settings, encoder_settings
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
@@ -451,7 +451,7 @@ def planned_shard(folder: Path, vae: Path, text: Path) -> EncoderSettings:
     plan = folder / "dataset" / "work" / "plan" / "000000.parquet"
     write_table(plan, pa.Table.from_pylist(rows, CATALOG_SCHEMA))
     config = write_config(folder / "c.yaml", {"s": folder}, vae, text)
-    return encoder_settings(load_config(PrepareConfig, config, []), folder / "dataset")
+    return EncoderSettings(load_config(PrepareConfig, config, []), folder / "dataset")
 
 
 def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):

@@ -48,7 +48,6 @@ UPWARD = {
     "pipeline.objectives.config -> pipeline.objectives.timesteps",
 }
 IMPORTED_COMMANDS: set[str] = {
-    "data_prep.estimate -> data_prep.prepare",
     "pipeline.show_config -> pipeline.cli",
 }
 LONG: set[str] = set()

@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -27,15 +27,12 @@ from models.command import load_config, read_yaml, run_command
 from models.config import InputError
 
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
-UPLOAD_LIMIT_BYTES = 100 << 20  # of one request to Ray's dashboard
+# The most bytes of one request to Ray's dashboard.
+UPLOAD_LIMIT_BYTES = 100 << 20
 SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "ACCESS_KEY", "API_KEY")
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy inside typer
+# The class of click, or of the copy of click inside typer.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
-
-class Launcher(StrEnum):
-    RAY = "ray"
-    SLURM = "slurm"
 
 
 class Action(StrEnum):
@@ -49,9 +46,8 @@ MODULES = {
     Action.TRAIN: "cluster.train_job",
     Action.EVALUATE: "pipeline.evaluate",
 }
-
-
-SLURM_MODULES = {Action.PREPARE: "data_prep.prepare", Action.TRAIN: "pipeline.train"}
+# Slurm itself starts the ranks that Ray Train would start.
+SLURM_MODULES = MODULES | {Action.TRAIN: "pipeline.train"}
 
 
 @dataclass(frozen=True)
@@ -66,27 +62,17 @@ class Job:
     def command_line(self, address: str) -> str:
         """The `ray job submit` that asks for the same."""
         environment = {k: v for k, v in self.runtime_env.items() if k != "working_dir"}
-        return " ".join(
-            [
-                ray_job("submit", address),
-                f"--working-dir {shlex.quote(self.runtime_env['working_dir'])}",
-                *([f"--runtime-env-json {_quoted(environment)}"] if environment else []),
-                *([f"--entrypoint-num-gpus {self.gpus:g}"] if self.gpus else []),
-                f"--metadata-json {_quoted(self.metadata)}",
-                f"-- {shlex.join(self.entrypoint)}",
-            ]
-        )
+        options = ["--working-dir", self.runtime_env["working_dir"]]
+        options += ["--runtime-env-json", json.dumps(environment)] if environment else []
+        options += ["--entrypoint-num-gpus", f"{self.gpus:g}"] if self.gpus else []
+        options += ["--metadata-json", json.dumps(self.metadata)]
+        return f"{ray_job('submit', address)} {shlex.join([*options, '--', *self.entrypoint])}"
 
 
 def ray_job(action: str, address: str) -> str:
     """The beginning of a `ray job` command; what Ray would prefer to --address is unset for it."""
-    unset = [f"-u {name}" for name in ADDRESS_VARIABLES if os.environ.get(name)]
-    env = ["env", *unset] if unset else []
-    return " ".join([*env, f"ray job {action} --address {shlex.quote(address)}"])
-
-
-def _quoted(value: dict[str, Any]) -> str:
-    return shlex.quote(json.dumps(value))
+    unset = "".join(f"-u {name} " for name in ADDRESS_VARIABLES if os.environ.get(name))
+    return f"{'env ' if unset else ''}{unset}ray job {action} --address {shlex.quote(address)}"
 
 
 def check_stage(
@@ -153,9 +139,9 @@ def check_paths(inputs: dict[str, str], outputs: dict[str, str], folder: Path, n
 
 
 def _require(key: str, files: list[Path], folder: Path, names: set[str]) -> None:
+    """Raise InputError where some of the files would not be uploaded."""
     left = [p for p in files if os.path.relpath(p, folder) not in names]
-    left = [p for p in left if "__pycache__" not in p.parts]
-    if left:
+    if left := [p for p in left if "__pycache__" not in p.parts]:
         raise InputError(
             f"{key}: {len(left)} files would not be uploaded ({left[0]}, ...), expected them in {folder} and "
             "not left out by .gitignore, .rayignore or excludes. Remedy: take the ignore line away, or give an "
@@ -165,19 +151,19 @@ def _require(key: str, files: list[Path], folder: Path, names: set[str]) -> None
 
 def uploaded(folder: Path, excludes: list[str]) -> set[str]:
     """Names of the files that Ray uploads of a folder; raises InputError where they are too many bytes."""
-    from ray._private import ray_constants  # the packing itself, as the Jobs SDK calls it
+    # The Jobs SDK packs with the same function.
+    from ray._private import ray_constants
     from ray._private.runtime_env.packaging import create_package
 
     with tempfile.TemporaryDirectory() as scratch:
         package = Path(scratch) / "package.zip"
-        ignored = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-        all_excludes = ray_constants.get_runtime_env_default_excludes() + excludes
         create_package(
             str(folder),
             package,
-            include_gitignore=ignored,
-            excludes=all_excludes,
-            logger=logging.getLogger(__name__),  # Ray's own tells of every ignore file
+            include_gitignore=os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE) != "1",
+            excludes=ray_constants.get_runtime_env_default_excludes() + excludes,
+            # Ray's own logger would report every ignore file.
+            logger=logging.getLogger(__name__),
         )
         size = package.stat().st_size
         with zipfile.ZipFile(package) as archive:
@@ -256,7 +242,8 @@ class Cluster:
                 f"ssh -L 8265:127.0.0.1:8265 {parts.hostname}, and no --address",
                 file=sys.stderr,
             )
-        for name in ADDRESS_VARIABLES:  # they would win over the address that was asked for
+        # They would win over the address that was asked for.
+        for name in ADDRESS_VARIABLES:
             os.environ.pop(name, None)
         self.address = address
         self.client = self.call(JobSubmissionClient, address)
@@ -336,13 +323,13 @@ def main(
         Path | None, typer.Option(help="YAML of Ray's runtime environment")
     ] = None,
     gpus: Annotated[float, typer.Option(help="that the command itself needs (evaluate)")] = 0.0,
-    launcher: Annotated[Launcher, typer.Option(help="whom to ask")] = Launcher.RAY,
+    launcher: Annotated[Literal["ray", "slurm"], typer.Option(help="what starts the job")] = "ray",
     nodes: Annotated[int, typer.Option(help="of a Slurm job")] = 1,
     follow: Annotated[bool, typer.Option(help="print what the job prints, to its end")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check; print the command")] = False,
 ) -> None:
     """Run a stage on a cluster; with Ray, follow it to its end and exit as it does."""
-    if launcher is Launcher.SLURM:
+    if launcher == "slurm":
         line = sbatch_line(action, arguments, nodes)
         print(shlex.join(line), flush=True)
         sys.exit(0 if dry_run else subprocess.run(line).returncode)

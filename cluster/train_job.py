@@ -77,29 +77,19 @@ def _rank(job: dict[str, Any]) -> None:
 def fit(
     config: TrainConfig,
     sizes: list[int],
-    *,
-    cpu: bool = False,
-    cpus_per_worker: int = 1,
-    max_failures: int = 3,
-    resize_every_s: float = 600.0,
-    override: bool = False,
+    scaling: ScalingConfig,
+    max_failures: int,
+    override: bool,
 ) -> None:
     """Train on a group of the largest of `sizes` that there is room for; raises InputError."""
     # Ranks are to find relative paths where the job does: in the uploaded working directory.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    workers = (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[-1]
+    backend = "nccl" if scaling.use_gpu else "gloo"
     trainer = _Trainer(
         _rank,
         train_loop_config={"config": config.model_dump(mode="json"), "override": override},
-        torch_config=TorchConfig(
-            backend="gloo" if cpu else "nccl", timeout_s=int(config.engine.timeout_s)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=not cpu,
-            resources_per_worker={"CPU": cpus_per_worker} | ({} if cpu else {"GPU": 1}),
-            elastic_resize_monitor_interval_s=resize_every_s,
-        ),
+        torch_config=TorchConfig(backend=backend, timeout_s=int(config.engine.timeout_s)),
+        scaling_config=scaling,
         run_config=RunConfig(
             name="ray",
             storage_path=config.run,
@@ -120,7 +110,7 @@ def fit(
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(help="ranks, one a GPU")] = 1,
+    workers: Annotated[int, typer.Option(help="ranks, one per GPU")] = 1,
     min_workers: Annotated[
         int | None, typer.Option(help="go on with as few after a loss; default: --workers")
     ] = None,
@@ -140,18 +130,17 @@ def main(
             "relative one lies in a node's own copy of the working directory"
         )
     sizes = valid_sizes(parsed, min_workers or workers, workers)
-    fit_run(parsed).loader.close()  # the user's errors, before anything is started
+    # The user's errors come to light before anything is started.
+    fit_run(parsed).loader.close()
     if not ray.is_initialized():
         ray.init()
-    fit(
-        parsed,
-        sizes,
-        cpu=cpu,
-        cpus_per_worker=cpus_per_worker,
-        max_failures=max_failures,
-        resize_every_s=resize_every_s,
-        override=override,
+    scaling = ScalingConfig(
+        num_workers=(sizes[0], sizes[-1]) if len(sizes) > 1 else sizes[-1],
+        use_gpu=not cpu,
+        resources_per_worker={"CPU": cpus_per_worker} | ({} if cpu else {"GPU": 1}),
+        elastic_resize_monitor_interval_s=resize_every_s,
     )
+    fit(parsed, sizes, scaling, max_failures, override)
 
 
 if __name__ == "__main__":

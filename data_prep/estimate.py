@@ -1,5 +1,4 @@
-"""What a preparation will take, `flowmill plan CONFIG.yaml`: the stages of `flowmill prepare` for a random part of its
-pictures, here and now; the rest is arithmetic."""
+"""`flowmill plan CONFIG.yaml` of a preparation: runs its stages on a random sample of the pictures and extrapolates."""
 
 import os
 import random
@@ -16,12 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
-from rich.table import Table
 
 from data_prep.config import PrepareConfig, check_buckets, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, encode_shards
 from data_prep.plan import ShardSpec, make_plan
-from data_prep.report import Progress, console
+from data_prep.report import Listing, Progress, console
 from data_prep.scan import list_sources, scan
 from data_prep.schema import proof_path
 from data_prep.shards import WORK
@@ -29,18 +27,17 @@ from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
 from models.command import load_config, run_command
 
-# Bytes of a shard that are no picture's: two blocks, half a record on average, and the index's header.
+# Bytes of a shard that belong to no picture: two blocks, half a record on average, and the index's header.
 SHARD_END = 1024 + tarfile.RECORDSIZE / 2 + 128
-# Tars or tables of a source that are read, for they differ.
+# Tars or tables that are read per source: several, since they differ.
 TABLES = 3
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The whole, from a sample of `sampled` pictures, of which `kept_share` were kept."""
+    """The whole preparation, from a sample of `sampled` pictures, of which `kept_share` were kept."""
 
     pictures: int
-    """Pictures in the sources."""
     sampled: int
     kept_share: float
     kept: int
@@ -55,7 +52,7 @@ class Estimate:
 def estimate(config: PrepareConfig, wanted: int) -> Estimate:
     """Prepare about `wanted` pictures in a folder that is then deleted; raises InputError.
 
-    Duplicates are found in the sample alone, so `kept` is at most.
+    Duplicates are found within the sample only, so `kept` is an upper bound.
     """
     check_settings(config)
     listing = list_sources(config)
@@ -131,7 +128,7 @@ def _encode(
     with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
         check_buckets(config, actors.describe().divides)
         begin = time.perf_counter()
-        with Progress(console, "sample", num, "pictures") as progress:
+        with Progress("sample", num, "pictures") as progress:
             done = 0
             for commit in encode_shards(actors, todo):
                 done += commit["num_planned"]
@@ -155,12 +152,9 @@ def report(config: PrepareConfig, wanted: int) -> Estimate:
         ("speed", f"{1 / found.seconds_per_picture:,.1f} pictures/s with one actor on this machine"),
         ("hours", ", ".join(f"{hours / n:,.2f} with {n} actor{'s' * (n > 1)}" for n in (1, 8, 64))),
     ]  # fmt: skip
-    table = Table(title="Preparation", title_justify="left", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    Listing("Preparation", (), rows).print()
     console.print(
-        "Actors: one per GPU, or one per CPU. Duplicates were looked for in the sample alone."
+        "Actors: one per GPU, or one per CPU. Duplicates were looked for in the sample only."
     )
     return found
 

@@ -25,7 +25,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Float, UInt8
 from pydantic import Field, model_validator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from torch import Tensor
 
 from data_prep.decoder import Address, DecodePool, DecodeRequest
@@ -117,26 +124,19 @@ def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
     found = find_pictures(config, name, rejects)
     items = heapq.nsmallest(config.max_pictures, found, key=order)
     pool, parts = DecodePool(ImagesConfig(), os.cpu_count() or 1), ([], [])
-    answers = [
-        pool.submit(
-            DecodeRequest(Address(i.path, i.offset, i.length, i.data), None, bucket, (0.5, 0.5))
-        )
-        for i in items
-    ]
-    with progress_bar() as progress:
-        task = progress.add_task(f"Reading {name}", total=len(items), note="")
-        for item, future in zip(items, answers, strict=True):
-            answer = future.result()
-            progress.advance(task)
-            if isinstance(answer, Picture):
-                heldout = name_hash(os.path.basename(item.name)) < config.heldout_fraction
-                parts[heldout].append(answer.pixels.transpose(2, 0, 1))
-            else:
-                assert isinstance(answer, Rejected)
-                rejects[answer.reason] += 1
-    told = (
-        f"{len(parts[0])} pictures to fit on, {len(parts[1])} held out, rejected: {dict(rejects)}"
-    )
+    addresses = (Address(i.path, i.offset, i.length, i.data) for i in items)
+    answers = [pool.submit(DecodeRequest(a, None, bucket, (0.5, 0.5))) for a in addresses]
+    pairs = zip(items, answers, strict=True)
+    for item, future in track(pairs, f"Reading {name}", len(items), console=console):
+        answer = future.result()
+        if isinstance(answer, Picture):
+            heldout = name_hash(os.path.basename(item.name)) < config.heldout_fraction
+            parts[heldout].append(answer.pixels.transpose(2, 0, 1))
+        else:
+            assert isinstance(answer, Rejected)
+            rejects[answer.reason] += 1
+    fitting, held = map(len, parts)
+    told = f"{fitting} pictures to fit on, {held} held out, rejected: {dict(rejects)}"
     if not (parts[0] and parts[1]):
         raise InputError(
             f"sources.{name}: got {told}; expected some of each. Remedy: more pictures."
@@ -219,9 +219,15 @@ def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: P
         step, elapsed_s, smooth = state["step"], state["elapsed_s"], state["smooth"]
         console.print(f"resuming from step {step}")
     start, saved = time.monotonic() - elapsed_s, time.monotonic()
-    with progress_bar() as progress:
+    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*bar, *times, TextColumn("{task.fields[note]}"), console=console) as progress:
         task = progress.add_task("Fitting", total=1.0, note="")
-        while (done := part_done(config, step, time.monotonic() - start)) < 1:
+        while True:
+            elapsed_s = time.monotonic() - start
+            done = step / config.steps if config.steps else elapsed_s / (60 * (config.minutes or 1))
+            if done >= 1:
+                break
             optimizer.param_groups[0]["lr"] = learning_rate(config, done)
             pixels, noise = draw_batch(sources, step, config)
             loss = batch_loss(vae, pixels.to(device), noise.to(device), config)
@@ -239,10 +245,6 @@ def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: P
             save_checkpoint(state | {"elapsed_s": time.monotonic() - start}, checkpoint)
             saved = time.monotonic()
             console.print(f"step {step}, {done:.0%}: loss {smooth:.4f}, checkpoint saved")
-
-
-def part_done(config: FitVaeConfig, step: int, elapsed_s: float) -> float:
-    return step / config.steps if config.steps else elapsed_s / (60 * (config.minutes or 1))
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -284,12 +286,6 @@ def heldout_psnr(codec: LatentCodec, pictures: UInt8[Tensor, "N 3 H W"]) -> floa
         latents = sample_latents(moments, still, codec.normalisation)
         values.append(psnr(batch, codec.decode(latents).cpu()))
     return torch.cat(values).mean().item()
-
-
-def progress_bar() -> Progress:
-    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*bar, *times, TextColumn("{task.fields[note]}"), console=console)
 
 
 def run(config: FitVaeConfig) -> None:

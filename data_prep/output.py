@@ -10,10 +10,9 @@ import pyarrow as pa
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig
 from data_prep.plan import shard_list
-from data_prep.publish import AUDITED
 from data_prep.report import console
 from data_prep.scan import class_names, listing_sha256
-from data_prep.schema import MANIFEST, read_manifest
+from data_prep.schema import AUDITED, MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, open_root, patient
 from data_prep.workers import in_ray_job

@@ -4,7 +4,7 @@ import base64
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,11 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from data_prep import report
 from data_prep.encode import HISTOGRAMS
 from data_prep.images import Bucket
 from data_prep.plan import read_planned
 from data_prep.proof import SIDE, png, proof_keys, read_proof
-from data_prep.report import (
-    Listing,
-    bucket_listing,
-    count_listing,
-    encoder_listing,
-    latent_listing,
-)
 from data_prep.schema import Manifest
 from data_prep.shards import WORK
 
@@ -42,18 +36,13 @@ class Shown:
 
 def shown_pictures(dataset: Path, commits: list[dict[str, Any]]) -> list[Shown]:
     """Up to SHEET_PAIRS pictures, the buckets by turns; commits are in the order of the plan."""
-    return list(islice(_pictures(dataset, commits), SHEET_PAIRS))
-
-
-def _pictures(dataset: Path, commits: list[dict[str, Any]]) -> Iterator[Shown]:
     shards: dict[Bucket, list[int]] = defaultdict(list)
     for number, commit in enumerate(commits):
         if commit["num_samples"]:
             shards[commit["height"], commit["width"]].append(number)
-    for turn in zip_longest(*shards.values()):
-        for number in turn:
-            if number is not None:
-                yield from _pictures_of(dataset, commits[number], number)
+    turns = (n for turn in zip_longest(*shards.values()) for n in turn if n is not None)
+    pictures = chain.from_iterable(_pictures_of(dataset, commits[n], n) for n in turns)
+    return list(islice(pictures, SHEET_PAIRS))
 
 
 def _pictures_of(dataset: Path, commit: dict[str, Any], number: int) -> Iterator[Shown]:
@@ -104,25 +93,24 @@ def html_report(
         manifest=manifest,
         psnr_db=manifest.generations[-1].psnr_db,
         listings=[
-            count_listing(manifest),
-            bucket_listing(commits),
-            latent_listing(manifest),
-            encoder_listing(manifest),
+            report.count_listing(manifest),
+            report.bucket_listing(commits),
+            report.latent_listing(manifest),
+            report.encoder_listing(manifest),
         ],
-        rejects=Listing("Examples of rejects", columns, rows),
+        rejects=report.Listing("Examples of rejects", columns, rows),
         histograms=joined_histograms(commits),
         shown=shown,
     )
 
 
 def joined_histograms(commits: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Counts by name of the histogram and by bin, whole ones of all shards, without empty ends."""
+    """By histogram, the count of every bin over all shards, without empty bins at the ends."""
     found: dict[str, dict[str, int]] = {}
     for name, bins in HISTOGRAMS.items():
-        counts = np.sum([commit["histograms"][name] for commit in commits], axis=0).tolist()
+        counts = np.sum([commit["histograms"][name] for commit in commits], axis=0)
         labels = [f"{a} to {b - 1}" if b - a > 1 else f"{a}" for a, b in pairwise(bins)]
+        every = list(zip([*labels, f"{bins[-1]} and more"], counts.tolist(), strict=True))
         filled = np.flatnonzero(counts)
-        places = range(filled[0], filled[-1] + 1) if len(filled) else ()
-        found[name] = dict(zip([*labels, f"{bins[-1]} and more"], counts, strict=True))
-        found[name] = {label: n for i, (label, n) in enumerate(found[name].items()) if i in places}
+        found[name] = dict(every[filled[0] : filled[-1] + 1] if len(filled) else [])
     return found

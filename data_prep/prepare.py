@@ -45,7 +45,7 @@ def prepare(
     settings = check_settings(config)
     listing = list_sources(config)
     if dry_run:
-        print_plan(console, config, listing, settings["hashes"], list_buckets(config.images))
+        print_plan(config, listing, settings["hashes"], list_buckets(config.images))
         return {}
     dataset = open_output(config, settings, listing, restart)
     if is_complete(dataset):
@@ -69,7 +69,7 @@ def prepare(
         finalise(config, dataset, commits, encoders)
         clock.mark("finalise")
     delete(dataset / WORK / STAGED)
-    print_result(console, dataset, read_manifest(dataset), clock.spent)
+    print_result(dataset, read_manifest(dataset), clock.spent)
     return clock.spent
 
 
@@ -98,7 +98,7 @@ def encode(
     todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
     total = sum(shard.num_planned for shard in shards)
     done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
-    with Progress(console, "encode", total, "pictures", done) as progress:
+    with Progress("encode", total, "pictures", done) as progress:
         for count, commit in enumerate(encode_shards(actors, todo), start=1):
             commits[places[commit["path"]]] = commit
             done += commit["num_planned"]

@@ -10,24 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
-from data_prep.schema import (
-    CONTACT_SHEET,
-    EMPTY_CAPTION,
-    MANIFEST,
-    REJECT_SCHEMA,
-    REJECTS,
-    REPORT,
-    SHARD_SCHEMA,
-    SHARD_TABLE,
-    BucketRecord,
-    Counts,
-    Generation,
-    Manifest,
-    fingerprint,
-)
 from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
 from models.config import InputError
@@ -35,7 +21,6 @@ from models.files import file_sha256
 
 # Rejects of each reason on the page.
 EXAMPLES = 3
-AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
 
 
 def finalise(
@@ -44,9 +29,11 @@ def finalise(
     """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
     if not any(commit["num_samples"] for commit in commits):
         _write_rejects(dataset, commits)
-        raise InputError(f"{dataset}: every picture was rejected; see {REJECTS}")
+        raise InputError(f"{dataset}: every picture was rejected; see {schema.REJECTS}")
     shown = shown_pictures(dataset, commits)
-    write_atomic(dataset / CONTACT_SHEET, lambda path: contact_sheet(shown).save(path, "PNG"))
+    write_atomic(
+        dataset / schema.CONTACT_SHEET, lambda path: contact_sheet(shown).save(path, "PNG")
+    )
     publish(config, dataset, commits, encoders, shown)
     # Those of killed processes.
     for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):
@@ -72,19 +59,21 @@ def publish(
     if not any(commit["split"] == "train" for commit in table) and shown is None:
         return
     rejected, examples = _write_rejects(dataset, commits)
-    write_table(dataset / SHARD_TABLE, pa.Table.from_pylist(table, schema=SHARD_SCHEMA))
+    write_table(
+        dataset / schema.SHARD_TABLE, pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
+    )
     if encoders.empty_caption:
         # save_file would make it a file that its owner alone may read.
         data = save(encoders.empty_caption)
-        write_atomic(dataset / EMPTY_CAPTION, lambda path: path.write_bytes(data))
+        write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
     manifest = _manifest(config, dataset, table, rejected, encoders)
     if shown is not None:
         manifest = manifest.completed()
-        write_text(dataset / REPORT, html_report(manifest, table, shown, examples))
-    files = [name for name in AUDITED if (dataset / name).is_file()]
+        write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
+    files = [name for name in schema.AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
     manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()
-    write_text(dataset / MANIFEST, manifest.model_dump_json(indent=1))
+    write_text(dataset / schema.MANIFEST, manifest.model_dump_json(indent=1))
 
 
 def _write_rejects(
@@ -99,10 +88,11 @@ def _write_rejects(
     encoded = [reject for commit in commits for reject in commit["rejects"]]
     with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
         planned = (
-            pa.Table.from_batches([b], REJECT_SCHEMA) for b in pq.ParquetFile(file).iter_batches()
+            pa.Table.from_batches([b], schema.REJECT_SCHEMA)
+            for b in pq.ParquetFile(file).iter_batches()
         )
-        with NewTable(dataset / REJECTS, REJECT_SCHEMA) as writer:
-            for table in (*planned, pa.Table.from_pylist(encoded, schema=REJECT_SCHEMA)):
+        with NewTable(dataset / schema.REJECTS, schema.REJECT_SCHEMA) as writer:
+            for table in (*planned, pa.Table.from_pylist(encoded, schema=schema.REJECT_SCHEMA)):
                 writer.write(table)
                 new = Counter(table["reason"].to_pylist())
                 for reason in new:
@@ -119,61 +109,63 @@ def _manifest(
     commits: list[dict[str, Any]],
     rejected: dict[str, int],
     encoders: Encoders,
-) -> Manifest:
+) -> schema.Manifest:
     begun = json.loads((dataset / WORK / "config.json").read_text())
+    # What decides how a picture is prepared, whatever the sources are.
+    decisive = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
+    settings = begun["settings"] | {"config": decisive}
     kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
-    counts = Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected)
+    counts = schema.Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected)
     latent_mean, latent_std = _latent_statistics(_for_training(commits))
     buckets: Counter[tuple[int, int]] = Counter()
     for commit in _for_training(commits):
         buckets[commit["height"], commit["width"]] += commit["num_samples"]
     flips, drawn = config.images.flip, config.captions.per_picture
-    return Manifest(
-        id=fingerprint({"settings": _settings(begun), "listing": begun["listing_sha256"]})[:32],
+    return schema.Manifest(
+        id=schema.fingerprint({"settings": settings, "listing": begun["listing_sha256"]})[:32],
         **encoders.record,
         members=encoders.members,
         latent_mean=latent_mean,
         latent_std=latent_std,
         buckets=[
-            BucketRecord(height=h, width=w, num_samples=n) for (h, w), n in sorted(buckets.items())
+            schema.BucketRecord(height=h, width=w, num_samples=n)
+            for (h, w), n in sorted(buckets.items())
         ],
         classes=begun["classes"],
         counts=counts,
         samples_per_picture={"train": drawn * (1 + flips), "heldout": drawn},
-        generations=[_generation(begun, commits, counts)],
+        generations=[_generation(begun, settings, commits, counts)],
         base=None,
         prepare_config=config.model_dump(mode="json", exclude=INDECISIVE),
         files={},
     )
 
 
-def _settings(begun: dict[str, Any]) -> dict[str, Any]:
-    """What decides how a picture is prepared, whatever the sources are."""
-    config = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
-    return begun["settings"] | {"config": config}
-
-
-def _generation(begun: dict[str, Any], commits: list[dict[str, Any]], counts: Counts) -> Generation:
+def _generation(
+    begun: dict[str, Any],
+    settings: dict[str, Any],
+    commits: list[dict[str, Any]],
+    counts: schema.Counts,
+) -> schema.Generation:
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
-    num_labels = max(len(begun["classes"]), *(commit["num_labels"] for commit in commits))
-    chain = {
+    chain: dict[str, Any] = {
         "previous": "",
-        "settings_sha256": fingerprint(_settings(begun)),
+        "settings_sha256": schema.fingerprint(settings),
         "listing_sha256": begun["listing_sha256"],
         "counts": counts.model_dump(mode="json"),
-        "num_labels": num_labels,
+        "num_labels": max(len(begun["classes"]), *(commit["num_labels"] for commit in commits)),
         "shards": [[commit[name] for name in columns] for commit in commits],
     }
-    return Generation(
+    return schema.Generation(
         number=0,
         complete=False,
         listed=begun["listed"],
         counts=counts,
         num_shards=len(commits),
-        num_labels=num_labels,
+        num_labels=chain["num_labels"],
         psnr_db=round(mean(value for commit in commits for value in commit["psnr_db"]), 2),
         listing_sha256=begun["listing_sha256"],
-        fingerprint=fingerprint(chain),
+        fingerprint=schema.fingerprint(chain),
     )
 
 

@@ -19,7 +19,7 @@ from data_prep.images import Bucket
 from data_prep.schema import SPLITS, Manifest, read_shard_table
 from data_prep.storage import is_remote
 
-# Where there is no terminal to draw a bar on.
+# Seconds between two lines where there is no terminal to draw a bar on.
 LINE_EVERY_S = 30.0
 
 console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -28,8 +28,8 @@ console = Console(soft_wrap=True, highlight=False, markup=False)
 class Progress:
     """A bar with rate and time left on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, what: str, total: int, unit: str, done: int = 0):
-        self._console, self._what, self._total, self._unit = console, what, total, unit
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self._what, self._total, self._unit = what, total, unit
         self._first = done
         self._started = self._said = time.monotonic()
         self._bar = progress.Progress(
@@ -55,10 +55,10 @@ class Progress:
         speed = (done - self._first) / max(now - self._started, 1e-3)
         rate = f"{speed:.1f} {self._unit}/s" + (f", {rejected} rejected" if rejected else "")
         self._bar.update(self._task, completed=done, rate=rate)
-        if not self._console.is_terminal and now - self._said > LINE_EVERY_S:
+        if not console.is_terminal and now - self._said > LINE_EVERY_S:
             self._said = now
             left = f"{(self._total - done) / speed:.0f} s left" if speed else "no estimate yet"
-            self._console.print(f"{self._what}: {done} of {self._total}, {rate}, {left}")
+            console.print(f"{self._what}: {done} of {self._total}, {rate}, {left}")
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,13 @@ class Listing:
     rows: list[tuple[str, ...]]
 
     def print(self) -> None:
-        table = Table(*self.head, title=self.title)
+        table = Table(*self.head, title=self.title, show_header=bool(self.head))
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
 
 
 def print_plan(
-    console: Console,
     config: Any,
     listing: pa.Table,
     hashes: dict[str, dict[str, str]],
@@ -86,11 +85,9 @@ def print_plan(
     """The dry run's answer: what is there and what would be made of it."""
     rows = list[tuple[str, ...]]()
     for name, source in config.sources.items():
-        sizes = listing["size"].filter(
-            pc.and_(pc.equal(listing["source"], name), pc.is_null(listing["reason"]))  # pyright: ignore[reportAttributeAccessIssue]
-        )
-        mib = (pc.sum(sizes).as_py() or 0) / 2**20  # pyright: ignore[reportAttributeAccessIssue]
-        rows.append((name, source.kind, source.path, str(len(sizes)), f"{mib:.1f}"))
+        mine = (pc.field("source") == name) & pc.field("reason").is_null()
+        sizes = listing.filter(mine)["size"].to_numpy()
+        rows.append((name, source.kind, source.path, str(len(sizes)), f"{sizes.sum() / 2**20:.1f}"))
     Listing("Sources", ("source", "kind", "path", "files", "MiB"), rows).print()
     rows = [
         (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
@@ -108,9 +105,7 @@ def print_plan(
     console.print(f"Output {config.output}{room}. Nothing was written.")
 
 
-def print_result(
-    console: Console, dataset: Path, manifest: Manifest, spent: dict[str, float]
-) -> None:
+def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
     for listing in (count_listing(manifest), bucket_listing(rows)):

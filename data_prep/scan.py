@@ -83,7 +83,7 @@ def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
     # A task scans several parts, but not so many that a CPU is left without.
     size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
     groups = iter(lambda: list(islice(parts, size)), [])
-    with Progress(console, "scan", len(todo), "parts") as progress:
+    with Progress("scan", len(todo), "parts") as progress:
         answers = Tasks("_scan", console.print).run(scan_part, groups)
         for count, (part, answer) in enumerate(answers, start=1):
             if answer is LOST:

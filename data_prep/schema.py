@@ -26,6 +26,8 @@ REJECTS = "rejects.parquet"
 EMPTY_CAPTION = "empty_caption.safetensors"
 CONTACT_SHEET = "contact_sheet.png"
 REPORT = "report.html"
+# Files beside the manifest whose hashes it has.
+AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
 
 SPLITS = ("train", "heldout")
 

@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 
 from data_prep.schema import index_path, proof_path
 from data_prep.storage import publish, temporary_for, write_atomic
+from models.files import file_sha256
 
-WORK = "work"  # of the dataset: everything needed to resume
+# Folder of a dataset with everything that resuming needs.
+WORK = "work"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,12 +74,7 @@ class ShardWriter:
     def __init__(self, dataset: Path, path: str, members: list[str]):
         self._target, self._members = dataset / path, members
         self._temporary = temporary_for(self._target)
-        self._file = _HashingFile(self._temporary)
-        self._tar = tarfile.TarFile(
-            fileobj=self._file,  # pyright: ignore[reportArgumentType]
-            mode="w",
-            format=tarfile.USTAR_FORMAT,
-        )
+        self._tar = tarfile.TarFile(self._temporary, "w", format=tarfile.USTAR_FORMAT)
         self._index: list[list[tuple[int, int]]] = []
 
     def add(
@@ -105,8 +102,7 @@ class ShardWriter:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
-        padding = -len(data) % tarfile.BLOCKSIZE
-        return self._tar.offset - padding
+        return self._tar.offset - -len(data) % tarfile.BLOCKSIZE
 
     def commit(self, proof: bytes) -> dict[str, Any]:
         """Make shard, index and proof appear, durably; returns num_samples, bytes, hashes and sizes.
@@ -116,10 +112,10 @@ class ShardWriter:
         if not self._index:
             return {"num_samples": 0, "bytes": 0}
         self._tar.close()
-        self._file.close()
+        num_bytes, sha256 = self._temporary.stat().st_size, file_sha256(self._temporary)
         index = np.array(self._index, dtype=np.int64).reshape(-1, len(self._members), 2)
         beside = {index_path: npy_bytes(index), proof_path: proof}
-        sizes = {self._target.name: self._file.num_bytes}
+        sizes = {self._target.name: num_bytes}
         for path_of, data in beside.items():
             path = self._target.parent / path_of(self._target.name)
             write_atomic(path, lambda temporary, data=data: temporary.write_bytes(data))
@@ -127,8 +123,8 @@ class ShardWriter:
         publish(self._temporary, self._target)
         return {
             "num_samples": len(self._index),
-            "bytes": self._file.num_bytes,
-            "sha256": self._file.sha256.hexdigest(),
+            "bytes": num_bytes,
+            "sha256": sha256,
             "index_sha256": hashlib.sha256(beside[index_path]).hexdigest(),
             "proof_sha256": hashlib.sha256(proof).hexdigest(),
             "sizes": sizes,
@@ -136,24 +132,6 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        if not self._tar.closed:
+            self._tar.fileobj.close()
         self._temporary.unlink(missing_ok=True)
-
-
-class _HashingFile:
-    """A file for tarfile to write to that knows its hash at the end."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("wb", buffering=1 << 20)
-        self.sha256, self.num_bytes = hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def close(self) -> None:
-        self._file.close()

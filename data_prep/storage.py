@@ -106,12 +106,6 @@ def size_of(path: str) -> int:
     return patient(filesystem.size, name) or 0
 
 
-def file_size(path: str) -> int | None:
-    """Bytes of a file, None of what is no file; raises OSError where a store does not answer."""
-    filesystem, name = filesystem_of(path)
-    return size_of(path) if patient(filesystem.isfile, name) else None
-
-
 @contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """The file itself, or a temporary copy of a remote one."""

@@ -17,24 +17,12 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import typer
-from rich.console import Console
 from rich.progress import track
 
+from data_prep import schema
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
-from data_prep.schema import (
-    EMPTY_CAPTION,
-    MANIFEST,
-    REJECT_SCHEMA,
-    REJECTS,
-    SHARD_TABLE,
-    Manifest,
-    captions_sha256,
-    index_path,
-    proof_path,
-    read_index,
-    read_manifest,
-    read_shard_table,
-)
+from data_prep.report import console
+from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
 from data_prep.shards import read_table
 from data_prep.storage import find_files, local_copy, open_root
 from models.command import run_command
@@ -42,9 +30,6 @@ from models.config import InputError
 from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")
-console = Console(soft_wrap=True, highlight=False, markup=False)
-
-
 # What a proof says of one picture, by name.
 Proved = dict[str, np.ndarray]
 
@@ -70,9 +55,9 @@ def main(
 def verify(dataset: Path, workers: int = 1) -> list[str]:
     """Everything that is wrong, one line each; raises InputError where there is no dataset to look at."""
     if not (dataset / MANIFEST).is_file():
-        read_manifest(dataset)  # says what is there instead
+        schema.read_manifest(dataset)  # says what is there instead
     try:
-        manifest = read_manifest(dataset)
+        manifest = schema.read_manifest(dataset)
     except InputError as error:
         return [str(error)]
     problems = [
@@ -81,8 +66,8 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
         if not (path := dataset / name).is_file() or file_sha256(path) != sha256
     ]
     try:
-        rows = read_shard_table(dataset).to_pylist()
-        rejects = read_table(dataset / REJECTS, REJECT_SCHEMA)
+        rows = schema.read_shard_table(dataset).to_pylist()
+        rejects = read_table(dataset / REJECTS, schema.REJECT_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         return [*problems, f"{SHARD_TABLE} or {REJECTS}: {error}"]
     answers = list(_audit_all(dataset, manifest, rows, workers))
@@ -115,37 +100,32 @@ def _audit_all(
 
 def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple[str, str, str]:
     """What is wrong with the shard ("" if nothing), its first and its last key."""
-    tar, index = dataset / row["path"], dataset / index_path(row["path"])
+    paths = (row["path"], schema.index_path(row["path"]), schema.proof_path(row["path"]))
+    tar, index, proof = (dataset / path for path in paths)
     try:
-        for path in (tar, index, dataset / proof_path(row["path"])):
+        for path in (tar, index, proof):
             if not path.is_file():
                 raise Wrong(f"{path.name} is missing")
         if tar.stat().st_size != row["bytes"]:
             raise Wrong(f"has {tar.stat().st_size} bytes, expected {row['bytes']}")
         with local_copy(str(tar)) as shard, local_copy(str(index)) as places:
-            for path, sha256 in ((shard, row["sha256"]), (places, row["index_sha256"])):
-                if file_sha256(Path(path)) != sha256:
-                    name = (tar if path == shard else index).name
-                    raise Wrong(f"{name} is not what the table says (sha256)")
-            proof = _read_proof(dataset, row)
-            keys = _audit_samples(Path(shard), read_index(Path(places)), manifest, row, proof)
+            hashed = ((tar, Path(shard), "sha256"), (index, Path(places), "index_sha256"))
+            for path, local, column in (*hashed, (proof, proof, "proof_sha256")):
+                if file_sha256(local) != row[column]:
+                    raise Wrong(f"{path.name} is not what the table says (sha256)")
+            said = read_proof(dataset, row["path"])
+            proved = {
+                key: {name: values[i] for name, values in said.items()}
+                for i, key in enumerate(proof_keys(said))
+            }
+            keys = _audit_samples(
+                Path(shard), schema.read_index(Path(places)), manifest, row, proved
+            )
     except Wrong as wrong:
         return str(wrong), "", ""
     except (OSError, ValueError, tarfile.TarError) as error:
         return f"{type(error).__name__}: {error}", "", ""
     return "", keys[0], keys[-1]
-
-
-def _read_proof(dataset: Path, row: dict[str, Any]) -> dict[str, Proved]:
-    """What the shard's proof says of its pictures, by key; raises Wrong."""
-    path = dataset / proof_path(row["path"])
-    if file_sha256(path) != row["proof_sha256"]:
-        raise Wrong(f"{path.name} is not what the table says (sha256)")
-    proof = read_proof(dataset, row["path"])
-    return {
-        key: {name: values[i] for name, values in proof.items()}
-        for i, key in enumerate(proof_keys(proof))
-    }
 
 
 def _audit_samples(
@@ -172,7 +152,7 @@ def _audit_samples(
     for (before, _), (after, _) in pairwise(captions):
         if after <= before:
             raise Wrong(f"key {after} is out of order or there twice")
-    if captions_sha256(captions) != row["captions_sha256"]:
+    if schema.captions_sha256(captions) != row["captions_sha256"]:
         raise Wrong("its captions are not those that the table says (sha256)")
     return [key for key, _ in captions]
 
@@ -193,9 +173,8 @@ def _audit_proof(
             offset, size = places[member]
             file.seek(offset)
             stored = np.frombuffer(file.read(size), manifest.members[member].dtype)
-            if not np.array_equal(
-                project(stored.reshape(-1, width)), proved[f"{member}.projection"]
-            ):
+            found = project(stored.reshape(-1, width))
+            if not np.array_equal(found, proved[f"{member}.projection"]):
                 raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
 
 
@@ -296,7 +275,7 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
 
 
 def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:
-    beside = (str, index_path, proof_path)
+    beside = (str, schema.index_path, schema.proof_path)
     known = {path_of(row["path"]) for row in rows for path_of in beside}
     names = sorted(f"shards/{name}" for name in find_files(dataset / "shards"))
     return [f"{name}: not in {SHARD_TABLE}" for name in names if name not in known]

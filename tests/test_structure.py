@@ -52,7 +52,6 @@ IMPORTED_COMMANDS: set[str] = {
 }
 LONG: set[str] = set()
 MANY_PARAMETERS = {
-    "cluster.train_job.fit",
     "pipeline.inference.diffusers_pipeline.__call__",
     "pipeline.inference.diffusers_pipeline.__init__",
 }

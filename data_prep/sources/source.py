@@ -12,7 +12,7 @@ from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.sources.walk import Walk, extension_of, walk_folder
-from data_prep.storage import AbsolutePath, file_size, is_remote
+from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, size_of
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
@@ -120,8 +120,10 @@ class Source(Config, ABC):
 
 
 def _size_of_file(path: str, where: str) -> int | None:
+    """Bytes of a file, None of what is no file; raises InputError where a store does not answer."""
     try:
-        return file_size(path)
+        filesystem, name = filesystem_of(path)
+        return size_of(path) if patient(filesystem.isfile, name) else None
     except (ImportError, ValueError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
 

@@ -1,6 +1,8 @@
 """Every kind of damage to a dataset is found, and named."""
 
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from data_prep.schema import (
     SHARD_TABLE,
     Counts,
     captions_sha256,
+    index_path,
     proof_path,
 )
 from data_prep.shards import ShardWriter, write_table, write_text
@@ -110,38 +113,70 @@ def test_a_sound_dataset_has_no_problems_with_one_worker_or_several(dataset):
     assert verify(dataset, workers=2) == []
 
 
-@pytest.mark.parametrize("place", [600, 5_000, -1])
-def test_a_flipped_bit_is_found_and_the_shard_named(dataset, place):
-    data = bytearray((dataset / SECOND).read_bytes())
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
     data[place] ^= 1
-    (dataset / SECOND).write_bytes(data)
-    assert only_problem(dataset) == (
-        f"{SECOND}: train-000001.tar is not what the table says (sha256)"
-    )
+    path.write_bytes(data)
 
 
-def test_a_flipped_bit_in_an_index_is_found(dataset):
-    index = dataset / SECOND.replace(".tar", ".idx.npy")
-    data = bytearray(index.read_bytes())
-    data[-8] ^= 1
-    index.write_bytes(data)
-    assert "train-000001.idx.npy is not what the table says" in only_problem(dataset)
+def reseal(dataset: Path, rows: list[dict] | None = None, **changes) -> None:
+    """Change the first shard's row, and make tables and manifest that fit."""
+    rows = rows or pq.read_table(dataset / SHARD_TABLE).to_pylist()
+    rows[0] |= changes
+    write_manifest(dataset, rows)
 
 
-def test_a_missing_shard_and_a_missing_index_are_named(dataset):
-    (dataset / FIRST).unlink()
-    (dataset / SECOND.replace(".tar", ".idx.npy")).unlink()
-    assert verify(dataset) == [
-        f"{FIRST}: train-000000.tar is missing",
+def point_elsewhere(dataset: Path) -> None:
+    path = dataset / index_path(FIRST)
+    index = np.load(path)
+    index[3, 1, 0] += 2
+    np.save(path, index)
+    reseal(dataset, index_sha256=file_sha256(path))
+
+
+def repeat_a_sample(dataset: Path) -> None:
+    rows = shard_rows(dataset)
+    rows[1] = write_shard(dataset, SECOND, range(4, 9))
+    reseal(dataset, rows)
+
+
+def narrow_the_empty_caption(dataset: Path) -> None:
+    wide = {"clip": np.zeros((2, 8), np.float16), "clip_pooled": np.zeros(16, np.float16)}
+    save_file(wide, dataset / EMPTY_CAPTION)
+    seal(dataset, pq.read_table(dataset / SHARD_TABLE).to_pylist())
+
+
+def edit_the_manifest(dataset: Path) -> None:
+    path = dataset / MANIFEST
+    path.write_text(path.read_text().replace('"channels":4', '"channels":8'))
+
+
+STRAY = "shards/32x32/train-000009.tar"
+NOT_THE_TABLES = "is not what the table says (sha256)"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "begin": (lambda d: flip(d / SECOND, 600), f"{SECOND}: train-000001.tar {NOT_THE_TABLES}"),
+    "end": (lambda d: flip(d / SECOND, -1), f"{SECOND}: train-000001.tar {NOT_THE_TABLES}"),
+    "index": (lambda d: flip(d / index_path(SECOND), -8), f"train-000001.idx.npy {NOT_THE_TABLES}"),
+    "tar lost": (lambda d: (d / FIRST).unlink(), f"{FIRST}: train-000000.tar is missing"),
+    "index lost": (
+        lambda d: (d / index_path(SECOND)).unlink(),
         f"{SECOND}: train-000001.idx.npy is missing",
-    ]
+    ),
+    "emptied": (lambda d: os.truncate(d / OTHER, 0), f"{OTHER}: has 0 bytes, expected "),
+    "cut": (lambda d: os.truncate(d / OTHER, 10_000), f"{OTHER}: has 10000 bytes, expected "),
+    "edited": (edit_the_manifest, "was edited: its fingerprint does not match its content"),
+    "offset": (point_elsewhere, f"{FIRST}: {3:020x}.clip.npy: index says"),
+    "count": (lambda d: reseal(d, num_samples=6), f"{FIRST}: index (5, 4, 2), expected 6 samples"),
+    "twice": (repeat_a_sample, f"{SECOND}: key {4:020x} should be in an earlier shard"),
+    "stray": (lambda d: shutil.copy(d / FIRST, d / STRAY), f"{STRAY}: not in {SHARD_TABLE}"),
+    "empty caption": (narrow_the_empty_caption, f"{EMPTY_CAPTION}: clip is not (L, 16)"),
+}
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 512, 10_000])
-def test_a_truncated_tar_is_found(dataset, kept_bytes):
-    data = (dataset / OTHER).read_bytes()
-    (dataset / OTHER).write_bytes(data[:kept_bytes])
-    assert only_problem(dataset) == f"{OTHER}: has {kept_bytes} bytes, expected {len(data)}"
+@pytest.mark.parametrize(("harm", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_any_damage_is_found_and_its_file_named(dataset, harm, message):
+    harm(dataset)
+    assert message in only_problem(dataset)
 
 
 def test_a_shard_cut_at_any_block_is_found_even_where_the_table_agrees_with_the_cut(dataset):
@@ -155,64 +190,45 @@ def test_a_shard_cut_at_any_block_is_found_even_where_the_table_agrees_with_the_
         assert only_problem(dataset).startswith(OTHER), cut
 
 
-def test_a_manifest_edited_by_hand_is_found(dataset):
-    path = dataset / MANIFEST
-    path.write_text(path.read_text().replace('"channels":4', '"channels":8'))
-    assert "was edited: its fingerprint does not match its content" in only_problem(dataset)
-
-
 @pytest.mark.parametrize("name", [SHARD_TABLE, REJECTS, EMPTY_CAPTION])
 def test_a_table_exchanged_or_lost_is_named(dataset, name):
-    if name == REJECTS:
-        write_table(dataset / name, pq.read_table(dataset / name).slice(0, 0))
-    elif name == SHARD_TABLE:
-        write_table(dataset / name, pq.read_table(dataset / name).slice(0, 2))
-    else:
+    if name == EMPTY_CAPTION:
         save_file({k: v + 1 for k, v in load_file(dataset / name).items()}, dataset / name)
+    else:
+        table = pq.read_table(dataset / name)
+        write_table(dataset / name, table.slice(0, len(table) - 1))
     assert f"{name}: is not what the manifest says (sha256)" in verify(dataset)
     (dataset / name).unlink()
     assert f"{name}: missing" in verify(dataset)
 
 
-@pytest.mark.parametrize("member", list(KIND.members()))
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_nan_is_found_and_its_member_named(tmp_path, member, value):
-    def spoil(i, sample):
-        if i == 2:
-            sample[member].flat[-1] = value
+def spoilt(value: float):
+    def spoil(array: np.ndarray) -> np.ndarray:
+        array.flat[-1] = value
+        return array
 
-    write_manifest(tmp_path, [write_shard(tmp_path, FIRST, range(5), spoil)])
-    assert only_problem(tmp_path) == (f"{FIRST}: {2:020x}.{member}.npy: holds NaN or infinity")
+    return spoil
 
 
 @pytest.mark.parametrize(
-    ("member", "change"),
+    ("member", "change", "problem"),
     [
-        ("moments", lambda a: a.astype(np.float32)),
-        ("moments", lambda a: a[:4]),
-        ("moments", lambda a: a[:, :2]),
-        ("clip", lambda a: a[:, :8]),
-        ("micro", lambda a: a[None]),
+        *((member, spoilt(np.nan), "holds NaN or infinity") for member in KIND.members()),
+        ("moments", spoilt(np.inf), "holds NaN or infinity"),
+        ("moments", lambda a: a.astype(np.float32), "got"),
+        ("moments", lambda a: a[:4], "got"),
+        ("moments", lambda a: a[:, :2], "got"),
+        ("clip", lambda a: a[:, :8], "got"),
+        ("micro", lambda a: a[None], "got"),
     ],
 )
-def test_a_wrong_shape_or_type_is_found(tmp_path, member, change):
+def test_a_nan_a_wrong_shape_or_a_wrong_type_is_found(tmp_path, member, change, problem):
     def spoil(i, sample):
-        if i == 4:
+        if i == 2:
             sample[member] = change(sample[member])
 
     write_manifest(tmp_path, [write_shard(tmp_path, FIRST, range(5), spoil)])
-    assert f"{4:020x}.{member}.npy: got" in only_problem(tmp_path)
-
-
-def test_an_index_that_points_elsewhere_is_found(dataset):
-    rows = shard_rows(dataset)
-    path = dataset / FIRST.replace(".tar", ".idx.npy")
-    index = np.load(path)
-    index[3, 1, 0] += 2
-    np.save(path, index)
-    rows[0]["index_sha256"] = file_sha256(path)
-    write_manifest(dataset, rows)
-    assert f"{FIRST}: {3:020x}.clip.npy: index says" in only_problem(dataset)
+    assert f"{FIRST}: {2:020x}.{member}.npy: {problem}" in only_problem(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +253,12 @@ def test_a_shard_that_is_not_the_one_its_proof_was_made_of_is_found(tmp_path, ch
 
 
 def test_a_changed_proof_or_other_captions_than_the_tables_are_found(dataset):
-    path, rows = dataset / proof_path(FIRST), pq.read_table(dataset / SHARD_TABLE).to_pylist()
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(dataset / proof_path(FIRST), -1)
+    rows = pq.read_table(dataset / SHARD_TABLE).to_pylist()
     rows[1]["captions_sha256"] = "x"
     write_manifest(dataset, rows)
     proof, captions = verify(dataset)
-    assert proof == f"{FIRST}: train-000000.proof.safetensors is not what the table says (sha256)"
+    assert proof == f"{FIRST}: train-000000.proof.safetensors {NOT_THE_TABLES}"
     assert captions == f"{SECOND}: its captions are not those that the table says (sha256)"
 
 
@@ -260,32 +274,6 @@ def test_a_changed_proof_or_other_captions_than_the_tables_are_found(dataset):
 def test_a_wrong_count_is_found(dataset, changes, message):
     seal(dataset, pq.read_table(dataset / SHARD_TABLE).to_pylist(), **changes)
     assert any(message in problem for problem in verify(dataset))
-
-
-def test_a_shards_wrong_number_of_samples_is_found(dataset):
-    rows = pq.read_table(dataset / SHARD_TABLE).to_pylist()
-    rows[0]["num_samples"] += 1
-    write_manifest(dataset, rows)
-    assert f"{FIRST}: index (5, 4, 2), expected 6 samples" in only_problem(dataset)
-
-
-def test_a_sample_that_is_there_twice_is_found(dataset):
-    rows = shard_rows(dataset)
-    rows[1] = write_shard(dataset, SECOND, range(4, 9))
-    write_manifest(dataset, rows)
-    assert only_problem(dataset) == f"{SECOND}: key {4:020x} should be in an earlier shard"
-
-
-def test_a_stray_file_is_named(dataset):
-    shutil.copy(dataset / FIRST, dataset / "shards/32x32/train-000009.tar")
-    assert only_problem(dataset) == f"shards/32x32/train-000009.tar: not in {SHARD_TABLE}"
-
-
-def test_an_empty_caption_of_another_encoder_is_found(dataset):
-    wide = {"clip": np.zeros((2, 8), np.float16), "clip_pooled": np.zeros(16, np.float16)}
-    save_file(wide, dataset / EMPTY_CAPTION)
-    seal(dataset, pq.read_table(dataset / SHARD_TABLE).to_pylist())
-    assert only_problem(dataset) == f"{EMPTY_CAPTION}: clip is not (L, 16)"
 
 
 def test_the_command_ends_with_status_one_and_names(dataset, capsys, monkeypatch):

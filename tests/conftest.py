@@ -35,6 +35,29 @@ def job_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ray_cluste
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a user has it, for tests that write files into it."""
+    return ray_cluster.copy_checkout(tmp_path_factory.mktemp("checkout").resolve() / "flowmill")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """s3://bucket of a real server on loopback, empty."""
+    s3fs = pytest.importorskip("s3fs", reason="the s3 extra is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
 @cache
 def unit_of_work(file: str) -> str:
     """What one of several test processes takes at a time: a file, or all files that share a Ray."""
@@ -98,15 +121,8 @@ def trained_run(
     from tests import prep_factory, train_factory
 
     folder = tmp_path_factory.mktemp("end_to_end")
-    pictures = prep_factory.fill_folder(folder / "pictures", 48)
-    config = folder / "prepare.yaml"
-    prep_factory.write_config(
-        config,
-        {"mine": pictures},
-        vae_folder,
-        text_folder,
-        output=str(folder / "dataset"),
-        heldout_fraction=0.25,
+    config = prep_factory.config_of_pictures(
+        folder, 48, vae_folder, text_folder, heldout_fraction=0.25
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_address)

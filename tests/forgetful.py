@@ -16,8 +16,7 @@ from pipeline import train
 from pipeline.config import TrainConfig
 from pipeline.data.loader import Loader
 from pipeline.training import checkpoint, clock, forward
-from tests.test_train import unlike
-from tests.train_factory import write_config
+from tests.train_factory import unlike, write_config
 
 STEP = 12  # of the checkpoint that is resumed from
 restore, batches = checkpoint.restore, Loader.batches

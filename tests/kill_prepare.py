@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,7 @@ import psutil
 import typer
 
 from data_prep.schema import read_shard_table
-from tests.prep_factory import encoded, fill_folder, pixels, tar_bytes, write_config
+from tests.prep_factory import dataset_bytes, encoded, fill_folder, pixels, tar_bytes, write_config
 from tests.ray_cluster import RayCluster, below
 
 ROOT = Path(__file__).parent.parent
@@ -152,12 +152,6 @@ def at_random(rng: random.Random, budget: int, mean_s: float) -> Callable[[list[
     return choose
 
 
-def all_files(dataset: Path) -> Iterator[tuple[str, bytes]]:
-    for path in sorted(p for p in dataset.rglob("*") if p.is_file()):
-        if "work" not in path.relative_to(dataset).parts:
-            yield str(path.relative_to(dataset)), path.read_bytes()
-
-
 def main(
     kills: Annotated[int, typer.Option(min=1, help="how many in all")] = 30,
     a_run: Annotated[int, typer.Option(min=1, help="how many a run, before it is left alone")] = 8,
@@ -187,7 +181,7 @@ def main(
             output = folder / "reference"
             alone = drive(config, cluster.environment, f"output={output}", "ray.num_actors=1")
             assert alone.wait() == 0, (folder / "driver.log").read_text()
-            expected, keys = dict(all_files(output)), sample_keys(output)
+            expected, keys = dataset_bytes(output), sample_keys(output)
             print(f"undisturbed: {len(keys)} samples, {len(expected)} files", flush=True)
             cluster.new_other()
             while sum(total[kind] for kind in VICTIMS) < kills:
@@ -196,7 +190,7 @@ def main(
                 overrides = [f"output={output}", "ray.num_actors=3", "ray.decoders_per_actor=1"]
                 choose = at_random(rng, min(a_run, left), every_s)
                 killed = disturbed_run(cluster, config, overrides, choose)
-                found, now = dict(all_files(output)), Counter(sample_keys(output))
+                found, now = dataset_bytes(output), Counter(sample_keys(output))
                 same = sum(found.get(name) == data for name, data in expected.items())
                 lost, doubled = set(keys) - now.keys(), [k for k, n in now.items() if n > 1]
                 print(

@@ -85,6 +85,12 @@ def write_config(path: Path, sources: dict[str, Any], vae: Path, text: Path, **m
     return path
 
 
+def config_of_pictures(folder: Path, count: int, vae: Path, text: Path, **more: Any) -> Path:
+    """A config beside so many pictures, which are made."""
+    pictures = fill_folder(folder / "pictures", count)
+    return write_config(folder / "c.yaml", {"p": pictures}, vae, text, **more)
+
+
 def dataset_bytes(dataset: Path) -> dict[str, bytes]:
     """Every file that a preparation leaves, but for its working folder."""
     files = (p for p in sorted(dataset.rglob("*")) if p.is_file())

@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+
+from tests.forked import free_port, wait_until
 
 BIN = Path(sys.executable).parent
 RAY = str(BIN / "ray")
@@ -27,12 +28,6 @@ NODE_PORTS = (
     "metrics-export-port",
 )
 HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 RUNNING: list["RayCluster"] = []
@@ -90,7 +85,8 @@ class RayCluster:
         )
         self.nodes.append(node)
         joined = self._takes_jobs if head else lambda: self._alive() - known
-        self._until(lambda: node.poll() is not None or joined())
+        over = lambda: node.poll() is not None or joined()  # noqa: E731
+        wait_until(over, 300, "the cluster does not come up")
         if node.poll() is not None:
             self.nodes.remove(node)
             assert tries, log.read_text()
@@ -111,12 +107,6 @@ class RayCluster:
         with urllib.request.urlopen(request, timeout=60) as answer:
             nodes = json.load(answer)["data"]["result"]["result"]
         return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
-
-    def _until(self, condition: Callable[[], object], timeout_s: float = 300) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, "the cluster does not come up"
-            time.sleep(1)
 
     def kill_raylet(self, node: subprocess.Popen) -> None:
         """SIGKILL to what makes it a node; the rest of it follows by itself."""

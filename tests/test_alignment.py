@@ -36,7 +36,7 @@ from pipeline.training.checkpoint import load_weights
 from pipeline.training.forward import alignment_weight
 from tests import train_factory
 from tests.prep_factory import fill_folder, write_config
-from tests.test_train import scalars
+from tests.train_factory import scalars
 
 KINDS = {
     "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model, 1),

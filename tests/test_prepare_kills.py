@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,25 +16,6 @@ from tests.kill_prepare import ROOT, TwoRaylets, disturbed_run, sample_keys
 from tests.prep_factory import dataset_bytes, fill_folder, sample_members, tar_bytes, write_config
 
 IN_TURN = ("actor", "decoder", "raylet", "driver")
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> Iterator[str]:
-    """s3://bucket of a real server on loopback, empty."""
-    pytest.importorskip("s3fs", reason="the s3 extra is not installed")
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
-
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket"
-    server.stop()
 
 
 def each_in_turn():

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,13 +11,14 @@ from data_prep.schema import read_manifest
 from data_prep.verify import verify
 from pipeline.training.checkpoint import candidates, faults
 from tests import prep_factory, train_factory
+from tests.forked import wait_until
 from tests.hosts import ADDRESSES, NAMES, Hosts, lacking, two_hosts
-from tests.ray_cluster import BIN, copy_checkout
+from tests.ray_cluster import BIN
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 ClusterName=flowmill
-SlurmctldHost={a}({a_address})
+SlurmctldHost={names[0]}({addresses[0]})
 SlurmctldPort=17001
 SlurmdPort=17002
 SlurmUser=root
@@ -35,8 +35,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 ReturnToService=2
-NodeName={a} NodeAddr={a_address} CPUs=2
-NodeName={b} NodeAddr={b_address} CPUs=2
+NodeName={names[0]} NodeAddr={addresses[0]} CPUs=2
+NodeName={names[1]} NodeAddr={addresses[1]} CPUs=2
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
 
@@ -68,19 +68,11 @@ class Slurm:
         self.environment.pop("PYTHONPATH", None)
         for name in ("state", *(f"spool.{name}" for name in NAMES)):
             (folder / name).mkdir()
-        fields = {
-            "a": NAMES[0],
-            "b": NAMES[1],
-            "a_address": ADDRESSES[0],
-            "b_address": ADDRESSES[1],
-        }
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, **fields))
-        subprocess.run(
-            ["mungekey", "--create", f"--keyfile={folder}/munge.key"],
-            check=True,
-            capture_output=True,
-        )
+        text = CONFIG.format(folder=folder, names=NAMES, addresses=ADDRESSES)
+        (folder / "slurm.conf").write_text(text)
+        key = ["mungekey", "--create", f"--keyfile={folder}/munge.key"]
+        subprocess.run(key, check=True, capture_output=True)
         self._daemon(0, "munged", "--foreground", "--force", f"--key-file={folder}/munge.key",
                      f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid",
                      f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")  # fmt: skip
@@ -111,15 +103,11 @@ class Slurm:
         return f"{fields['JobState']} {fields['Restarts']}"
 
     def wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, self.logs()
-            time.sleep(1)
-
-    def logs(self) -> str:
-        return "\n".join(
-            f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.folder.glob("*.log")
-        )
+        try:
+            wait_until(condition, timeout_s)
+        except AssertionError as error:
+            logs = [f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.folder.glob("*.log")]
+            raise AssertionError("\n".join(logs)) from error
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +116,6 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
         pytest.skip(reason)
     with two_hosts() as hosts:
         yield Slurm(hosts, tmp_path_factory.mktemp("slurm"))
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    return copy_checkout(tmp_path_factory.mktemp("checkout") / "flowmill")
 
 
 @pytest.mark.slow
@@ -164,10 +147,7 @@ def test_the_time_limit_saves_and_requeues_and_cancelling_leaves_a_sound_checkpo
 def test_a_preparation_on_two_nodes_is_requeued_at_its_limit_and_ends_whole(
     slurm, checkout, tmp_path, vae_folder, text_folder
 ):
-    prep_factory.fill_folder(tmp_path / "pictures", 40)
-    config = prep_factory.write_config(
-        tmp_path / "c.yaml", {"p": tmp_path / "pictures"}, vae_folder, text_folder
-    )
+    config = prep_factory.config_of_pictures(tmp_path, 40, vae_folder, text_folder)
     dataset, log = tmp_path / "dataset", tmp_path / "job.log"
 
     def begun() -> bool:

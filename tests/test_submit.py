@@ -31,14 +31,12 @@ output: /shared/prepared
 """
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    folder = copy_checkout(tmp_path_factory.mktemp("checkout") / "flowmill")
-    (folder / "train.yaml").write_text(TRAIN)
-    (folder / "prepare.yaml").write_text(PREPARE)
-    (folder / "outputs").mkdir()
-    (folder / "outputs" / "hidden.yaml").write_text(TRAIN)
-    return folder.resolve()
+@pytest.fixture(scope="module", autouse=True)
+def configs(checkout) -> None:
+    (checkout / "train.yaml").write_text(TRAIN)
+    (checkout / "prepare.yaml").write_text(PREPARE)
+    (checkout / "outputs").mkdir()
+    (checkout / "outputs" / "hidden.yaml").write_text(TRAIN)
 
 
 def refuse(checkout: Path, action: str, *arguments: str) -> str:

@@ -10,12 +10,12 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
 from data_prep import workers
 from data_prep.workers import ATTEMPTS, LOST, Actors, RayConfig, Shares, Tasks, Worker, share_out
+from tests.forked import alive, wait_until
 
 
 def note(folder: Path, *facts: object) -> None:
@@ -46,13 +46,6 @@ class Doubler(Worker):
 class Stillborn(Doubler):
     def describe(self) -> None:
         os._exit(1)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class GpuHolder(Worker):
@@ -184,5 +177,4 @@ def test_actors_end_with_the_block_that_they_work_in(ray_address, tmp_path):
         assert [answer for _, answer in actors.run("double", [[(tmp_path, 3, -1)]])] == [6]
         ((_, pid),) = notes(tmp_path)
         assert alive(int(pid))
-    psutil.wait_procs([psutil.Process(int(pid))] if alive(int(pid)) else [], timeout=60)
-    assert not alive(int(pid))
+    wait_until(lambda: not alive(int(pid)), 60)

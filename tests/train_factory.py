@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.training.pieces import Pieces
 from tests.forked import Forked, run_forked
 from tests.shard_factory import Kind, make_dataset
 
@@ -49,11 +53,12 @@ def run(
     return run_forked([module, *arguments], environment() | variables, cwd, ranks)
 
 
-def train(config: Path | str, *options: str, ranks: int = 1) -> str:
-    """What a training run prints, which ends well."""
+def train(config: Path | str, *options: str, ranks: int = 1, status: int = 0) -> str:
+    """What a training run prints, which ends with this status; where that is not 0, the errors."""
     done = run("pipeline.train", str(config), *options, ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stderr
+    assert status != 2 or "Traceback" not in done.stderr
+    return done.stderr if status else done.stdout
 
 
 def results(word: str, module: str, *arguments: str, ranks: int = 2) -> list[list[str]]:
@@ -95,3 +100,27 @@ def wait_for(process: subprocess.Popen[str] | Forked, text: str) -> list[str]:
         if text in line:
             return lines
     raise AssertionError(f"{text!r} never came:\n" + "".join(lines))
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def unlike(resumed: Path, whole: Path, step: int = 24) -> list[str]:
+    """What a resumed run ends with that is not to the bit what an undisturbed one does."""
+    stored = [Pieces(run / "checkpoints" / f"step_{step:08d}") for run in (resumed, whole)]
+    ours, theirs = ({key: s.whole(*key.split("/")) for key in s.places} for s in stored)
+    found = list(ours.keys() ^ theirs.keys())
+    found += [n for n in ours.keys() & theirs.keys() if not torch.equal(ours[n], theirs[n])]
+    found += ["optimizer_step"] if stored[0].optimizer_step != stored[1].optimizer_step else []
+    # One point per step, in order: what a killed run logged beyond its checkpoint is gone.
+    tags = ("loss/train", "optimizer/lr", "optimizer/ema_decay")
+    return found + [tag for tag in tags if scalars(resumed, tag) != scalars(whole, tag)]
+
+
+def check_as_undisturbed(run: Path, *options: str, step: int = 24) -> None:
+    """The run ended with the bits of one on two ranks with these options, which is done here."""
+    train(write_config(run.parent, "whole"), *options, ranks=2)
+    assert unlike(run, run.parent / "whole", step) == []

@@ -3,12 +3,16 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from PIL import Image
+from webdataset.compat import WebDataset
+
+from data_prep.schema import read_shard_table
 
 CAPTIONS = ["a red apple", "a green apple", "volcano", "a red volcano"]
 
@@ -97,3 +101,11 @@ def dataset_bytes(dataset: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(dataset)): p.read_bytes() for p in files if "work" not in p.parts[-4:]
     }
+
+
+def read_samples(dataset: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each sample as plain WebDataset reads it, after its shard's row of the table."""
+    for row in read_shard_table(dataset).to_pylist():
+        path = str(dataset / row["path"])
+        for sample in WebDataset(path, shardshuffle=False, empty_check=False):
+            yield row, sample

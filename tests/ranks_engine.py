@@ -1,6 +1,7 @@
 """Run under torchrun: every ZeRO stage and precision against plain torch on the whole batch; prints a line each."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 
@@ -37,6 +38,13 @@ def batches() -> list[list[torch.Tensor]]:
     ]
 
 
+def shares(batch: list[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    """This rank's micro-batches of a global batch."""
+    share = BATCH // distributed.world_size()
+    for start in range(distributed.rank() * share, (distributed.rank() + 1) * share, size):
+        yield [tensor[start : start + size] for tensor in batch]
+
+
 Result = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, dict[str, float]]
 
 
@@ -56,9 +64,8 @@ def plain_optimizers(model: DiT, kind: str) -> list[torch.optim.Optimizer]:
     ]
     if kind == "muon":
         matrices = [p for g in groups if g["muon"] for p in g["params"]]
-        assert (
-            len(matrices) == 2 * 10
-        )  # q, k, v, out of both attentions and two of the MLP, in 2 blocks
+        # q, k, v, out of both attentions and two of the MLP, in 2 blocks.
+        assert len(matrices) == 2 * 10
         decay, scale = OPTIMIZER.weight_decay, "match_rms_adamw"
         optimizers.append(
             torch.optim.Muon(matrices, OPTIMIZER.lr, weight_decay=decay, adjust_lr_fn=scale)
@@ -99,13 +106,10 @@ def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
     )
     settings = OPTIMIZER.model_copy(update={"kind": kind})
     engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
-    share = BATCH // distributed.world_size()
-    begin = distributed.rank() * share
     watch = BlockNorms(engine, torch.device("cpu"))
     for number, batch in enumerate(batches()):
         optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, watch if number == STEPS - 1 else None)
-        for start in range(begin, begin + share, 2):
-            t, x_t, text, pooled, target = (tensor[start : start + 2] for tensor in batch)
+        for t, x_t, text, pooled, target in shares(batch, 2):
             pred = engine(x_t, t, Conditions(text, pooled=pooled))
             engine.backward((pred.float() - target).square().mean())
             engine.step()

@@ -21,7 +21,7 @@ from pipeline.training.checkpoint import Saver
 from pipeline.training.config import EngineConfig
 from pipeline.training.engine import build_engine
 from pipeline.training.pieces import full_weights
-from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model
+from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model, shares
 
 STEPS = 3
 
@@ -41,14 +41,11 @@ def engine_of(layout: str) -> tuple[Any, Any]:
 
 def step(engine: Any, batch: list[torch.Tensor], update: bool) -> float:
     """The loss of the whole batch; with `update` it is learned from."""
-    share = BATCH // distributed.world_size()
-    begin, total = distributed.rank() * share, 0.0
-    for start in range(begin, begin + share, 4):
-        t, x_t, text, pooled, target = (tensor[start : start + 4] for tensor in batch)
+    total = 0.0
+    for t, x_t, text, pooled, target in shares(batch, 4):
         with torch.set_grad_enabled(update):
-            loss = (
-                (engine(x_t, t, Conditions(text, pooled=pooled)).float() - target).square().mean()
-            )
+            pred = engine(x_t, t, Conditions(text, pooled=pooled)).float()
+            loss = (pred - target).square().mean()
         total += float(loss) * 4 / BATCH
         if update:
             engine.backward(loss)

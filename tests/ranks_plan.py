@@ -50,12 +50,7 @@ def main() -> None:
     saver.save(2, engine, optimizer, {})
     saver.finish()
     written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    result = {
-        "numel": numel,
-        "small": small,
-        "held": held,
-        "written": written,
-    }
+    result = {"numel": numel, "small": small, "held": held, "written": written}
     if distributed.is_main():
         print("result " + json.dumps(result), flush=True)
     distributed.stop()

@@ -24,8 +24,10 @@ def can_mount() -> bool:
 needs_mount = pytest.mark.skipif(not can_mount(), reason="may not mount a tmpfs of its own here")
 
 
-def named(findings, name: str) -> doctor.Finding:
-    return next(f for f in findings if f.name.startswith(name))
+def named(findings, name: str, state: str = "lack") -> doctor.Finding:
+    finding = next(f for f in findings if f.name.startswith(name))
+    assert finding.state == state
+    return finding
 
 
 def test_a_sound_machine_has_all_it_needs_and_says_so(tmp_path):
@@ -46,9 +48,7 @@ def test_the_command_ends_with_status_1_where_something_is_lacking(tmp_path):
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = named(doctor.check_compiler(), "compiler")
-    assert finding.state == "note"
-    assert "no g++" in finding.found
+    assert "no g++" in named(doctor.check_compiler(), "compiler", "note").found
 
 
 def test_a_wrong_torch_is_named(monkeypatch, tmp_path):
@@ -57,7 +57,6 @@ def test_a_wrong_torch_is_named(monkeypatch, tmp_path):
     metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     finding = named(doctor.check_packages(), "packages")
-    assert finding.state == "lack"
     assert "torch 1.0.0, expected >=2.11" in finding.found
     assert "pip install" in finding.remedy
 
@@ -70,7 +69,6 @@ def test_a_torch_that_does_not_see_the_gpu_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     finding = named(doctor.check_gpu(), "GPU")
-    assert finding.state == "lack"
     assert "H100" in finding.found
     assert "CUDA build" in finding.remedy
 
@@ -84,7 +82,7 @@ def in_namespace(mount: str, code: str) -> str:
 
 @needs_mount
 def test_tiny_shared_memory_is_named():
-    code = "from pipeline.doctor import *; [print(f) for f in check_memory()]"
+    code = "from pipeline.doctor import *; print(*check_memory(), sep=chr(10))"
     out = in_namespace("mount -t tmpfs -o size=16m tmpfs /dev/shm", code)
     line = next(line for line in out.splitlines() if "shared memory" in line)
     assert "lack" in line
@@ -105,7 +103,7 @@ def test_an_unwritable_folder_is_named(tmp_path):
     else:
         folder = tmp_path / "locked"
         folder.mkdir(mode=0o500)
-    assert named(doctor.check_disk(folder, 0.0), "disk").state == "lack"
+    named(doctor.check_disk(folder, 0.0), "disk")
 
 
 def test_a_low_limit_of_open_files_is_named():
@@ -125,28 +123,18 @@ def test_an_absent_ray_is_named(monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        assert named(doctor.check_ray(), "Ray").state == "ok"
-    finding = named(doctor.check_ray(), "Ray")
-    assert finding.state == "lack"
-    assert str(port) in finding.found
+        named(doctor.check_ray(), "Ray", "ok")
+    assert str(port) in named(doctor.check_ray(), "Ray").found
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_reduce_is_timed_among_the_ranks_of_a_launch():
-    done = subprocess.run(
-        command("pipeline.doctor", "--all-reduce", ranks=2),
-        capture_output=True, text=True, env=environment(), timeout=300,
-    )  # fmt: skip
+    done = run("pipeline.doctor", "--all-reduce", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "64 MiB" in done.stdout
     assert "GB/s on 2 ranks" in done.stdout
-    alone = subprocess.run(
-        command("pipeline.doctor", "--all-reduce"),
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    alone = run("pipeline.doctor", "--all-reduce")
     assert alone.returncode == 2
     assert "torchrun" in alone.stderr
 

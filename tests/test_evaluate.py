@@ -9,7 +9,6 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -21,7 +20,7 @@ from models.config import InputError
 from models.networks import build_model
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
-from pipeline.evaluate import Options, evaluate, main, parse_features
+from pipeline.evaluate import Options, evaluate, main
 from pipeline.evaluation.metrics import (
     ClipNetwork,
     FeatureNetwork,
@@ -186,18 +185,17 @@ def test_real_against_itself_is_nothing_against_its_like_little_and_against_nois
 
 def test_a_changed_picture_or_network_is_not_taken_from_the_cache(tmp_path, network_file, sets):
     network = FeatureNetwork.load("inception", network_file, CPU)
-    (tmp_path / "set").mkdir()
+    folder, cache = tmp_path / "set", tmp_path / "cache"
+    folder.mkdir()
     for i, path in enumerate(sorted(sets["real"].iterdir())[:3]):
-        (tmp_path / "set" / f"{i}.png").write_bytes(path.read_bytes())
-    first = features_of(network, FolderPictures(tmp_path / "set", None), 2, CPU, tmp_path / "cache")
-    (tmp_path / "set" / "1.png").write_bytes((sets["noise"] / "000.png").read_bytes())
-    second = features_of(
-        network, FolderPictures(tmp_path / "set", None), 2, CPU, tmp_path / "cache"
-    )
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    first = features_of(network, FolderPictures(folder, None), 2, CPU, cache)
+    (folder / "1.png").write_bytes((sets["noise"] / "000.png").read_bytes())
+    second = features_of(network, FolderPictures(folder, None), 2, CPU, cache)
     assert torch.equal(first[[0, 2]], second[[0, 2]])
     assert not torch.equal(first[1], second[1])
     other = replace(network, sha256="other", module=nn.Flatten())
-    wide = features_of(other, FolderPictures(tmp_path / "set", (4, 4)), 2, CPU, tmp_path / "cache")
+    wide = features_of(other, FolderPictures(folder, (4, 4)), 2, CPU, cache)
     assert wide.shape == (3, 48)
 
 
@@ -222,7 +220,6 @@ def test_precision_and_recall_are_the_paper_s_definition_counted_point_by_point(
 
     found = precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert found == pytest.approx((inside(fake, real), inside(real, fake)))
-    assert 0.2 < found[1] < found[0] < 1.0
 
 
 def save_clip(folder: Path) -> Path:
@@ -277,6 +274,9 @@ def call(*arguments: object) -> str:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
 
 
+FID = "evaluate/fid/ema_14_pictures_euler_3_cfg_2"
+
+
 def measured_by(output: str) -> tuple[Path, dict[str, float], dict[str, dict]]:
     """Where `evaluate` wrote what it measured, the figures, and what each was measured with."""
     path = Path(output.split("wrote ")[1].strip())
@@ -285,12 +285,6 @@ def measured_by(output: str) -> tuple[Path, dict[str, float], dict[str, dict]]:
         figures |= measurement["figures"]
         measured_with |= dict.fromkeys(measurement["figures"], measurement["measured_with"])
     return path, figures, measured_with
-
-
-def points(run: Path) -> list:
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    return events.Scalars("evaluate/fid/ema_14_pictures_euler_3_cfg_2")
 
 
 def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_nothing(
@@ -321,9 +315,8 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     said = " ".join(row[3].strip() for row in rows)
     assert said.count("sampler.num_steps 3; sampler.guidance_scale 2") == 2  # networks
     assert said.count("num_pictures 14") == 2
-    (*_, point) = points(trained_run)
-    assert (point.step, point.value) == (120, pytest.approx(figures["fid"]))
-    count = len(points(trained_run))
+    logged = train_factory.scalars(trained_run, FID)
+    assert logged[-1] == (120, pytest.approx(figures["fid"]))
     # Half of the pictures and the features of the rest are lost: only those are made again.
     pictures = sorted((path.parent / "pictures").glob("*.png"))
     assert len(pictures) == 14
@@ -334,7 +327,8 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     assert "14 pictures" in again
     assert "7 to draw" in again
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
-    assert len(points(trained_run)) == count  # measured alike, so it is no other point
+    # Measured alike, so it is no other point.
+    assert train_factory.scalars(trained_run, FID) == logged
     assert measured_by(again)[1]["fid"] == pytest.approx(figures["fid"], rel=0.05)
 
 
@@ -388,7 +382,3 @@ def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
 def test_what_is_wrong_with_the_arguments_is_said(trained_run, arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
         call(trained_run, *arguments, "--num-pictures=2", f"--output={tmp_path}")
-
-
-def test_features_are_given_by_name():
-    assert parse_features(["a=/x=y", "b=z"]) == {"a": Path("/x=y"), "b": Path("z")}

@@ -242,9 +242,8 @@ def test_the_scheduler_s_config_has_the_noise_levels_of_the_path(exported, train
             height, width = largest_bucket(trained.manifest)
             t = objective.path.shift(t, objective.shift.factor((height // 4, width // 4)))
         alpha, _ = objective.path.alpha_sigma(torch.from_numpy(t).float())
-        assert torch.allclose(
-            levels.sqrt(), alpha, atol=2e-4
-        )  # fp32 products of a thousand factors
+        # fp32 products of a thousand factors.
+        assert torch.allclose(levels.sqrt(), alpha, atol=2e-4)
 
 
 def test_an_exported_pipeline_refuses_what_it_has_not_and_takes_noise_as_diffusers_does(
@@ -317,15 +316,11 @@ def test_large_weights_are_cut_into_shards_of_the_type_asked_for(trained_run, tm
 
 @pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit", "pipeline"])
 def test_exported_source_needs_torch_and_diffusers_alone_and_defines_no_name_twice(kind):
-    if kind == "pipeline":
-        source = whole_source("pipeline.inference.diffusers_pipeline")
-    else:
-        source = network_source(kind)
+    whole = whole_source("pipeline.inference.diffusers_pipeline") if kind == "pipeline" else ""
+    source = whole or network_source(kind)
     lines = [x for x in source.splitlines() if x.startswith(("import ", "from "))]
-    assert {line.split()[1].split(".")[0] for line in lines} <= {
-        *("torch", "diffusers", "numpy"),
-        *sys.stdlib_module_names,
-    }
+    others = {line.split()[1].split(".")[0] for line in lines} - sys.stdlib_module_names
+    assert others <= {"torch", "diffusers", "numpy"}
     names = [node.name for node in ast.parse(source).body if hasattr(node, "name")]
     assert len(names) == len(set(names))
 
@@ -338,10 +333,8 @@ def test_a_folder_that_exists_is_not_written_over(trained_run, tmp_path):
         app([str(trained_run), str(tmp_path / "there")], standalone_mode=False)
     app([str(trained_run), str(tmp_path / "new"), "--dry-run"], standalone_mode=False)
     assert not (tmp_path / "new").exists()
-    app(
-        [str(trained_run), str(tmp_path / "new"), "--dtype=fp16", "--weights=raw"],
-        standalone_mode=False,
-    )
+    more = ["--dtype=fp16", "--weights=raw"]
+    app([str(trained_run), str(tmp_path / "new"), *more], standalone_mode=False)
     with safe_open(tmp_path / "new" / "new.safetensors", "pt") as file:
         assert file.metadata()["flowmill.weights"] == "raw at step 120"
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
@@ -369,10 +362,8 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     about = fixed.measured_with
     assert "fd_fixed" in fixed.figures
     assert (about["num_pictures"], about["num_reference"]) == (3, 4)
-    assert about["sampler"] == trained.config.sampler.model_dump(mode="json") | {
-        "num_steps": 2,
-        "guidance_scale": 1.5,
-    }
+    sampler = trained.config.sampler.model_dump(mode="json")
+    assert about["sampler"] == sampler | {"num_steps": 2, "guidance_scale": 1.5}
     assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
     run = subjects.run_subject(trained, overrides, CPU)
     options = replace(options, output=tmp_path / "run")

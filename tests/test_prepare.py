@@ -27,7 +27,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
-from webdataset.compat import WebDataset
 
 from data_prep import workers
 from data_prep.catalog import CATALOG_SCHEMA
@@ -57,6 +56,7 @@ from tests.prep_factory import (
     encoded,
     fill_folder,
     pixels,
+    read_samples,
     sample_members,
     tar_bytes,
     write_config,
@@ -106,14 +106,6 @@ def run(config: Path, *overrides: str, **options) -> Path:
 def reference(messy, ray_address) -> Path:
     """The undisturbed run, with one actor."""
     return run(messy, f"output={messy.parent / 'reference'}", "ray.num_actors=1")
-
-
-def samples(dataset: Path) -> Iterator[tuple[dict, dict]]:
-    """Each sample, after its shard's row of the table."""
-    for row in read_shard_table(dataset).to_pylist():
-        path = str(dataset / row["path"])
-        for sample in WebDataset(path, shardshuffle=False, empty_check=False):
-            yield row, sample
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +187,7 @@ def test_every_input_is_kept_or_rejected_with_a_reason(reference):
 
 def test_plain_webdataset_and_numpy_read_all_of_it(reference):
     keys = set()
-    for row, sample in samples(reference):
+    for row, sample in read_samples(reference):
         keys.add(sample["__key__"])
         names = [name for name in sample if name.endswith(".npy")]
         arrays = {n: np.load(io.BytesIO(sample[n]), allow_pickle=False) for n in names}
@@ -209,7 +201,7 @@ def test_what_is_stored_is_what_the_encoders_say_of_the_picture(reference, messy
     """Each picture encoded alone, here; batches and fp16 on disk make the tolerance."""
     (codec, text), images = encoders, load_config(PrepareConfig, messy, []).images
     seen = 0
-    for row, sample in samples(reference):
+    for row, sample in read_samples(reference):
         facts = json.loads(sample["json"])
         if facts["source"] != "pictures":
             continue
@@ -274,7 +266,7 @@ def test_a_proof_shows_originals_and_what_the_codec_makes_of_their_latents(
     reference, messy, encoders
 ):
     config, codec, seen = load_config(PrepareConfig, messy, []), encoders[0], 0
-    every = list(samples(reference))
+    every = list(read_samples(reference))
     for row in read_shard_table(reference).to_pylist():
         proof = read_proof(reference, row["path"])
         found = {sample["__key__"]: sample for place, sample in every if place == row}

@@ -1,6 +1,5 @@
 """Configs shown, compared, and described to editors."""
 
-import json
 from pathlib import Path
 
 import jsonschema
@@ -48,23 +47,16 @@ def test_what_is_shown_loads_to_the_same_config(tmp_path, capsys):
 
 def test_a_difference_says_what_it_changes(tmp_path, capsys):
     other = tmp_path / "other.yaml"
-    other.write_text(
-        yaml.safe_dump(read_yaml(DEMO, ["seed=9", "engine.zero_stage=3", "run=elsewhere"]))
-    )
+    changed = read_yaml(DEMO, ["seed=9", "engine.zero_stage=3", "run=elsewhere"])
+    other.write_text(yaml.safe_dump(changed))
     main("diff", [str(DEMO), str(other)])
     lines = capsys.readouterr().out.splitlines()
     found = {w[0]: w[-1] for line in lines if len(w := line.strip("│ ").split()) >= 4}
-    assert found["seed"] == "results"
-    assert found["engine.zero_stage"] == "speed"
-    assert found["run"] == "neither"
+    assert (
+        found.items() >= {"seed": "results", "engine.zero_stage": "speed", "run": "neither"}.items()
+    )
     main("diff", [str(DEMO), str(DEMO)])
     assert "no difference" in capsys.readouterr().out
-
-
-def test_the_schema_is_json_of_every_section(capsys):
-    main("schema", ["train"])
-    schema = json.loads(capsys.readouterr().out)
-    assert {"data", "model", "objective", "engine"} <= set(schema["properties"])
 
 
 @pytest.mark.parametrize(

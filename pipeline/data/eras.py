@@ -26,8 +26,8 @@ WAIT_S = 600.0
 class Eras:
     """Every era so far; rank 0 settles each epoch's data in a folder that all ranks see.
 
-    A run that is killed and resumed finds its own decisions there and repeats them. Without a
-    folder a run uses the datasets as they are.
+    A run that is killed and resumed finds its own decisions there and repeats them. Without such a
+    folder, each run uses the datasets as they are.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Decoding where it can be killed: a child process a thread, with limits on memory and time.
+"""Decoding in child processes, one per thread, with limits on memory and time.
 
 A picture can crash or hang the C libraries that read it. The child dies by its own alarm clock or
 limit, the parent counts the attempt, and the neighbours never notice.
@@ -30,8 +30,10 @@ from data_prep.images import (
 )
 from data_prep.storage import is_remote, read_bytes
 
-READING_S = 60  # for attempts at a remote file, beside the time for decoding
-ATTEMPTS = 3  # an innocent picture may lose its child to an outside kill, hardly three times
+# Seconds for attempts at a remote file, on top of the time for decoding.
+READING_S = 60
+# An innocent picture may lose its child to an outside kill, but hardly three times.
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,14 @@ class _Child:
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        code = f"from data_prep.decoder import serve; serve({theirs.fileno()})"
+        # libtiff and libpng print to stderr.
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                f"from data_prep.decoder import serve; serve({theirs.fileno()})",
-            ],
+            [sys.executable, "-P", "-c", code],
             pass_fds=[theirs.fileno()],
             env={**os.environ, **limits, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # libtiff and libpng talk there
+            stderr=subprocess.DEVNULL,
         )
         theirs.close()
         # A child that dies at once is found by the first request.

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.commits import commit_path, read_commit
 from data_prep.config import PrepareConfig
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
-from data_prep.encoders import Arrays, Codec, Encoder, configured, merged
+from data_prep.encoders import NO_ENCODERS, Arrays, Codec, Encoder, configured, merged
 from data_prep.images import Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
@@ -71,7 +71,7 @@ class ShardEncoder(Worker):
         """What the encoders say of themselves; raises InputError."""
         self._load()
         return Encoders(
-            record=merged([encoder.record() for encoder in self._encoders.values()]),
+            record=reduce(merged, (e.record() for e in self._encoders.values()), NO_ENCODERS),
             members=self._members(),
             divides={place: encoder.divides for place, encoder in self._encoders.items()},
             empty_caption={n: v[0] for n, v in self._encode("captions", [""]).items()},
@@ -267,14 +267,9 @@ class ShardEncoder(Worker):
         """The samples made of one picture, as the arrays that stand for a member: captions by mirror images."""
         distinct = list(dict.fromkeys(captions))
         texts, seen = self._members("captions"), [*self._members("pixels"), "micro"]
-        variants = []
-        for mirrored in (False, True)[: 1 + flip]:
-            for caption in captions:
-                variant = {name: _numbered(name, distinct.index(caption)) for name in texts}
-                if mirrored:
-                    variant |= {name: f"{name}.flip" for name in seen}
-                variants.append(variant)
-        return variants
+        said = [{name: _numbered(name, distinct.index(c)) for name in texts} for c in captions]
+        mirrored = [variant | {name: f"{name}.flip" for name in seen} for variant in said]
+        return said + (mirrored if flip else [])
 
 
 def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:

@@ -15,9 +15,10 @@ from models.weights import Dtype, read_model_config, tokenizer_sha256, weights_s
 
 # torch is imported by `open`: configs are also read where nothing is encoded.
 
-
 # By member, an array for each picture or caption.
 Arrays = dict[str, np.ndarray | list[np.ndarray]]
+# What the manifest says of encoders where there are none.
+NO_ENCODERS = {"text": {"tokens": [], "pooled": [], "roles": {}}, "vision": None}
 
 
 class Encoder(Protocol):
@@ -203,19 +204,13 @@ def check_encoders(config: Config) -> dict[str, dict[str, str]]:
     return found
 
 
-def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The encoders' parts of the manifest as one: dicts are joined, lists put one after another."""
-    whole: dict[str, Any] = {"text": {"tokens": [], "pooled": [], "roles": {}}, "vision": None}
-    for record in records:
-        _merge(whole, record)
-    return whole
-
-
-def _merge(whole: dict[str, Any], part: dict[str, Any]) -> None:
-    for name, value in part.items():
-        if isinstance(value, dict) and isinstance(whole.get(name), dict):
-            _merge(whole[name], value)
-        elif isinstance(value, list) and isinstance(whole.get(name), list):
-            whole[name] = whole[name] + value
-        else:
-            whole[name] = value
+def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """Two parts of the manifest as one: dicts are joined, lists put one after another."""
+    joined = whole | part
+    for name in whole.keys() & part.keys():
+        old, new = whole[name], part[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            joined[name] = merged(old, new)
+        elif isinstance(old, list) and isinstance(new, list):
+            joined[name] = old + new
+    return joined

@@ -15,10 +15,12 @@ from models.config import Config
 PICTURE_EXTENSIONS = ("avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
-Image.MAX_IMAGE_PIXELS = None  # our own limit is checked on the header, before decoding
-
-DRAFT_GAP = 2.0  # a JPEG is decoded at no less than this many times the size wanted
-REDUCING_GAP = 3.0  # below it Pillow's box reduction before Lanczos becomes visible
+# Our own limit is checked on the header, before decoding.
+Image.MAX_IMAGE_PIXELS = None
+# A JPEG is decoded at no less than this many times the size wanted.
+DRAFT_GAP = 2.0
+# Below this gap Pillow's box reduction before Lanczos becomes visible.
+REDUCING_GAP = 3.0
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,20 +45,22 @@ class Rejected(Exception):
 class ImagesConfig(Config):
     """How pictures become pixels."""
 
-    resolution: int = Field(
-        default=256, ge=8
-    )  # side of the square bucket; every bucket has about its area
-    bucket_multiple: int = Field(
-        default=16, ge=1
-    )  # VAE downscale x patch size of the model to be trained
-    bucket_max_aspect: float = Field(default=2.0, ge=1)  # long over short side; 1: squares only
+    resolution: int = Field(default=256, ge=8)
+    """Side of the square bucket in pixels; every bucket has about its area."""
+    bucket_multiple: int = Field(default=16, ge=1)
+    """The VAE's downscale times the patch size of the model to be trained."""
+    bucket_max_aspect: float = Field(default=2.0, ge=1)
+    """Long over short side; 1: squares only."""
     crop: Literal["center", "random"] = "center"
-    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
-    flip: bool = False  # of the train split, store the mirrored picture's latent as well
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB behind transparent pixels."""
+    flip: bool = False
+    """Store the latents of mirror images as well, in the train split."""
     animated: Literal["first", "reject"] = "first"
     max_pixels: int = Field(default=64_000_000, ge=1)
     max_bytes: int = Field(default=64 << 20, ge=1)
-    timeout_s: int = Field(default=60, ge=1)  # one picture's decoding
+    timeout_s: int = Field(default=60, ge=1)
+    """Limit for decoding one picture."""
 
     @model_validator(mode="after")
     def _resolution_fits(self) -> Self:
@@ -90,7 +94,7 @@ def list_buckets(config: ImagesConfig) -> list[Bucket]:
 
 
 def nearest_bucket(heights: np.ndarray, widths: np.ndarray, buckets: list[Bucket]) -> np.ndarray:
-    """Index of the bucket whose log aspect ratio is nearest, a picture."""
+    """For each picture, the index of the bucket whose log aspect ratio is nearest."""
     sides = np.asarray(buckets, dtype=np.float64)
     ratios = np.log(sides[:, 0] / sides[:, 1])
     order = np.argsort(ratios, kind="stable")
@@ -180,7 +184,8 @@ def _open(data: bytes, config: ImagesConfig) -> Image.Image:
         raise Rejected("undecodable", f"none of {', '.join(FORMATS)}") from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises nearly anything on a broken file
+    # Pillow raises nearly anything on a broken file.
+    except Exception as error:
         raise Rejected("undecodable", _describe(error)) from error
     if image.width * image.height > config.max_pixels:
         raise Rejected("too_many_pixels", f"{image.width}x{image.height}")

@@ -1,6 +1,7 @@
 """Listing and scan: which files the sources have, and which pictures are in them."""
 
 import hashlib
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from data_prep.workers import ATTEMPTS, LOST, Tasks, num_cpus
 
 ENTRIES_AT_ONCE = 1 << 16
 PARTS_AT_ONCE = 8
-
 
 LISTING_SCHEMA = pa.schema(
     [
@@ -67,22 +67,18 @@ def class_names(listing: pa.Table) -> list[str]:
 def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
     """One catalog part per partition of the sources; parts that exist are not made again."""
     made, staged = (set(find_files(dataset / WORK / name)) for name in ("catalog", STAGED))
+    names = class_names(listing)
+    settings = ScanSettings(dataset / WORK, names, config.images, config.captions, config.filters)
     todo = []
-    for number, (source, begin, end) in enumerate(_partitions(config, listing)):
+    for number, (source, rows) in enumerate(_partitions(config, listing)):
         name = f"part-{number:06d}"
         # A part whose pictures were staged wants them there, so long as shards are to be made.
         there = f"{name}.staged.parquet" in made and name in staged
         if not (there or f"{name}.parquet" in made):
-            todo.append((name, source, begin, end))
-    names = class_names(listing)
-    settings = ScanSettings(dataset / WORK, names, config.images, config.captions, config.filters)
-    parts = (
-        (settings, name, config.sources[source], listing.slice(begin, end - begin))
-        for name, source, begin, end in todo
-    )
+            todo.append((settings, name, source, rows))
     # A task scans several parts, but not so many that a CPU is left without.
     size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
-    groups = iter(lambda: list(islice(parts, size)), [])
+    groups = (todo[begin : begin + size] for begin in range(0, len(todo), size))
     with Progress("scan", len(todo), "parts") as progress:
         answers = Tasks("_scan", console.print).run(scan_part, groups)
         for count, (part, answer) in enumerate(answers, start=1):
@@ -113,12 +109,11 @@ def _reject_part(settings: ScanSettings, name: str, source: SourceConfig, rows: 
     scan_part(settings, name, source, rows)
 
 
-def _partitions(config: PrepareConfig, listing: pa.Table) -> list[tuple[str, int, int]]:
+def _partitions(
+    config: PrepareConfig, listing: pa.Table
+) -> Iterator[tuple[SourceConfig, pa.Table]]:
     """Neighbours of one source in the listing: many files, or one tar or table."""
-    found, start = list[tuple[str, int, int]](), 0
     for name, source in config.sources.items():
-        end = start + (pc.sum(pc.equal(listing["source"], name)).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
-        size = source.per_task
-        found += [(name, begin, min(begin + size, end)) for begin in range(start, end, size)]
-        start = end
-    return found
+        rows = listing.filter(pc.field("source") == name)
+        for begin in range(0, len(rows), source.per_task):
+            yield source, rows.slice(begin, source.per_task)

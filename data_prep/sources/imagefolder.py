@@ -8,28 +8,19 @@ from typing import Literal
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS
-from data_prep.sources.rows import TABLES, Columns, read_rows
-from data_prep.sources.source import Entry, Item, Source, Weight
+from data_prep.sources.rows import Columns, RowsSource, read_rows
+from data_prep.sources.source import Entry, Item, Weight
 from data_prep.sources.walk import extension_of, walk_folder
 
 
-class ImageFolderSource(Source):
+class ImageFolderSource(RowsSource):
     """Hugging Face's ImageFolder: pictures, and metadata.csv, .jsonl or .parquet with their file_name."""
 
-    files = TABLES
     contents = "metadata.csv, .jsonl or .parquet"
-    per_task = 1
-    can_kill_its_reader = True
 
     kind: Literal["imagefolder"]
     captions: dict[str, Weight] = Field(default={"text": 1.0}, min_length=1)
     """Column -> weight."""
-    label: str | None = None
-    """Column of integers."""
-
-    @property
-    def labels(self) -> str:
-        return "column" if self.label else ""
 
     def takes(self, name: str) -> bool:
         stem, extension = os.path.splitext(os.path.basename(name))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.images import Rejected
-from data_prep.sources.source import Entry, Item
+from data_prep.sources.source import Entry, Item, Source
 from data_prep.sources.walk import extension_of, is_utf8
 from data_prep.storage import is_remote, local_copy, size_of
 from models.config import InputError
@@ -25,6 +25,21 @@ ROWS_AT_ONCE = 64
 # Bytes of a line of CSV and JSONL: a picture in base64.
 MAX_LINE_BYTES = 128 << 20
 Row = dict[str, Any] | Rejected
+
+
+class RowsSource(Source):
+    """A source whose files are tables with a row per picture."""
+
+    files = TABLES
+    per_task = 1
+    can_kill_its_reader = True
+
+    label: str | None = None
+    """Column of integers."""
+
+    @property
+    def labels(self) -> str:
+        return "column" if self.label else ""
 
 
 @dataclass(frozen=True)

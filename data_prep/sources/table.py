@@ -5,18 +5,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_prep.sources.rows import TABLES, Columns, read_rows
-from data_prep.sources.source import Entry, Item, Source, Weight
+from data_prep.sources.rows import Columns, RowsSource, read_rows
+from data_prep.sources.source import Entry, Item, Weight
 
 
-class TableSource(Source):
+class TableSource(RowsSource):
     """Rows of *.parquet, *.csv or *.jsonl: each is a picture, by its path or by its bytes."""
 
-    files = TABLES
     contents = "tables"
     may_be_one_file = True
-    per_task = 1
-    can_kill_its_reader = True
 
     kind: Literal["table"]
     image: str = "image"
@@ -25,12 +22,6 @@ class TableSource(Source):
     """What a string in that column is."""
     captions: dict[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
     """Column -> weight."""
-    label: str | None = None
-    """Column of integers."""
-
-    @property
-    def labels(self) -> str:
-        return "column" if self.label else ""
 
     def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
         base64 = self.strings == "base64"

@@ -27,24 +27,32 @@ CATALOG_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("source", pa.string()),
-        ("name", pa.large_string()),  # the picture's own, within its source
+        # The picture's own name within its source.
+        ("name", pa.large_string()),
         ("path", pa.large_string()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
-        ("content_hash", pa.binary(32)),  # sha256 of the picture's bytes
-        ("perceptual_hash", pa.uint64()),  # null unless near duplicates are looked for
-        ("height", pa.int32()),  # as seen, EXIF orientation applied
+        # sha256 of the picture's bytes.
+        ("content_hash", pa.binary(32)),
+        # Null unless near duplicates are looked for.
+        ("perceptual_hash", pa.uint64()),
+        # Both as seen, with the EXIF orientation applied.
+        ("height", pa.int32()),
         ("width", pa.int32()),
-        ("captions", pa.list_(pa.large_string())),  # drawn by weight, one may be there twice
-        ("metadata", pa.large_string()),  # JSON object, or empty
+        # Drawn by weight; one may be there twice.
+        ("captions", pa.list_(pa.large_string())),
+        # A JSON object, or empty.
+        ("metadata", pa.large_string()),
         ("label", pa.int64()),
-        ("reason", pa.string()),  # of rejection; null where taken
+        # Why the picture was rejected; null where it was taken.
+        ("reason", pa.string()),
         ("detail", pa.string()),
     ]
 )
 PROBES_IN_FLIGHT = 16
 ROWS_AT_ONCE = 8192
-STAGED = "staged"  # of the working folder
+# Folder within the working folder.
+STAGED = "staged"
 
 
 class CaptionsConfig(Config):
@@ -126,10 +134,9 @@ class _Scan:
     def __init__(
         self, settings: ScanSettings, source: str, pool: DecodePool, staging: str, staged: str
     ):
-        filters = settings.filters
-        self._source, self._captions, self._pool = source, settings.captions, pool
+        self._source, self._pool = source, pool
+        self._captions, self._filters = settings.captions, settings.filters
         self._staging, self._staged, self._staged_bytes = staging, staged, 0
-        self._metadata, self._looks = filters.metadata, filters.near_duplicates is not None
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
         waiting: deque[tuple[dict[str, Any], Future[Answer] | None]] = deque()
@@ -160,7 +167,7 @@ class _Scan:
             return row, None
         try:
             row["captions"] = draw_captions(row["key"], item.captions, self._captions)
-            if why := refusal(item.metadata, self._metadata):
+            if why := refusal(item.metadata, self._filters.metadata):
                 raise Rejected("metadata", why)
         except Rejected as rejected:
             return row | {"reason": rejected.reason, "detail": rejected.detail}, None
@@ -172,7 +179,8 @@ class _Scan:
                 file.write(item.data)
             self._staged_bytes += len(item.data)
         address = Address(path, row["offset"], item.length)
-        return row, self._pool.submit(ProbeRequest(address, self._looks))
+        looks = self._filters.near_duplicates is not None
+        return row, self._pool.submit(ProbeRequest(address, looks))
 
 
 def _finish(row: dict[str, Any], future: "Future[Answer] | None") -> dict[str, Any]:

@@ -59,7 +59,8 @@ class Probe:
 @dataclass(frozen=True)
 class ProbeRequest:
     address: Address
-    perceptual_hash: bool = False  # needs decoding; the rest is in the header
+    perceptual_hash: bool = False
+    """Whether to hash the pixels, which needs decoding; the rest is in the header."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ def serve(handle: int) -> None:
     pipe = Connection(handle)
     config: ImagesConfig = pipe.recv()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
-    memory = (2 << 30) + 16 * config.max_pixels  # about four copies of the largest picture allowed
+    # Ctrl-C is for the driver.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # About four copies of the largest picture allowed.
+    memory = (2 << 30) + 16 * config.max_pixels
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     warnings.simplefilter("ignore")
     while True:
@@ -164,7 +167,8 @@ def _work(request: Request, config: ImagesConfig) -> Answer:
             data = read_bytes(address.path, address.offset, address.length)
         except OSError as error:
             raise Rejected("unreadable", error.strerror or type(error).__name__) from error
-    signal.alarm(config.timeout_s)  # waiting for a store is no fault of the picture's
+    # The time spent waiting for a store does not count against the picture.
+    signal.alarm(config.timeout_s)
     content_hash = hashlib.sha256(data).digest()
     if isinstance(request, ProbeRequest):
         height, width = probe(data, config)

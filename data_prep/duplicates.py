@@ -51,9 +51,11 @@ def near_duplicates(rows: np.ndarray, hashes: np.ndarray, most: int) -> np.ndarr
     rows, hashes = rows[order], hashes[order]
     again = np.zeros(len(rows), bool)
     again[1:] = hashes[1:] == hashes[:-1]
-    group = np.cumsum(~again) - 1  # of rows with one hash, led by the earliest
+    # Rows with one hash are a group, led by the earliest.
+    group = np.cumsum(~again) - 1
     lead_rows, lead_hashes = rows[~again], hashes[~again]
-    kept_for = np.arange(len(lead_rows))  # the group whose leader is kept in its place
+    # For each group, the group whose leader is kept in its place.
+    kept_for = np.arange(len(lead_rows))
     for earlier, later in _close_pairs(lead_rows, lead_hashes, most):
         if kept_for[later] == later and kept_for[earlier] == earlier:
             kept_for[later] = earlier

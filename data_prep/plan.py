@@ -39,11 +39,15 @@ SHARD_LIST_SCHEMA = pa.schema(
 REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
 NOT_PLANNED = ("perceptual_hash", "reason", "detail")
 ROWS_AT_ONCE = 1 << 16
-ROWS_PER_RANGE = 400_000  # of full rows, sorted in memory
+# Full rows that are sorted in memory at once.
+ROWS_PER_RANGE = 400_000
 HASHES_PER_RANGE = 8_000_000
-MAX_RANGES = 256  # open files
-SHARDS_PER_FILE = 256  # of the plan: whoever makes one reads the footer of so many
-TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)  # what becomes of a row
+# Each range is an open file.
+MAX_RANGES = 256
+# Shards in one file of the plan; reading one shard reads the footer for all of them.
+SHARDS_PER_FILE = 256
+# What becomes of a row.
+TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)
 REASONS = {TOO_SMALL: "too_small", ASPECT: "aspect", DUPLICATE: "duplicate", NEAR: "near_duplicate"}
 
 
@@ -97,7 +101,8 @@ def plan(
     texts = (t for _, rows in _batches(parts, ["metadata"]) for t in rows["metadata"].to_pylist())
     check_fields(texts, filters.metadata)
     local = not is_remote(work)
-    for leftover in work.glob("plan-*.tmp") if local else ():  # of a killed run
+    # A killed run leaves its folder behind.
+    for leftover in work.glob("plan-*.tmp") if local else ():
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
         drops = find_duplicates(parts, filters, Path(folder))
@@ -263,7 +268,8 @@ def _write_shards(
             for start in range(0, len(rows) - size + 1, size):
                 emit(group, rows.slice(start, size))
             if over := len(rows) % size:
-                rest[group] = rows.take(np.arange(len(rows) - over, len(rows)))  # a copy
+                # A copy, since a slice would keep all of `rows` in memory.
+                rest[group] = rows.take(np.arange(len(rows) - over, len(rows)))
     for group in sorted(rest):
         emit(group, rest[group])
     if writer:

@@ -54,11 +54,11 @@ def main(
 
 def verify(dataset: Path, workers: int = 1) -> list[str]:
     """Everything that is wrong, one line each; raises InputError where there is no dataset to look at."""
-    if not (dataset / MANIFEST).is_file():
-        schema.read_manifest(dataset)  # says what is there instead
     try:
         manifest = schema.read_manifest(dataset)
     except InputError as error:
+        if not (dataset / MANIFEST).is_file():
+            raise
         return [str(error)]
     problems = [
         f"{name}: {'missing' if not path.is_file() else 'is not what the manifest says (sha256)'}"

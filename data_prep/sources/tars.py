@@ -70,7 +70,8 @@ def _scan_headers(file: Any) -> tuple[dict[str, _Group], str]:
             for member in tar:
                 if member.offset_data + member.size > size:
                     return groups, f"cut at byte {size}, inside {member.name!r}"
-                if member.offset_data <= end:  # a negative size would loop for ever
+                # A negative size would loop for ever.
+                if member.offset_data <= end:
                     return groups, f"header at byte {member.offset} points backwards"
                 end = member.offset_data
                 _add_member(groups, member)
@@ -140,7 +141,8 @@ def _parse_json(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError(f"over {MAX_TEXT_BYTES} bytes")
     try:
-        facts = json.loads(data, parse_constant=lambda _: None)  # NaN is no JSON
+        # NaN is no JSON.
+        facts = json.loads(data, parse_constant=lambda _: None)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     if not isinstance(facts, dict):

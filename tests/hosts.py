@@ -7,28 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 NAMES, ADDRESSES = ("flowmill-a", "flowmill-b"), ("10.213.7.1", "10.213.7.2")
 CABLE = ("fm-cable-a", "fm-cable-b")
-
-
-def why_not() -> str | None:
-    """Why this machine cannot have them, or None where it can."""
-    if not shutil.which("ip") or not shutil.which("unshare"):
-        return "needs iproute2 and util-linux"
-    done = subprocess.run(
-        ["unshare", "--net", "--pid", "--uts", "--fork", "--mount-proc", "true"],
-        capture_output=True,
-        text=True,
-    )
-    return f"no namespaces here: {done.stderr.strip()}" if done.returncode else None
 
 
 def lacking(programs: list[str], packages: list[str]) -> str | None:
     """Why hosts with these programs cannot be had here, after trying to install the packages."""
     if os.geteuid():
         return "needs root, for namespaces and daemons"
-    if reason := why_not():
-        return reason
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "needs iproute2 and util-linux"
+    namespaces = ["unshare", "--net", "--pid", "--uts", "--fork", "--mount-proc", "true"]
+    done = subprocess.run(namespaces, capture_output=True, text=True)
+    if done.returncode:
+        return f"no namespaces here: {done.stderr.strip()}"
     if not all(shutil.which(program) for program in programs):
         if not shutil.which("apt-get"):
             return f"no {' and '.join(programs)}, nor apt-get to install them"
@@ -77,7 +71,10 @@ class Hosts:
 
 
 @contextmanager
-def two_hosts() -> Iterator[Hosts]:
+def two_hosts(programs: list[str], packages: list[str]) -> Iterator[Hosts]:
+    """Two hosts that have these programs; skips the test where they cannot be had."""
+    if reason := lacking(programs, packages):
+        pytest.skip(reason)
     hosts = Hosts()
     try:
         for name in NAMES:

@@ -24,11 +24,10 @@ import psutil
 import typer
 
 from data_prep.schema import read_shard_table
-from tests.prep_factory import dataset_bytes, encoded, fill_folder, pixels, tar_bytes, write_config
+from tests.prep_factory import dataset_bytes, encoded, fill_folder, pixels, write_config
 from tests.ray_cluster import RayCluster, below
 
 ROOT = Path(__file__).parent.parent
-EMOJI = ROOT.parent / "shared" / "data" / "fluent-emoji"  # a real set, where there is one
 VICTIMS = ("actor", "decoder", "scanner", "raylet", "driver")
 CMDLINES = {"actor": "ray::ShardEncoder", "decoder": "data_prep.decoder", "scanner": "ray::_scan"}
 
@@ -118,24 +117,13 @@ def sample_keys(dataset: Path) -> list[str]:
     return keys
 
 
-def real_pictures(folder: Path, count: int) -> Path:
-    """Captioned emoji in tars, where the set is there, else drawn pictures in a folder; some of them broken."""
-    if not EMOJI.is_dir():
-        return fill_folder(folder / "pictures", count)
-    (folder / "tars").mkdir()
-    taken = 0
-    for tar in sorted(EMOJI.glob("*.tar")):
-        with tarfile.open(tar) as source:
-            members = [(m.name, source.extractfile(m).read()) for m in source if m.isfile()]  # pyright: ignore
-        members = members[: 3 * (count - taken)]
-        taken += len(members) // 3
-        for i in range(0, len(members), 120):
-            piece = [*members[i : i + 120], (f"cut{i}.png", encoded(pixels(i))[:-100])]
-            name = f"{tar.stem}-{i:05d}.tar"
-            (folder / "tars" / name).write_bytes(tar_bytes([*piece, (f"cut{i}.txt", b"cut")]))
-        if taken == count:
-            break
-    return folder / "tars"
+def some_pictures(folder: Path, count: int) -> Path:
+    """Captioned pictures in a folder, every fiftieth of them broken."""
+    fill_folder(folder, count)
+    for i in range(0, count, 50):
+        (folder / f"cut{i}.png").write_bytes(encoded(pixels(i))[:-100])
+        (folder / f"cut{i}.txt").write_text("cut")
+    return folder
 
 
 def at_random(rng: random.Random, budget: int, mean_s: float) -> Callable[[list[str]], str | None]:
@@ -167,7 +155,7 @@ def main(
     random.seed(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sources = {"pictures": real_pictures(folder, pictures)}
+        sources = {"pictures": some_pictures(folder / "pictures", pictures)}
         config = write_config(
             folder / "c.yaml",
             sources,

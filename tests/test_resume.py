@@ -152,9 +152,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_their_samples_on_record(tm
     options = ["rejection.max_in_a_row=2", "engine.zero_stage=1"]
     errors = train(config, *options, ranks=2, status=1)
     assert "2 steps in a row were rejected" in errors
-    notes = [
-        json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
-    ]
+    text = (tmp_path / "run" / "rejected.jsonl").read_text()
+    notes = [json.loads(line) for line in text.splitlines()]
     assert notes[-1]["step"] == notes[-2]["step"] + 1
     keys = {int(sample["key"]) for note in notes for sample in note["samples"]}
     assert min(keys) >= 30
@@ -228,7 +227,6 @@ def test_training_goes_on_over_a_full_disk_and_saves_when_there_is_room(tmp_path
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     train_factory.wait_for(process, "saved ")
     process.send_signal(signal.SIGTERM)
-    assert process.stdout is not None
     process.stdout.read()
     assert process.wait() == 0
 

@@ -12,7 +12,7 @@ from data_prep.verify import verify
 from pipeline.training.checkpoint import candidates, faults
 from tests import prep_factory, train_factory
 from tests.forked import wait_until
-from tests.hosts import ADDRESSES, NAMES, Hosts, lacking, two_hosts
+from tests.hosts import ADDRESSES, NAMES, Hosts, two_hosts
 from tests.ray_cluster import BIN
 
 ROOT = Path(__file__).parent.parent
@@ -112,9 +112,7 @@ class Slurm:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
-    if reason := lacking(["slurmctld", "munged"], ["slurm-wlm", "munge"]):
-        pytest.skip(reason)
-    with two_hosts() as hosts:
+    with two_hosts(["slurmctld", "munged"], ["slurm-wlm", "munge"]) as hosts:
         yield Slurm(hosts, tmp_path_factory.mktemp("slurm"))
 
 

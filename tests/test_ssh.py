@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import train_factory
-from tests.hosts import NAMES, Hosts, lacking, two_hosts
+from tests.hosts import NAMES, Hosts, two_hosts
 from tests.ray_cluster import BIN
 
 ROOT = Path(__file__).parent.parent
@@ -34,19 +34,17 @@ LogLevel ERROR
 @pytest.fixture
 def hosts(tmp_path) -> Iterator[Hosts]:
     """Two hosts, each with an sshd that lets in who has the key; `tmp_path`/bin/ssh uses it."""
-    if reason := lacking(["sshd", "pdsh"], ["openssh-server", "pdsh"]):
-        pytest.skip(reason)
-    Path("/run/sshd").mkdir(exist_ok=True)
-    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
-    subprocess.run(keygen, check=True)
-    for name, text in (("sshd_config", SSHD), ("ssh_config", SSH)):
-        (tmp_path / name).write_text(text.format(folder=tmp_path))
-    client = tmp_path / "bin" / "ssh"
-    client.parent.mkdir()
-    client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/ssh_config "$@"\n')
-    client.chmod(0o755)
-    daemon = [shutil.which("sshd") or "", "-D", "-e", "-f", str(tmp_path / "sshd_config")]
-    with two_hosts() as made:
+    with two_hosts(["sshd", "pdsh"], ["openssh-server", "pdsh"]) as made:
+        Path("/run/sshd").mkdir(exist_ok=True)
+        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")]
+        subprocess.run(keygen, check=True)
+        for name, text in (("sshd_config", SSHD), ("ssh_config", SSH)):
+            (tmp_path / name).write_text(text.format(folder=tmp_path))
+        client = tmp_path / "bin" / "ssh"
+        client.parent.mkdir()
+        client.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {tmp_path}/ssh_config "$@"\n')
+        client.chmod(0o755)
+        daemon = [shutil.which("sshd") or "", "-D", "-e", "-f", str(tmp_path / "sshd_config")]
         for host in (0, 1):
             made.start(host, daemon)
         yield made

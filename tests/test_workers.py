@@ -93,34 +93,26 @@ def two_actors(ray_address):
         yield actors
 
 
-def check_that_one_item_is_lost(folder: Path, answers: list) -> None:
-    numbers = {number: answer for (_, number, _), answer in answers}
-    assert len(answers) == len(numbers) == 24
-    assert numbers.pop(13) is LOST
-    assert all(answer == 2 * number for number, answer in numbers.items())
-    tried = Counter(int(number) for number, _ in notes(folder))
-    # An answer may be on its way when its worker dies; the item is then done once more.
-    assert ATTEMPTS <= tried.pop(13) <= ATTEMPTS + 1
-    assert max(tried.values()) <= 2
-
-
 def groups(folder: Path, size: int, deadly: int) -> list[list[tuple]]:
     return [[(folder, n, deadly) for n in range(i, i + size)] for i in range(0, 24, size)]
 
 
-def test_a_task_that_kills_its_workers_is_handed_back_and_the_rest_of_its_group_answered(
-    tmp_path, ray_address
+@pytest.mark.parametrize(("kind", "size"), [("tasks", 8), ("actors", 1), ("actors", 8)])
+def test_an_item_that_kills_its_workers_is_handed_back_and_those_beside_it_answered(
+    tmp_path, two_actors, kind, size
 ):
-    found = list(Tasks("_double", print).run(double, groups(tmp_path, 8, 13)))
-    check_that_one_item_is_lost(tmp_path, found)
-
-
-@pytest.mark.parametrize("size", [1, 8])
-def test_an_item_that_kills_its_actors_is_handed_back_and_those_beside_it_answered(
-    tmp_path, two_actors, size
-):
-    found = list(two_actors.run("double", groups(tmp_path, size, 13)))
-    check_that_one_item_is_lost(tmp_path, found)
+    work = groups(tmp_path, size, 13)
+    tasks = Tasks("_double", print)
+    answers = tasks.run(double, work) if kind == "tasks" else two_actors.run("double", work)
+    found = list(answers)
+    numbers = {number: answer for (_, number, _), answer in found}
+    assert len(found) == len(numbers) == 24
+    assert numbers.pop(13) is LOST
+    assert all(answer == 2 * number for number, answer in numbers.items())
+    tried = Counter(int(number) for number, _ in notes(tmp_path))
+    # An answer may be on its way when its worker dies; the item is then done once more.
+    assert ATTEMPTS <= tried.pop(13) <= ATTEMPTS + 1
+    assert max(tried.values()) <= 2
 
 
 @pytest.mark.slow

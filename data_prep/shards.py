@@ -132,6 +132,6 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        if not self._tar.closed:
+        if not self._tar.closed:  # pyright: ignore[reportAttributeAccessIssue]
             self._tar.fileobj.close()
         self._temporary.unlink(missing_ok=True)

@@ -32,7 +32,11 @@ class Conditions(NamedTuple):
 Fields: Any = tuple[tuple(Conditions.__annotations__.values())]
 
 
-def check_inputs(x_t: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], conditions: Fields) -> None:
+def check_inputs(
+    x_t: Float[Tensor, "B C h w"],
+    t: Float[Tensor, " B"],
+    conditions: Fields,  # pyright: ignore[reportInvalidTypeForm]
+) -> None:
     """Raises TypeError where t is not fp32; under pytest, also where shapes of inputs disagree."""
     if t.dtype != torch.float32:
         raise TypeError(f"t: got {t.dtype}, expected torch.float32: lower precision loses time")

@@ -308,7 +308,7 @@ class UNetConfig(NetworkConfig):
         return arguments
 
 
-MODELS = {
+MODELS: dict[str, tuple[type[NetworkConfig], str, str]] = {
     "dit": (DiTConfig, "models.dit", "DiT"),
     "mmdit": (MMDiTConfig, "models.mmdit", "MMDiT"),
     "uvit": (UViTConfig, "models.uvit", "UViT"),

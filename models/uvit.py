@@ -82,5 +82,5 @@ class UViT(PatchTransformer):
                 skips.append(x)
         return self.proj_out(self.norm_out(x[:, :num])), None
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.conv_out(super().forward(*inputs))
+    def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions = Conditions()) -> Any:
+        return self.conv_out(super().forward(x_t, t, conditions))

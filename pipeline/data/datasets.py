@@ -90,9 +90,10 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
     for attempt in range(3):
         # Someone may replace the two files between one read and the next.
         time.sleep(min(attempt, 1))
-        for file in (MANIFEST, SHARD_TABLE, EMPTY_CAPTION) if cache else ():
-            with contextlib.suppress(FileNotFoundError):
-                cache.refresh(file)
+        if cache:
+            for file in (MANIFEST, SHARD_TABLE, EMPTY_CAPTION):
+                with contextlib.suppress(FileNotFoundError):
+                    cache.refresh(file)
         manifest, found = read_manifest(home), file_sha256(home / SHARD_TABLE)
         if manifest.files.get(SHARD_TABLE, found) == found:
             break

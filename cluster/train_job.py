@@ -20,8 +20,8 @@ from models.config import InputError, parse_config
 from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
 from pipeline.data.order import choose_partitions
+from pipeline.loop import train_all
 from pipeline.runs.setup import fit_run
-from pipeline.train import train_all
 
 
 def valid_sizes(config: TrainConfig, least: int, most: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""One preparation's config: every section from the module that it configures."""
+"""Configs of the commands that prepare a dataset and fit an autoencoder; neither torch nor Ray is needed."""
 
-from typing import Annotated, Any, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,8 +15,8 @@ from data_prep.encoders import (
 )
 from data_prep.images import ImagesConfig
 from data_prep.sources import SourceConfig
-from data_prep.workers import RayConfig
 from models.config import Config, InputError
+from models.weights import Dtype
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 EncoderName = Annotated[
@@ -29,6 +30,19 @@ def _free_name(name: str) -> str:
     if name in ("moments", "micro", "label", "vision", "json") or name.endswith("_pooled"):
         raise ValueError(f"{name} is the name of another member of a sample; choose another")
     return name
+
+
+class RayConfig(Config):
+    """How fast, never what. Null: what the machine or the cluster has."""
+
+    num_cpus: int | None = Field(default=None, ge=1)
+    """CPUs of the embedded Ray; a cluster knows its own."""
+    num_actors: int | None = Field(default=None, ge=1)
+    """Null: one per GPU, or one per `encode.threads` CPUs."""
+    gpus_per_actor: float | None = Field(default=None, ge=0)
+    """Null: 1 where there are GPUs."""
+    decoders_per_actor: int | None = Field(default=None, ge=1)
+    """Null: the CPUs that are left, shared out."""
 
 
 class PrepareConfig(Config):
@@ -80,3 +94,49 @@ def check_buckets(config: PrepareConfig, divides: dict[str, int]) -> None:
                 f"images.bucket_multiple: got {got}, expected a multiple of {side}, for {place}. Remedy: "
                 "the downscale of the vae times the patch size of the model suits every encoder."
             )
+
+
+class LossConfig(Config):
+    """Weights of the terms, on pixels in [-1, 1]. `edges` is the L1 of differences of neighbour pixels."""
+
+    l1: float = Field(default=1.0, ge=0)
+    mse: float = Field(default=1.0, ge=0)
+    edges: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=1e-4, ge=0)
+    """As in Rombach et al., 2112.10752: both sums over a picture."""
+
+
+class FitVaeConfig(Config):
+    """One run. The sides of latents are resolution / 2^(number of channels - 1)."""
+
+    sources: dict[str, SourceConfig] = Field(min_length=1)
+    output: Path
+    resolution: int = Field(64, gt=0)
+    max_pictures: int = Field(50_000, gt=0)
+    """Pictures per source; in memory each takes 3 resolution^2 bytes, and while it is chosen the file of one
+    that lies in a table as bytes."""
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    channels: list[int] = Field([32, 64, 64], min_length=2)
+    latent_channels: int = Field(4, gt=0)
+    layers_per_block: int = Field(1, gt=0)
+    loss: LossConfig = LossConfig()
+    batch_size: int = Field(16, gt=0)
+    steps: int | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_dtype: Dtype = "fp16"
+    checkpoint_minutes: float = Field(2.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "FitVaeConfig":
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("expected either steps or minutes")
+        if self.resolution % (downscale := 2 ** (len(self.channels) - 1)):
+            raise ValueError(
+                f"resolution got {self.resolution}, expected a multiple of {downscale}"
+            )
+        if any(width % 8 for width in self.channels):
+            raise ValueError(f"channels got {self.channels}, expected multiples of 8")
+        return self

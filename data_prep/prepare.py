@@ -1,25 +1,11 @@
 """Pictures to shards: `flowmill prepare CONFIG.yaml [section.key=value ...]`. Run it again to resume."""
 
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from data_prep.catalog import STAGED
-from data_prep.commits import read_commits
-from data_prep.config import PrepareConfig, check_buckets, check_settings
-from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
-from data_prep.images import list_buckets
-from data_prep.output import is_complete, open_output
-from data_prep.plan import ShardSpec, make_plan
-from data_prep.publish import finalise, publish
-from data_prep.report import Progress, console, print_plan, print_result
-from data_prep.scan import list_sources, scan
-from data_prep.schema import read_manifest
-from data_prep.shards import WORK
-from data_prep.storage import delete
-from data_prep.workers import Actors, connect, share_out
+from data_prep.config import PrepareConfig
 from models.command import load_config, run_command
 
 
@@ -34,81 +20,9 @@ def main(
     ] = False,
 ) -> None:
     """Prepare pictures for training: latents and text embeddings in shards."""
+    from data_prep.preparation import prepare
+
     prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart)
-
-
-def prepare(
-    config: PrepareConfig, dry_run: bool = False, restart: bool = False
-) -> dict[str, float]:
-    """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
-    clock = _Clock()
-    settings = check_settings(config)
-    listing = list_sources(config)
-    if dry_run:
-        print_plan(config, listing, settings["hashes"], list_buckets(config.images))
-        return {}
-    dataset = open_output(config, settings, listing, restart)
-    if is_complete(dataset):
-        console.print(f"{dataset} is complete; nothing to do.")
-    else:
-        clock.mark("list")
-        connect(config.ray)
-        clock.mark("start Ray")
-        scan(config, dataset, listing)
-        clock.mark("scan")
-        shards = make_plan(config, dataset)
-        clock.mark("plan")
-        shares = share_out(config.ray, config.encode.threads, most=len(shards))
-        settings = EncoderSettings(config, dataset)
-        with Actors(ShardEncoder, settings, shares, console.print) as actors:
-            encoders: Encoders = actors.describe()
-            check_buckets(config, encoders.divides)
-            clock.mark("load encoders")
-            commits = encode(config, dataset, shards, actors, encoders)
-            clock.mark("encode")
-        finalise(config, dataset, commits, encoders)
-        clock.mark("finalise")
-    delete(dataset / WORK / STAGED)
-    print_result(dataset, read_manifest(dataset), clock.spent)
-    return clock.spent
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self):
-        self._last, self.spent = time.monotonic(), dict[str, float]()
-
-    def mark(self, stage: str) -> None:
-        """What came since the last mark was this."""
-        now = time.monotonic()
-        self.spent[stage], self._last = now - self._last, now
-
-
-def encode(
-    config: PrepareConfig,
-    dataset: Path,
-    shards: list[ShardSpec],
-    actors: Actors,
-    encoders: Encoders,
-) -> list[dict[str, Any]]:
-    """Every shard that is not committed yet; returns all commits in the order of the list."""
-    commits = read_commits(dataset, shards)
-    places = {spec.path: i for i, spec in enumerate(shards)}
-    todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
-    total = sum(shard.num_planned for shard in shards)
-    done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
-    with Progress("encode", total, "pictures", done) as progress:
-        for count, commit in enumerate(encode_shards(actors, todo), start=1):
-            commits[places[commit["path"]]] = commit
-            done += commit["num_planned"]
-            rejected += len(commit["rejects"])
-            progress.update(done, rejected)
-            if config.publish_every_shards and count % config.publish_every_shards == 0:
-                publish(config, dataset, [c for c in commits if c], encoders)
-    whole = [commit for commit in commits if commit]
-    assert len(whole) == len(shards), "the actors returned before every shard was committed"
-    return whole
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from itertools import islice
 from typing import Any, Self
 
 import ray
-from pydantic import Field
 from ray.exceptions import RayError, RayTaskError
 
-from models.config import Config, InputError
+from data_prep.config import RayConfig
+from models.config import InputError
 
 # Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
 ATTEMPTS = 3
@@ -35,19 +35,6 @@ SAY_EVERY_S = 20.0
 LOST = object()
 
 Item = tuple[Any, ...]
-
-
-class RayConfig(Config):
-    """How fast, never what. Null: what the machine or the cluster has."""
-
-    num_cpus: int | None = Field(default=None, ge=1)
-    """CPUs of the embedded Ray; a cluster knows its own."""
-    num_actors: int | None = Field(default=None, ge=1)
-    """Null: one per GPU, or one per `encode.threads` CPUs."""
-    gpus_per_actor: float | None = Field(default=None, ge=0)
-    """Null: 1 where there are GPUs."""
-    decoders_per_actor: int | None = Field(default=None, ge=1)
-    """Null: the CPUs that are left, shared out."""
 
 
 def in_ray_job() -> bool:

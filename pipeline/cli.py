@@ -33,12 +33,6 @@ STAGES = {
         "prepare, train or evaluate as a Ray job or on Slurm",
     ),
 }
-# Stage -> a key that its configs have and those of the stages after it lack, and the class.
-CONFIGS = {
-    "train": ("training", "pipeline.config:TrainConfig"),
-    "prepare": ("vae", "data_prep.config:PrepareConfig"),
-    "fit-vae": ("sources", "data_prep.fit_vae:FitVaeConfig"),
-}
 
 
 def module_of(stage: str, arguments: list[str]) -> str:
@@ -56,7 +50,7 @@ def is_preparation(path: str) -> bool:
         tree = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    return isinstance(tree, dict) and CONFIGS["prepare"][0] in tree
+    return isinstance(tree, dict) and "vae" in tree
 
 
 def main() -> None:

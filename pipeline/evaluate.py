@@ -4,280 +4,32 @@ Held-out error by noise level; FID, KID, precision, recall, CLIP score of drawn 
 share the work; run again, it goes on where it stopped. No figure is given without what it was measured with.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-import torch
-import typer
-from rich.console import Console
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
-
-from data_prep.schema import MANIFEST, fingerprint
 from models.command import package_folder, run_command
-from models.config import InputError, flatten
-from models.files import write_text
-from pipeline import distributed
-from pipeline.arguments import (
-    BatchSize,
-    SamplerOverrides,
-    Step,
-    Weights,
-    parse_size,
-    read_prompts,
-    takes,
-)
+from models.config import InputError
+from pipeline.arguments import takes
 from pipeline.config import load_run_config
-from pipeline.data.config import DataConfig
-from pipeline.data.loader import Loader
-from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
-from pipeline.evaluation.reference import DatasetPictures, FolderPictures, features_of, share
-from pipeline.evaluation.subjects import Subject, open_exported, pipeline_subject, run_subject
-from pipeline.inference.heldout import LOG_SNR, x0_errors
-from pipeline.inference.painter import Request, draw_files, largest_bucket
-from pipeline.objectives.objective import Objective
-from pipeline.runs.trained import Trained, open_trained
-
-ROUNDS = 4  # draws of noise for each held-out sample and level
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured, and against what."""
-
-    target: Annotated[Path, typer.Argument(help="a run's folder, or a diffusers pipeline's")]
-    overrides: SamplerOverrides = None
-    features: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=PATH of a TorchScript file or a transformers folder; repeated"),
-    ] = None
-    clip: Annotated[Path | None, typer.Option(help="CLIP's folder, for CLIP score")] = None
-    num_pictures: Annotated[int, typer.Option(min=2, help="to draw")] = 1000
-    reference: Annotated[
-        Path | None, typer.Option(help="prepared dataset or folder of pictures; the run's dataset")
-    ] = None
-    split: Annotated[Literal["heldout", "train"], typer.Option(help="of a dataset")] = "heldout"
-    num_reference: Annotated[int, typer.Option(min=2, help="at most")] = 50_000
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="one per line; else the reference's captions")
-    ] = None
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; else the reference's")] = None
-    heldout: Annotated[int, typer.Option(min=0, help="samples for the held-out error")] = 256
-    weights: Weights = "ema"
-    step: Step = None
-    batch_size: BatchSize = 32
-    output: Annotated[Path | None, typer.Option(help="folder; TARGET/evaluations")] = None
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run a pipeline folder's own code")
-    ] = False
-
-    @property
-    def results(self) -> Path:
-        return self.output or self.target / "evaluations"
-
-    @property
-    def dataset(self) -> Path | None:
-        """The reference, if it is a prepared dataset."""
-        is_one = self.reference is not None and (self.reference / MANIFEST).is_file()
-        return self.reference if is_one else None
-
-
-class Measurement(NamedTuple):
-    """Figures by name, and all that they depend on."""
-
-    figures: dict[str, float]
-    measured_with: dict[str, Any]
-
-
-def measure_heldout(
-    trained: Trained, loader: Loader, options: Options, device: torch.device
-) -> Measurement | None:
-    """The x0 error of held-out samples at each level; None where the dataset holds nothing out. Collective."""
-    batch = loader.heldout_batch(options.heldout)
-    if batch is None:
-        distributed.say("held-out error: left out, for the dataset holds nothing out")
-        return None
-    network, objective = trained.network(device), Objective(trained.config.objective)
-    begin, end = share(len(batch.indices))
-    sums = torch.zeros(len(LOG_SNR), dtype=torch.float64)
-    for first in range(begin, end, options.batch_size):
-        part = batch.rows(first, min(first + options.batch_size, end)).to(device)
-        errors = x0_errors(network, objective, loader.manifest.codec, part, ROUNDS)
-        sums += errors.double().sum(1).cpu()
-    means = sum(distributed.gather_objects(sums), torch.zeros_like(sums)) / len(batch.indices)
-    figures = {
-        f"x0_error_at_log_snr_{level:+d}": mean
-        for level, mean in zip(LOG_SNR, means.tolist(), strict=True)
-    }
-    about = {"num_pictures": len(batch.indices), "noise": f"{ROUNDS} draws each"}
-    return Measurement(figures, trained.facts | about | {"reference": "held-out latents"})
-
-
-def draw_missing(
-    subject: Subject,
-    folder: Path,
-    prompts: list[str],
-    sizes: list[tuple[int, int]],
-    batch_size: int,
-) -> FolderPictures:
-    """One picture per prompt under `folder`, those drawn before left as they are. Collective."""
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    every = [
-        Request(folder / f"{place:06d}.png", prompt, place, size, subject.sampler)
-        for place, (prompt, size) in enumerate(zip(prompts, sizes, strict=True))
-    ]
-    missing = [r for r in every if not r.path.is_file()] if distributed.is_main() else []
-    missing = distributed.gather_objects(missing)[0]
-    distributed.say(f"{len(every)} pictures in {folder}, {len(missing)} to draw")
-    if missing:
-        draw_files(missing, subject.make_draw(), subject.about, batch_size)
-    distributed.barrier()
-    return FolderPictures(folder, None)
-
-
-def show(measurements: list[Measurement], console: Console) -> None:
-    table = Table("figure", "value", "measured with", show_lines=True)
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
-    for figures, measured_with in measurements:
-        values = [f"{value:.5g}" for value in figures.values()]
-        facts = [f"{k} {v}" for k, v in flatten(measured_with).items() if v is not None]
-        table.add_row("\n".join(figures), "\n".join(values), "; ".join(facts))
-    console.print(table)
-
-
-def record(path: Path, measurements: list[Measurement]) -> list[Measurement]:
-    """Put them among those of a JSON file; returns the ones that were not measured so before."""
-    saved = [Measurement(**m) for m in json.loads(path.read_text())] if path.is_file() else []
-    known, again = ([m.measured_with for m in part] for part in (saved, measurements))
-    every = [*(m for m in saved if m.measured_with not in again), *measurements]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps([m._asdict() for m in every], indent=1) + "\n")
-    return [m for m in measurements if m.measured_with not in known]
-
-
-def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> None:
-    """Points at the checkpoint's step; what a figure was measured with is in its name."""
-    with SummaryWriter(str(run / "tensorboard")) as writer:
-        for figures, given in measurements:
-            name = f"{given['weights']}_{given['num_pictures']}_pictures"
-            if sampler := given.get("sampler"):
-                scale = sampler["guidance_scale"]
-                name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
-            for figure, value in figures.items():
-                writer.add_scalar(f"evaluate/{figure}/{name}", value, step)
-
-
-def open_reference(
-    options: Options, trained: Trained | None, loader: Loader | None, device: torch.device
-) -> tuple[DatasetPictures | FolderPictures, list[str], list[tuple[int, int]]]:
-    """The real pictures, and prompt and size of every picture to draw; raises InputError."""
-    vae = trained.config.encoders.vae if trained else None
-    size = parse_size(options.size) if options.size else None
-    if size is None and loader is not None:
-        size = largest_bucket(loader.manifest)
-    prompts = read_prompts([], options.prompts_file) if options.prompts_file else []
-    samples = None
-    if loader is not None:
-        samples = DatasetPictures(loader, options.split, options.num_reference, vae, device)
-    reference = samples
-    if options.reference is not None and options.dataset is None:
-        reference = FolderPictures(options.reference, size, options.num_reference)
-    if reference is None or (samples is None and not prompts) or size is None:
-        raise InputError(
-            "got too little to draw. Remedy: --reference with a prepared dataset, or with a folder of pictures "
-            "beside --prompts-file and --size"
-        )
-    count, sizes = options.num_pictures, [size]
-    if not prompts and samples is not None:
-        prompts = samples.prompts(min(count, len(samples)))
-        if reference is samples and not options.size:
-            sizes = samples.sizes()[: len(prompts)]
-    every = [prompts[i % len(prompts)] for i in range(count)]
-    return reference, every, [sizes[i % len(sizes)] for i in range(count)]
-
-
-def measure_pictures(
-    subject: Subject,
-    trained: Trained | None,
-    loader: Loader | None,
-    options: Options,
-    device: torch.device,
-) -> tuple[str, list[Measurement]]:
-    """What the pictures go by, and what each network asked for says of them; figures on rank 0. Collective."""
-    given = parse_features(options.features or [])
-    networks = [FeatureNetwork.load(name, path, device) for name, path in given.items()]
-    clip = ClipNetwork(options.clip, device) if options.clip else None
-    reference, prompts, sizes = open_reference(options, trained, loader, device)
-    drawn = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
-    name = fingerprint(drawn | {"prompts": prompts, "sizes": sizes})[:8]
-    folder, batch_size = options.results / f"{subject.name}_{name}", options.batch_size
-    pictures = draw_missing(subject, folder / "pictures", prompts, sizes, batch_size)
-    drawn |= {"num_pictures": len(pictures)}
-    measurements = []
-    for network in networks:
-        cache = options.results / "features"
-        fake = features_of(network, pictures, batch_size, device, cache)
-        real = features_of(network, reference, batch_size, device, cache)
-        values = compare(real, fake, device) if distributed.is_main() else {}
-        labels = {"fd": "fid"} if network.name == "inception" else {}
-        figures = {labels.get(m, f"{m}_{network.name}"): value for m, value in values.items()}
-        about = {"reference": reference.name, "num_reference": len(real)}
-        about |= {"network": network.name, "network_sha256": network.sha256}
-        measurements.append(Measurement(figures, drawn | about))
-    if clip is not None:
-        begin, end = share(len(pictures))
-        score = clip_score(clip, pictures.read(begin, end), prompts[begin:end], batch_size)
-        about = {"network": clip.name, "network_sha256": clip.sha256}
-        measurements.append(Measurement({"clip_score": score}, drawn | about))
-    return name, measurements
-
-
-def evaluate(
-    subject: Subject, trained: Trained | None, options: Options, device: torch.device
-) -> tuple[str, list[Measurement]]:
-    """The name of the results' folder, and all figures; `trained` of a run. Collective."""
-    if trained is None and options.heldout:
-        trained = open_exported(subject.path, options.dataset)
-        if trained is None:
-            distributed.say(
-                "held-out error: left out, for the folder does not say how it was trained"
-            )
-    own = other = None
-    if trained is not None:
-        data = trained.config.data.model_copy(update={"grow": False})
-        own = Loader(data, global_batch=1, seed=0)
-    if options.dataset is not None:
-        data = DataConfig.model_validate({"path": str(options.dataset)})
-        other = Loader(data, global_batch=1, seed=0)
-    found, name = [], subject.name
-    if trained is not None and own is not None and options.heldout:
-        found = [measure_heldout(trained, own, options, device)]
-    if options.features or options.clip:
-        pictures, more = measure_pictures(subject, trained, other or own, options, device)
-        found, name = found + more, f"{name}_{pictures}"
-    for loader in filter(None, (own, other)):
-        loader.close()
-    return name, [measurement for measurement in found if measurement]
+from pipeline.evaluation.config import Options
 
 
 @takes(Options)
 def main(options: Options) -> None:
     """Measure a run's checkpoint or a pipeline. Without --features and --clip only the held-out error."""
-    target, overrides = options.target, options.overrides or []
-    parse_features(options.features or [])
-    if options.features:
+    if options.networks:
         package_folder("torchmetrics")
+    from pipeline import distributed
+    from pipeline.evaluation import subjects
+    from pipeline.evaluation.measure import evaluate, record, show, write_tensorboard
+    from pipeline.runs.trained import open_trained
+
+    target, overrides = options.target, options.overrides or []
     is_pipeline = (target / "model_index.json").is_file()
     device = distributed.join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
     if is_pipeline:
         trained = None
-        subject = pipeline_subject(target, overrides, options.trust_remote_code, device)
+        subject = subjects.pipeline_subject(target, overrides, options.trust_remote_code, device)
     else:
         trained = open_trained(target, options.weights, options.step)
-        subject = run_subject(trained, overrides, device)
+        subject = subjects.run_subject(trained, overrides, device)
     name, found = evaluate(subject, trained, options, device)
     if not found:
         raise InputError(f"{target}: nothing to measure. Remedy: --features, --clip or --heldout")
@@ -286,16 +38,9 @@ def main(options: Options) -> None:
         new = record(path, found)
         if trained is not None:
             write_tensorboard(target, trained.step, new)
-        show(found, Console())
+        show(found)
         distributed.say(f"wrote {path}")
     distributed.stop()
-
-
-def parse_features(given: list[str]) -> dict[str, Path]:
-    pairs = [item.partition("=") for item in given]
-    if bad := [item for item in pairs if not item[0] or not item[2]]:
-        raise InputError(f"--features: got {''.join(bad[0])!r}, expected NAME=PATH")
-    return {name: Path(path) for name, _, path in pairs}
 
 
 if __name__ == "__main__":

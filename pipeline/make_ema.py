@@ -7,111 +7,26 @@ EDM2 (Karras et al. 2312.02696), section 3.2 and appendix C.3: a run that keeps 
     RUN/ema/step_00004000.ema_sigma_0.15.safetensors (.sha256)   made here
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import typer
-from rich.progress import track
 
 from models.command import run_command
-from models.config import InputError
-from pipeline.arguments import RunFolder
+from pipeline.arguments import DryRun, RunFolder
 from pipeline.config import load_run_config
-from pipeline.training.checkpoint import EMA_SNAPSHOTS, RECORD, faults, save_weights
 from pipeline.training.config import power_exponent, power_name
-from pipeline.training.pieces import Pieces
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A power-function average as it was after `images_seen` pictures."""
-
-    folder: Path
-    step: int
-    images_seen: int
-    sigma_rel: float
-
-
-def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
-    """Those up to a step (null: all), oldest first; raises InputError where there are none."""
-    found = []
-    for path in sorted((run / EMA_SNAPSHOTS).glob(f"step_*[0-9]/{RECORD}")):
-        about = json.loads(path.read_text())
-        found += [
-            Snapshot(path.parent, about["step"], about["images_seen"], sigma_rel)
-            for sigma_rel in about["sigma_rels"]
-        ]
-    if not found:
-        raise InputError(
-            f"{run / EMA_SNAPSHOTS}: no snapshots. Remedy: train with ema.sigma_rels=[0.05,0.1] and "
-            "ema.snapshot_images; a profile cannot be made after a run that kept none."
-        )
-    steps = sorted({s.step for s in found})
-    if step is not None and step not in steps:
-        raise InputError(f"--step: got {step}, expected one with a snapshot: {steps}")
-    return [s for s in found if step is None or s.step <= step]
-
-
-def inner_product(
-    t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray
-) -> np.ndarray:
-    """Integral of the product of two profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), tau < t.
-
-    EDM2 eq. 152 to 155.
-    """
-    ratio = np.minimum(t_a, t_b) / np.maximum(t_a, t_b)
-    exponent = np.where(t_a < t_b, gamma_b, gamma_a)
-    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
-    return scale * ratio**exponent / np.maximum(t_a, t_b)
-
-
-def coefficients(
-    times: np.ndarray, sigma_rels: np.ndarray, time: float, sigma_rel: float
-) -> np.ndarray:
-    """Weights, float64 and of sum 1, of averages (times, sigma_rels) that best make the wanted profile.
-
-    EDM2 algorithm 3, on profiles scaled to norm 1, which keeps the system well conditioned.
-    """
-    gammas = np.array([power_exponent(s) for s in sigma_rels])
-    t, g = np.asarray(times, np.float64), gammas
-    gram = inner_product(t[:, None], g[:, None], t[None, :], g[None, :])
-    goal = inner_product(t, g, np.asarray(time), np.asarray(power_exponent(sigma_rel)))
-    norm = np.sqrt(np.diag(gram))
-    scaled = np.linalg.lstsq(gram / np.outer(norm, norm), goal / norm, rcond=1e-12)[0]
-    weights = scaled / norm
-    return weights / weights.sum()
-
-
-def reconstruct(snapshots: list[Snapshot], sigma_rel: float) -> dict[str, torch.Tensor]:
-    """The weights of that width at the last snapshot's time, summed in float64, returned in fp32."""
-    for folder in {s.folder: None for s in snapshots}:
-        if found := faults(folder):
-            raise InputError(found[0])
-    times = np.array([s.images_seen for s in snapshots], np.float64)
-    widths = np.array([s.sigma_rel for s in snapshots])
-    shares = coefficients(times, widths, times[-1], sigma_rel)
-    sums: dict[str, torch.Tensor] = {}
-    for snapshot, share in track(
-        list(zip(snapshots, shares.tolist(), strict=True)), "snapshots", transient=True
-    ):
-        stored = Pieces(snapshot.folder)
-        for name in stored.shapes:
-            part = stored.whole(power_name(snapshot.sigma_rel), name).double() * share
-            sums[name] = sums[name].add_(part) if name in sums else part
-    return {name: value.float() for name, value in sums.items()}
 
 
 def main(
     run: RunFolder,
     sigma_rel: Annotated[float, typer.Option(help="width as a share of the training time")],
     step: Annotated[int | None, typer.Option(help="of a snapshot; the newest")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be made")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Make the power-function EMA of any width from a run's snapshots."""
+    from pipeline.training.checkpoint import save_weights
+    from pipeline.training.power_ema import read_snapshots, reconstruct
+
     load_run_config(run)
     power_exponent(sigma_rel)
     snapshots = read_snapshots(run, step)

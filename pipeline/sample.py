@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from PIL import Image
 
 from models.command import run_command
 from models.config import InputError, parse_config
-from pipeline import distributed
 from pipeline.arguments import (
     BatchSize,
     DryRun,
@@ -26,11 +24,7 @@ from pipeline.arguments import (
     takes,
 )
 from pipeline.config import load_run_config
-from pipeline.inference.grid import grid, read_picture
-from pipeline.inference.painter import Request, draw_files, drawer, largest_bucket
 from pipeline.objectives.config import SamplerConfig
-from pipeline.objectives.objective import Objective
-from pipeline.runs.trained import Trained, open_trained
 
 
 def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, SamplerConfig]:
@@ -50,21 +44,6 @@ def read_recipe(picture: Path) -> dict[str, Any]:
             return json.loads(image.info["flowmill"])
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
-
-
-def make_folder(folder: Path, overwrite: bool) -> None:
-    """A folder for pictures; raises InputError on every rank if it holds anything, unless our pictures may go."""
-    old = sorted(folder.glob("*")) if distributed.is_main() else []
-    if distributed.gather_objects(bool(old))[0] and not overwrite:
-        raise InputError(
-            f"{folder}: holds pictures already. Remedy: --output FOLDER, or --overwrite."
-        )
-    if distributed.is_main():
-        for path in old:
-            if re.fullmatch(r"\d{5}_.*\.png", path.name):
-                path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
 
 
 @dataclass(frozen=True)
@@ -124,39 +103,17 @@ def cells_of(options: Options, saved: SamplerConfig) -> list[Cell]:
     return [Cell(prompt, i, *v) for i, prompt in enumerate(rows) for v in variants.items()]
 
 
-def draw_cells(
-    trained: Trained,
-    cells: list[Cell],
-    size: tuple[int, int],
-    folder: Path,
-    options: Options,
-    device: torch.device,
-) -> None:
-    """One PNG per cell, drawn by all ranks, and grid.png of all. Collective."""
-    requests = [
-        Request(folder / f"{i:05d}_{_slug(c.prompt)}.png", c.prompt, c.place, size, c.sampler)
-        for i, c in enumerate(cells)
-    ]
-    objective = Objective(trained.config.objective)
-    draw = drawer(trained.encoders(device), trained.network(device), objective)
-    draw_files(requests, draw, trained.facts, options.batch_size)
-    distributed.barrier()
-    if distributed.is_main():
-        across = 5 if options.images_per_prompt == 1 else options.images_per_prompt
-        if options.columns:
-            across = len({cell.label for cell in cells})
-        pictures = torch.stack([read_picture(request.path) for request in requests])
-        labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-        grid(pictures, labels, columns=across).save(folder / "grid.png")
-        distributed.say(f"{folder / 'grid.png'}: all {len(pictures)}")
-
-
 @takes(Options)
 def main(options: Options) -> None:
     """Draw pictures from prompts with a run's newest checkpoint, EMA weights by default.
 
     Under torchrun every rank draws its share.
     """
+    from pipeline import distributed
+    from pipeline.inference.painter import Request, largest_bucket
+    from pipeline.inference.sheet import draw_sheet, make_folder
+    from pipeline.runs.trained import open_trained
+
     config = load_run_config(options.run)
     device = distributed.join(config.engine.timeout_s)
     if options.like is not None:
@@ -172,7 +129,15 @@ def main(options: Options) -> None:
     distributed.say(f"{what}: {json.dumps(settings)}")
     if not options.dry_run:
         make_folder(folder, options.overwrite)
-        draw_cells(trained, cells, size, folder, options, device)
+        requests = [
+            Request(folder / f"{i:05d}_{_slug(c.prompt)}.png", c.prompt, c.place, size, c.sampler)
+            for i, c in enumerate(cells)
+        ]
+        labels = [f"{cell.prompt} {cell.label}" for cell in cells]
+        across = 5 if options.images_per_prompt == 1 else options.images_per_prompt
+        if options.columns:
+            across = len({cell.label for cell in cells})
+        draw_sheet(trained, requests, labels, across, options.batch_size, device)
     distributed.stop()
 
 

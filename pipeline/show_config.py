@@ -11,10 +11,15 @@ from rich.table import Table
 
 from models.command import read_yaml, run_command
 from models.config import Config, InputError, differences, parse_config
-from pipeline.cli import CONFIGS
 from pipeline.config import RESULTS, TrainConfig, dump_config
 from pipeline.objectives.config import PRESETS
 
+# Stage -> a key that its configs have and those of the stages after it lack, and the class.
+CONFIGS = {
+    "train": ("training", "pipeline.config:TrainConfig"),
+    "prepare": ("vae", "data_prep.config:PrepareConfig"),
+    "fit-vae": ("sources", "data_prep.config:FitVaeConfig"),
+}
 Action = Literal["show", "diff", "schema"]
 
 

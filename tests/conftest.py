@@ -21,7 +21,8 @@ def ray_address() -> Iterator[str]:
     """One embedded Ray for all tests; its address, for drivers in processes of their own."""
     import ray
 
-    from data_prep.workers import RayConfig, connect
+    from data_prep.config import RayConfig
+    from data_prep.workers import connect
 
     connect(RayConfig(num_cpus=4))
     yield ray.get_runtime_context().gcs_address

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from models.command import load_config
-from pipeline import train
+from pipeline import loop
 from pipeline.config import TrainConfig
 from pipeline.data.loader import Loader
 from pipeline.training import checkpoint, clock, forward
@@ -52,7 +52,7 @@ ITEMS = {key: forgetting(key) for key in ("ema", "exp_avg", "exp_avg_sq", "step"
 
 def run(folder: Path, name: str) -> None:
     config = load_config(TrainConfig, write_config(folder, name), ["checkpoint.keep=9"])
-    for _ in train.steps(config):
+    for _ in loop.steps(config):
         pass
 
 

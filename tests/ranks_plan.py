@@ -10,7 +10,7 @@ import torch
 from models.conditions import Conditions
 from models.networks import DiTConfig, build_model
 from pipeline import distributed
-from pipeline.plan import num_small
+from pipeline.runs.planning import num_small
 from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.engine import build_engine

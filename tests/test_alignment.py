@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from data_prep.config import PrepareConfig
 from data_prep.encode import EncoderSettings, ShardEncoder
-from data_prep.prepare import prepare
+from data_prep.preparation import prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.verify import verify
 from models.command import load_config

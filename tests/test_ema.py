@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from models.config import InputError
-from pipeline.make_ema import (
+from pipeline.training.checkpoint import load_weights, store_snapshots
+from pipeline.training.config import EMAConfig, power_exponent
+from pipeline.training.ema import AdamWithEMA, ema_decays
+from pipeline.training.pieces import Pieces
+from pipeline.training.power_ema import (
     coefficients,
     inner_product,
     read_snapshots,
     reconstruct,
 )
-from pipeline.training.checkpoint import load_weights, store_snapshots
-from pipeline.training.config import EMAConfig, power_exponent
-from pipeline.training.ema import AdamWithEMA, ema_decays
-from pipeline.training.pieces import Pieces
 from tests import train_factory
 
 

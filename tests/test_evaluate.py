@@ -20,7 +20,9 @@ from models.config import InputError
 from models.networks import build_model
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
-from pipeline.evaluate import Options, evaluate, main
+from pipeline.evaluate import main
+from pipeline.evaluation.config import Options
+from pipeline.evaluation.measure import evaluate
 from pipeline.evaluation.metrics import (
     ClipNetwork,
     FeatureNetwork,

@@ -22,10 +22,12 @@ from safetensors.torch import load_file
 from data_prep.schema import TextRecord
 from models.config import InputError, parse_config
 from models.networks import build_model
-from pipeline import evaluate
 from pipeline.config import TrainConfig
 from pipeline.evaluation import subjects
-from pipeline.export import export, main, network_source, save_network, whole_source
+from pipeline.evaluation.config import Options
+from pipeline.evaluation.measure import evaluate
+from pipeline.export import main
+from pipeline.inference.exported import export, network_source, save_network, whole_source
 from pipeline.inference.grid import read_picture
 from pipeline.inference.painter import Painter, largest_bucket
 from pipeline.objectives.config import SamplerConfig
@@ -344,7 +346,7 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     """Its held-out error is the network's own, and its code is run only when that is asked for."""
     trained, folder = make_trained(trained_run, "dit"), exported["dit"]
     torch.jit.script(Convolutions()).save(str(tmp_path / "fixed.pt"))
-    options = evaluate.Options(
+    options = Options(
         folder,
         features=[f"fixed={tmp_path / 'fixed.pt'}"],
         num_pictures=3,
@@ -358,7 +360,7 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
         subjects.pipeline_subject(folder, [], False, CPU)
     overrides = ["sampler.num_steps=2", "sampler.guidance_scale=1.5"]
     subject = subjects.pipeline_subject(folder, overrides, True, CPU)
-    name, (errors, fixed) = evaluate.evaluate(subject, None, options, CPU)
+    name, (errors, fixed) = evaluate(subject, None, options, CPU)
     about = fixed.measured_with
     assert "fd_fixed" in fixed.figures
     assert (about["num_pictures"], about["num_reference"]) == (3, 4)
@@ -367,7 +369,7 @@ def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trai
     assert len(list((tmp_path / name / "pictures").glob("*.png"))) == 3
     run = subjects.run_subject(trained, overrides, CPU)
     options = replace(options, output=tmp_path / "run")
-    own_name, (own, drawn) = evaluate.evaluate(run, trained, options, CPU)
+    own_name, (own, drawn) = evaluate(run, trained, options, CPU)
     assert own.figures == pytest.approx(errors.figures, rel=1e-5)
     for path in (tmp_path / name / "pictures").glob("*.png"):  # the very pictures of the run
         ours = read_picture(tmp_path / "run" / own_name / "pictures" / path.name).int()

@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 
-from data_prep import fit_vae
-from data_prep.fit_vae import FitVaeConfig, heldout_psnr, name_hash, psnr, read_pictures
+from data_prep import fitting
+from data_prep.config import FitVaeConfig
+from data_prep.fitting import heldout_psnr, name_hash, psnr, read_pictures
 from models.command import load_config
 from models.config import InputError, parse_config
 from models.files import temporary_for
@@ -77,7 +78,7 @@ def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result
 ):
     config = tiny_config(tmp_path)
     heldout = read_pictures(config, "shapes")[1]
-    fit_vae.run(config)
+    fitting.run(config)
     codec = LatentCodec.load(config.output)
     fitted = heldout_psnr(codec, heldout)
     assert (
@@ -99,7 +100,7 @@ def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result
 
 def test_latents_of_the_fitted_pictures_have_mean_0_and_std_1(tmp_path, shapes):
     config = tiny_config(tmp_path, steps=10)
-    fit_vae.run(config)
+    fitting.run(config)
     codec, pictures = LatentCodec.load(config.output), read_pictures(config, "shapes")[0]
     moments = codec.encode_moments(pictures)
     noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(1))
@@ -113,8 +114,8 @@ def test_a_run_that_was_killed_resumes_and_ends_with_the_same_weights(
     tmp_path, shapes, monkeypatch
 ):
     config = tiny_config(tmp_path, steps=12, checkpoint_minutes=0)
-    fit_vae.run(config.model_copy(update={"output": tmp_path / "whole"}))
-    save, saves = fit_vae.save_checkpoint, []
+    fitting.run(config.model_copy(update={"output": tmp_path / "whole"}))
+    save, saves = fitting.save_checkpoint, []
 
     def die_while_saving_the_seventh(state, path):
         saves.append(state["step"])
@@ -123,58 +124,58 @@ def test_a_run_that_was_killed_resumes_and_ends_with_the_same_weights(
             raise KeyboardInterrupt
         save(state, path)
 
-    monkeypatch.setattr(fit_vae, "save_checkpoint", die_while_saving_the_seventh)
+    monkeypatch.setattr(fitting, "save_checkpoint", die_while_saving_the_seventh)
     with pytest.raises(KeyboardInterrupt):
-        fit_vae.run(config)
+        fitting.run(config)
     assert not config.output.exists()
-    fit_vae.run(config)
+    fitting.run(config)
     assert saves == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10, 11, 12]
     assert weights_sha256(config.output) == weights_sha256(tmp_path / "whole")
 
 
 def test_a_run_by_the_clock_trains_and_ends(tmp_path, shapes):
     config = tiny_config(tmp_path, steps=None, minutes=0.01)
-    vae, before = fit_vae.build(config), fit_vae.build(config)
+    vae, before = fitting.build(config), fitting.build(config)
     start = time.monotonic()
-    fit_vae.fit(vae, [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work")
+    fitting.fit(vae, [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work")
     assert time.monotonic() - start >= 0.6
     assert not torch.equal(vae.encoder.conv_in.weight, before.encoder.conv_in.weight)
 
 
 def test_the_learning_rate_warms_up_over_a_fiftieth_of_the_run_and_falls_to_zero(tmp_path):
     config = tiny_config(tmp_path, lr=1.0)
-    assert fit_vae.learning_rate(config, 0.0) == 0.01
-    assert fit_vae.learning_rate(config, 0.01) == pytest.approx(0.51)
-    assert fit_vae.learning_rate(config, 0.02) > 0.99
-    assert fit_vae.learning_rate(config, 0.5) == pytest.approx(0.5)
-    assert fit_vae.learning_rate(config, 1.0) == 0
+    assert fitting.learning_rate(config, 0.0) == 0.01
+    assert fitting.learning_rate(config, 0.01) == pytest.approx(0.51)
+    assert fitting.learning_rate(config, 0.02) > 0.99
+    assert fitting.learning_rate(config, 0.5) == pytest.approx(0.5)
+    assert fitting.learning_rate(config, 1.0) == 0
 
 
 def test_every_source_gives_an_equal_part_of_the_batches(tmp_path):
     sources = [torch.full((n, 3, 4, 4), v, dtype=torch.uint8) for n, v in ((3, 0), (300, 255))]
     config = tiny_config(tmp_path, batch_size=1000, resolution=4)
-    pixels, noise = fit_vae.draw_batch(sources, 0, config)
+    pixels, noise = fitting.draw_batch(sources, 0, config)
     share = (pixels[:, 0, 0, 0] > 0).float().mean()
     assert abs(share - 0.5) < 0.08  # 5 standard deviations of 1,000 draws
     assert noise.shape == (1000, 4, 2, 2)
-    again, other = (fit_vae.draw_batch(sources, step, config)[0] for step in (0, 1))
+    again, other = (fitting.draw_batch(sources, step, config)[0] for step in (0, 1))
     assert torch.equal(pixels, again)
     assert not torch.equal(pixels, other)
 
 
 def test_a_begun_run_is_not_continued_with_another_config(tmp_path, shapes):
     config = tiny_config(tmp_path, steps=2, checkpoint_minutes=0)
-    fit_vae.fit(
-        fit_vae.build(config), [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work"
+    fitting.fit(
+        fitting.build(config), [read_pictures(config, "shapes")[0]], config, tmp_path / "vae.work"
     )
     with pytest.raises(InputError, match="begun with another config"):
-        fit_vae.run(tiny_config(tmp_path, steps=2, checkpoint_minutes=0, lr=1e-4))
+        fitting.run(tiny_config(tmp_path, steps=2, checkpoint_minutes=0, lr=1e-4))
 
 
 def test_an_output_that_exists_is_never_overwritten(tmp_path, shapes):
     (tmp_path / "vae").mkdir()
     with pytest.raises(InputError, match="vae: exists"):
-        fit_vae.run(tiny_config(tmp_path))
+        fitting.run(tiny_config(tmp_path))
     assert not list((tmp_path / "vae").iterdir())
 
 
@@ -252,7 +253,7 @@ def test_damaged_pictures_are_counted_by_reason(tmp_path, shapes, capsys):
 def test_a_source_without_pictures_ends_with_a_message_about_it(tmp_path, shapes, spoil, message):
     spoil(shapes)
     with pytest.raises(InputError, match=message):
-        fit_vae.run(tiny_config(tmp_path))
+        fitting.run(tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize(

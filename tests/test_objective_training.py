@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from models.command import load_config
 from models.layers import TimestepEmbedder
 from pipeline.config import TrainConfig
-from pipeline.train import train_all
+from pipeline.loop import train_all
 
 seen = []
 def record(module, args):

@@ -37,7 +37,8 @@ from data_prep.estimate import estimate
 from data_prep.images import decode
 from data_prep.output import is_complete, open_output
 from data_prep.plan import ShardSpec, shard_list
-from data_prep.prepare import main, prepare
+from data_prep.preparation import prepare
+from data_prep.prepare import main
 from data_prep.proof import proof_keys, read_proof
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from data_prep.prepare import PrepareConfig, prepare
+from data_prep.config import PrepareConfig
+from data_prep.preparation import prepare
 from data_prep.schema import read_manifest
 from data_prep.storage import find_files, open_root
 from data_prep.verify import verify

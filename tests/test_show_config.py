@@ -8,8 +8,7 @@ import yaml
 
 from models.command import read_yaml
 from models.config import InputError
-from pipeline.cli import CONFIGS
-from pipeline.show_config import json_schema, main, read_config
+from pipeline.show_config import CONFIGS, json_schema, main, read_config
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(p for p in CONFIG_FOLDER.glob("*.yaml") if p.name != "objectives.yaml")

@@ -238,7 +238,7 @@ from models.command import load_config
 from models.dit import DiT
 from pipeline.data.batch import Batch
 from pipeline.config import TrainConfig
-from pipeline.train import train_all
+from pipeline.loop import train_all
 
 told, batches = [], []
 forward, split = DiT.forward, Batch.split

@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from data_prep import workers
-from data_prep.workers import ATTEMPTS, LOST, Actors, RayConfig, Shares, Tasks, Worker, share_out
+from data_prep.config import RayConfig
+from data_prep.workers import ATTEMPTS, LOST, Actors, Shares, Tasks, Worker, share_out
 from tests.forked import alive, wait_until
 
 

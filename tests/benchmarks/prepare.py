@@ -123,7 +123,8 @@ def run_pool(files: list[Path], out: Path) -> None:
 
 
 def run_flowmill(folder: Path, out: Path, actors: int) -> dict[str, float]:
-    from data_prep.prepare import PrepareConfig, prepare
+    from data_prep.config import PrepareConfig
+    from data_prep.preparation import prepare
     from models.command import load_config
 
     config = write_config(

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.step [--batch 8] [--rounds 40] [--json FILE]
 
-Ours is `pipeline.train.steps`, the trainer's own loop: loader, noise, objective, engine, EMA, monitor. The
+Ours is `pipeline.loop.steps`, the trainer's own loop: loader, noise, objective, engine, EMA, monitor. The
 bare loops have the same network, AdamW and clipping on one fixed batch. All sides of a stage live in one
 process and take single steps in turn, so that the machine's other work meets them alike; figures are
 medians. What a log costs is measured at every tenth step and counted at every 50th, the default.
@@ -31,8 +31,8 @@ from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
+from pipeline.loop import steps
 from pipeline.objectives.objective import Objective
-from pipeline.train import steps
 from pipeline.training.engine import deepspeed_config, parameter_groups
 from pipeline.training.monitor import LossMeter
 from tests.shard_factory import Kind, make_dataset

@@ -1,0 +1,48 @@
+"""Pictures of many prompts in a folder, and a sheet of all of them."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from models.config import InputError
+from pipeline import distributed
+from pipeline.inference.grid import grid, read_picture
+from pipeline.inference.painter import Request, draw_files, drawer
+from pipeline.objectives.objective import Objective
+from pipeline.runs.trained import Trained
+
+
+def make_folder(folder: Path, overwrite: bool) -> None:
+    """A folder for pictures; raises InputError on every rank if it holds anything, unless our pictures may go."""
+    old = sorted(folder.glob("*")) if distributed.is_main() else []
+    if distributed.gather_objects(bool(old))[0] and not overwrite:
+        raise InputError(
+            f"{folder}: holds pictures already. Remedy: --output FOLDER, or --overwrite."
+        )
+    if distributed.is_main():
+        for path in old:
+            if re.fullmatch(r"\d{5}_.*\.png", path.name):
+                path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+
+
+def draw_sheet(
+    trained: Trained,
+    requests: list[Request],
+    labels: list[str],
+    columns: int,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """One PNG per request, drawn by all ranks, and grid.png of all beside them. Collective."""
+    objective = Objective(trained.config.objective)
+    draw = drawer(trained.encoders(device), trained.network(device), objective)
+    draw_files(requests, draw, trained.facts, batch_size)
+    distributed.barrier()
+    if distributed.is_main():
+        pictures = torch.stack([read_picture(request.path) for request in requests])
+        path = requests[0].path.with_name("grid.png")
+        grid(pictures, labels, columns).save(path)
+        distributed.say(f"{path}: all {len(pictures)}")

@@ -1,0 +1,42 @@
+"""The samples of one step's global batch: named, and decoded to one picture."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from models.vae import LatentCodec, sample_latents
+from pipeline.config import TrainConfig
+from pipeline.data.batch import Batch
+from pipeline.data.encoders import encoder_folder
+from pipeline.data.loader import Loader
+from pipeline.inference.grid import grid
+
+
+def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, console: Console) -> None:
+    """Print the samples of a step's global batch and save them, decoded, as one picture."""
+    batch: Batch = next(loader.batches(step))
+    mixture, codec = loader.era_at(step).mixture, loader.manifest.codec
+    ids = batch.sample_ids.numpy()
+    samples = [mixture.locate(number) for number in ids.tolist()]
+    captions = [sample.get("caption", "") for sample in samples]
+    table = Table(
+        title=f"step {step}, epoch {batch.epoch}, bucket {batch.bucket[0]}x{batch.bucket[1]}"
+    )
+    for name in ("place", "sample", "shard", "row", "caption"):
+        table.add_column(
+            name, justify="left" if name in ("shard", "caption") else "right", overflow="fold"
+        )
+    for place, (number, sample) in enumerate(zip(ids, samples, strict=True)):
+        where, row = sample["shard"], str(sample["row"])
+        table.add_row(str(place), str(number), where, row, captions[place])
+    console.print(table)
+    folder = encoder_folder(codec, config.encoders.vae, "vae")
+    network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
+    noise = torch.zeros(len(ids), codec.channels, *batch.moments.shape[-2:])
+    latents = sample_latents(batch.moments, noise, codec.normalisation)
+    pictures = torch.cat([network.decode(part) for part in latents.split(16)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(pictures, captions, columns=8).save(path)
+    console.print(f"wrote {path}")

@@ -1,0 +1,141 @@
+"""The training loop: one page, and how a command runs it."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from pipeline import distributed
+from pipeline.config import TrainConfig
+from pipeline.distributed import Exchange, own_device
+from pipeline.distributed.stop_signal import StopSignal
+from pipeline.distributed.watchdog import Watchdog
+from pipeline.inference.preview import Preview
+from pipeline.objectives.objective import Objective
+from pipeline.runs.setup import Run, check_run, fit_run
+from pipeline.runs.start import finished
+from pipeline.training import checkpoint
+from pipeline.training.clock import Clock
+from pipeline.training.forward import Forward
+from pipeline.training.monitor import Monitor
+from pipeline.training.rejection import Rejection
+
+
+def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
+    """One run, from where it stands to its end or a signal; yields each step's number."""
+    # --- what the run is made of: all that can fail fails here
+    config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
+    preview = Preview(run, objective)
+    engine, optimizer = run.build_engine()
+    dropout = config.training.caption_dropout
+    forward = Forward(engine, objective, run.loader, config.model, dropout, own_device())
+    rejection = Rejection(config, run.loader, engine, optimizer)
+    parts = {"clock": clock, "rejection": rejection, "preview": preview}
+    checkpoint.restore(run.folder, engine, optimizer, parts)
+    saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint)
+    run.record()
+    exchange = Exchange()
+    monitor = Monitor(config, clock, objective, run.loader, engine)
+    announce(run, clock, monitor)
+    if preview.due(clock):
+        preview.show(engine, optimizer, monitor, clock.step)
+    batches = run.loader.batches(clock.next_batch)
+    monitor.restart()
+
+    while not clock.finished:
+        # --- batch, noise, loss, step
+        batch = monitor.timed_next(batches)
+        draws = forward.draw(clock.step, batch.latent_size)
+        optimizer.prepare(clock.lr(), clock.ema_decays(), monitor.norms_if_due())
+        micro_batches, terms = batch.split(run.micro_batch), []
+        for micro_batch in micro_batches:
+            terms.append(forward(micro_batch, draws, clock.images_learned))
+            monitor.mark("forward")
+            engine.backward(terms[-1].total)
+            monitor.mark("backward")
+            if len(terms) == len(micro_batches):
+                rejection.judge(terms)
+            engine.step()
+            monitor.mark("optimizer")
+        accepted = rejection.settle(clock.step, batch, terms)
+        clock.advance(accepted)
+        monitor.count(batch, draws, terms, accepted)
+        watchdog.alive(clock.step)
+
+        # --- log, draw, save
+        stopping, writing = exchange.any(clock.step, stop.name is not None, saver.busy)
+        if not writing:
+            saver.finish()
+        if clock.log_due or stopping:
+            monitor.log(engine, optimizer, rejection.total)
+        with monitor.paused():
+            if preview.due(clock) and not stopping:
+                preview.show(engine, optimizer, monitor, clock.step)
+            if clock.snapshot_due:
+                checkpoint.store_snapshots(run.folder, config.ema, clock, engine, optimizer)
+            if clock.checkpoint_due or stopping:
+                saver.save(clock.step, engine, optimizer, {n: p.state() for n, p in parts.items()})
+        yield clock.step
+        if stopping:
+            break
+
+    monitor.close()
+    leave(run, clock, saver, stop)
+
+
+def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
+    """Say what begins or resumes."""
+    num_parameters = run.num_parameters
+    resumes = f"resuming at step {clock.step} of " if clock.step else ""
+    distributed.say(
+        f"{run.folder}: {run.config.model.kind}, {num_parameters / 1e6:.1f} M parameters, "
+        f"{run.loader.manifest.counts.kept:,} pictures, {resumes}{clock.num_steps} steps"
+    )
+    if not clock.step:
+        monitor.describe(num_parameters)
+
+
+def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> None:
+    """Wait for the last save and say how the run ended; exit 1 if not saved. Collective."""
+    run.loader.close()
+    saver.finish()
+    if saver.failed:
+        sys.exit(f"{run.folder}: step {clock.step} could not be saved")
+    if not clock.finished:
+        distributed.say(
+            f"stopped by {stop.name or 'a signal to another rank'} at step {clock.step}, saved; run again to resume"
+        )
+    elif clock.step == clock.start_step:
+        distributed.say(
+            f"{run.folder}: already at step {clock.step}; raise training.images to go on"
+        )
+
+
+def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
+    """Train one run; yields each step's number once all that belongs to the step is done."""
+    run = fit_run(config)
+    check_run(run, override)
+    engine = run.config.engine
+    distributed.start(engine.timeout_s)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
+    with StopSignal() as stop, Watchdog(engine.heartbeat_timeout_s, engine.timeout_s) as watchdog:
+        yield from train(run, stop, watchdog)
+        distributed.barrier()
+
+
+def train_all(configs: list[TrainConfig], override: bool = False) -> None:
+    """Train runs one after another, each from where it stands; a signal ends all of them."""
+    # What is wrong with a later stage is found before the first one begins.
+    for config in configs[1:]:
+        fit_run(config)
+    for config in configs:
+        if len(configs) > 1 and finished(config):
+            distributed.say(f"{config.run}: finished before")
+            continue
+        for _ in steps(config, override):
+            pass
+        if not finished(config):
+            break
+    distributed.stop()

@@ -6,6 +6,7 @@ import http.server
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -160,9 +161,8 @@ def test_the_cache_stays_within_its_bound_and_evicts_what_was_used_longest_ago(t
     remote = loader(server.url, tmp_path / "cache", bound / GIB, **options)
     expected = Loader(DataConfig(path=str(folder), **options), global_batch=8, seed=1)
     most = 0
-    for batch, other in zip(
-        itertools.islice(remote.batches(), 450), expected.batches(), strict=False
-    ):
+    pairs = zip(itertools.islice(remote.batches(), 450), expected.batches(), strict=False)
+    for batch, other in pairs:
         assert batch.micro.tolist() == other.micro.tolist()
         files = [p for p in (tmp_path / "cache").rglob("*") if p.suffix in SUFFIXES]
         most = max(most, sum(map(size_of, files)))
@@ -272,9 +272,7 @@ def test_a_full_disk_ends_with_the_name_of_the_shard(tmp_path, server):
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
-    assert "CacheFullError" in last
-    assert "train-000000.tar" in last
-    assert "No space left on device" in last
+    assert re.search(r"CacheFullError.*train-000000\.tar.*No space left on device", last)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +281,6 @@ def test_a_full_disk_ends_with_the_name_of_the_shard(tmp_path, server):
         ({"path": "s3://bucket/x"}, "is remote: give cache.path"),
         ({"path": "/x", "cache": {"path": "/c", "max_gib": 1}}, "cache has no effect"),
         ({"path": "/x", "datasets": {"a": {"path": "/a"}}}, "not both"),
-        ({"path": "/x", "prefech": 1}, "did you mean 'prefetch'"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused(section, message):

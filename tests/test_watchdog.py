@@ -14,18 +14,15 @@ pytestmark = pytest.mark.distributed
 Ranks = list[Forked]
 
 
-def launch(harm: str, where: int) -> Ranks:
-    """Two ranks by hand, so that nobody but the watchdog ends them; rank 0 holds the store."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    words = ("tests.ranks_watchdog", harm, str(where))
-    return [
-        train_factory.start(*words, merged=False, **address, RANK=str(rank)) for rank in range(2)
-    ]
-
-
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = launch(*request.param)
+    """Two ranks by hand, so that nobody but the watchdog ends them; rank 0 holds the store."""
+    harm, where = request.param
+    words = ("tests.ranks_watchdog", harm, str(where))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        train_factory.start(*words, merged=False, **address, RANK=str(rank)) for rank in range(2)
+    ]
     yield processes
     for process in processes:
         process.kill()

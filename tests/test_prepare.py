@@ -147,7 +147,6 @@ def killing(is_victim: Callable[[psutil.Process], object]) -> Iterator[set[int]]
                     if is_victim(process):
                         process.kill()
                         killed.add(process.pid)
-            time.sleep(0.005)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -359,12 +358,11 @@ def test_what_is_there_is_published_while_preparing_goes_on(reference, messy, ra
 def test_two_actors_one_of_them_killed_write_the_same_bytes_as_one(reference, messy, ray_address):
     dataset = messy.parent / "actor"
 
-    def is_an_actor_at_work(process: psutil.Process) -> bool:
-        return (
-            not killed and process.name().startswith("ray::ShardEncod") and bool(commits(dataset))
-        )
+    def is_the_first_at_work(process: psutil.Process) -> bool:
+        named = process.name().startswith("ray::ShardEncod")
+        return named and not killed and bool(commits(dataset))
 
-    with killing(is_an_actor_at_work) as killed:
+    with killing(is_the_first_at_work) as killed:
         run(messy, f"output={dataset}", "ray.num_actors=2", "ray.decoders_per_actor=2")
     assert killed
     assert dataset_bytes(dataset) == dataset_bytes(reference)

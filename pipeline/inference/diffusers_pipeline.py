@@ -134,7 +134,8 @@ class FlowmillPipeline(DiffusionPipeline):
         guidance = self.encode(prompts, size, noise.device)
         objective = Objective(ObjectiveConfig(**self.recipe["objective"]))
         calls = 2 * config.num_steps - 1 if config.name == "heun" else config.num_steps
-        with self.progress_bar(total=calls) as bar:
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=calls) as bar:
 
             def network(x_t, t, conditions):
                 bar.update()
@@ -178,7 +179,7 @@ class FlowmillPipeline(DiffusionPipeline):
 
     # --- the network, whatever its class
 
-    def predict(self, x_t, t, conditions):
+    def predict(self, x_t, t, conditions: Any):
         """The network's own prediction at t in [0, 1], fp32."""
         kind, dtype, time = type(self.network).__name__, self.network.dtype, 1000 * t
         text, mask, pooled, micro, label, _ = conditions
@@ -195,7 +196,8 @@ class FlowmillPipeline(DiffusionPipeline):
                 x_t, text, time, added_cond_kwargs=sizes, encoder_attention_mask=mask
             )
             return out.sample.float()
-        if kind == "SD3Transformer2DModel":  # takes no mask: each picture with its own words
+        if kind == "SD3Transformer2DModel":
+            # It takes no mask: each picture goes through with its own words.
             each = [
                 self.network(x_t[i, None], text[i, mask[i]][None], pooled[i, None], time[i, None])
                 for i in range(len(x_t))

@@ -1,4 +1,4 @@
-"""What each parameter is to the optimizer: whose matrix it is, whether it decays, its share of the LR."""
+"""The role of each parameter for the optimizer: hidden matrix or not, whether it decays, its share of the lr."""
 
 from typing import Any, NamedTuple
 
@@ -12,23 +12,17 @@ MODULATION = ("norm1.linear", "norm1_context.linear", "time_emb_proj")
 
 
 class Role(NamedTuple):
-    """hidden: a 2-D matrix between features inside a block, what Muon is for (Jordan 2024, 2502.16982).
-
-    lr_scale: 1 / fan_in of matrices whose fan_in grows with the width, relative to the base width's, for
-    Adam under muP (2203.03466, table 8); else 1.
-    """
-
     hidden: bool
+    """A 2-D matrix between features inside a block, what Muon is for (Jordan 2024, 2502.16982)."""
     decay: bool
     lr_scale: float
+    """For Adam under muP (2203.03466, table 8): the base width's fan_in over this one, of matrices; else 1."""
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """Role of each parameter by name; embeddings, modulation, vectors and the ends are not hidden."""
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    tables = ("table", "registers")  # 2-D, but rows of vectors
+    """Role of each parameter by name; embeddings, modulation, vectors and both ends are not hidden."""
+    modules = model.named_modules()
+    embeddings = {f"{name}.weight" for name, m in modules if isinstance(m, nn.Embedding)}
     base: dict[str, nn.Parameter] = {}
     config: Any = model.config
     if getattr(config, "mup_base_width", None):
@@ -36,12 +30,11 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
             base = dict(build_model(config.at_base_width()).named_parameters())
     roles = {}
     for name, parameter in model.named_parameters():
-        vectors = id(parameter) in embeddings or any(word in name for word in tables)
+        # Tables and registers have two dimensions, but each row is a vector.
+        vectors = name in embeddings or "table" in name or "registers" in name
         matrix = parameter.ndim >= 2 and not vectors
-        inside = "blocks." in name or "mid_block." in name
-        hidden = (
-            matrix and inside and parameter.ndim == 2 and not any(m in name for m in MODULATION)
-        )
+        features = ("blocks." in name or "mid_block." in name) and parameter.ndim == 2
+        hidden = matrix and features and not any(part in name for part in MODULATION)
         lr_scale = base[name].shape[1] / parameter.shape[1] if base and matrix else 1.0
         roles[name] = Role(hidden, matrix, lr_scale)
     return roles

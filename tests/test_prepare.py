@@ -372,8 +372,8 @@ def test_a_caption_that_kills_the_encoder_is_rejected_and_every_other_picture_is
     small, tmp_path, text_folder, ray_address, monkeypatch
 ):
     """A tokenizer whose pattern needs exponential time: on such a caption the library panics."""
-    # How often is tested with the scheduler; what is no picture's fault must not be blamed on one either.
-    monkeypatch.setattr(workers, "ATTEMPTS", 1)
+    # With one attempt, a shard that was in the same worker would be blamed as well.
+    monkeypatch.setattr(workers, "ATTEMPTS", 2)
     text = shutil.copytree(text_folder, tmp_path / "text")
     tokenizer = json.loads((text / "tokenizer.json").read_text())
     pattern = {"Regex": "poison(x+x+)+y"}

@@ -198,6 +198,7 @@ class FlowmillPipeline(DiffusionPipeline):
             return out.sample.float()
         if kind == "SD3Transformer2DModel":
             # It takes no mask: each picture goes through with its own words.
+            assert text is not None
             each = [
                 self.network(x_t[i, None], text[i, mask[i]][None], pooled[i, None], time[i, None])
                 for i in range(len(x_t))

@@ -22,7 +22,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="the table alone")] = False,
 ) -> None:
     """Show what the configured objective trains, against the presets."""
-    from pipeline.objectives.profile import draw, make_profile, print_table
+    from pipeline.objectives.profiles import draw, make_profile, print_table
 
     size = parse_size(latent_size, "--latent-size")
     section = read_yaml(config, overrides or []).get("objective", {})

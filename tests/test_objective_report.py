@@ -6,7 +6,7 @@ from PIL import Image
 
 from models.config import InputError, parse_config
 from pipeline.objectives.config import ObjectiveConfig
-from pipeline.objectives.profile import LIMITS, density, draw, make_panels, make_profile
+from pipeline.objectives.profiles import LIMITS, density, draw, make_panels, make_profile
 from pipeline.show_objective import main
 
 

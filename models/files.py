@@ -7,15 +7,14 @@ import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 
-def file_sha256(*files: Path | IO[bytes]) -> str:
-    """sha256 of the bytes of files, one after another; an open file is read from its beginning."""
+def file_sha256(*files: Any) -> str:
+    """sha256 of the bytes of files, one after another: paths, also on a store, or open files from their beginning."""
     digest = hashlib.sha256()
     for file in files:
-        is_open = isinstance(file, io.IOBase)  # any other is a path, on a store as well
-        with nullcontext(file) if is_open else file.open("rb") as opened:  # pyright: ignore[reportAttributeAccessIssue]
+        with nullcontext(file) if isinstance(file, io.IOBase) else file.open("rb") as opened:
             opened.seek(0)
             while block := opened.read(1 << 20):
                 digest.update(block)

@@ -23,6 +23,9 @@ from models.networks import NetworkConfig, RoutedConfig, Span, TransformerConfig
 PROJECTOR = "projector."
 """How the names of parameters begin that only training has."""
 
+RECOMPILE_LIMIT = 64
+"""Graphs of one class of blocks; 21 is the most that tests/test_compile.py has seen."""
+
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Latents = Float[Tensor, "B C h w"]
 Tokens = Float[Tensor, "B N D"]
@@ -445,6 +448,9 @@ class PatchTransformer(nn.Module):
 
 def compile_blocks(model: Any, fullgraph: bool = True, backend: Any = "inductor") -> None:
     """Compile each block: those alike share a graph, which takes minutes less than the whole network."""
+    # All blocks of a class count together: one graph per sort of block and of shape, with and without
+    # a mask. Past the limit, 8 unless set, a whole graph is an error and any other falls back to eager.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for block in model.blocks:
         block.compile(fullgraph=fullgraph, backend=backend)
 

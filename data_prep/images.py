@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Literal, Self
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from models.config import Config
@@ -17,6 +17,8 @@ Image.init()
 FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
 # Our own limit is checked on the header, before decoding.
 Image.MAX_IMAGE_PIXELS = None
+# Workflows and XMP in a PNG are often over Pillow's 1 MiB; the limits on bytes and memory are ours.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 # A JPEG is decoded at no less than this many times the size wanted.
 DRAFT_GAP = 2.0
 # Below this gap Pillow's box reduction before Lanczos becomes visible.

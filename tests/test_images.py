@@ -1,7 +1,9 @@
 """Pictures of every kind against what Pillow, or arithmetic, says they look like."""
 
 import io
+import struct
 import time
+import zlib
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,17 @@ def config(**options: Any) -> ImagesConfig:
 
 def decoded(data: bytes, bucket=(32, 32), **options) -> np.ndarray:
     return decode(data, bucket, config(**options)).pixels
+
+
+def png(rows: bytes, depth: int, colours: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of 32 equal lines of 32 pixels, with what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", 32, 32, depth, colours, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + rows) * 32)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    )
 
 
 def distance(a, b) -> float:
@@ -195,6 +208,22 @@ def test_a_broken_colour_profile_is_noted_and_the_picture_kept():
     picture = decode(encoded(image, icc_profile=b"no profile" * 20), (32, 32), config())
     np.testing.assert_array_equal(picture.pixels, image)
     assert "ICC profile ignored" in picture.notes[0]
+
+
+@pytest.mark.parametrize("mib", [0, 5, 70])
+@pytest.mark.parametrize("name", ["zTXt", "iTXt", "tEXt", "iCCP"])
+def test_what_is_no_picture_in_a_png_costs_no_picture_however_large_it_is(mib, name):
+    """ComfyUI's workflows, XMP and profiles of tables may be larger than their picture."""
+    text = b"x" * (1 + (mib << 20))
+    chunk = {
+        "zTXt": b"prompt\0\0" + zlib.compress(text),
+        "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(text),
+        "tEXt": b"prompt\0" + text[: 60 << 20],
+        "iCCP": b"icc\0\0" + zlib.compress(text),
+    }[name]
+    data = png(bytes([77] * 32), 8, 0, (name.encode(), chunk))
+    assert probe(data, config()) == (32, 32)
+    assert (decoded(data) == 77).all()
 
 
 def test_a_large_jpeg_decoded_small_looks_like_the_same_decoded_whole():

@@ -1,6 +1,8 @@
 """Held-out error, picture metrics against torchmetrics on the same files, and the whole command."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -30,7 +33,7 @@ from pipeline.evaluation.metrics import (
     compare,
     precision_recall,
 )
-from pipeline.evaluation.reference import FolderPictures, features_of
+from pipeline.evaluation.reference import FilePictures, features_of, find_pictures
 from pipeline.evaluation.subjects import run_subject
 from pipeline.inference.grid import read_picture
 from pipeline.inference.heldout import LOG_SNR, time_at, x0_errors
@@ -38,6 +41,7 @@ from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import open_trained
 from tests import prep_factory, train_factory
+from tests.prep_factory import encoded
 from tests.shard_factory import Kind, make_dataset
 from tests.test_text_encoder import CLIP, save_tokenizer
 
@@ -139,7 +143,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
 def measured(network_file: Path, sets: dict[str, Path], a: str, b: str) -> dict[str, float]:
     network = FeatureNetwork.load("inception", network_file, CPU)
     cache = sets[a].parent / "cache"
-    pictures = (FolderPictures(sets[name], None) for name in (a, b))
+    pictures = (FilePictures(name, find_pictures(sets[name])) for name in (a, b))
     return compare(*(features_of(network, p, 7, CPU, cache) for p in pictures), CPU)
 
 
@@ -186,19 +190,66 @@ def test_real_against_itself_is_nothing_against_its_like_little_and_against_nois
 
 
 def test_a_changed_picture_or_network_is_not_taken_from_the_cache(tmp_path, network_file, sets):
-    network = FeatureNetwork.load("inception", network_file, CPU)
-    folder, cache = tmp_path / "set", tmp_path / "cache"
-    folder.mkdir()
-    for i, path in enumerate(sorted(sets["real"].iterdir())[:3]):
-        (folder / f"{i}.png").write_bytes(path.read_bytes())
-    first = features_of(network, FolderPictures(folder, None), 2, CPU, cache)
-    (folder / "1.png").write_bytes((sets["noise"] / "000.png").read_bytes())
-    second = features_of(network, FolderPictures(folder, None), 2, CPU, cache)
+    network, cache = FeatureNetwork.load("inception", network_file, CPU), tmp_path / "cache"
+    for i, source in enumerate([*sorted(sets["real"].iterdir())[:3], sets["noise"] / "000.png"]):
+        (tmp_path / f"{i}.bmp").write_bytes(encoded(Image.open(source), "BMP"))
+    paths = [tmp_path / f"{i}.bmp" for i in range(3)]
+    first = features_of(network, FilePictures("", paths), 2, CPU, cache)
+    # Another picture of the same name, size and time.
+    before = paths[1].stat()
+    (tmp_path / "3.bmp").replace(paths[1])
+    os.utime(paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert paths[1].stat().st_size == before.st_size
+    second = features_of(network, FilePictures("", paths), 2, CPU, cache)
     assert torch.equal(first[[0, 2]], second[[0, 2]])
     assert not torch.equal(first[1], second[1])
     other = replace(network, sha256="other", module=nn.Flatten())
-    wide = features_of(other, FolderPictures(folder, (4, 4)), 2, CPU, cache)
+    wide = features_of(other, FilePictures("", paths, (4, 4)), 2, CPU, cache)
     assert wide.shape == (3, 48)
+
+
+def test_the_same_pictures_elsewhere_are_taken_from_the_cache(tmp_path, network_file, sets):
+    network, cache = FeatureNetwork.load("inception", network_file, CPU), tmp_path / "cache"
+    for folder in (sets["real"], Path(shutil.copytree(sets["real"], tmp_path / "moved"))):
+        features_of(network, FilePictures("", find_pictures(folder)), 7, CPU, cache)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_what_feeds_a_network_belongs_to_its_hash(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    hashes = [ClipNetwork(folder, CPU).sha256]
+    for name in ("preprocessor_config.json", "tokenizer_config.json", "model.safetensors"):
+        file = folder / name
+        if name.endswith(".json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0, 0, 0]}))
+        else:
+            save_file({n: t + 1 for n, t in load_file(file).items()}, file, {"format": "pt"})
+        hashes.append(ClipNetwork(folder, CPU).sha256)
+    assert len(set(hashes)) == 4
+
+
+def test_a_part_of_a_model_that_draws_otherwise_gives_it_another_hash(trained_run):
+    trained = open_trained(trained_run, "ema", None)
+    state, config, manifest = dict(trained.state), trained.config, trained.manifest
+    name = next(iter(state))
+    others = {
+        "weights": replace(trained, state=state | {name: state[name] + 1}),
+        "objective": replace(
+            trained,
+            config=config.model_copy(update={"objective": ObjectiveConfig(uniform_fraction=0.1)}),
+        ),
+        "codec": replace(
+            trained,
+            manifest=manifest.model_copy(
+                update={"codec": manifest.codec.model_copy(update={"weights_sha256": "0"})}
+            ),
+        ),
+    }
+    hashes = {name: other.model_sha256 for name, other in others.items()}
+    assert len({*hashes.values(), trained.model_sha256}) == 4
+    moved = manifest.codec.model_copy(update={"path": "elsewhere"})
+    same = replace(trained, manifest=manifest.model_copy(update={"codec": moved}), run=Path("copy"))
+    assert same.model_sha256 == trained.model_sha256
 
 
 def test_a_network_whose_features_depend_on_the_size_is_refused():
@@ -343,7 +394,8 @@ def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network
     torch.manual_seed(0)
     untrained = build_model(trained.config.model).state_dict()
     values = []
-    for subject in (replace(trained, state=untrained, step=0), trained):
+    # Both go by one name and step: what was drawn of the one must not stand for the other.
+    for subject in (replace(trained, state=untrained), trained):
         drawn = run_subject(subject, ["sampler.num_steps=8"], CPU)
         _, measurements = evaluate(drawn, subject, options, CPU)
         values.append({k: v for m in measurements for k, v in m.figures.items()})

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -340,6 +341,22 @@ def test_a_folder_that_exists_is_not_written_over(trained_run, tmp_path):
     with safe_open(tmp_path / "new" / "new.safetensors", "pt") as file:
         assert file.metadata()["flowmill.weights"] == "raw at step 120"
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+
+
+def test_any_changed_file_that_a_pipeline_reads_gives_it_another_hash(exported, tmp_path):
+    folder = Path(shutil.copytree(exported["pixart"], tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    hashes = [subjects.model_sha256(folder, index)]
+    read = ["network", "vae", "text_encoder", "tokenizer", "scheduler"]
+    for path in [
+        *(min((folder / part).glob("*.*")) for part in read),
+        folder / "flowmill_pipeline.py",
+    ]:
+        path.write_bytes(path.read_bytes() + b" ")
+        hashes.append(subjects.model_sha256(folder, index))
+    assert len(set(hashes)) == len(hashes) == 7
+    (folder / "README.md").write_text("another card")
+    assert subjects.model_sha256(folder, index) == hashes[-1]
 
 
 def test_an_exported_folder_is_evaluated_as_the_run_that_it_is_of(exported, trained_run, tmp_path):

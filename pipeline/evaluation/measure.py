@@ -18,7 +18,13 @@ from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from pipeline.evaluation.config import Options
 from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
-from pipeline.evaluation.reference import DatasetPictures, FolderPictures, features_of, share
+from pipeline.evaluation.reference import (
+    DatasetPictures,
+    FilePictures,
+    features_of,
+    find_pictures,
+    share,
+)
 from pipeline.evaluation.subjects import Subject, open_exported
 from pipeline.inference.heldout import LOG_SNR, x0_errors
 from pipeline.inference.painter import Request, draw_files, largest_bucket
@@ -65,7 +71,7 @@ def draw_missing(
     prompts: list[str],
     sizes: list[tuple[int, int]],
     batch_size: int,
-) -> FolderPictures:
+) -> FilePictures:
     """One picture per prompt under `folder`, those drawn before left as they are. Collective."""
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +85,7 @@ def draw_missing(
     if missing:
         draw_files(missing, subject.make_draw(), subject.about, batch_size)
     distributed.barrier()
-    return FolderPictures(folder, None)
+    return FilePictures(str(folder), [request.path for request in every])
 
 
 def show(measurements: list[Measurement]) -> None:
@@ -116,7 +122,7 @@ def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> 
 
 def open_reference(
     options: Options, trained: Trained | None, loader: Loader | None, device: torch.device
-) -> tuple[DatasetPictures | FolderPictures, list[str], list[tuple[int, int]]]:
+) -> tuple[DatasetPictures | FilePictures, list[str], list[tuple[int, int]]]:
     """The real pictures, and prompt and size of every picture to draw; raises InputError."""
     vae = trained.config.encoders.vae if trained else None
     size = parse_size(options.size) if options.size else None
@@ -128,7 +134,8 @@ def open_reference(
         samples = DatasetPictures(loader, options.split, options.num_reference, vae, device)
     reference = samples
     if options.reference is not None and options.dataset is None:
-        reference = FolderPictures(options.reference, size, options.num_reference)
+        paths = find_pictures(options.reference)[: options.num_reference]
+        reference = FilePictures(str(options.reference), paths, size)
     if reference is None or (samples is None and not prompts) or size is None:
         raise InputError(
             "got too little to draw. Remedy: --reference with a prepared dataset, or with a folder of pictures "

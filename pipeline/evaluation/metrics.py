@@ -16,6 +16,7 @@ import transformers
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256
 from models.weights import brief, read_model_config, weights_sha256
@@ -64,6 +65,12 @@ class Transformer(nn.Module):
         return self.of_images(pixel_values=pixels.to(images.device)).pooler_output
 
 
+def folder_sha256(path: Path) -> str:
+    """Hash of a network's weights and of the settings beside them, which say how pictures and texts are fed to it."""
+    settings = {file.name: file_sha256(file) for file in path.glob("*.json")}
+    return fingerprint({"weights": weights_sha256(path), **settings})
+
+
 @dataclass(frozen=True)
 class FeatureNetwork:
     """A frozen network under the name that its figures go by; "inception" makes FID of the distance."""
@@ -76,7 +83,7 @@ class FeatureNetwork:
     def load(cls, name: str, path: Path, device: torch.device) -> "FeatureNetwork":
         """A TorchScript file or a transformers folder; raises InputError."""
         if path.is_dir():
-            return cls(name, Transformer(path, device), weights_sha256(path))
+            return cls(name, Transformer(path, device), folder_sha256(path))
         if not path.is_file():
             raise InputError(
                 f"--features {name}: {path}: no such file or folder, expected a TorchScript file or a transformers "
@@ -187,7 +194,7 @@ class ClipNetwork:
         except (OSError, ValueError) as error:
             raise InputError(f"--clip {path}: cannot load it: {brief(error)}") from error
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
-        self.name, self.sha256 = path.name, weights_sha256(path)
+        self.name, self.sha256 = path.name, folder_sha256(path)
 
     @torch.inference_mode()
     def cosines(

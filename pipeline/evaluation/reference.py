@@ -3,6 +3,7 @@
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from data_prep.schema import fingerprint
 from models.config import InputError
-from models.files import write_whole
+from models.files import file_sha256, write_whole
 from models.vae import LatentCodec, sample_latents
 from pipeline import distributed
 from pipeline.data.datasets import Mixture
@@ -40,20 +41,25 @@ class Pictures(Protocol):
         ...
 
 
-class FolderPictures:
-    """Every picture under a folder in the order of their names; cut to `size` (height, width) about the middle if given."""
+def find_pictures(folder: Path) -> list[Path]:
+    """Every picture under a folder in the order of their names; raises InputError where there is none."""
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder}: got no picture, expected {', '.join(SUFFIXES)} files")
+    return paths
 
-    def __init__(self, folder: Path, size: tuple[int, int] | None, limit: int | None = None):
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise InputError(f"{folder}: got no picture, expected {', '.join(SUFFIXES)} files")
-        self.paths, self.size = paths[:limit], size
-        self.name = f"{folder}"
+
+@dataclass(frozen=True)
+class FilePictures:
+    """Pictures in files; cut to `size` (height, width) about the middle if given."""
+
+    name: str
+    paths: list[Path]
+    size: tuple[int, int] | None = None
 
     @property
     def identity(self) -> Any:
-        stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths]
-        return [self.size, stats]
+        return [self.size, [file_sha256(path) for path in self.paths]]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -92,11 +98,11 @@ class DatasetPictures:
         ]
         self.samples = every[:limit]
         paths = ", ".join(d.source.path for d in self.mixture.datasets)
-        self.name = f"{paths}: {split}, decoded"
+        self.name, self.split = f"{paths}: {split}, decoded", split
 
     @property
     def identity(self) -> Any:
-        return [self.mixture.identities(), self.name, len(self.samples)]
+        return [self.mixture.identities(), self.split, len(self.samples)]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -154,9 +160,13 @@ def features_of(
     network: FeatureNetwork, pictures: Pictures, batch_size: int, device: torch.device, cache: Path
 ) -> Tensor:
     """Features (n, D) of all pictures, in order, each rank computing its share, or as cached. Collective."""
-    key = fingerprint({"pictures": pictures.identity, "network": network.sha256})
-    path = cache / f"{network.name}_{key[:16]}.safetensors"
-    if distributed.gather_objects(path.is_file())[0]:
+    found: tuple[Path, bool] | None = None
+    if distributed.is_main():
+        key = fingerprint({"pictures": pictures.identity, "network": network.sha256})
+        path = cache / f"{network.name}_{key[:16]}.safetensors"
+        found = path, path.is_file()
+    path, cached = distributed.gather_objects(found)[0]
+    if cached:
         return load_file(path)["features"]
     begin, end = share(len(pictures))
     mine = network.features(pictures.read(begin, end), batch_size, device)

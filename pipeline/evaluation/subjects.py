@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from data_prep.schema import MANIFEST, read_manifest
+from data_prep.schema import MANIFEST, fingerprint, read_manifest
 from models.config import InputError, parse_config
+from models.files import file_sha256
 from models.weights import brief
-from pipeline.arguments import (
-    parse_sampler,
-)
+from pipeline import distributed
+from pipeline.arguments import parse_sampler
 from pipeline.config import TrainConfig
 from pipeline.data.config import DataConfig
 from pipeline.data.randomness import make_generator
@@ -81,12 +81,26 @@ def pipeline_subject(
         pipeline.set_progress_bar_config(disable=True)
         return partial(draw_stock if recipe is None else draw_exported, pipeline)
 
-    about, saved = {"pipeline": str(folder)}, SamplerConfig()
+    about, saved = (
+        {"pipeline": str(folder), "model_sha256": model_sha256(folder, index)},
+        SamplerConfig(),
+    )
     if recipe is None:
         about["scheduler"] = str(index["scheduler"][1])
     else:
         saved = parse_config(SamplerConfig, recipe["sampler"], f"{folder}: recipe.sampler")
     return Subject(folder, "pipeline", about, parse_sampler(saved, overrides), make_draw)
+
+
+def model_sha256(folder: Path, index: dict[str, Any]) -> str:
+    """Hash of all that decides what a pipeline draws: its components' files and its code. Collective."""
+    found = None
+    if distributed.is_main():
+        parts = [folder / name for name, entry in index.items() if isinstance(entry, list)]
+        files = [path for part in parts for path in part.rglob("*") if path.is_file()]
+        files += [folder / "model_index.json", *folder.glob("*.py")]
+        found = fingerprint({str(path.relative_to(folder)): file_sha256(path) for path in files})
+    return distributed.gather_objects(found)[0]
 
 
 def draw_stock(pipeline: Any, requests: list[Request]) -> torch.Tensor:

@@ -12,7 +12,6 @@ The network is of diffusers' own class where one computes the same, else of flow
 
 import ast
 import datetime
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -37,7 +36,7 @@ from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
 from pipeline.objectives.timesteps import FluxShift, Shift
-from pipeline.runs.trained import Trained
+from pipeline.runs.trained import Trained, tensors_sha256
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
 MAX_SHARD = "5GB"
@@ -211,9 +210,6 @@ def save_network(
 def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
     """All weights in one file under our names; modelspec (Stability AI, 1.0.0), the config and the data in it."""
     weights = {k: v.to(dtype).contiguous() for k, v in sorted(trained.state.items())}
-    digest = hashlib.sha256()
-    for tensor in weights.values():  # one dtype, so the file's order is that of the names
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
     height, width = largest_bucket(trained.manifest)
     data = trained.manifest.model_dump(
         mode="json", include={"codec", "text", "counts", "fingerprint"}
@@ -230,7 +226,8 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
             "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "modelspec.resolution": f"{width}x{height}",
             "modelspec.prediction_type": config.objective.prediction,
-            "modelspec.hash_sha256": f"0x{digest.hexdigest()}",
+            # All are of one dtype, so the order in the file is that of the names.
+            "modelspec.hash_sha256": f"0x{tensors_sha256(weights)}",
             "flowmill.config": json.dumps(config.model_dump(mode="json")),
             "flowmill.data": json.dumps(data),
             "flowmill.weights": f"{trained.weights} at step {trained.step}",

@@ -1,13 +1,15 @@
 """A run at one checkpoint, for sampling, evaluation and export."""
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_prep.schema import Manifest, read_manifest
+from data_prep.schema import Manifest, fingerprint, read_manifest
 from models.layers import PROJECTOR
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.encoders import Encoders, load_encoders
@@ -26,9 +28,25 @@ class Trained:
     state: dict[str, Tensor]
     step: int
 
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of all that decides what is drawn of a prompt: weights, network, objective, codec, text encoders."""
+        return fingerprint(
+            {
+                "weights": tensors_sha256(self.state),
+                "network": self.config.model.model_dump(mode="json", exclude={"init_from"}),
+                "objective": self.config.objective.model_dump(mode="json"),
+                "codec": self.manifest.codec.model_dump(mode="json", exclude={"path"}),
+                "text": self.manifest.text.model_dump(
+                    mode="json", exclude={"roles": {"__all__": {"path"}}}
+                ),
+            }
+        )
+
     @property
     def facts(self) -> dict[str, Any]:
-        return {"run": str(self.run), "step": self.step, "weights": self.weights}
+        made_by = {"run": str(self.run), "step": self.step, "weights": self.weights}
+        return made_by | {"model_sha256": self.model_sha256}
 
     def network(self, device: torch.device) -> nn.Module:
         return network_for_sampling(self.config, self.state, device)
@@ -36,6 +54,14 @@ class Trained:
     def encoders(self, device: torch.device) -> Encoders:
         folders = self.config.encoders
         return load_encoders(self.manifest, folders.vae, folders.text, device)
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """sha256 of the tensors' bytes in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def open_trained(run: Path, weights: str, step: int | None) -> Trained:

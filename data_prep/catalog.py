@@ -21,6 +21,7 @@ from data_prep.images import ImagesConfig, Rejected
 from data_prep.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
+from data_prep.text import encodable
 from models.config import Config
 
 CATALOG_SCHEMA = pa.schema(
@@ -158,10 +159,12 @@ class _Scan:
             "offset": item.offset,
             "length": item.length,
             "captions": [],
-            "metadata": json.dumps(item.metadata) if item.metadata else "",
+            "metadata": encodable(json.dumps(item.metadata, ensure_ascii=False))
+            if item.metadata
+            else "",
             "label": item.label,
             "reason": item.reason,
-            "detail": item.detail,
+            "detail": encodable(item.detail),
         }
         if item.reason:
             return row, None

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, model_validator
 
+from data_prep.text import encodable
 from models.config import Config
 
 PICTURE_EXTENSIONS = ("avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
@@ -41,7 +42,7 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, encodable(detail)
 
 
 class ImagesConfig(Config):

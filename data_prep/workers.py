@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from data_prep.config import RayConfig
+from data_prep.text import encodable
 from models.config import InputError
 
 # Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
@@ -196,6 +197,9 @@ def _answers(function: Callable[..., Any], items: list[Item]) -> Iterator[Any]:
     for item in items:
         try:
             answer = function(*item)
+        except InputError as error:
+            # Ray's message to the driver must be UTF-8, or the worker dies of it.
+            raise InputError(encodable(str(error))) from None
         except Exception:
             raise
         except BaseException:  # noqa: BLE001

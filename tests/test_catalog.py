@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -58,11 +59,16 @@ def catalog(rows) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA)
 
 
+@cache
+def probes() -> DecodePool:
+    return DecodePool(IMAGES, 1)
+
+
 def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) -> list[dict]:
     """The catalog's rows of a source, read as one partition."""
-    entries, pool = list(source.entries("s")), DecodePool(IMAGES, 1)
+    entries = list(source.entries("s"))
     settings = ScanSettings(work, [], IMAGES, captions, filters)
-    count = scan_partition(settings, "part", source, entries, pool)
+    count = scan_partition(settings, "part", source, entries, probes())
     (part,) = (work / "catalog").iterdir()
     rows = pq.read_table(part).to_pylist()
     part.unlink()

@@ -3,7 +3,6 @@
 import base64
 import binascii
 import csv
-import json
 import os
 import posixpath
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from data_prep.images import Rejected
 from data_prep.sources.source import Entry, Item, Source
 from data_prep.sources.walk import extension_of, is_utf8
 from data_prep.storage import is_remote, local_copy, size_of
+from data_prep.text import encodable, parse_json
 from models.config import InputError
 
 TABLES = ("csv", "jsonl", "parquet")
@@ -88,7 +88,7 @@ def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:
         if name is not None and name not in found:
             raise InputError(
                 f"sources.{entry.source}.{option}: {entry.path} has no column {name!r}, "
-                f"got {', '.join(found)}"
+                f"got {encodable(', '.join(found))}"
             )
 
 
@@ -149,8 +149,8 @@ def _jsonl_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, parse_constant=lambda _: None)  # NaN is no JSON
-            except (ValueError, RecursionError) as error:
+                row = parse_json(line)
+            except ValueError as error:
                 yield Rejected("broken_json", f"line {number}: {str(error)[:200]}")
                 continue
             yield row if isinstance(row, dict) else Rejected("broken_json", f"line {number}")

@@ -1,6 +1,5 @@
 """Tars of pictures, grouped by key, as img2dataset and WebDataset write them."""
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source, Weight
 from data_prep.sources.walk import extension_of, is_utf8, readable, stem_of
 from data_prep.storage import local_copy, patient
+from data_prep.text import parse_json
 
 # Bytes of a tar's block.
 BLOCK = 512
@@ -140,11 +140,7 @@ def _read_member(file: Any, offset: int, length: int) -> bytes:
 def _parse_json(data: bytes) -> dict[str, Any]:
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError(f"over {MAX_TEXT_BYTES} bytes")
-    try:
-        # NaN is no JSON.
-        facts = json.loads(data, parse_constant=lambda _: None)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    facts = parse_json(data)
     if not isinstance(facts, dict):
         raise ValueError(f"got {type(facts).__name__}, expected an object")
     return facts

@@ -35,7 +35,9 @@ def walk_folder(root: str) -> Iterator[Walk]:
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                walk.rejected.append((prefix, "folder_already_listed", os.path.realpath(folder)))
+                walk.rejected.append(
+                    (prefix, "folder_already_listed", readable(os.path.realpath(folder)))
+                )
                 names = []
             else:
                 seen.add((status.st_dev, status.st_ino))
@@ -70,12 +72,16 @@ def _look_at(walk: Walk, folders: list[tuple[str, str]], name: str, path: str) -
 def _walk_remote(root: str) -> Iterator[Walk]:
     """One listing of all objects, put into the order in which a local folder is walked."""
     filesystem, top = filesystem_of(root)
-    folders = defaultdict[str, list[tuple[str, str, int]]](list)
+    folders, broken = defaultdict[str, list[tuple[str, str, int]]](list), Walk()
     for path, info in patient(lambda: filesystem.find(top, detail=True)).items():
         name = path[len(top.rstrip("/")) + 1 :]
-        folders[os.path.dirname(name)].append((name, f"{root}/{name}", info["size"] or 0))
+        if is_utf8(name):
+            folders[os.path.dirname(name)].append((name, f"{root}/{name}", info["size"] or 0))
+        else:
+            broken.rejected.append((readable(name), "name_not_utf8", ""))
     for folder in sorted(folders, key=lambda folder: folder.split("/") if folder else []):
         yield Walk(files=sorted(folders[folder]))
+    yield broken
 
 
 def extension_of(name: str) -> str:

@@ -1,0 +1,131 @@
+"""Text from outside that is no Unicode, at every place where one enters: nothing ends a preparation."""
+
+import json
+import os
+import random
+
+import pytest
+
+from data_prep.config import PrepareConfig
+from data_prep.images import Rejected
+from data_prep.scan import list_sources
+from data_prep.shards import write_text
+from data_prep.sources.folder import FolderSource
+from data_prep.sources.table import TableSource
+from data_prep.sources.tars import TarSource
+from data_prep.storage import open_root
+from data_prep.text import MAX_DEPTH, encodable, parse_json
+from data_prep.workers import _answers
+from models.config import InputError
+from tests.prep_factory import encoded, pixels, tar_bytes
+from tests.test_catalog import scanned
+from tests.test_sources import items, reasons
+
+PICTURES = [encoded(pixels(i)) for i in range(4)]
+# Bytes of other encodings, and texts that UTF-8 cannot hold.
+NASTY_BYTES = [b"caf\xe9", b"\xff\xfe\xfd", "\ud83d".encode("utf-8", "surrogatepass"), b"a\0b"]
+NASTY_TEXTS = ["cut \ud83d", "\udc00\ud800", "nul\0", "\udce9", "fine é"]
+
+
+def table(path, **options) -> TableSource:
+    return TableSource(kind="table", path=str(path), **options)
+
+
+def stored(rows):
+    """The metadata of rows, which shards and tables can hold with all the rest that the rows say."""
+    for row in rows:
+        text = json.dumps({n: row[n] for n in ("name", "detail", "captions")}, ensure_ascii=False)
+        (text + row["metadata"]).encode()
+    return [json.loads(row["metadata"] or "{}") for row in rows]
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_a_text_of_json_that_is_no_unicode_is_replaced_and_its_picture_taken(tmp_path, text):
+    facts = {"title": text, text: {"deep": [text]}}
+    members = [("a.png", PICTURES[0]), ("a.txt", b"x"), ("a.json", json.dumps(facts).encode())]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    rows = {"image": "p.png", "caption": "x", **facts}
+    (tmp_path / "p.png").write_bytes(PICTURES[1])
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows))
+    good = encodable(text)
+    (row,) = rows = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path)))
+    assert row["reason"] is None
+    assert stored(rows) == [{"title": good, good: {"deep": [good]}}]
+    (row,) = rows = scanned(tmp_path, table(tmp_path))
+    assert row["reason"] is None
+    assert stored(rows)[0]["title"] == good
+
+
+@pytest.mark.parametrize("bad", NASTY_BYTES)
+def test_bytes_of_another_encoding_cost_no_more_than_their_row(tmp_path, bad):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(PICTURES[i])
+    lines = [b"image,caption,by " + bad, b"0.png,x," + bad, b"1.png," + bad + b",x", b"2.png,x,y"]
+    lines += [bad + b".png,x,y"]
+    (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
+    rows = scanned(tmp_path, table(tmp_path))
+    facts = stored(rows)
+    assert len(rows) == 4
+    assert facts[0][encodable("by " + bad.decode(errors="surrogateescape"))]
+    assert [row["reason"] is None for row in rows] == [True, b"\0" in bad, True, False]
+    with pytest.raises(InputError, match="has no column 'jpg'") as caught:
+        items(table(tmp_path, image="jpg"))
+    str(caught.value).encode()
+
+
+def test_names_of_files_and_members_are_rejects_that_a_table_can_hold(tmp_path):
+    folder = tmp_path / "p"
+    for name in (b"caf\xe9.png", b"dir\xe9/a.png", b"ok.png"):
+        path = os.path.join(os.fsencode(folder), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(PICTURES[0])
+    for link in ("l1", "l2"):
+        os.symlink(os.path.join(os.fsencode(folder), b"dir\xe9"), os.fsencode(folder / link))
+    source = {"s": {"kind": "folder", "path": str(folder)}}
+    config = PrepareConfig.model_validate({"sources": source, "vae": {"path": "v"}, "output": "o"})
+    listing = {row["name"]: row for row in list_sources(config).to_pylist()}
+    assert {n: row["reason"] for n, row in listing.items()} == {
+        "ok.png": None,
+        r"caf\udce9.png": "name_not_utf8",
+        r"dir\udce9": "name_not_utf8",
+        "l1/a.png": None,
+        "l2/": "folder_already_listed",
+    }
+    assert listing["l2/"]["detail"].endswith(r"dir\udce9")
+    members = [(os.fsdecode(b"caf\xe9.png"), PICTURES[0]), ("a.png", PICTURES[1])]
+    (tmp_path / "0.tar").write_bytes(tar_bytes([*members, ("a.txt", b"x")]))
+    rows = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path / "0.tar")))
+    stored(rows)
+    assert [row["reason"] for row in rows] == ["name_not_utf8", None]
+
+
+def test_a_name_on_a_store_that_is_no_unicode_is_a_reject():
+    store = open_root("memory://foreign", "here")
+    for name in ("a.png", "b/caf\udce9.png"):
+        write_text(store / name, "x")
+    found = items(FolderSource(kind="folder", path=str(store)))
+    assert reasons(found) == {r"b/caf\udce9.png": "name_not_utf8"}
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_reasons_and_messages_can_travel_and_be_stored(text):
+    Rejected("reason", text).detail.encode()
+
+    def refuse():
+        raise InputError(f"has no column {text}")
+
+    with pytest.raises(InputError) as caught:
+        list(_answers(refuse, [()]))
+    str(caught.value).encode()
+    assert caught.value.__suppress_context__
+
+
+def test_json_nested_deeper_than_others_can_read_again_is_none():
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        deep = random.Random(0).randint(MAX_DEPTH + 2, 400)
+        for levels in (deep, 980, 100_000):
+            with pytest.raises(ValueError, match="nested too deep"):
+                parse_json(opening * levels + "1" + closing * levels)
+        parse_json(opening * MAX_DEPTH + "1" + closing * MAX_DEPTH)

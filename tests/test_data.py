@@ -162,12 +162,23 @@ def test_text_is_cut_and_padded_as_the_config_says(tmp_path):
         assert full.text_mask.any(dim=0).all()  # no column without a token
 
 
-def test_the_heldout_batch_is_fixed_and_of_the_heldout_split(tmp_path):
+@pytest.mark.parametrize("size", [1, 3, 8, 14, 15, 99])
+def test_heldout_samples_are_fixed_and_of_all_buckets_by_their_share(tmp_path, size):
     folder = make_dataset(tmp_path, [(SQUARE, 40)], heldout=[(SQUARE, 5), (WIDE, 7), (WIDE, 3)])
-    batches = [Loader(config(folder), global_batch=8, seed=s).heldout_batch(8) for s in (1, 2)]
-    assert numbers(batches[0]) == numbers(batches[1]) == list(range(45, 53))
+    found = [Loader(config(folder), global_batch=8, seed=s).heldout_batches(size) for s in (1, 2)]
+    shares = {batch.bucket: numbers(batch) for batch in found[0]}
+    assert shares == {batch.bucket: numbers(batch) for batch in found[1]}
+    sizes = {SQUARE: 5, WIDE: 10}
+    every = torch.cat([batch.indices for batch in found[0]])
+    assert every.tolist() == list(range(min(size, 15)))
+    for bucket, count in sizes.items():
+        mine = shares.get(bucket, [])
+        assert abs(len(mine) - count * len(every) / 15) < 1
+        assert set(mine) <= set(range(40, 45) if bucket == SQUARE else range(45, 55))
     trained = take(Loader(config(folder), global_batch=8, seed=1), 20)
     assert {n for batch in trained for n in numbers(batch)} == set(range(40))
+    nothing = make_dataset(tmp_path / "nothing", [(SQUARE, 4)])
+    assert Loader(config(nothing), global_batch=4, seed=0).heldout_batches(size) == []
 
 
 @pytest.mark.parametrize(

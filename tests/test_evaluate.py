@@ -61,7 +61,7 @@ def loader(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_network_that_implies_x0_of_zero_errs_by_the_latents_power_at_every_level(loader, preset):
     objective = Objective(ObjectiveConfig.model_validate({"preset": preset}))
-    batch, codec = loader.heldout_batch(60), loader.manifest.codec
+    (batch,), codec = loader.heldout_batches(60), loader.manifest.codec
 
     def network(x_t, t, conditions):
         _, sigma = objective.alpha_sigma(t)
@@ -88,7 +88,7 @@ def test_the_levels_are_where_they_say(preset):
 
 def test_any_cut_of_the_heldout_batch_gives_the_same_errors(loader):
     objective = Objective(ObjectiveConfig())
-    batch, codec = loader.heldout_batch(6), loader.manifest.codec
+    (batch,), codec = loader.heldout_batches(6), loader.manifest.codec
     network = lambda x_t, t, given: torch.tanh(x_t) * given.micro[:, :1, None, None]  # noqa: E731
     whole = x0_errors(network, objective, codec, batch.rows(2, 5), rounds=2)
     parts = [

@@ -80,11 +80,14 @@ class Batch:
         """Samples begin..end, as views."""
         return self._map(lambda t: t[begin:end])
 
+    def parts(self, size: int) -> list["Batch"]:
+        """Batches of `size` samples in order, the last one perhaps smaller, as views."""
+        return [self.rows(start, start + size) for start in range(0, len(self.indices), size)]
+
     def split(self, micro_batch: int) -> list["Batch"]:
         """Equal micro-batches in order, as views."""
         assert len(self.indices) % micro_batch == 0
-        starts = range(0, len(self.indices), micro_batch)
-        return [self.rows(start, start + micro_batch) for start in starts]
+        return self.parts(micro_batch)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; the copy from a pinned buffer does not block."""

@@ -24,9 +24,9 @@ from data_prep.schema import Manifest
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DataConfig, is_remote
-from pipeline.data.datasets import Mixture, read_dataset
+from pipeline.data.datasets import Bucket, Mixture, read_dataset
 from pipeline.data.eras import Eras
-from pipeline.data.order import Order, Plan, Window, choose_partitions
+from pipeline.data.order import Order, Part, Plan, Window, choose_partitions
 from pipeline.data.shards import Rows, ShardStore, Skipped
 
 log = logging.getLogger(__name__)
@@ -239,22 +239,31 @@ class Loader:
                 )
                 era, readers = latest, {}
 
-    def heldout_batch(self, size: int) -> Batch | None:
-        """The same `size` held-out samples of the largest bucket at each call, or all it has.
+    def heldout_batches(self, size: int) -> list[Batch]:
+        """The same `size` held-out samples at each call, or all there are, a batch per bucket.
 
-        None where the dataset holds nothing out.
+        Every bucket of every dataset gives its share; none are there where nothing is held out.
         """
-        mixture, store = self.first.mixture, self.first.store
-        buckets = mixture.buckets(heldout=True)
-        if not buckets:
-            return None
-        bucket = max(buckets, key=lambda key: (sum(p.total for p in buckets[key]), key))
-        rows: list[Rows] = []
-        for number in np.concatenate([part.shards for part in buckets[bucket]]).tolist():
-            if sum(map(len, rows)) < size:
-                rows.append(store.rows(number, np.arange(int(mixture.sizes[number]))))
-        joined = Rows.join(rows)[:size]
-        return self.first.assemble(joined, bucket, torch.arange(len(joined)), 0, 0)
+        buckets = self.first.mixture.buckets(heldout=True)
+        parts = [(bucket, part) for bucket, found in buckets.items() for part in found]
+        ends = np.cumsum([0, *(part.total for _, part in parts)])
+        shares = np.diff(ends * min(size, int(ends[-1])) // max(1, int(ends[-1])))
+        rows: dict[Bucket, list[Rows]] = {}
+        for (bucket, part), share in zip(parts, shares.tolist(), strict=True):
+            rows.setdefault(bucket, []).extend(self._first_rows(part, share))
+        batches, count = list[Batch](), 0
+        for bucket, found in rows.items():
+            if found:
+                indices = torch.arange(count, count := count + sum(map(len, found)))
+                batches.append(self.first.assemble(Rows.join(found), bucket, indices, 0, 0))
+        return batches
+
+    def _first_rows(self, part: Part, count: int) -> Iterator[Rows]:
+        """The first `count` samples of a part's shards."""
+        for number, size in zip(part.shards.tolist(), part.sizes.tolist(), strict=True):
+            if count > 0:
+                yield self.first.store.rows(number, np.arange(min(size, count)))
+                count -= size
 
     def close(self) -> None:
         """Stop reading ahead; a caller that still waits for a batch gets a RuntimeError."""

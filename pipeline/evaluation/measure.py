@@ -45,24 +45,25 @@ def measure_heldout(
     trained: Trained, loader: Loader, options: Options, device: torch.device
 ) -> Measurement | None:
     """The x0 error of held-out samples at each level; None where the dataset holds nothing out. Collective."""
-    batch = loader.heldout_batch(options.heldout)
-    if batch is None:
+    batches = loader.heldout_batches(options.heldout)
+    count = sum(len(batch.indices) for batch in batches)
+    if not count:
         distributed.say("held-out error: left out, for the dataset holds nothing out")
         return None
     network, objective = trained.network(device), Objective(trained.config.objective)
-    begin, end = share(len(batch.indices))
     sums = torch.zeros(len(LOG_SNR), dtype=torch.float64)
-    for first in range(begin, end, options.batch_size):
-        part = batch.rows(first, min(first + options.batch_size, end)).to(device)
-        errors = x0_errors(network, objective, loader.manifest.codec, part, ROUNDS)
-        sums += errors.double().sum(1).cpu()
-    means = sum(distributed.gather_objects(sums), torch.zeros_like(sums)) / len(batch.indices)
+    for batch in batches:
+        for part in batch.rows(*share(len(batch.indices))).parts(options.batch_size):
+            errors = x0_errors(network, objective, loader.manifest.codec, part.to(device), ROUNDS)
+            sums += errors.double().sum(1).cpu()
+    means = sum(distributed.gather_objects(sums), torch.zeros_like(sums)) / count
     figures = {
         f"x0_error_at_log_snr_{level:+d}": mean
         for level, mean in zip(LOG_SNR, means.tolist(), strict=True)
     }
-    about = {"num_pictures": len(batch.indices), "noise": f"{ROUNDS} draws each"}
-    return Measurement(figures, trained.facts | about | {"reference": "held-out latents"})
+    about = {"num_pictures": count, "noise": f"{ROUNDS} draws each"}
+    about |= {"reference": "held-out latents", "sizes": len(batches)}
+    return Measurement(figures, trained.facts | about)
 
 
 def draw_missing(

@@ -71,14 +71,19 @@ def x0_errors(
 
 
 def by_noise_level(
-    network: Network, objective: Objective, codec: CodecRecord, batch: Batch, micro_batch: int
+    network: Network,
+    objective: Objective,
+    codec: CodecRecord,
+    batches: list[Batch],
+    micro_batch: int,
 ) -> dict[str, float]:
-    """Means over the batch at t = (i + 0.5) / 8, and over those: what training logs of its held-out samples."""
+    """Means over the samples at t = (i + 0.5) / 8, and over those: what training logs of its held-out samples."""
     times = [(level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS)]
-    parts = []
-    for begin in range(0, len(batch.indices), micro_batch):
-        rows = batch.rows(begin, begin + micro_batch)
-        parts.append(torch.stack(terms_at(network, objective, codec, rows, times)))
+    parts = [
+        torch.stack(terms_at(network, objective, codec, rows, times))
+        for batch in batches
+        for rows in batch.parts(micro_batch)
+    ]
     means = torch.cat(parts, dim=2).mean(2).tolist()  # (2, levels)
     values = {}
     for kind, levels in zip(("loss", "x0_mse"), means, strict=True):

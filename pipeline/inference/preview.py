@@ -32,9 +32,9 @@ class Preview:
             encoders = load_encoders(self.manifest, folders.vae, folders.text, self.device)
             self.painter = Painter(encoders, config.monitor.prompts, config.model.num_classes)
         samples = config.monitor.heldout_samples
-        heldout = run.loader.heldout_batch(samples) if samples else None
-        self.heldout = None if heldout is None else heldout.to(self.device)
-        self.wanted = bool(config.monitor.prompts) or heldout is not None
+        heldout = run.loader.heldout_batches(samples) if samples else []
+        self.heldout = [batch.to(self.device) for batch in heldout]
+        self.wanted = bool(config.monitor.prompts or heldout)
         self.last_step: int | None = None
 
     def due(self, clock: Clock) -> bool:
@@ -49,12 +49,12 @@ class Preview:
     def show(self, engine: Any, optimizer: WithEMA, monitor: Monitor, step: int) -> None:
         """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: rank 0 works."""
         self.last_step = step
-        for which in ("ema", "raw") if self.heldout is not None else ("ema",):
+        for which in ("ema", "raw") if self.heldout else ("ema",):
             weights = full_weights(engine, optimizer, which)
             if not distributed.is_main():
                 continue
             network = network_for_sampling(self.run.config, weights, self.device)
-            if self.heldout is not None:
+            if self.heldout:
                 values = by_noise_level(
                     network,
                     self.objective,

@@ -49,17 +49,17 @@ ROUNDS = 4  # draws of noise for each held-out sample and level
 def measure(run: Path, weights: str = "ema") -> list[float]:
     """Held-out x0 error of a run's newest checkpoint at each of LOG_SNR."""
     fitted = fit_run(load_run_config(run))
-    batch = fitted.loader.heldout_batch(HELD_OUT)
-    if batch is None:
+    batches = fitted.loader.heldout_batches(HELD_OUT)
+    if not batches:
         raise InputError(
             f"{run}: its dataset holds nothing out. Remedy: prepare with heldout_fraction=0.05"
         )
     state, _ = load_weights(run, weights)  # pyright: ignore[reportArgumentType]
     network = network_for_sampling(fitted.config, state, torch.device("cpu"))
     objective, codec = Objective(fitted.config.objective), fitted.loader.manifest.codec
-    errors = x0_errors(network, objective, codec, batch, ROUNDS)
+    errors = [x0_errors(network, objective, codec, batch, ROUNDS) for batch in batches]
     fitted.loader.close()
-    return errors.mean(1).tolist()
+    return torch.cat(errors, 1).mean(1).tolist()
 
 
 def train(config: Path, run: Path, overrides: Iterable[str]) -> None:

@@ -12,12 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 # Not objectives, which wants a dataset and hours.
-BENCHMARKS = ("loader", "order", "prepare", "plan_scale", "scaling", "model", "step")
+BENCHMARKS = ("loader", "order", "decode", "prepare", "plan_scale", "scaling", "model", "step")
 # Peer -> how the figures that compare with it begin; those of "over" are times of ours over theirs.
 PEERS = {
     "webdataset": "x_webdataset_",
     "webdataset, tuned": "x_tuned_webdataset_",
     "megatron-energon": "x_energon_",
+    "datasets": "x_datasets_",
+    "LitData": "x_litdata_",
+    "simplejpeg": "x_simplejpeg_",
+    "PyTurboJPEG": "x_pyturbojpeg_",
     "shuffled copy": "of_shuffled_memcpy_",
     "memory copy": "of_memcpy_",
     "bare loop": "marginal_ratio_",

@@ -1,8 +1,9 @@
-"""flowmill's loader, plain and tuned webdataset, and the memory copy: the same arrays, from page cache.
+"""flowmill's loader, its peers, and the memory copy: the same arrays, from page cache.
 
 One process, one thread, batches of 64, every side in turn; medians of the rounds' rates and ratios.
 Plain webdataset and flowmill read the very same files, which webdataset's own TarWriter wrote with its
-defaults. The tuned pipeline gets what helps it: USTAR tars and a decoder without np.load.
+defaults. The tuned pipeline gets what helps it: USTAR tars and a decoder without np.load. megatron-energon,
+datasets (streaming) and LitData take part where they are installed.
 """
 
 import contextlib
@@ -135,6 +136,47 @@ def energon(folder: Path, names: list[str]) -> Side:
     return side
 
 
+def streamed_datasets(urls: list[str], names: list[str]) -> Side:
+    """Hugging Face's datasets, streaming the tars; raises ImportError where it is not installed."""
+    from datasets import load_dataset
+
+    features = [name.removesuffix(".npy") + ".npy" for name in names]
+    data: Any = load_dataset(
+        "webdataset", data_files={"train": urls}, split="train", streaming=True
+    )
+    data = data.select_columns(features)
+
+    def side() -> int:
+        batches = itertools.islice(data.iter(BATCH), SLOW_SAMPLES // BATCH)
+        stacked = ([np.stack(batch[name]) for name in features] for batch in batches)
+        return sum(len(arrays[0]) for arrays in stacked)
+
+    return side
+
+
+def lit_data(folder: Path, kind: Kind, shards: int, size: int) -> Side:
+    """LitData on chunks of its own making, shuffled; raises ImportError where it is not installed."""
+    from litdata.streaming import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    out = folder / "litdata"
+    out.mkdir()
+    writer = BinaryWriter(str(out), chunk_bytes="64MB")
+    for number in range(shards * size):
+        arrays = kind.sample(number, BUCKET)
+        writer.add_item(number, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    writer.done()
+    writer.merge()
+    data = StreamingDataset(str(out), shuffle=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=0)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def side() -> int:
+        return sum(len(next(batches)["moments"]) for _ in range(SLOW_SAMPLES // BATCH))
+
+    return side
+
+
 def flowmill(folder: Path, prefetch: int, samples: int) -> Side:
     """Shuffled, as in training, with the default windows and partitions; an epoch per round."""
     config = DataConfig(path=str(folder), prefetch=prefetch)
@@ -251,8 +293,14 @@ def build(folder: Path, case: str) -> dict[str, Side]:
         "memory copy": memory_copy(tars[default], sample_bytes),
         "memory copy, shuffled": shuffled_copy(tars[default], kind),
     }
-    with contextlib.suppress(ImportError):
-        sides["megatron-energon"] = energon(ustar, names)
+    peers: dict[str, Callable[[], Side]] = {
+        "megatron-energon": lambda: energon(ustar, names),
+        "datasets, streaming": lambda: streamed_datasets([str(p) for p in tars[ustar]], names),
+        "LitData": lambda: lit_data(folder, kind, shards, size),
+    }
+    for name, peer in peers.items():
+        with contextlib.suppress(ImportError):
+            sides[name] = peer()
     return sides
 
 
@@ -273,6 +321,8 @@ def report(
     console.print(table)
     keys = {
         f"x_energon_{case}": "megatron-energon",
+        f"x_datasets_{case}": "datasets, streaming",
+        f"x_litdata_{case}": "LitData",
         f"x_webdataset_{case}": "webdataset",
         f"x_tuned_webdataset_{case}": "webdataset, tuned",
         f"of_memcpy_{case}": "memory copy",

@@ -3,7 +3,10 @@
 import json
 import os
 import random
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.config import PrepareConfig
@@ -129,3 +132,80 @@ def test_json_nested_deeper_than_others_can_read_again_is_none():
             with pytest.raises(ValueError, match="nested too deep"):
                 parse_json(opening * levels + "1" + closing * levels)
         parse_json(opening * MAX_DEPTH + "1" + closing * MAX_DEPTH)
+
+
+def odd_arrays() -> dict[str, pa.Array]:
+    """Three values of every type that Parquet holds, at and over what Python's types hold."""
+    most = pa.array([2**62 + 1, -(2**62), 0], pa.int64())
+    few = pa.array([2**31 - 1, -(2**31), 0], pa.int32())
+    broken = pa.array([b"caf\xe9", b"\xed\xa0\x80", b"fine"])
+    text = pa.StringArray.from_buffers(3, *broken.buffers()[1:])
+    big = [Decimal(9 * 10**37), Decimal(-1), None]
+    offsets = pa.array([0, 1, 2, 3], pa.int32())
+    arrays = [
+        few.view(pa.date32()),
+        few.view(pa.time32("s")),
+        *(most.view(pa.time64(unit)) for unit in ("us", "ns")),
+        *(most.view(pa.timestamp(unit)) for unit in ("ms", "us", "ns")),
+        *(most.view(pa.timestamp("us", zone)) for zone in ("UTC", "Mars/Base", "+99:99")),
+        *(most.view(pa.duration(unit)) for unit in ("s", "ns")),
+        pa.array([2**64 - 1, 0, None], pa.uint64()),
+        pa.array([float("nan"), float("-inf"), 1.5]),
+        pa.array([float("nan"), float("inf"), 1.5], pa.float16()),
+        pa.array(big, pa.decimal128(38)),
+        pa.array(big, pa.decimal256(76, 30)),
+        pa.array([True, False, None]),
+        pa.nulls(3),
+        broken,
+        pa.array([b"abc", b"\xff\xfe\xfd", None], pa.binary(3)),
+        text,
+        text.cast(pa.large_string(), safe=False),
+        pa.ListArray.from_arrays(offsets, text),
+        pa.FixedSizeListArray.from_arrays(text, 1),
+        pa.StructArray.from_arrays([text, few.view(pa.date32())], ["bytes", "path"]),
+        pa.MapArray.from_arrays(offsets, pa.array(["a", "b", "c"]), text),
+        pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), text),
+        pa.array([b"0" * 16] * 3, pa.uuid()),
+        pa.array([[1.0], [], None]),
+    ]
+    return {f"{number} {array.type}": array for number, array in enumerate(arrays)}
+
+
+ODD = odd_arrays()
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_value_of_any_type_in_a_table_costs_its_row_at_most(tmp_path, kind):
+    """Beside the columns that are used nothing, as one of them its row; whatever it is, no exception."""
+    columns = {"image": PICTURES[:3], "caption": list("abc"), "label": [0, 1, 2], "odd": ODD[kind]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    found = items(table(tmp_path, label="label"))
+    assert [(item.reason, item.label) for item in found] == [(None, 0), (None, 1), (None, 2)]
+    for role in ({"image": "odd"}, {"captions": {"odd": 1}}, {"label": "odd"}):
+        rows = scanned(tmp_path, table(tmp_path, **role))
+        stored(rows)
+        assert len(rows) == 3
+        assert all(row["reason"] or row["captions"] for row in rows)
+        if "label" in role:
+            good = pa.types.is_integer(ODD[kind].type)
+            assert [row["label"] for row in rows] == [None, 0 if good else None, None]
+
+
+def test_a_damaged_column_costs_what_needs_it(tmp_path):
+    """Bytes within pages of a column are overwritten, row group by row group."""
+    size, rng = 4, random.Random(0)
+    columns = {"image": [p + bytes(1000) for p in PICTURES] * 3, "caption": list("abcd") * 3}
+    columns["more"] = ["".join(rng.choices("xyz", k=900)) for _ in range(12)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=size, compression="snappy")
+    whole, footer = path.read_bytes(), pq.read_metadata(path)
+    for group in range(3):
+        for place, name in enumerate(columns):
+            chunk = footer.row_group(group).column(place)
+            begin = chunk.dictionary_page_offset or chunk.data_page_offset
+            data = bytearray(whole)
+            data[begin : begin + 24] = bytes(24)
+            path.write_bytes(data)
+            found = [item.reason for item in items(table(tmp_path))]
+            bad = range(group * size, group * size + size) if name != "more" else ()
+            assert found == ["broken_table" if i in bad else None for i in range(12)], name

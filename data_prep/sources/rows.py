@@ -7,6 +7,7 @@ import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,8 @@ TABLES = ("csv", "jsonl", "parquet")
 ROWS_AT_ONCE = 64
 # Bytes of a line of CSV and JSONL: a picture in base64.
 MAX_LINE_BYTES = 128 << 20
+# What is raised for a value of Arrow's that Python cannot hold.
+UNREADABLE = (pa.ArrowException, ValueError, ArithmeticError, LookupError)
 Row = dict[str, Any] | Rejected
 
 
@@ -54,6 +57,10 @@ class Columns:
     """Whether a string in the column of pictures is one in base64; else it is a path."""
     inside: bool = False
     """Whether paths must lead to pictures beside or below the table."""
+
+    @property
+    def used(self) -> set[str | None]:
+        return {self.image, self.label, *self.captions}
 
 
 def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
@@ -95,18 +102,74 @@ def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:
 def _parquet_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        _check_columns(file.schema_arrow.names, entry, columns)
-        wanted = {columns.image, columns.label, *columns.captions}
-        names = [
-            field.name
-            for field in file.schema_arrow
-            if field.name in wanted or pa.types.is_primitive(field.type) or _is_text(field.type)
-        ]
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        detail = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise Rejected("broken_table", detail.replace(path, entry.name)[:200]) from error
+        schema, groups = file.schema_arrow, range(file.num_row_groups)
+        found = schema.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise Rejected("broken_table", _message(error, path, entry)) from error
+    _check_columns(found, entry, columns)
+    used = [field.name for field in schema if field.name in columns.used]
+    read = [field.name for field in schema if field.name in used or _is_fact(field.type)]
+    for group in groups:
+        # Where a column that nobody named is broken, the others are read without it.
+        done, detail = 0, ""
+        for names in (read, used):
+            rows = islice(_rows_of_group(file, group, names), done, None)
+            try:
+                for row in rows:
+                    yield row
+                    done += 1
+                break
+            except (pa.ArrowException, OSError) as error:
+                detail = f"row group {group}: {_message(error, path, entry)}"
+        for _ in range(done, file.metadata.row_group(group).num_rows):
+            yield Rejected("broken_table", detail)
+
+
+def _message(error: Exception, path: str, entry: Entry) -> str:
+    text = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+    return text.replace(path, entry.name)[:200]
+
+
+def _rows_of_group(file: pq.ParquetFile, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names):
+        names = batch.schema.names
+        columns = [_values(*pair) for pair in zip(names, batch.columns, strict=True)]
+        for cells in zip(*columns, strict=True):
+            yield dict(zip(names, cells, strict=True))
+
+
+def _values(name: str, column: pa.Array) -> list[Any]:
+    """The values of a column; where one cannot be converted, a Rejected is in its place."""
+    try:
+        return column.to_pylist()
+    except UNREADABLE:
+        return [_value(name, cell) for cell in column]
+
+
+def _value(name: str, cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except UNREADABLE as error:
+        if isinstance(cell, pa.BinaryScalar):
+            return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
+        if isinstance(cell, pa.ListScalar):
+            return [_value(name, inner) for inner in cell.values]
+        if isinstance(cell, pa.StructScalar):
+            return {key: _value(name, inner) for key, inner in cell.items()}
+        if isinstance(cell, pa.DictionaryScalar | pa.ExtensionScalar):
+            return _value(name, cell.value)
+        return Rejected("broken_value", f"{name}: {type(error).__name__}: {error}"[:200])
+
+
+def _is_fact(kind: pa.DataType) -> bool:
+    """Whether a column of that type is a picture's metadata: texts, numbers and booleans are."""
+    types = pa.types
+    return (
+        types.is_integer(kind)
+        or types.is_floating(kind)
+        or types.is_boolean(kind)
+        or _is_text(kind)
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -160,13 +223,17 @@ def _item_of_row(
     name: str, row: dict[str, Any], entry: Entry, columns: Columns
 ) -> tuple[Item, str]:
     """The item, and the path that its row gives; raises Rejected."""
+    for column in columns.used:
+        if isinstance(broken := row.get(column or ""), Rejected):
+            raise broken
     image, label = row.get(columns.image), None
     if isinstance(image, dict):  # Hugging Face's Image
         image = image.get("bytes") or image.get("path")
     if columns.label is not None:
         label = row.get(columns.label)
-        if not isinstance(label, int) or label < 0:
-            raise Rejected("no_label", f"{columns.label}: got {label!r}, expected an integer"[:200])
+        if type(label) is not int or not 0 <= label < 2**63:
+            got = f"{columns.label}: got {label!r}"[:150]
+            raise Rejected("no_label", f"{got}, expected an integer from 0 to 2^63 - 1")
     captions = tuple(
         (_utf8(text), weight / len(texts))
         for column, weight in columns.captions.items()

@@ -1,5 +1,6 @@
 """Files and folders on a local disk: whole or absent under their name, and known by their sha256."""
 
+import errno
 import hashlib
 import io
 import os
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system answers that cannot force a name, or anything, to disk: CIFS, some of FUSE."""
 
 
 def file_sha256(*files: Any) -> str:
@@ -22,10 +26,13 @@ def file_sha256(*files: Any) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to disk."""
+    """Force a file's bytes, or a folder's names, to disk, where its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

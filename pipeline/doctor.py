@@ -23,6 +23,7 @@ from rich.table import Table
 
 from models.command import run_command
 from models.config import InputError
+from models.files import sync
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 GIB = 1 << 30
@@ -153,7 +154,7 @@ def check_disk(folder: Path, need_gib: float) -> Findings:
             for _ in range(size >> 20):
                 file.write(block)
             file.flush()
-            os.fsync(file.fileno())
+            sync(Path(file.name))
             write = size / (time.perf_counter() - began)
             skew = os.stat(file.name).st_mtime - time.time()
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

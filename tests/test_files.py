@@ -1,6 +1,8 @@
 """Whole or absent, on disk before it has a name."""
 
+import errno
 import os
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -41,3 +43,30 @@ def test_all_of_a_folder_is_on_disk_before_its_name_is_and_the_name_after(tmp_pa
     events.clear()
     write_text(tmp_path / "a.txt", "x")
     assert [Path(event).name == "renamed" for event in events] == [False, True, False]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_force_names_to_disk_is_written_to_all_the_same(
+    tmp_path, monkeypatch, capfd, number
+):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("x")
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(tmp_path / "new", tmp_path / "whole")
+    write_text(tmp_path / "whole" / "file", "y")
+    assert (tmp_path / "whole" / "file").read_text() == "y"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_disk_that_fails_is_no_file_system_that_cannot(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="I/O error"):
+        write_text(tmp_path / "x", "y")
+    assert not list(tmp_path.iterdir())

@@ -9,10 +9,10 @@ import heapq
 import json
 import math
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from models.vae import LatentCodec, sample_latents
 from models.weights import TORCH_DTYPES
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+CHECKPOINT = "checkpoint.pt"
 
 
 def name_hash(name: str) -> float:
@@ -158,7 +159,7 @@ def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: P
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(vae.train(), device)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0)
-    checkpoint, step, elapsed_s, smooth = work / "checkpoint.pt", 0, 0.0, 0.0
+    checkpoint, step, elapsed_s, smooth = work / CHECKPOINT, 0, 0.0, 0.0
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["config"] != config.model_dump_json():
@@ -254,7 +255,10 @@ def run(config: FitVaeConfig) -> None:
     report = {"heldout_psnr_db": result, "config": config.model_dump(mode="json")}
     (work / "final" / "fit_vae.json").write_text(json.dumps(report, indent=2) + "\n")
     publish(work / "final", config.output)
-    shutil.rmtree(work)
+    (work / CHECKPOINT).unlink(missing_ok=True)
+    # Whatever else lies there is not ours.
+    with suppress(OSError):
+        work.rmdir()
     for name, value in result.items():
         typer.echo(f"{name}: {value:.2f} dB PSNR on {len(sources[name][1])} held-out pictures")
     mean, std = codec.normalisation.mean[0], codec.normalisation.std[0]

@@ -5,6 +5,7 @@ keys. In memory are one range, 17 bytes per duplicate and, where near duplicates
 """
 
 import math
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -96,14 +97,16 @@ def plan(
 
     Raises InputError where the filters speak of metadata that no picture has.
     """
-    names = sorted(name for name in find_files(work / "catalog") if name.endswith(".parquet"))
+    made = r"part-([0-9]{6}|[1-9][0-9]{6,})(\.staged)?\.parquet"
+    names = sorted(name for name in find_files(work / "catalog") if re.fullmatch(made, name))
     parts = [work / "catalog" / name for name in names]
     texts = (t for _, rows in _batches(parts, ["metadata"]) for t in rows["metadata"].to_pylist())
     check_fields(texts, filters.metadata)
     local = not is_remote(work)
     # A killed run leaves its folder behind.
-    for leftover in work.glob("plan-*.tmp") if local else ():
-        shutil.rmtree(leftover)
+    for leftover in work.iterdir() if local else ():
+        if re.fullmatch(r"plan-[a-z0-9_]{8}\.tmp", leftover.name) and leftover.is_dir():
+            shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
         drops = find_duplicates(parts, filters, Path(folder))
         spill = Spill(Path(folder), sum(_num_rows(part) for part in parts))

@@ -17,7 +17,7 @@ from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.shards import WORK, NewTable, write_table, write_text
 from data_prep.storage import is_remote, write_atomic
 from models.config import InputError
-from models.files import file_sha256
+from models.files import file_sha256, is_temporary
 
 # Rejects of each reason on the page.
 EXAMPLES = 3
@@ -36,7 +36,7 @@ def finalise(
     )
     publish(config, dataset, commits, encoders, shown)
     # Those of killed processes.
-    for leftover in [] if is_remote(dataset) else dataset.rglob(".*.tmp"):
+    for leftover in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
         leftover.unlink(missing_ok=True)
 
 

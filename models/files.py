@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,6 +42,11 @@ def temporary_for(path: Path) -> Path:
     """A new hidden name beside `path`, for what will become it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_for` gave a file its name."""
+    return bool(re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name)) and path.is_file()
 
 
 def publish(temporary: Path, path: Path) -> None:

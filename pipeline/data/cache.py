@@ -127,13 +127,14 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.top / "lock").open("w") as lock:
+        with (self.top / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _make_room(self, size: int, name: str) -> None:
         limit = int(self.config.max_gib * GIB)
-        files = [p for p in self.top.rglob("*") if p.suffix in SUFFIXES]
+        # A folder per dataset; all else below `top` is not ours.
+        files = [p for p in self.top.glob(f"{'[0-9a-f]' * 16}/**/*") if p.suffix in SUFFIXES]
         stats = sorted((s.st_mtime_ns, s.st_size, p) for p in files if (s := _stat(p)))
         total = size + sum(length for _, length, _ in stats)
         for _, length, path in stats:

@@ -37,7 +37,8 @@ class Eras:
         self.folder, self.rank, self.stop, self.look = folder, rank, stop, look
         self.now = look()
         self.entries = [self._entry(0, 0)]
-        for path in sorted(folder.glob("epoch_*.json")) if folder else ():
+        settled = f"epoch_{'[0-9]' * 8}.json"
+        for path in sorted(folder.glob(settled)) if folder else ():
             self._follow(json.loads(path.read_text()))
 
     def _entry(self, epoch: int, first_step: int) -> dict[str, Any]:

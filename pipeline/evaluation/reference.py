@@ -1,6 +1,7 @@
 """Real pictures to compare drawn ones with: a prepared dataset's, decoded, or a folder's; their features kept."""
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from pipeline.evaluation.metrics import FeatureNetwork
 from pipeline.inference.grid import read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What systems put beside pictures: ._NAME, @eaDir/NAME, __MACOSX/NAME.
+HIDDEN = re.compile(r"(^|/)([.@]|__MACOSX/)")
 
 
 class Pictures(Protocol):
@@ -43,7 +46,8 @@ class Pictures(Protocol):
 
 def find_pictures(folder: Path) -> list[Path]:
     """Every picture under a folder in the order of their names; raises InputError where there is none."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    every = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(p for p in every if not HIDDEN.search(p.relative_to(folder).as_posix()))
     if not paths:
         raise InputError(f"{folder}: got no picture, expected {', '.join(SUFFIXES)} files")
     return paths

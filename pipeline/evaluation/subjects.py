@@ -130,7 +130,7 @@ def open_exported(folder: Path, data: Path | None) -> Trained | None:
     """The network and config in the single file of an exported folder, on `data` or the dataset it was trained
     on; None where there is no such file or no such dataset here.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
         if "flowmill.config" not in about:

@@ -31,7 +31,7 @@ from models.exchange import layout_of, to_diffusers
 from models.files import publish
 from models.networks import MODELS, build_model
 from models.weights import TORCH_DTYPES, Dtype
-from pipeline.inference.model_card import model_card
+from pipeline.inference.model_card import model_card, public_name
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
@@ -319,9 +319,18 @@ def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, list[st
 
 def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     """Write the whole folder, or nothing under its name."""
-    partial = folder.with_name(folder.name + ".partial")
+    # Hidden, so that it is nobody else's.
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _fill(trained, partial, dtype, encoders)
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str) -> None:
     torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
     config, down = trained.config, trained.manifest.codec.downscale
     height, width = largest_bucket(trained.manifest)
@@ -341,6 +350,5 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     (partial / "flowmill_pipeline.py").write_text(
         whole_source("pipeline.inference.diffusers_pipeline")
     )
-    save_single(trained, partial / f"{folder.name}.safetensors", torch_dtype)
+    save_single(trained, partial / f"{public_name(partial)}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
-    publish(partial, folder)

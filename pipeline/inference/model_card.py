@@ -55,6 +55,11 @@ def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
     return figure
 
 
+def public_name(folder: Path) -> str:
+    """The name that a folder will have, which is filled as .NAME.partial."""
+    return folder.name.removeprefix(".").removesuffix(".partial")
+
+
 def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> str:
     """README.md's text; draws its curves and copies its pictures beside it."""
     config, manifest, run = trained.config, trained.manifest, trained.run
@@ -85,14 +90,14 @@ pipeline_tag: text-to-image
 tags: [flowmill, {config.model.kind}]
 ---
 
-# {folder.name.removesuffix(".partial")}
+# {public_name(folder)}
 
 {shape}, stored in {dtype}: {trained.weights} weights at step {trained.step:,}. Trained with flowmill.
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder.name.removesuffix(".partial")}", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained("{public_name(folder)}", trust_remote_code=True)
 pipeline("{(config.monitor.prompts or ["a picture"])[0]}", num_inference_steps={sizes.num_steps}, guidance_scale={sizes.guidance_scale:g}).images[0]
 ```
 

@@ -14,16 +14,17 @@ from pipeline.runs.trained import Trained
 
 
 def make_folder(folder: Path, overwrite: bool) -> None:
-    """A folder for pictures; raises InputError on every rank if it holds anything, unless our pictures may go."""
-    old = sorted(folder.glob("*")) if distributed.is_main() else []
+    """A folder for pictures; raises InputError on every rank if it holds some of ours that may not go."""
+    ours = r"([0-9]{5}|[1-9][0-9]{5,})_[a-z0-9-]{1,40}\.png|grid\.png"
+    there = folder.iterdir() if distributed.is_main() and folder.is_dir() else ()
+    old = [path for path in there if re.fullmatch(ours, path.name) and path.is_file()]
     if distributed.gather_objects(bool(old))[0] and not overwrite:
         raise InputError(
             f"{folder}: holds pictures already. Remedy: --output FOLDER, or --overwrite."
         )
     if distributed.is_main():
         for path in old:
-            if re.fullmatch(r"\d{5}_.*\.png", path.name):
-                path.unlink()
+            path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
 

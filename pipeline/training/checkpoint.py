@@ -10,8 +10,8 @@ Training waits only for a copy into CPU memory, which a thread of each rank writ
 ranks have written, rank 0 commits. Flipped bits would load silently, so every hash is checked first.
 """
 
-import glob
 import json
+import re
 import shutil
 import time
 from collections.abc import Container
@@ -44,6 +44,16 @@ Files = dict[str, dict[str, Any]]
 
 def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step_{step:08d}"
+
+
+def step_folders(parent: Path, suffix: str = "") -> dict[int, Path]:
+    """The folders that `step_folder` names, with this suffix, by step, the oldest first."""
+    found: dict[int, Path] = {}
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = re.fullmatch(r"step_([0-9]+)" + re.escape(suffix), path.name)
+        if match and path.is_dir() and path.stem == step_folder(parent, step := int(match[1])).name:
+            found[step] = path
+    return dict(sorted(found.items()))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -134,7 +144,7 @@ class Saver:
             message = message or self._commit([(f, contents) for f, _, contents in everyone])
             if message:
                 shutil.rmtree(self._unfinished(), ignore_errors=True)
-                free = shutil.disk_usage(self.parent).free >> 20
+                free = shutil.disk_usage(self.parent.parent).free >> 20
                 distributed.say(
                     f"checkpoint of step {self.record['step']} NOT saved: {message} ({free:,} MiB free in "
                     f"{self.parent}); the previous one stays"
@@ -170,20 +180,27 @@ def store_snapshots(
 
 def prune(parent: Path, config: CheckpointConfig) -> None:
     """Delete all but the newest `keep` and those of every `keep_every_steps` steps."""
-    whole = sorted(p.parent for p in parent.glob(f"step_*[0-9]/{RECORD}"))
-    for old in whole[: -config.keep]:
-        step = int(old.name.removeprefix("step_"))
+    whole = [step for step, folder in step_folders(parent).items() if (folder / RECORD).is_file()]
+    for step in whole[: -config.keep]:
         if not config.keep_every_steps or step % config.keep_every_steps:
-            shutil.rmtree(old)
+            _delete(step_folder(parent, step))
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder of ours; a link to where the user has put it, or one that will not go, stays."""
+    if not folder.is_symlink():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            distributed.say(f"{folder}: cannot be deleted: {error}")
 
 
 def candidates(run: Path) -> list[Path]:
     """Checkpoints to try in order: the one that `latest` names, then the others, newest first."""
     parent = run / CHECKPOINTS
-    folders = sorted((p for p in parent.glob("step_*[0-9]") if p.is_dir()), reverse=True)
-    pointer = parent / "latest"
-    named = parent / pointer.read_text().strip() if pointer.is_file() else None
-    return sorted(folders, key=lambda p: p != named)
+    folders, pointer = reversed(step_folders(parent).values()), parent / "latest"
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    return sorted(folders, key=lambda p: p.name != named)
 
 
 def faults(folder: Path) -> list[str]:
@@ -249,8 +266,8 @@ def restore(
 ) -> dict[str, Any] | None:
     """Load the newest sound checkpoint, if there is one; returns its record. Collective."""
     if distributed.is_main():
-        for left_over in (run / CHECKPOINTS).glob("step_*.partial"):
-            shutil.rmtree(left_over)
+        for left_over in step_folders(run / CHECKPOINTS, ".partial").values():
+            _delete(left_over)
     folder = newest_sound(run)
     if folder is None:
         return None
@@ -293,9 +310,11 @@ def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[s
     `which` is "raw", an average of the run ("ema" is the first), or one that `flowmill ema` made.
     Raises InputError where there is none.
     """
-    steps = "*" if step is None else f"{step:08d}"
-    if made := sorted((run / "ema").glob(f"step_{steps}.{glob.escape(which)}.safetensors")):
-        return read_weights(made[-1]), int(made[-1].name.split(".")[0].removeprefix("step_"))
+    made = r"step_([0-9]{8,})\." + re.escape(which) + r"\.safetensors"
+    matches = [m for p in (run / "ema").glob("*") if (m := re.fullmatch(made, p.name))]
+    if steps := [int(m[1]) for m in matches if step in (None, int(m[1]))]:
+        at = max(steps)
+        return read_weights(run / "ema" / f"step_{at:08d}.{which}.safetensors"), at
     if step is None:
         folder = newest_sound(run)
     elif found := faults(folder := step_folder(run / CHECKPOINTS, step)):

@@ -13,7 +13,7 @@ import torch
 from rich.progress import track
 
 from models.config import InputError
-from pipeline.training.checkpoint import EMA_SNAPSHOTS, RECORD, faults
+from pipeline.training.checkpoint import EMA_SNAPSHOTS, RECORD, faults, step_folders
 from pipeline.training.config import power_exponent, power_name
 from pipeline.training.pieces import Pieces
 
@@ -31,10 +31,12 @@ class Snapshot:
 def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
     """Those up to a step (null: all), oldest first; raises InputError where there are none."""
     found = []
-    for path in sorted((run / EMA_SNAPSHOTS).glob(f"step_*[0-9]/{RECORD}")):
-        about = json.loads(path.read_text())
+    for folder in step_folders(run / EMA_SNAPSHOTS).values():
+        if not (folder / RECORD).is_file():
+            continue
+        about = json.loads((folder / RECORD).read_text())
         found += [
-            Snapshot(path.parent, about["step"], about["images_seen"], sigma_rel)
+            Snapshot(folder, about["step"], about["images_seen"], sigma_rel)
             for sigma_rel in about["sigma_rels"]
         ]
     if not found:

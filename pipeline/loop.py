@@ -80,12 +80,12 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
         if stopping:
             break
 
-    monitor.close()
-    leave(run, clock, saver, stop)
+    leave(run, clock, saver, stop, monitor)
 
 
 def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
-    """Say what begins or resumes."""
+    """Say what begins or resumes, now that all is set up."""
+    monitor.ledger.mark("start_up")
     num_parameters = run.num_parameters
     resumes = f"resuming at step {clock.step} of " if clock.step else ""
     distributed.say(
@@ -96,10 +96,13 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
         monitor.describe(num_parameters)
 
 
-def leave(run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal) -> None:
+def leave(
+    run: Run, clock: Clock, saver: checkpoint.Saver, stop: StopSignal, monitor: Monitor
+) -> None:
     """Wait for the last save and say how the run ended; exit 1 if not saved. Collective."""
     run.loader.close()
     saver.finish()
+    monitor.close()
     if saver.failed:
         sys.exit(f"{run.folder}: step {clock.step} could not be saved")
     if not clock.finished:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # What is named need not exist yet; what is not named, the commands above all, stands over all floors.
 FLOORS = {
     "models": "command files config",
-    "data_prep": "sources images storage",
+    "data_prep": "sources images storage text",
     "pipeline": "evaluation inference runs training objectives data distributed config",
 }
 # Defects that are being mended: only take lines off these lists.

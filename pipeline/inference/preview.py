@@ -65,6 +65,7 @@ class Preview:
                 monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
             if self.painter is not None and which == "ema":
                 monitor.pictures("samples/ema", self._draw_sheet(self.painter, network, step))
+        monitor.ledger.mark("look")
 
     def _draw_sheet(self, painter: Painter, network: nn.Module, step: int) -> Tensor:
         """The prompts' pictures as one, uint8 (3, H, W), also in the run's samples."""

@@ -26,6 +26,7 @@ from pipeline.training.ema import WithEMA
 from pipeline.training.engine import grad_norm
 from pipeline.training.flops import ModelFlops, peak_flops
 from pipeline.training.forward import Draws, Terms
+from pipeline.training.ledger import Ledger
 from pipeline.training.norms import BlockNorms
 
 NUM_LEVELS = 8
@@ -111,7 +112,7 @@ class Monitor:
         self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None
         self.shapes: Counter[tuple[int, int, int]] = Counter()
         """Steps by the height and width of their latents and by their number of text tokens."""
-        self.meter = LossMeter(self.device)
+        self.meter, self.ledger = LossMeter(self.device), Ledger(self.run)
         self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
         self.flops: ModelFlops | None = None
         self.writer: SummaryWriter | None = None
@@ -146,6 +147,7 @@ class Monitor:
         yield
         self.since += time.perf_counter() - begin
         self.mark(PAUSED)
+        self.ledger.mark("save")
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark as data, forward, backward, optimizer or other."""
@@ -179,6 +181,7 @@ class Monitor:
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
         self.shapes[*batch.latent_size, text_length] += 1
         self._profile(self.clock.step)
+        self.ledger.stepped(self.clock.step, self.loader.wait_s)
         self.progress.update(self.task, completed=self.clock.step)
 
     def log(self, engine: Any, optimizer: WithEMA, rejected: int) -> None:
@@ -201,6 +204,8 @@ class Monitor:
         steps = clock.step - self.since_step
         values = values | self._speed(elapsed, steps)
         values["progress/images_seen"] = clock.images_seen
+        values["speed/goodput"] = self.ledger.goodput()
+        self.ledger.write()
         self.scalars(values)
         alpha, sigma = self.objective.alpha_sigma(torch.cat(self.times))
         log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
@@ -277,6 +282,10 @@ class Monitor:
             self.writer.add_image(name, grid, self.clock.step)
 
     def close(self) -> None:
+        """Say where the time went, the last save's among it."""
+        self.ledger.mark("save")
+        self.ledger.write()
+        distributed.say(self.ledger.line())
         self.progress.stop()
         if self.writer is not None:
             self.writer.close()

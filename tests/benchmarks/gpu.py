@@ -156,7 +156,7 @@ def product_ceiling(bench: Bench) -> float:
 
 def runs(bench: Bench) -> tuple[Figures, Table]:
     """The doctor's words, and how each test marked gpu ended."""
-    report = bench.folder / "tests.xml"
+    report = bench.folder / "report.xml"
     module = [sys.executable, "-m"]
     subprocess.run([*module, "pipeline.doctor", "--folder", str(bench.folder), "--need-gib", "1"])
     tests = ["tests/test_attention.py"] if bench.tiny else ["tests"]

@@ -34,6 +34,13 @@ TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# PNG's greys of few bits: what one step is in the eight bits that Pillow makes of them.
+STEPS = {"L;2": 85, "L;4": 17}
+# The colour spaces of a profile that fit a picture's own.
+FITTING = {"CMYK": ("CMYK",), "RGB": ("RGB",), "GRAY": ("GRAY", "RGB")}
+# Mean difference in levels below which a profile that is named sRGB is taken for it.
+SAME_COLOURS = 8.0
+
 Bucket = tuple[int, int]  # height, width
 
 
@@ -149,6 +156,7 @@ def _load_rgb(
                 gap = max(cover[0] / height, cover[1] / width) * DRAFT_GAP
                 wanted = max(int(image.width * gap), 1), max(int(image.height * gap), 1)
                 image.draft(None, wanted)  # pyright: ignore[reportArgumentType] - None keeps the mode
+            _scale_transparency(image)
             image.load()
             rgb = _to_rgb(image, config.background, notes)
             if orientation in TRANSPOSE:
@@ -214,9 +222,21 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in TRANSPOSE else 1
 
 
+def _scale_transparency(image: Image.Image) -> None:
+    """The transparent colour of a PNG, which Pillow leaves at the file's depth, at that of the pixels."""
+    clear = image.info.get("transparency")
+    depth = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if clear is not None and depth in STEPS:
+        image.info["transparency"] = clear * STEPS[depth]
+    elif clear is not None and depth == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
 def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[str]) -> Image.Image:
     """sRGB pixels of a loaded picture of any mode, transparency laid over the background."""
     profile = image.info.get("icc_profile")
+    grey = image.mode.startswith(("1", "I", "L")) and image.mode != "LAB"
+    colours = "GRAY" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     elif image.mode == "F":
@@ -228,7 +248,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[st
     elif image.mode in ("1", "P"):
         image = image.convert("RGB")
     if profile:
-        image = _apply_profile(image, profile, notes)
+        image = _apply_profile(image, profile, colours, notes)
     image = image.convert("RGB")
     if alpha is not None and alpha.getextrema() != (255, 255):
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
@@ -240,13 +260,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise Rejected("unsupported_mode", "32-bit integers")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
-def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+def _apply_profile(
+    image: Image.Image, profile: bytes, colours: str, notes: list[str]
+) -> Image.Image:
     """Colours to sRGB; an unusable profile is noted and, as in browsers, taken for sRGB."""
     try:
-        transform = _transform(profile, "CMYK" if image.mode == "CMYK" else "RGB")
+        transform = _transform(profile, colours)
         if transform is None:
             return image
         result = ImageCms.applyTransform(image.convert(transform.input_mode), transform)
@@ -258,17 +283,21 @@ def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Imag
 
 
 @lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the profile's colour space to sRGB; None where it is sRGB already."""
+def _transform(profile: bytes, colours: str) -> ImageCms.ImageCmsTransform | None:
+    """From the profile's colour space to sRGB; None where it is sRGB already, by name and by colours."""
     opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
-    if (space == "CMYK") != (mode == "CMYK") or space not in ("CMYK", "RGB", "GRAY"):
-        raise ValueError(f"profile for {space}, picture in {mode}")
-    if space == "RGB" and "sRGB" in ImageCms.getProfileDescription(opened):
-        return None
-    return ImageCms.buildTransform(
+    if space not in FITTING[colours]:
+        raise ValueError(f"profile for {space}, picture in {colours}")
+    transform = ImageCms.buildTransform(
         opened, ImageCms.createProfile("sRGB"), "L" if space == "GRAY" else space, "RGB"
     )
+    if space == "RGB" and "sRGB" in ImageCms.getProfileDescription(opened):
+        before = np.indices((9, 9, 9)).reshape(3, 27, 27).transpose(1, 2, 0) * 31
+        after = ImageCms.applyTransform(Image.fromarray(before.astype(np.uint8)), transform)
+        if np.abs(np.asarray(after) - before).mean() < SAME_COLOURS:
+            return None
+    return transform
 
 
 def _describe(error: Exception) -> str:

@@ -203,6 +203,56 @@ def test_a_colour_profile_keeps_transparency():
     assert (shown[18:] == 255).all()
 
 
+def profile_for(space: bytes) -> bytes:
+    """A profile that says it is for that space; for GRAY it is one, with sRGB's curve."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    data[16:20] = space
+    return bytes(data).replace(b"rTRC", b"kTRC", 1)
+
+
+@pytest.mark.parametrize("space", [b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"HSV ", b"YCbr", b"4CLR"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16"])
+def test_a_profile_of_another_colour_space_changes_no_colour(space, mode):
+    """A grey picture may have a grey profile; every other of these is left aside, and noted."""
+    if mode == "I;16":
+        image = Image.fromarray(pixels(5, 32, 32)[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(pixels(5, 32, 32)).convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    plain = decoded(encoded(image, kind))
+    data = encoded(image, kind, icc_profile=profile_for(space))
+    picture = decode(data, (32, 32), config())
+    # The curve is sRGB's: a grey profile changes a grey picture by rounding at most.
+    assert np.abs(picture.pixels.astype(int) - plain).max() <= 1
+    assert bool(picture.notes) is (space != b"GRAY" or mode not in ("L", "LA", "1", "I;16"))
+
+
+def test_a_profile_that_is_srgb_by_name_alone_is_applied():
+    named = swapped_profile().replace("test".encode("utf-16-be"), "sRGB".encode("utf-16-be"))
+    image = np.full((32, 32, 3), (230, 60, 20), np.uint8)
+    assert distance(decoded(encoded(image, icc_profile=named)), (20, 60, 230)) < 3
+    true = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert (decoded(encoded(image, icc_profile=true)) == image).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("colours", [0, 2])  # grey, RGB
+def test_the_transparent_colour_of_a_png_is_not_seen_at_any_depth(depth, colours):
+    """The left half has it; the right half does not."""
+    if colours == 2 and depth < 8:
+        pytest.skip("PNG has no such RGB")
+    most, channels = (1 << depth) - 1, 3 if colours == 2 else 1
+    for clear, other in ((most, 0), (0, most), (most * 2 // 3, most // 3)):
+        values = np.repeat([clear, other], 16 * channels)
+        bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+        key = struct.pack(f">{channels}H", *[clear] * channels)
+        data = png(np.packbits(bits).tobytes(), depth, colours, (b"tRNS", key))
+        shown = decoded(data, background=(0, 0, 255))
+        assert (shown[:, :16] == (0, 0, 255)).all()
+        if clear != other:
+            assert np.abs(shown[:, 16:] - other * 255.0 / most).max() <= 1
+
+
 def test_a_broken_colour_profile_is_noted_and_the_picture_kept():
     image = pixels(5, 32, 32)
     picture = decode(encoded(image, icc_profile=b"no profile" * 20), (32, 32), config())

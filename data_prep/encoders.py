@@ -125,12 +125,8 @@ class Codec:
         """The picture (H, W, 3) uint8 of stored moments, at their mean."""
         import torch
 
-        from models.vae import sample_latents
-
-        values = torch.from_numpy(moments)[None]
-        noise = torch.zeros(1, self.model.channels, *values.shape[2:])
-        latents = sample_latents(values, noise, self.model.normalisation)
-        return self.model.decode(latents)[0].cpu().permute(1, 2, 0).numpy()
+        picture = self.model.decode_mean(torch.from_numpy(moments)[None])[0]
+        return picture.cpu().permute(1, 2, 0).numpy()
 
     def record(self) -> dict[str, Any]:
         record = CodecRecord.model_validate(self.model.record() | {"path": self.path})

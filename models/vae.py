@@ -84,6 +84,11 @@ class LatentCodec:
         raw = raw.to(self.network.dtype, memory_format=torch.channels_last)
         return to_uint8(self.network.decode(raw).sample)
 
+    def decode_mean(self, moments: Float[Tensor, "B M h w"]) -> UInt8[Tensor, "B 3 H W"]:
+        """Raw moments to pictures, without the noise of their std."""
+        still = torch.zeros_like(moments[:, : self.channels])
+        return self.decode(sample_latents(moments, still, self.normalisation))
+
     def record(self) -> dict[str, Any]:
         """The fields of the CodecRecord that a dataset made with this codec has."""
         return {

@@ -16,6 +16,9 @@ from models.files import file_sha256
 Dtype = Literal["fp32", "bf16", "fp16"]
 TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
+# Encoders of text and of squares of a picture do not use the pooler of BERT, MPNet and ViT, and many lack it.
+UNUSED = ("pooler.",)
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -110,8 +113,13 @@ def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[s
     return str(kind)
 
 
-def load_network(library: str, name: str, path: Path, dtype: Dtype = "fp32") -> Any:
-    """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing."""
+def load_network(
+    library: str, name: str, path: Path, dtype: Dtype = "fp32", unused: tuple[str, ...] = UNUSED
+) -> Any:
+    """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing.
+
+    `unused` weights, by the beginnings of their names, may be.
+    """
     import torch
     from safetensors import SafetensorError
 
@@ -126,8 +134,7 @@ def load_network(library: str, name: str, path: Path, dtype: Dtype = "fp32") -> 
         network, info = getattr(package, name).from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
-    # Nothing here uses the pooler of BERT, MPNet and ViT, and many checkpoints lack it.
-    lacks = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    lacks = [key for key in info["missing_keys"] if not key.startswith(unused)]
     if lacks := lacks or list(info["mismatched_keys"]):
         raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
     return network

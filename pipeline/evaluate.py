@@ -14,6 +14,7 @@ from pipeline.evaluation.config import Options
 @takes(Options)
 def main(options: Options) -> None:
     """Measure a run's checkpoint or a pipeline. Without --features and --clip only the held-out error."""
+    options.check()
     if options.networks:
         package_folder("torchmetrics")
     from pipeline import distributed

@@ -10,12 +10,25 @@ import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 from typer.testing import CliRunner
 
 from data_prep.schema import read_shard_table
@@ -33,7 +46,12 @@ from pipeline.evaluation.metrics import (
     compare,
     precision_recall,
 )
-from pipeline.evaluation.reference import FilePictures, features_of, find_pictures
+from pipeline.evaluation.reference import (
+    DatasetPictures,
+    FilePictures,
+    features_of,
+    find_pictures,
+)
 from pipeline.evaluation.subjects import run_subject
 from pipeline.inference.grid import read_picture
 from pipeline.inference.heldout import LOG_SNR, time_at, x0_errors
@@ -303,12 +321,46 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine_of_clip_s_own_embeddings(
     assert abs(float(cosines.mean())) > 1e-3
 
 
+def save_vision(folder: Path, model: nn.Module, side: int = 32) -> Path:
+    """A transformers vision model in a folder with what feeds it."""
+    model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    crop = {"height": side, "width": side}
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop).save_pretrained(folder)
+    return folder
+
+
+VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome"),
+    [
+        (lambda: ViTModel(ViTConfig(**VIT, image_size=32)), (3, 16)),
+        (lambda: ResNetModel(ResNetConfig(**RESNET)), (3, 16)),
+        (lambda: ViTModel(ViTConfig(**VIT, image_size=32), add_pooling_layer=False), "pooler.dense"),
+        (lambda: ViTForImageClassification(ViTConfig(**VIT, image_size=32)), "pooler.dense"),
+        (lambda: ViTMAEModel(ViTMAEConfig(**VIT, image_size=32)), "pools nothing"),
+    ],
+)  # fmt: skip
+def test_a_vision_network_is_measured_by_its_own_pooled_output_or_refused(
+    tmp_path, sets, model, outcome
+):
+    folder = save_vision(tmp_path, model())
+    pictures = [read_picture(path) for path in sorted(sets["real"].iterdir())[:3]]
+    if isinstance(outcome, str):
+        with pytest.raises(InputError, match=outcome):
+            FeatureNetwork.load("vit", folder, CPU)
+        return
+    found = [FeatureNetwork.load("vit", folder, CPU).features(pictures, 2, CPU) for _ in range(2)]
+    assert found[0].shape == outcome
+    assert torch.equal(*found)  # nothing in it is random
+
+
 def test_a_transformers_folder_s_features_are_its_pooled_output(tmp_path, sets):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)).save_pretrained(tmp_path)
-    crop = {"height": 28, "width": 28}
-    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=crop).save_pretrained(tmp_path)
+    save_vision(tmp_path, Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=14)), 28)
     network = FeatureNetwork.load("dinov2", tmp_path, CPU)
     pictures = [read_picture(path) for path in sorted(sets["real"].iterdir())[:3]]
     pixels = CLIPImageProcessorPil.from_pretrained(tmp_path)(images=pictures, return_tensors="pt")
@@ -316,6 +368,34 @@ def test_a_transformers_folder_s_features_are_its_pooled_output(tmp_path, sets):
         expected = Dinov2Model.from_pretrained(tmp_path)(**pixels).pooler_output
     found = network.features(pictures, 2, CPU)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reference_picture_is_read_as_a_viewer_shows_it(tmp_path, orientation):
+    pixels = prep_factory.pixels(1, 16, 24)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "a.png").write_bytes(encoded(pixels, exif=exif))
+    turned = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    expected = torch.from_numpy(np.array(turned)).permute(2, 0, 1)
+    assert torch.equal(read_picture(tmp_path / "a.png"), expected)
+    assert (expected.shape == (3, 16, 24)) == (orientation < 5)
+    clear = Image.fromarray(np.dstack([pixels, np.zeros((16, 24), np.uint8)]))
+    (tmp_path / "b.png").write_bytes(encoded(clear))
+    assert (read_picture(tmp_path / "b.png") == 255).all()
+    (tmp_path / "c.png").write_bytes(encoded(pixels)[: 100 * orientation])
+    with pytest.raises(InputError, match=r"c\.png: cannot be decoded"):
+        read_picture(tmp_path / "c.png")
+
+
+def test_a_class_is_in_a_prompt_only_of_a_network_that_is_told_classes(tmp_path):
+    data = make_dataset(tmp_path, [((32, 32), 4)], Kind(label=True))
+    loader = Loader(DataConfig(path=str(data)), global_batch=4, seed=0)
+    pictures = DatasetPictures(loader, "train", 9, None, CPU)
+    plain, classed = pictures.prompts(4, False), pictures.prompts(4, True)
+    assert plain == [f"number {i}" for i in range(4)]
+    assert [prompt.partition(": ")[2] for prompt in classed] == plain
+    loader.close()
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -428,7 +508,11 @@ def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
     [
         (["--features=inception"], "expected NAME=PATH"),
         (["--features=inception=/absent.pt"], "no such file or folder"),
-        (["--clip=/absent"], "no such folder"),
+        (["--clip=/absent"], "no such file or folder"),
+        (["--features=a=/absent", "--weights=none"], "no such file or folder"),
+        (["--reference=/absent", "--weights=none"], "no such file or folder"),
+        (["--prompts-file=/absent", "--weights=none"], "no such file"),
+        (["--size=12", "--weights=none"], "HEIGHTxWIDTH"),
         (["--heldout=0"], "nothing to measure"),
         (["model.size=B"], "sampler.key=value"),
     ],

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from upath import UPath
 
+from data_prep.shards import ShardWriter
 from models.config import InputError
 from models.vae import LatentCodec
 from pipeline.data.config import DataConfig
+from pipeline.data.datasets import keys_and_captions
 from pipeline.data.loader import Loader
 from pipeline.show_data import main
 from tests.shard_factory import Kind, make_dataset
@@ -66,6 +69,30 @@ def test_the_samples_of_a_step_are_those_of_the_loader_and_drawn(config, capsys)
         assert f"number {number} " in printed
     assert f"bucket {batch.bucket[0]}x{batch.bucket[1]}" in printed
     assert np.asarray(Image.open(picture)).std() > 5  # not blank
+
+
+@pytest.mark.parametrize("captions", [["one", "two"], ["one", "two", "two"], ["one"]])
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_sample_of_a_picture_has_the_caption_that_it_was_encoded_with(
+    tmp_path, captions, flip
+):
+    """Two pictures' samples: their captions in turn, and again for the mirror image."""
+    writer = ShardWriter(UPath(tmp_path), "shards/a/b.tar", ["moments", "text"])
+    distinct = list(dict.fromkeys(captions))
+    moments = ["moments", "moments.flip"][: 1 + flip]
+    expected = []
+    for key in ("first", "second"):
+        texts = {f"text.{i}": np.full(3, i, np.float16) for i in range(len(distinct))}
+        arrays = {name: np.zeros(4, np.float16) for name in moments} | texts
+        variants = [
+            {"moments": m, "text": f"text.{distinct.index(c)}"} for m in moments for c in captions
+        ]
+        facts = {"caption": f"{key} {captions[0]}", "captions": [f"{key} {c}" for c in captions]}
+        writer.add(key, arrays, facts, variants)
+        expected += [(key, f"{key} {c}") for _ in moments for c in captions]
+    writer.commit(b"")
+    shard = tmp_path / "shards" / "a" / "b.tar"
+    assert keys_and_captions(shard, shard.with_name("b.idx.npy")) == expected
 
 
 def test_overrides_of_a_finished_run_are_refused(config):

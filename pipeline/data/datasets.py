@@ -1,11 +1,14 @@
 """A run's datasets as they stand at one moment, checked, and mixed into one shard table."""
 
+import bisect
 import contextlib
 import json
 import tarfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +164,16 @@ class Mixture:
         """Dataset, shard and row of a sample; key and caption too where its shard is here."""
         shard = int(np.searchsorted(self.first_id, sample_id, "right")) - 1
         row, path = sample_id - int(self.first_id[shard]), self.text("path", shard)
-        dataset = self.dataset_of(shard)
-        found = {"dataset": dataset.name, "shard": path, "row": row}
-        tar, index = dataset.home / path, dataset.home / index_path(path)
-        if tar.is_file() and index.is_file():
-            offset = int(read_index(index)[row, 0, 0])
-            found["key"], found["caption"] = _key_and_caption(tar, offset)
+        found = {"dataset": self.dataset_of(shard).name, "shard": path, "row": row}
+        if samples := self.keys_and_captions(shard):
+            found["key"], found["caption"] = samples[row]
         return found
+
+    def keys_and_captions(self, shard: int) -> list[tuple[str, str]]:
+        """Those of every sample of a shard; none where it is not on this machine."""
+        home, path = self.dataset_of(shard).home, self.text("path", shard)
+        tar, index = home / path, home / index_path(path)
+        return keys_and_captions(tar, index) if tar.is_file() and index.is_file() else []
 
     def bucket(self, shard: int) -> Bucket:
         return int(self.heights[shard]), int(self.widths[shard])
@@ -193,11 +199,21 @@ class Mixture:
         return {n: tuple(s for s in shape(n, *bucket) if s is not None) for n in members}
 
 
-def _key_and_caption(path: Path, offset: int) -> tuple[str, str]:
-    """Key and caption (empty without KEY.json) of the sample that holds the byte at `offset`."""
-    with tarfile.open(path) as tar:
-        member = next(m for m in tar if m.offset_data <= offset < m.offset_data + m.size)
-        key = member.name.split(".", 1)[0]
-        facts = next((m for m in tar if m.name == f"{key}.json"), None)
-        file = tar.extractfile(facts) if facts else None
-        return key, str(json.load(file).get("caption", "")) if file else ""
+@lru_cache(maxsize=16)
+def keys_and_captions(tar_path: Path, index: Path) -> list[tuple[str, str]]:
+    """Key and caption (empty without KEY.json) of every sample of a shard, in the order of its index.
+
+    A picture's samples are its captions in turn, then its mirror image's.
+    """
+    with tarfile.open(tar_path) as tar:
+        members = tar.getmembers()
+        facts = {m.name: json.loads(tar.extractfile(m).read()) for m in members if m.name.endswith(".json")}  # pyright: ignore[reportOptionalMemberAccess]  # fmt: skip
+    ends = [member.offset_data + member.size for member in members]
+    found, turns = list[tuple[str, str]](), Counter[str]()
+    for offset in read_index(index)[:, 0, 0].tolist():
+        key = members[bisect.bisect_right(ends, offset)].name.split(".", 1)[0]
+        said = facts.get(f"{key}.json", {})
+        captions = said.get("captions") or [said.get("caption") or ""]
+        found.append((key, str(captions[turns[key] % len(captions)])))
+        turns[key] += 1
+    return found

@@ -8,7 +8,14 @@ import typer
 
 from data_prep.schema import MANIFEST
 from models.config import InputError
-from pipeline.arguments import BatchSize, SamplerOverrides, Step, Weights
+from pipeline.arguments import (
+    BatchSize,
+    SamplerOverrides,
+    Step,
+    Weights,
+    parse_size,
+    read_prompts,
+)
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,17 @@ class Options:
         if bad := [item for item in pairs if not item[0] or not item[2]]:
             raise InputError(f"--features: got {''.join(bad[0])!r}, expected NAME=PATH")
         return {name: Path(path) for name, _, path in pairs}
+
+    def check(self) -> None:
+        """Raise InputError where something named is not there: before anything is loaded or drawn."""
+        named = {f"--features {name}": path for name, path in self.networks.items()}
+        named |= {"--clip": self.clip, "--reference": self.reference}
+        for option, path in named.items():
+            if path is not None and not path.exists():
+                raise InputError(
+                    f"{option}: {path}: no such file or folder; nothing is fetched by name"
+                )
+        if self.prompts_file is not None:
+            read_prompts([], self.prompts_file)
+        if self.size is not None:
+            parse_size(self.size)

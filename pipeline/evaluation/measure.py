@@ -27,7 +27,7 @@ from pipeline.evaluation.reference import (
 )
 from pipeline.evaluation.subjects import Subject, open_exported
 from pipeline.inference.heldout import LOG_SNR, x0_errors
-from pipeline.inference.painter import Request, draw_files, largest_bucket
+from pipeline.inference.painter import Request, draw_files, largest_bucket, parse_class
 from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained
 
@@ -122,7 +122,11 @@ def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> 
 
 
 def open_reference(
-    options: Options, trained: Trained | None, loader: Loader | None, device: torch.device
+    subject: Subject,
+    trained: Trained | None,
+    loader: Loader | None,
+    options: Options,
+    device: torch.device,
 ) -> tuple[DatasetPictures | FilePictures, list[str], list[tuple[int, int]]]:
     """The real pictures, and prompt and size of every picture to draw; raises InputError."""
     vae = trained.config.encoders.vae if trained else None
@@ -144,7 +148,7 @@ def open_reference(
         )
     count, sizes = options.num_pictures, [size]
     if not prompts and samples is not None:
-        prompts = samples.prompts(min(count, len(samples)))
+        prompts = samples.prompts(min(count, len(samples)), subject.num_classes > 0)
         if reference is samples and not options.size:
             sizes = samples.sizes()[: len(prompts)]
     every = [prompts[i % len(prompts)] for i in range(count)]
@@ -161,7 +165,7 @@ def measure_pictures(
     """What the pictures go by, and what each network asked for says of them; figures on rank 0. Collective."""
     networks = [FeatureNetwork.load(name, path, device) for name, path in options.networks.items()]
     clip = ClipNetwork(options.clip, device) if options.clip else None
-    reference, prompts, sizes = open_reference(options, trained, loader, device)
+    reference, prompts, sizes = open_reference(subject, trained, loader, options, device)
     drawn = subject.about | {"sampler": subject.sampler.model_dump(mode="json")}
     name = fingerprint(drawn | {"prompts": prompts, "sizes": sizes})[:8]
     folder, batch_size = options.results / f"{subject.name}_{name}", options.batch_size
@@ -178,9 +182,14 @@ def measure_pictures(
         about = {"reference": reference.name, "num_reference": len(real)}
         about |= {"network": network.name, "network_sha256": network.sha256}
         measurements.append(Measurement(figures, drawn | about))
-    if clip is not None:
+    captions = prompts
+    if subject.num_classes:
+        captions = [parse_class(prompt, subject.num_classes)[1] for prompt in prompts]
+    if clip is not None and not all(captions):
+        distributed.say("CLIP score: left out, for the prompts are classes without text")
+    elif clip is not None:
         begin, end = share(len(pictures))
-        score = clip_score(clip, pictures.read(begin, end), prompts[begin:end], batch_size)
+        score = clip_score(clip, pictures.read(begin, end), captions[begin:end], batch_size)
         about = {"network": clip.name, "network_sha256": clip.sha256}
         measurements.append(Measurement({"clip_score": score}, drawn | about))
     return name, measurements
@@ -203,12 +212,13 @@ def evaluate(
     if options.dataset is not None:
         data = DataConfig.model_validate({"path": str(options.dataset)})
         other = Loader(data, global_batch=1, seed=0)
-    found, name = [], subject.name
-    if trained is not None and own is not None and options.heldout:
-        found = [measure_heldout(trained, own, options, device)]
+    found, name = list[Measurement | None](), subject.name
+    # Pictures first: what they are measured by may turn out not to be there.
     if options.features or options.clip:
-        pictures, more = measure_pictures(subject, trained, other or own, options, device)
-        found, name = found + more, f"{name}_{pictures}"
+        pictures, found = measure_pictures(subject, trained, other or own, options, device)
+        name = f"{name}_{pictures}"
+    if trained is not None and own is not None and options.heldout:
+        found = [measure_heldout(trained, own, options, device), *found]
     for loader in filter(None, (own, other)):
         loader.close()
     return name, [measurement for measurement in found if measurement]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256
-from models.weights import brief, read_model_config, weights_sha256
+from models.weights import brief, load_network, read_model_config, weights_sha256
 from pipeline import distributed
 
 KID_SUBSET = 1000  # pictures; torchmetrics' own, of 100 subsets
@@ -51,18 +51,32 @@ class Transformer(nn.Module):
     def __init__(self, path: Path, device: torch.device):
         super().__init__()
         read_model_config(path, "a transformers vision model")
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            model: Any = transformers.AutoModel.from_pretrained(path, use_safetensors=True, **local)
-            self.processor = transformers.AutoImageProcessor.from_pretrained(path, **local)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot load a vision model: {brief(error)}") from error
+        self.processor = load_processor("AutoImageProcessor", path)
+        # The pooled output is what is measured: a pooler without weights of its own would be noise.
+        model = load_network("transformers", "AutoModel", path, unused=())
         self.network = model.eval().requires_grad_(False).to(device)
-        self.of_images = getattr(model, "get_image_features", model)
+        self.path, self.of_images = path, getattr(model, "get_image_features", model)
+        self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
 
+    @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         pixels = self.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-        return self.of_images(pixel_values=pixels.to(images.device)).pooler_output
+        output = self.of_images(pixel_values=pixels.to(images.device))
+        if (pooled := getattr(output, "pooler_output", None)) is None:
+            raise InputError(
+                f"{self.path}: {type(self.network).__name__} pools nothing, expected a network of one vector per "
+                "picture. Remedy: another network, or a TorchScript file that pools"
+            )
+        return pooled.flatten(1)
+
+
+def load_processor(name: str, path: Path) -> Any:
+    """What feeds a network, by transformers' name for it; raises InputError."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return getattr(transformers, name).from_pretrained(path, **local)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load its {name}: {brief(error)}") from error
 
 
 def folder_sha256(path: Path) -> str:
@@ -84,11 +98,6 @@ class FeatureNetwork:
         """A TorchScript file or a transformers folder; raises InputError."""
         if path.is_dir():
             return cls(name, Transformer(path, device), folder_sha256(path))
-        if not path.is_file():
-            raise InputError(
-                f"--features {name}: {path}: no such file or folder, expected a TorchScript file or a transformers "
-                "folder; nothing is fetched by name"
-            )
         return cls(name, TorchScript(path, device), file_sha256(path))
 
     @torch.inference_mode()
@@ -186,13 +195,9 @@ class ClipNetwork:
         kind = read_model_config(path, "a CLIP model").get("model_type")
         if kind != "clip":
             raise InputError(f"--clip {path}: model_type got {kind!r}, expected clip")
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            model: Any = transformers.CLIPModel.from_pretrained(path, use_safetensors=True, **local)
-            self.images = transformers.AutoImageProcessor.from_pretrained(path, **local)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **local)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--clip {path}: cannot load it: {brief(error)}") from error
+        self.images = load_processor("AutoImageProcessor", path)
+        self.tokenizer = load_processor("AutoTokenizer", path)
+        model = load_network("transformers", "CLIPModel", path, unused=())
         self.model, self.device = model.eval().requires_grad_(False).to(device), device
         self.name, self.sha256 = path.name, folder_sha256(path)
 

@@ -1,8 +1,6 @@
 """Real pictures to compare drawn ones with: a prepared dataset's, decoded, or a folder's; their features kept."""
 
-import json
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256, write_whole
-from models.vae import LatentCodec, sample_latents
+from models.vae import LatentCodec
 from pipeline import distributed
 from pipeline.data.datasets import Mixture
 from pipeline.data.encoders import encoder_folder
@@ -26,7 +23,8 @@ from pipeline.data.randomness import make_generator
 from pipeline.evaluation.metrics import FeatureNetwork
 from pipeline.inference.grid import read_picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+KINDS = "png jpg jpeg jfif jpe webp avif bmp gif tif tiff"
+SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 # What systems put beside pictures: ._NAME, @eaDir/NAME, __MACOSX/NAME.
 HIDDEN = re.compile(r"(^|/)([.@]|__MACOSX/)")
 
@@ -69,14 +67,7 @@ class FilePictures:
         return len(self.paths)
 
     def read(self, begin: int, end: int) -> Iterator[Tensor]:
-        for path in self.paths[begin:end]:
-            if self.size is None:
-                yield read_picture(path)
-                continue
-            with Image.open(path) as image:
-                height, width = self.size
-                cut = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-            yield torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+        yield from (read_picture(path, self.size) for path in self.paths[begin:end])
 
 
 class DatasetPictures:
@@ -123,31 +114,26 @@ class DatasetPictures:
                 found = self.loader.first.store.rows(shard, np.array(rows[first : first + 16]))
                 places = torch.arange(len(found.ids))
                 bucket = self.mixture.bucket(shard)
-                moments = self.loader.first.assemble(found, bucket, places, 0, 0).moments
-                shape = (len(moments), record.channels, *moments.shape[-2:])
-                latents = sample_latents(moments, torch.zeros(shape), record.normalisation)
-                yield from codec.decode(latents).cpu()
+                batch = self.loader.first.assemble(found, bucket, places, 0, 0)
+                yield from codec.decode_mean(batch.moments).cpu()
 
-    def prompts(self, count: int) -> list[str]:
-        """What the first `count` samples are of, as a prompt: caption, class, or "CLASS: CAPTION"."""
+    def prompts(self, count: int, with_class: bool) -> list[str]:
+        """What the first `count` samples are of, as a prompt: caption, or "CLASS: CAPTION", or CLASS."""
         prompts: list[str] = []
         for shard, rows in self._by_shard(0, count):
-            dataset = self.mixture.dataset_of(shard)
-            path = dataset.home / self.mixture.text("path", shard)
-            if not path.is_file():
+            samples = self.mixture.keys_and_captions(shard)
+            if not samples:
                 raise InputError(
-                    f"{path}: its captions are not on this machine. Remedy: --prompts-file"
+                    f"{self.mixture.text('path', shard)}: its captions are not on this machine. Remedy: "
+                    "--prompts-file"
                 )
-            with tarfile.open(path) as tar:
-                files = [tar.extractfile(m) for m in tar if m.name.endswith(".json")]
-                captions = [str(json.load(f).get("caption") or "") for f in files if f]
             found = self.loader.first.store.rows(shard, np.array(rows))
             batch = self.loader.first.assemble(
                 found, self.mixture.bucket(shard), torch.arange(len(rows)), 0, 0
             )
             for i, row in enumerate(rows):
-                caption = captions[row] if captions else ""
-                if batch.label is not None:
+                _, caption = samples[row]
+                if with_class and batch.label is not None:
                     caption = f"{int(batch.label[i])}: {caption}".removesuffix(": ")
                 prompts.append(caption)
         return prompts

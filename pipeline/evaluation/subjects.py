@@ -34,7 +34,10 @@ class Subject:
     name: str  # of its folder among the results
     about: dict[str, Any]
     sampler: SamplerConfig
-    make_draw: Callable[[], Draw]  # loads what drawing needs
+    make_draw: Callable[[], Draw]
+    """Loads what drawing needs."""
+    num_classes: int = 0
+    """Classes of a class-conditional network, whose prompts are "CLASS" or "CLASS: TEXT"."""
 
 
 def run_subject(trained: Trained, overrides: list[str], device: torch.device) -> Subject:
@@ -45,7 +48,8 @@ def run_subject(trained: Trained, overrides: list[str], device: torch.device) ->
         return drawer(trained.encoders(device), trained.network(device), objective)
 
     name = f"step_{trained.step:08d}_{trained.weights}"
-    return Subject(trained.run, name, trained.facts, sampler, make_draw)
+    classes = trained.config.model.num_classes
+    return Subject(trained.run, name, trained.facts, sampler, make_draw, classes)
 
 
 def pipeline_subject(
@@ -89,7 +93,8 @@ def pipeline_subject(
         about["scheduler"] = str(index["scheduler"][1])
     else:
         saved = parse_config(SamplerConfig, recipe["sampler"], f"{folder}: recipe.sampler")
-    return Subject(folder, "pipeline", about, parse_sampler(saved, overrides), make_draw)
+    sampler, classes = parse_sampler(saved, overrides), (recipe or {}).get("num_classes", 0)
+    return Subject(folder, "pipeline", about, sampler, make_draw, classes)
 
 
 def model_sha256(folder: Path, index: dict[str, Any]) -> str:

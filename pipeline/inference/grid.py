@@ -5,13 +5,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from models.config import InputError
 
-def read_picture(path: Path) -> UInt8[Tensor, "3 H W"]:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+def read_picture(path: Path, size: tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
+    """A picture as a viewer shows it, on white; cut to `size` (height, width) about the middle if given.
+
+    Raises InputError where it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be decoded: {error}. Remedy: remove it") from error
+    image = Image.new("RGBA", upright.size, "white")
+    image = Image.alpha_composite(image, upright).convert("RGB")
+    if size is not None:
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_pil(picture: UInt8[Tensor, "3 H W"]) -> Image.Image:

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models.vae import LatentCodec, sample_latents
+from models.vae import LatentCodec
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
 from pipeline.data.encoders import encoder_folder
@@ -34,9 +34,7 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
     console.print(table)
     folder = encoder_folder(codec, config.encoders.vae, "vae")
     network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
-    noise = torch.zeros(len(ids), codec.channels, *batch.moments.shape[-2:])
-    latents = sample_latents(batch.moments, noise, codec.normalisation)
-    pictures = torch.cat([network.decode(part) for part in latents.split(16)])
+    pictures = torch.cat([network.decode_mean(part) for part in batch.moments.split(16)])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(pictures, captions, columns=8).save(path)
     console.print(f"wrote {path}")

@@ -46,11 +46,12 @@ class UNet(nn.Module):
         added = None
         if self.config.size_conditioning:
             assert self.config.latent_downscale is not None
-            sides = torch.tensor(x_t.shape[-2:], device=x_t.device) * self.config.latent_downscale
-            target = sides.expand(len(x_t), 2)
+            micro, scale = given("micro", conditions.micro), self.config.latent_downscale
+            # Filled on the device: a tensor made from numbers would be copied there, and waited for.
+            target = [micro.new_full((len(micro), 1), side * scale) for side in x_t.shape[-2:]]
             added = {
                 "text_embeds": given("pooled", conditions.pooled),
-                "time_ids": torch.cat([given("micro", conditions.micro), target], dim=1),
+                "time_ids": torch.cat([micro, *target], dim=1),
             }
         return self.unet(
             x_t.to(dtype),

@@ -40,7 +40,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     announce(run, clock, monitor)
     if preview.due(clock):
         preview.show(engine, optimizer, monitor, clock.step)
-    batches = run.loader.batches(clock.next_batch)
+    batches = run.loader.batches(clock.next_batch, clock.step)
     monitor.restart()
 
     while not clock.finished:

@@ -15,12 +15,12 @@ from models.command import load_config
 from pipeline import loop
 from pipeline.config import TrainConfig
 from pipeline.data.loader import Loader
-from pipeline.training import checkpoint, clock, forward
+from pipeline.training import checkpoint, clock
 from tests.train_factory import unlike, write_config
 
 STEP = 12  # of the checkpoint that is resumed from
 restore, batches = checkpoint.restore, Loader.batches
-lr_schedule, ema_decays, draw_noise = clock.lr_schedule, clock.ema_decays, forward.draw_noise
+lr_schedule, ema_decays = clock.lr_schedule, clock.ema_decays
 
 
 def forgetting(key: str) -> Any:
@@ -42,11 +42,13 @@ ITEMS = {key: forgetting(key) for key in ("ema", "exp_avg", "exp_avg_sq", "step"
     "images_seen": patch.object(
         clock, "ema_decays", lambda ema, seen, size: ema_decays(ema, seen - STEP * size, size)
     ),
-    "loader": patch.object(Loader, "batches", lambda loader, start: batches(loader, start - STEP)),
-    "noise": patch.object(
-        forward, "draw_noise", lambda seed, step, *rest: draw_noise(seed, step - STEP, *rest)
+    "loader": patch.object(
+        Loader, "batches", lambda loader, start, step: batches(loader, start - STEP, step)
     ),
-    "nothing": patch.object(forward, "draw_noise", draw_noise),
+    "noise": patch.object(
+        Loader, "batches", lambda loader, start, step: batches(loader, start, step - STEP)
+    ),
+    "nothing": patch.object(Loader, "batches", batches),
 }
 
 

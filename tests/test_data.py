@@ -20,11 +20,12 @@ import torch
 
 from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
 from models.config import InputError, parse_config
-from models.networks import AlignmentConfig, DiTConfig
+from models.networks import AlignmentConfig, DiTConfig, RoutingConfig
 from pipeline.data.batch import Batch
 from pipeline.data.cache import ShardError
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
+from pipeline.data.randomness import draw_noise
 from pipeline.runs.setup import check_fits
 from tests.shard_factory import Kind, make_dataset
 
@@ -518,3 +519,33 @@ def test_a_closed_loader_leaves_no_thread_and_no_open_file(tmp_path):
         time.sleep(0.01)
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_batch_brings_its_steps_noise_in_its_own_buffer(prefetch, deterministic, tmp_path):
+    """The bits of draw_noise at the step's number, drawn by whoever reads its samples."""
+    kind = Kind(channels=4, deterministic=deterministic)
+    folder = make_dataset(tmp_path / "data", [((64, 64), 30), ((32, 128), 20)], kind)
+    routed = DiTConfig(size="debug", depth=3, routing=RoutingConfig(start=1, end=2))
+    options = {"global_batch": 8, "seed": 5, "rank_of": (1, 2)}
+    loader = Loader(config(folder, prefetch=prefetch), **options, model=routed)
+    for number, batch in zip(range(4), loader.batches(3, draws_step=13), strict=False):
+        assert batch.step == 3 + number
+        height, width = batch.latent_size
+        wanted = {"noise": (4, height, width), "token_scores": (height * width // 4,)}
+        if not deterministic:
+            wanted["posterior"] = (4, height, width)
+        for name in ("noise", "posterior", "token_scores"):
+            tensor = getattr(batch, name)
+            if name not in wanted:
+                assert tensor is None
+                continue
+            purpose = "tokens" if name == "token_scores" else name
+            drawn = draw_noise(5, 13 + number, batch.indices, wanted[name], purpose=purpose)
+            assert torch.equal(tensor, drawn)
+            assert batch.buffer is not None
+            begin = batch.buffer.bytes.data_ptr()
+            assert begin <= tensor.data_ptr() < begin + batch.buffer.bytes.nbytes
+            assert torch.equal(tensor[2:4], getattr(batch.split(2)[1], name))
+    loader.close()

@@ -22,6 +22,9 @@ from tests.train_factory import (
 from tests.train_factory import train as run_training
 
 
+OPTIONS = ("training.images=960",)
+
+
 def attempts(run: Path) -> list[dict[str, float]]:
     return json.loads((run / LEDGER).read_text())["attempts"]
 
@@ -73,10 +76,10 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
     rng, config = random.Random(seed), write_config(tmp_path)
     run, begun, kills = tmp_path / "run", time.time(), 0
     while True:
-        process = start("pipeline.train", str(config), ranks=2)
+        process = start("pipeline.train", str(config), *OPTIONS, ranks=2)
         if kills < 10:
             step = len(scalars(run, "loss/train")) if (run / "tensorboard").is_dir() else 0
-            wait_for(process, f"step {min(23, step + rng.randrange(1, 4))}/")
+            wait_for(process, f"step {step + rng.randrange(1, 8)}/")
             kills += 1
             victims = [process.pid] if rng.random() < 0.5 else workers(process)
             os.kill(rng.choice(victims), signal.SIGKILL)
@@ -100,4 +103,4 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
     assert last <= time.time()
     assert sum(attempt["replayed"] for attempt in found) > 0
     print(f"{kills} kills: {Ledger(run).line()}")
-    check_as_undisturbed(run)
+    check_as_undisturbed(run, *OPTIONS, step=120)

@@ -104,7 +104,7 @@ def test_the_loss_is_over_the_kept_patches_alone(tmp_path):
     model = randomise(build_model(run.config.model))
     forward = Forward(model, objective, run.loader, run.config.model, 0.1, torch.device("cpu"))
     batch, t = next(run.loader.batches(7)), torch.tensor([0.2, 0.5, 0.8])
-    terms = forward(batch, Draws(7, t, torch.zeros(3, dtype=torch.bool)), images=0)
+    terms = forward(batch, Draws(t, torch.zeros(3, dtype=torch.bool)), images=0)
     run.loader.close()
     drawn = draw_noise(5, 7, range(3), (16,), purpose="tokens")
     kept = layers.kept_pixels(drawn, Span(2, 4, 0.75), 2, 8, 8)

@@ -16,12 +16,17 @@ from torch import Tensor
 from data_prep.schema import EMPTY_CAPTION, Manifest
 from models.conditions import Conditions
 from models.config import InputError
+from models.networks import NetworkConfig, RoutedConfig
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Bucket, Mixture
+from pipeline.data.randomness import fill_noise
 from pipeline.data.shards import Rows, gather, gather_ragged
 
 ALIGNMENT_BYTES = 64
 """What the place of every member in a batch buffer is a multiple of."""
+
+PURPOSES = {"posterior": "posterior", "noise": "noise", "token_scores": "tokens"}
+"""What each of a batch's random tensors is drawn for."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Batch:
     `indices` are places in the global batch, whatever the world size; `sample_ids` are the samples'
     numbers in the mixture. `moments` are raw, mean then std, or one value where the codec is
     deterministic. Tokens of several encoders lie one after another, `text_lengths` of each, zeros where
-    masked; pooled vectors lie side by side. A field is None where the dataset lacks it. The tensors lie
-    in a buffer that is used again once neither one of them nor a view of one is alive.
+    masked; pooled vectors lie side by side. A field is None where the dataset lacks it, or the network
+    that the batch is for needs none. The tensors lie in a buffer that is used again once neither one of
+    them nor a view of one is alive.
     """
 
     step: int
@@ -47,6 +53,9 @@ class Batch:
     micro: Tensor | None = None  # float32 (b, 4): original height and width, crop top and left
     label: Tensor | None = None  # int64 (b,)
     vision: Tensor | None = None  # float16 (b, V, g, j): features of the picture's squares
+    posterior: Tensor | None = None  # float32 (b, C, h, w): picks latents by the moments
+    noise: Tensor | None = None  # float32 (b, C, h, w)
+    token_scores: Tensor | None = None  # float32 (b, patches)
     text_lengths: tuple[int, ...] = ()
     buffer: "Buffer | None" = field(default=None, repr=False)
 
@@ -57,7 +66,8 @@ class Batch:
     @property
     def conditions(self) -> Conditions:
         """What a network is told about the samples."""
-        return Conditions(self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
+        told = (self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
+        return Conditions(*told, self.token_scores)
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -76,6 +86,12 @@ class Batch:
                 told[name] = torch.where(rows, none, value)
         return replace(self, **told)
 
+    def draw(self, seed: int, step: int) -> None:
+        """Fill the random tensors as those of a step, each a pure function of the seed and the step."""
+        for name, purpose in PURPOSES.items():
+            if (tensor := getattr(self, name)) is not None:
+                fill_noise(tensor, seed, step, self.indices.tolist(), purpose)
+
     def rows(self, begin: int, end: int) -> "Batch":
         """Samples begin..end, as views."""
         return self._map(lambda t: t[begin:end])
@@ -90,7 +106,10 @@ class Batch:
         return self.parts(micro_batch)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy from a pinned buffer does not block."""
+        """The batch on a device; the copy from a pinned buffer does not block.
+
+        Indices and numbers stay: only the CPU reads them, and from a GPU each read would wait.
+        """
         device = torch.device(device)
         if device.type == "cpu":
             return self
@@ -98,7 +117,7 @@ class Batch:
         if self.buffer is not None and device.type == "cuda":
             self.buffer.copied = torch.cuda.Event()
             self.buffer.copied.record(torch.cuda.current_stream(device))
-        return replace(moved, buffer=None)
+        return replace(moved, indices=self.indices, sample_ids=self.sample_ids, buffer=None)
 
 
 @dataclass(frozen=True)
@@ -182,7 +201,7 @@ class BufferPool:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a member lies in a batch buffer; `column` is that of its addresses, None for text."""
+    """Where a member lies in a batch buffer; `column` is that of its addresses, None where it has none."""
 
     name: str
     column: int | None
@@ -193,11 +212,13 @@ class Slot:
 
 
 class Assembler:
-    """Turns samples in memory into a Batch in a buffer."""
+    """Turns samples in memory into a Batch in a buffer, with room for what `model` draws for each."""
 
-    def __init__(self, mixture: Mixture, config: DataConfig, vision: bool):
+    def __init__(self, mixture: Mixture, config: DataConfig, model: NetworkConfig | None = None):
         self.mixture, self.pad_to_longest = mixture, config.pad_text == "longest"
-        self.left_out = set() if vision else {"vision"}
+        self.left_out = set() if getattr(model, "alignment", None) else {"vision"}
+        self.model = model
+        self.scored = isinstance(model, RoutedConfig) and model.span is not None
         self.encoders = list(mixture.manifest.text.roles.items())
         longest = [role.view.max_length for _, role in self.encoders]
         self.limits = [min(config.text_length or length, length) for length in longest]
@@ -232,6 +253,7 @@ class Assembler:
             micro=out.get("micro"),
             label=out["label"].view(-1) if "label" in out else None,
             vision=out.get("vision"),
+            **{name: out.get(name) for name in PURPOSES},
             text_lengths=padded,
             buffer=buffer,
         )
@@ -246,12 +268,27 @@ class Assembler:
         ]
         if self.encoders:
             kinds.append(("text", None, (sum(padded), self.width), torch.float16))
+        kinds += [(name, None, s, torch.float32) for name, s in self._drawn(bucket).items()]
         parts, begin = [], 0
         for name, column, shape, dtype in kinds:
             row_bytes = math.prod(shape) * dtype.itemsize
             parts.append(Slot(name, column, begin, row_bytes, (count, *shape), dtype))
             begin += -(-count * row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return parts, begin
+
+    def _drawn(self, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+        """Shapes of a sample's random tensors."""
+        if self.model is None:
+            return {}
+        codec = self.mixture.manifest.codec
+        height, width = (side // codec.downscale for side in bucket)
+        latents = (codec.channels, height, width)
+        shapes: dict[str, tuple[int, ...]] = {"noise": latents}
+        if not codec.deterministic:
+            shapes["posterior"] = latents
+        if self.scored:
+            shapes["token_scores"] = (height * width // self.model.latent_multiple**2,)
+        return shapes
 
     def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:
         """Length of each encoder's part of the text; `tokens` is int64 (encoders, b)."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from data_prep.schema import Manifest
+from models.networks import NetworkConfig
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DataConfig, is_remote
@@ -116,15 +117,15 @@ class Loader:
         seed: int,
         rank_of: tuple[int, int] = (0, 1),
         eras: Path | None = None,
-        vision: bool = False,
+        model: NetworkConfig | None = None,
     ):
         """`rank_of` is this rank's number and the number of ranks.
 
-        `eras` is a folder that all ranks see, for class Eras. `vision` asks for batches with the
-        vision features.
+        `eras` is a folder that all ranks see, for class Eras. `model` is the network to be trained, for
+        which batches hold noise and, if it aligns with them, vision features.
         """
         assert eras or not config.grow, "ranks agree in the folder on what has grown"
-        self.config, self.vision = config, vision
+        self.config, self.model = config, model
         rank, self.world_size = rank_of
         self._stop = threading.Event()
         partitions = choose_partitions(config.canonical_partitions, global_batch, self.world_size)
@@ -158,7 +159,7 @@ class Loader:
             plan,
             Order(mixture.buckets(), plan),
             ShardStore(mixture, self.config, self.skipped),
-            Assembler(mixture, self.config, self.vision),
+            Assembler(mixture, self.config, self.model),
         )
 
     @property
@@ -181,9 +182,13 @@ class Loader:
         order = self.era_of_epoch(epoch).order
         return order.first_step(epoch + 1) - order.first_step(epoch)
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """This rank's part of every global batch from `start_step` on, without end."""
-        produce = self._produce(start_step)
+    def batches(self, start_step: int = 0, draws_step: int | None = None) -> Iterator[Batch]:
+        """This rank's part of every global batch from `start_step` on, without end.
+
+        The first one's noise is that of `draws_step`: `start_step`, unless the batch size has changed.
+        """
+        ahead = 0 if draws_step is None else draws_step - start_step
+        produce = self._produce(start_step, ahead)
         if not self.config.prefetch:
             yield from self._timed(produce.__next__)
         ready: queue.Queue[Batch | Exception] = queue.Queue(self.config.prefetch)
@@ -214,7 +219,7 @@ class Loader:
             # Its buffer is to be free while the next one is awaited.
             del batch
 
-    def _produce(self, step: int) -> Iterator[Batch]:
+    def _produce(self, step: int, ahead: int) -> Iterator[Batch]:
         if self.eras.settle(0, 0):
             self._era.cache_clear()
             self.first = self._era(0)
@@ -226,7 +231,11 @@ class Loader:
                 if bucket not in readers:
                     readers[bucket] = BucketReader(era, self.partitions, era.order.locate(step))
                 key = era.order.buckets[bucket].key
-                yield era.assemble(readers[bucket].next(), key, self.indices, step, epoch)
+                batch = era.assemble(readers[bucket].next(), key, self.indices, step, epoch)
+                batch.draw(self.plan.seed, step + ahead)
+                yield batch
+                # Its buffer is to be free while the next one is put together.
+                del batch
                 step += 1
             epoch += 1
             if self.config.grow:
@@ -244,7 +253,10 @@ class Loader:
 
         Every bucket of every dataset gives its share; none are there where nothing is held out.
         """
-        buckets = self.first.mixture.buckets(heldout=True)
+        mixture = self.first.mixture
+        # No step draws noise for them.
+        assemble = Assembler(mixture, self.config)
+        buckets = mixture.buckets(heldout=True)
         parts = [(bucket, part) for bucket, found in buckets.items() for part in found]
         ends = np.cumsum([0, *(part.total for _, part in parts)])
         shares = np.diff(ends * min(size, int(ends[-1])) // max(1, int(ends[-1])))
@@ -255,7 +267,7 @@ class Loader:
         for bucket, found in rows.items():
             if found:
                 indices = torch.arange(count, count := count + sum(map(len, found)))
-                batches.append(self.first.assemble(Rows.join(found), bucket, indices, 0, 0))
+                batches.append(assemble(Rows.join(found), bucket, indices, 0, 0))
         return batches
 
     def _first_rows(self, part: Part, count: int) -> Iterator[Rows]:

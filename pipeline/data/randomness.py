@@ -35,11 +35,15 @@ def draw_noise(
     `indices` count within the global batch. Drawn on the CPU, so that a GPU sees the same noise.
     """
     rows = [int(i) for i in indices]
-    noise = np.empty((len(rows), *shape), dtype=np.float32)
-    for row, index in zip(noise, rows, strict=True):
-        generator = make_generator(seed, purpose, step, index)
-        row[...] = generator.standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(noise).to(device)
+    noise = torch.empty(len(rows), *shape)
+    fill_noise(noise, seed, step, rows, purpose)
+    return noise.to(device)
+
+
+def fill_noise(noise: Tensor, seed: int, step: int, indices: list[int], purpose: str) -> None:
+    """Overwrite an fp32 tensor in CPU memory with what `draw_noise` draws."""
+    for row, index in zip(noise.numpy(), indices, strict=True):
+        make_generator(seed, purpose, step, index).standard_normal(dtype=np.float32, out=row)
 
 
 def draw_dropout(seed: int, step: int, batch_size: int, p: float) -> Bool[Tensor, " B"]:

@@ -93,7 +93,7 @@ def fit_run(config: TrainConfig) -> Run:
         seed=config.seed,
         rank_of=(distributed.rank(), distributed.world_size()),
         eras=Path(config.run) / ERAS,
-        vision=getattr(config.model, "alignment", None) is not None,
+        model=config.model,
     )
     manifest = loader.manifest
     model = config.model.with_sizes(sizes_of(manifest))

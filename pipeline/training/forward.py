@@ -5,22 +5,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from models.layers import kept_pixels
-from models.networks import NetworkConfig, RoutedConfig
+from models.networks import NetworkConfig
 from models.vae import sample_latents
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
-from pipeline.data.randomness import draw_dropout, draw_noise
+from pipeline.data.randomness import draw_dropout
 from pipeline.objectives.objective import Latents, LossTerms, Objective, PerSample, alignment_loss
 
 
 class Draws(NamedTuple):
     """Draws for a global batch of B samples; `dropped` ones lose caption and class."""
 
-    step: int
     t: PerSample
     dropped: Bool[Tensor, " B"]
 
@@ -49,7 +48,6 @@ class Forward:
         self.network, self.objective, self.device = network, objective, device
         self.seed, self.global_batch = loader.plan.seed, loader.plan.global_batch
         self.caption_dropout, self.model = caption_dropout, cast(Any, model)
-        self.span = self.model.span if isinstance(self.model, RoutedConfig) else None
         self.codec, caption = loader.manifest.codec, loader.empty_caption
         self.empty_caption = None if caption is None else caption.to(device)
 
@@ -57,22 +55,24 @@ class Forward:
         """Draws of a step, a pure function of the seed and the step."""
         t = self.objective.draw_t(self.seed, step, self.global_batch, latent_size)
         dropped = draw_dropout(self.seed, step, self.global_batch, self.caption_dropout)
-        return Draws(step, t, dropped)
+        return Draws(t, dropped)
 
     def __call__(self, batch: Batch, draws: Draws, images: int) -> Terms:
         """Losses of a micro-batch after `images` pictures."""
-        # Taken before the batch moves: the CPU needs them, and reading them from a GPU would wait.
-        places = batch.indices
-        t, dropped = (drawn[places].to(self.device) for drawn in (draws.t, draws.dropped))
+        t, dropped = (self._to_device(drawn[batch.indices]) for drawn in draws)
         batch = batch.to(self.device).drop(dropped, self.empty_caption, self.model.num_classes)
-        latents, noise, scores = self._drawn_for(batch.moments, places, draws.step)
-        conditions = batch.conditions._replace(token_scores=scores)
-        pred = self.network(self.objective.add_noise(latents, noise, t), t, conditions)
+        noise, scores = batch.noise, batch.token_scores
+        assert noise is not None
+        # Where the codec is deterministic, the posterior gives only the shape.
+        posterior = noise if batch.posterior is None else batch.posterior
+        latents = sample_latents(batch.moments, posterior, self.codec.normalisation)
+        pred = self.network(self.objective.add_noise(latents, noise, t), t, batch.conditions)
         pred, projection = pred if isinstance(pred, tuple) else (pred, None)
-        if scores is None or self.span is None or not self.model.masking:
+        if scores is None or not self.model.masking:
             terms = self.objective.loss(pred, latents, noise, t)
         else:
-            kept = kept_pixels(scores, self.span, self.model.patch_size, *latents.shape[-2:])
+            span, patch_size = self.model.span, self.model.patch_size
+            kept = kept_pixels(scores, span, patch_size, *latents.shape[-2:])
             terms = loss_of_kept(self.objective, pred, latents, noise, t, kept)
         total, named = terms.loss.mean(), terms._asdict()
         if projection is not None:
@@ -81,20 +81,10 @@ class Forward:
             total = total + alignment_weight(self.model, images) * named["alignment"].mean()
         return Terms(t, total, {name: value.detach() for name, value in named.items()})
 
-    def _drawn_for(
-        self, moments: Tensor, places: Tensor, step: int
-    ) -> tuple[Latents, Latents, Float[Tensor, "B M"] | None]:
-        """Latents (b, C, h, w), their noise, and a score per patch where the network drops some."""
-        shape = (self.codec.channels, *moments.shape[-2:])
-
-        def draw(purpose: str, *shape: int) -> Tensor:
-            return draw_noise(self.seed, step, places, shape, self.device, purpose)
-
-        posterior, scores = draw("posterior", *shape), None
-        latents = sample_latents(moments, posterior, self.codec.normalisation)
-        if self.span is not None:
-            scores = draw("tokens", shape[1] * shape[2] // self.model.latent_multiple**2)
-        return latents, draw("noise", *shape), scores
+    def _to_device(self, drawn: Tensor) -> Tensor:
+        """A small tensor on the device; from memory that is not pinned, the copy would wait for the GPU."""
+        pinned = drawn.pin_memory() if self.device.type == "cuda" else drawn
+        return pinned.to(self.device, non_blocking=True)
 
 
 def loss_of_kept(

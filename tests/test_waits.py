@@ -1,0 +1,50 @@
+"""The host waits for the GPU nowhere between a batch's arrival and the end of its last backward."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from models.networks import MaskingConfig, build_model
+from pipeline.config import TrainConfig
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
+from pipeline.runs.setup import fit_run
+from pipeline.training.forward import Forward
+from tests.shard_factory import Kind, make_dataset
+from tests.waits import Made, Waits
+
+META = torch.device("meta")
+MODELS: list[dict[str, Any]] = [
+    {"kind": "dit", "size_conditioning": True, "num_classes": 3},
+    {"kind": "dit", "masking": MaskingConfig(mixer_depth=1), "rope": True, "register_tokens": 2},
+    {"kind": "mmdit", "learned_positions": True, "qk_norm": True},
+    {"kind": "uvit"},
+    {"kind": "unet", "size_conditioning": True},
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_forward_and_backward_read_nothing_back_and_copy_without_blocking(model, tmp_path):
+    kind = Kind(encoders={"mini": (5, 8)}, channels=4, label=True)
+    section = {
+        "data": {"path": str(make_dataset(tmp_path / "data", [((64, 64), 12)], kind))},
+        "model": {"size": "debug", **model},
+        "training": {"images": 12, "global_batch": 4},
+        "run": str(tmp_path / "run"),
+    }
+    run, objective = fit_run(TrainConfig.model_validate(section)), Objective(ObjectiveConfig())
+    with META:
+        network = build_model(run.config.model)
+    forward = Forward(network, objective, run.loader, run.config.model, 0.5, META)
+    batches = run.loader.batches()
+    for step in range(2):  # in the first, tables are made that are kept
+        batch = next(batches)
+        with Waits() as waits, Made(waits.seen):
+            for micro_batch in batch.split(2):
+                forward(micro_batch, forward.draw(step, batch.latent_size), 0).total.backward()
+    # Each would be read one by one where held-out samples' noise is drawn.
+    assert batch.to(META).indices is batch.indices
+    run.loader.close()
+    assert waits.seen == Counter()

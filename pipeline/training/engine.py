@@ -119,6 +119,8 @@ def deepspeed_config(
         # torch's fused AdamW, which keeps the averages, steps on the host as well.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
+        # It waits for the device twice per micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and engine.zero_stage:
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -6,6 +6,7 @@ by file name, and writes a diffusers folder with measured scaling_factor and shi
 
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
@@ -201,7 +202,10 @@ def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: P
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """The old checkpoint stays until the new one is whole."""
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    data = io.BytesIO()
+    # torch.save to a full disk would not say what is wrong.
+    torch.save(state, data)
+    write_whole(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """What every command does with its arguments: read YAML, and end with one message where the input is wrong."""
 
 import difflib
+import errno
 import importlib.util
 import os
 import sys
@@ -27,6 +28,18 @@ def package_folder(name: str) -> str:
         )
     return next(iter(spec.submodule_search_locations))
 
+
+RIGHTS = "the right to read it and, where it is written, to write there; or another folder"
+ROOM = "make room; the same command goes on from what is done"
+PLACE = "another path, or move away what lies there"
+REMEDIES = {
+    errno.EACCES: RIGHTS,
+    errno.EPERM: RIGHTS,
+    errno.EROFS: "a folder that can be written to",
+}
+REMEDIES |= {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM}
+REMEDIES |= {errno.ENOTDIR: PLACE, errno.EISDIR: PLACE, errno.EEXIST: PLACE}
+"""What helps against the errors of a disk that are no fault of ours, by their number."""
 
 OmegaConf.register_resolver("package", package_folder, replace=True)
 
@@ -65,8 +78,19 @@ def run_command(function: Callable[..., None], **settings: Any) -> None:
     app.command(**settings)(function)
     try:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if (message := _explain(error)) is None:
+            raise
         Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[bold red]error[/] {escape(str(error))}"
+            f"[bold red]error[/] {escape(message)}"
         )
         sys.exit(2)
+
+
+def _explain(error: InputError | OSError) -> str | None:
+    """What to tell the user; None where it may be a fault of ours, which a traceback finds."""
+    if isinstance(error, InputError):
+        return str(error)
+    remedy = REMEDIES.get(error.errno or 0)
+    where = f"{error.filename}: " if error.filename else ""
+    return remedy and f"{where}{error.strerror}. Remedy: {remedy}"

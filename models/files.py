@@ -6,10 +6,13 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What a file system answers that cannot force a name, or anything, to disk: CIFS, some of FUSE."""
@@ -49,9 +52,22 @@ def is_temporary(path: Path) -> bool:
     return bool(re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", path.name)) and path.is_file()
 
 
+def _follow_umask(file: Path) -> None:
+    """Let others have what the umask grants them: safetensors grants them nothing."""
+    mode = file.stat().st_mode
+    if not mode & 0o077:
+        # Where a file system has one mode for all files, nobody may change it.
+        with suppress(PermissionError):
+            file.chmod(mode | 0o666 & ~UMASK)
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Make a file, or a folder with all in it, appear at `path` in one step, after all of it is on disk."""
     for part in (*temporary.rglob("*"), temporary):
+        if part.is_symlink():
+            continue
+        if part.is_file():
+            _follow_umask(part)
         sync(part)
     os.replace(temporary, path)
     sync(path.parent)
@@ -65,10 +81,28 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
     """
     temporary = temporary_for(path)
     try:
-        write(temporary)
-        publish(temporary, path) if durable else os.replace(temporary, path)
+        with naming(path):
+            write(temporary)
+            publish(temporary, path) if durable else os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name `path`, not what will become it; Rust's libraries say its number only in words."""
+    try:
+        yield
+    except OSError as error:
+        temporary = str(path.with_name(f".{path.name}."))
+        if error.errno and str(error.filename or temporary).startswith(temporary):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from models.config import InputError
 from models.exchange import layout_of, to_diffusers
-from models.files import publish
+from models.files import naming, publish
 from models.networks import MODELS, build_model
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline.inference.model_card import model_card, public_name
@@ -324,8 +324,9 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(trained, partial, dtype, encoders)
-        publish(partial, folder)
+        with naming(folder):
+            _fill(trained, partial, dtype, encoders)
+            publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -215,6 +215,9 @@ def _own_faults(folder: Path) -> list[str]:
     try:
         record = json.loads((folder / RECORD).read_text())
         files, version = record["files"], record.get("format", 1)
+    except PermissionError:
+        # Of somebody else's checkpoints none would be whole.
+        raise
     except (OSError, ValueError, KeyError) as error:
         return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
     if version != FORMAT:

@@ -36,7 +36,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint)
     run.record()
     exchange = Exchange()
-    monitor = Monitor(config, clock, objective, run.loader, engine)
+    monitor = Monitor(config, clock, objective, run.loader, engine, exchange)
     announce(run, clock, monitor)
     if preview.due(clock):
         preview.show(engine, optimizer, monitor, clock.step)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -87,13 +88,14 @@ class Exchange:
 
     A call starts an exchange that the next one completes: all ranks see the same answers, one step
     late. It also checks that all ranks are at the same step, because ranks at different steps would
-    match up the wrong collectives long before they hang.
+    match up the wrong collectives long before they hang. Each rank's `seconds` of a step travel along.
     """
 
     def __init__(self) -> None:
         # gloo, because a reduction on the GPU would wait for the step in flight.
         self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
+        self.seconds, self.everyones_seconds = 0.0, np.zeros(world_size())
 
     def any(self, step: int, *mine: bool) -> tuple[bool, ...]:
         """Whether any rank said yes to each question at the last call; alone, it is the current call.
@@ -101,6 +103,7 @@ class Exchange:
         Raises RuntimeError where ranks are at different steps. Collective.
         """
         if self.group is None:
+            self.everyones_seconds[0] = self.seconds
             return mine
         answers = (False,) * len(mine)
         if self.pending is not None:
@@ -110,8 +113,11 @@ class Exchange:
                 raise RuntimeError(
                     f"ranks are at different steps: {-values[1]:.0f} to {values[0]:.0f}"
                 )
-            answers = tuple(bool(value) for value in values[2:])
-        values = torch.tensor([step, -step, *map(float, mine)], dtype=torch.float64)
+            answers = tuple(bool(value) for value in values[2 : 2 + len(mine)])
+            self.everyones_seconds = values[2 + len(mine) :].numpy()
+        seconds = [0.0] * world_size()
+        seconds[rank()] = self.seconds
+        values = torch.tensor([step, -step, *map(float, mine), *seconds], dtype=torch.float64)
         work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
         self.pending = (values, work)

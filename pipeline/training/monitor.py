@@ -1,5 +1,6 @@
 """What a run shows: TensorBoard scalars, picture grids and hparams, and a line on the terminal."""
 
+import itertools
 import resource
 import time
 from collections import Counter, defaultdict
@@ -20,6 +21,7 @@ from pipeline import distributed
 from pipeline.config import TrainConfig, dump_config
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
+from pipeline.distributed import Exchange
 from pipeline.objectives.objective import Objective
 from pipeline.training.clock import Clock
 from pipeline.training.ema import WithEMA
@@ -28,6 +30,7 @@ from pipeline.training.flops import ModelFlops, peak_flops
 from pipeline.training.forward import Draws, Terms
 from pipeline.training.ledger import Ledger
 from pipeline.training.norms import BlockNorms
+from pipeline.training.rank_check import FIRST_STEPS, Pace, check_ranks
 
 NUM_LEVELS = 8
 """Equal parts of t, from 0 to 1, by which losses are logged."""
@@ -55,12 +58,20 @@ class Stopwatch:
         else:
             self.marks.append((part, time.perf_counter()))
 
+    def since(self, begin: int, *parts: str) -> float:
+        """Seconds of some parts since mark number `begin`; on a GPU these must be over."""
+        seconds = 0.0
+        for (_, start), (part, end) in itertools.pairwise(self.marks[begin:]):
+            if part in parts:
+                seconds += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+        return seconds
+
     def collect(self) -> dict[str, float]:
         """Seconds by part since the last call; starts anew."""
         seconds: dict[str, float] = defaultdict(float)
         if self.on_gpu:
             self.marks[-1][1].synchronize()
-        for (_, begin), (part, end) in zip(self.marks, self.marks[1:], strict=False):
+        for (_, begin), (part, end) in itertools.pairwise(self.marks):
             seconds[part] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
         self.reset()
         return seconds
@@ -104,11 +115,17 @@ class Monitor:
     """TensorBoard, the line on the terminal and the rates; only rank 0 writes."""
 
     def __init__(
-        self, config: TrainConfig, clock: Clock, objective: Objective, loader: Loader, engine: Any
+        self,
+        config: TrainConfig,
+        clock: Clock,
+        objective: Objective,
+        loader: Loader,
+        engine: Any,
+        exchange: Exchange,
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
         self.clock, self.objective, self.loader = clock, objective, loader
-        self.device = torch.device(engine.device)
+        self.device, self.exchange, self.pace = torch.device(engine.device), exchange, Pace()
         self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None
         self.shapes: Counter[tuple[int, int, int]] = Counter()
         """Steps by the height and width of their latents and by their number of text tokens."""
@@ -156,8 +173,11 @@ class Monitor:
     def timed_next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; `log_samples` writes a line per sample: step, place, number."""
         self.mark("other")
+        self.step_mark = len(self.stopwatch.marks) - 1
         batch = next(batches)
         self.mark("data")
+        if self.clock.step - self.clock.start_step < FIRST_STEPS or self.clock.log_due:
+            check_ranks(batch)
         if self.settings.log_samples:
             path = self.run / "samples_seen" / f"rank_{distributed.rank():05d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +201,9 @@ class Monitor:
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
         self.shapes[*batch.latent_size, text_length] += 1
         self._profile(self.clock.step)
+        # Forward alone: from backward on, every rank waits for the slowest.
+        self.exchange.seconds = self.stopwatch.since(self.step_mark, "data", "forward")
+        self.pace.add(self.exchange.everyones_seconds)
         self.ledger.stepped(self.clock.step, self.loader.wait_s)
         self.progress.update(self.task, completed=self.clock.step)
 
@@ -204,6 +227,7 @@ class Monitor:
         steps = clock.step - self.since_step
         values = values | self._speed(elapsed, steps)
         values["progress/images_seen"] = clock.images_seen
+        values["speed/slowest_rank"] = float(self.pace.slowest())
         values["speed/goodput"] = self.ledger.goodput()
         self.ledger.write()
         self.scalars(values)

@@ -21,7 +21,7 @@ from data_prep.images import ImagesConfig, Rejected
 from data_prep.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
-from data_prep.text import encodable
+from data_prep.text import encodable, encoding_of
 from models.config import Config
 
 CATALOG_SCHEMA = pa.schema(
@@ -223,9 +223,10 @@ def draw_captions(
 
 
 def clean_caption(data: bytes | None, config: CaptionsConfig) -> str:
-    """UTF-8 text on one line, single blanks; raises Rejected."""
+    """Text on one line, single blanks; raises Rejected."""
     try:
-        text = " ".join((data or b"").decode("utf-8-sig").replace("\0", " ").split())
+        text = (data or b"").decode(encoding_of(data or b""))
+        text = " ".join(text.replace("\0", " ").split())
     except UnicodeDecodeError as error:
         raise Rejected("caption_not_utf8", f"byte {error.start}") from error
     if len(text) > config.max_chars:

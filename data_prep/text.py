@@ -1,11 +1,21 @@
 """Text from outside: names, captions, values and messages of others, which need not be valid Unicode."""
 
+import codecs
 import json
 from collections.abc import Iterable
 from typing import Any
 
 # Levels of lists and objects in JSON: others, which have less room on their stack, read it again.
 MAX_DEPTH = 100
+# The longer marks come first, since some begin with others.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# Bytes that a text has none of, but UTF-16 of most alphabets in every other place.
+CONTROLS = bytes(set(range(32)) - set(b"\n\r"))
 
 
 def encodable(text: str) -> str:
@@ -19,8 +29,23 @@ def encodable(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text that begins so: UTF-8, unless a mark or its control characters show another."""
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            return encoding
+    halves = (data[1::2], data[0::2])
+    low, high = (len(half) - len(half.translate(None, CONTROLS)) for half in halves)
+    if len(data) % 2 == 0 and 4 * max(low, high) > len(data) and not low <= 2 * high <= 4 * low:
+        return "utf-16-le" if low > high else "utf-16-be"
+    return "utf-8-sig"
+
+
 def parse_json(text: str | bytes) -> Any:
     """What JSON says; raises ValueError where it is none."""
+    if isinstance(text, bytes):
+        encoding = json.detect_encoding(text)
+        text = text.decode(encoding, "surrogatepass" if "16" in encoding else "surrogateescape")
     try:
         value = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
     except RecursionError as error:

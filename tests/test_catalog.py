@@ -114,7 +114,8 @@ def test_captions_become_one_line_of_text(data, expected):
     [
         (None, "caption_empty"),
         (b" \n", "caption_empty"),
-        (b"\xff\xfe", "caption_not_utf8"),
+        (b"\xff\xfe", "caption_empty"),  # the mark of UTF-16 alone
+        (b"\xff\xfea", "caption_not_utf8"),
         (b"\xed\xa0\x80", "caption_not_utf8"),  # half a surrogate pair
         (b"x" * 5000, "caption_too_long"),
     ],

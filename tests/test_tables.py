@@ -4,12 +4,14 @@ import base64
 import csv
 import json
 import os
+import random
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.catalog import CaptionsConfig, FiltersConfig
+from data_prep.catalog import CaptionsConfig, FiltersConfig, clean_caption
 from data_prep.sources import read_entries
 from data_prep.sources.classes import ClassesSource
 from data_prep.sources.imagefolder import ImageFolderSource
@@ -154,9 +156,116 @@ def test_broken_tables_are_rejects_and_what_was_read_before_the_break_is_kept(tm
     assert reasons(found) == {
         "a.csv/000000004": "broken_row",
         "a.csv/000000005": "broken_row",
-        "b.csv": "broken_table",
+        "b.csv/000000004": "broken_row",
         "c.parquet": "broken_table",
     }
+
+
+BAD_CAPTIONS = [
+    '"hello" world',
+    r'"a \"quoted\" word"',
+    '"',
+    '"open',
+    '"open, more',
+    "x,y,z",
+    '"a""',
+    '"a" "b"',
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CAPTIONS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("names", ["image,caption", "caption,image,n"])
+def test_a_row_of_a_csv_that_is_none_costs_itself_alone(tmp_path, bad, end, names):
+    """Rows of one line and of two, good and bad by turns; a row's reason names the line where it begins."""
+    save_pictures(tmp_path / "p")
+    rng, lines, expected = random.Random(bad + names), [names], []
+    for i in range(40):
+        kind = rng.choice(["good", "lines", "bad"])
+        caption = {"good": f"good {i}", "lines": f'"two{end}lines {i}"', "bad": bad}[kind]
+        cells = {"image": f"p/{i % 4}.png", "caption": caption, "n": str(i)}
+        expected.append((len(lines) + 1, kind))
+        lines += ",".join(cells[name] for name in names.split(",")).split(end)
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        file.write(end.join(lines) + end)
+    found = items(table(tmp_path))
+    said = [item.captions[0][0].decode().replace(end, " ") for item in found if not item.reason]
+    places = {int(re.search(r"line (\d+)", i.detail)[1]) for i in found if i.reason}
+    assert {item.reason for item in found} == {None, "broken_row"}
+    # Of two bad rows the first one's quote may be closed by the second's, never by a good row's.
+    good = [i for i, (_, kind) in enumerate(expected) if kind == "good"]
+    assert set(said) >= {f"good {i}" for i in good}
+    if bad in BAD_CAPTIONS[:2]:
+        good = [i for i, (_, kind) in enumerate(expected) if kind != "bad"]
+        assert said == [f"{'good' if expected[i][1] == 'good' else 'two lines'} {i}" for i in good]
+    assert not [text for text in said if ".png" in text]
+    assert places >= {line for line, kind in expected if kind == "bad"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig", "utf-32"])
+@pytest.mark.parametrize("caption", ["a red apple", "красное яблоко", "सेब", "苹果"])
+def test_tables_and_captions_are_read_in_every_encoding_of_unicode(tmp_path, encoding, caption):
+    save_pictures(tmp_path / "p")
+    rows = [f"image,caption\r\np/{i}.png,{caption}\r\n" for i in range(1)]
+    (tmp_path / "a.csv").write_bytes("".join(rows).encode(encoding))
+    row = json.dumps({"image": "p/0.png", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "b.jsonl").write_bytes(f"{row}\n{row}".encode(encoding))
+    found = items(table(tmp_path))
+    assert [clean_caption(i.captions[0][0], CaptionsConfig()) for i in found] == [caption] * 3
+    if caption.isascii() or encoding in ("utf-16", "utf-8-sig", "utf-32"):
+        assert clean_caption(f"{caption}\n".encode(encoding), CaptionsConfig()) == caption
+
+
+ARRAY = [{"image": f"p/{i}.png", "caption": f"x{i}", "tags": [[], {}]} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ARRAY),
+        json.dumps(ARRAY, indent=2),
+        "[\n" + ",\n".join(map(json.dumps, ARRAY)) + "\n]\n",
+        "\n\n " + json.dumps(ARRAY),
+        "\n".join(map(json.dumps, ARRAY)),
+    ],
+)
+def test_a_jsonl_file_that_is_one_array_is_read(tmp_path, text, monkeypatch):
+    save_pictures(tmp_path / "p")
+    (tmp_path / "t.jsonl").write_text(text)
+    found = items(table(tmp_path))
+    assert [item.captions[0][0].decode() for item in found] == ["x0", "x1", "x2", "x3"]
+    monkeypatch.setattr("data_prep.sources.rows.MAX_ARRAY_BYTES", 10)
+    if "[{" in text or "[\n" in text:
+        (found,) = items(table(tmp_path))
+        assert (found.reason, found.name) == ("broken_table", "t.jsonl")
+
+
+def test_a_line_that_is_too_long_costs_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.sources.rows.MAX_LINE", 100)
+    monkeypatch.setattr("data_prep.sources.rows.MAX_TEXT_BYTES", 1000)
+    save_pictures(tmp_path / "p")
+    rows = [("p/0.png", "x"), ("p/1.png", "y" * 500), ("p/2.png", "z" * 95), ("p/3.png", "w")]
+    write_csv(tmp_path / "t.csv", rows, ("image", "caption"))
+    with (tmp_path / "t.jsonl").open("w") as file:
+        file.writelines(f'{{"image": "{image}", "caption": "{text}"}}\n' for image, text in rows)
+    reasons = [item.reason for item in items(table(tmp_path))]
+    assert reasons == [
+        None,
+        "broken_row",
+        "broken_row",
+        None,
+        None,
+        "broken_json",
+        "broken_json",
+        None,
+    ]
+    monkeypatch.setattr("data_prep.sources.rows.MAX_LINE", 5000)
+    lines = ["image,caption", 'p/0.png,"open', *["p,x"] * 500, "p/1.png,y"]
+    (tmp_path / "t.jsonl").unlink()
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    found = items(table(tmp_path))
+    assert "still open" in found[0].detail
+    assert (len(found), found[-1].reason) == (502, None)
 
 
 def test_a_parquet_file_cut_anywhere_is_whole_or_a_reject(tmp_path):

@@ -5,26 +5,29 @@ import binascii
 import csv
 import os
 import posixpath
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import islice, product
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images import Rejected
-from data_prep.sources.source import Entry, Item, Source
+from data_prep.images import PICTURE_EXTENSIONS, Rejected
+from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source
 from data_prep.sources.walk import extension_of, is_utf8
 from data_prep.storage import is_remote, local_copy, size_of
-from data_prep.text import encodable, parse_json
+from data_prep.text import encodable, encoding_of, parse_json
 from models.config import InputError
 
 TABLES = ("csv", "jsonl", "parquet")
 # Rows of Parquet read at once: pictures may lie in them.
 ROWS_AT_ONCE = 64
-# Bytes of a line of CSV and JSONL: a picture in base64.
-MAX_LINE_BYTES = 128 << 20
+# Characters of a line of CSV and JSONL: a picture in base64.
+MAX_LINE = 128 << 20
+# Bytes of a JSONL file that is one array of rows: it is read whole.
+MAX_ARRAY_BYTES = 64 << 20
 # What is raised for a value of Arrow's that Python cannot hold.
 UNREADABLE = (pa.ArrowException, ValueError, ArithmeticError, LookupError)
 Row = dict[str, Any] | Rejected
@@ -59,8 +62,8 @@ class Columns:
     """Whether paths must lead to pictures beside or below the table."""
 
     @property
-    def used(self) -> set[str | None]:
-        return {self.image, self.label, *self.captions}
+    def used(self) -> set[str]:
+        return {self.image, *self.captions} | ({self.label} if self.label else set())
 
 
 def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
@@ -176,21 +179,87 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+class _Lines:
+    """The lines of a CSV file for its reader, who may give back those of a row that was none."""
+
+    def __init__(self, path: str):
+        self._lines, self._waiting = _lines(path), deque[tuple[int, str | None]]()
+        self.row, self._room = list[tuple[int, str | None]](), 0
+
+    def begin_row(self) -> None:
+        """Begin to gather the lines of a row, each with its number."""
+        self.row = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        number, line = self._waiting.popleft() if self._waiting else next(self._lines)
+        self.row.append((number, line))
+        if line is None:
+            raise csv.Error(f"over {MAX_LINE} characters")
+        self._room = MAX_TEXT_BYTES if len(self.row) == 1 else self._room - len(line)
+        if self._room < 0:
+            raise csv.Error(f"a quote is still open {MAX_TEXT_BYTES} characters behind it")
+        return line
+
+    def give_back(self) -> None:
+        """Let the row's lines but the first be read as rows of their own."""
+        self._waiting.extendleft(reversed(self.row[1:]))
+
+
 def _csv_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, strict=True)
+    csv.field_size_limit(MAX_LINE)
+    lines, header, why = _Lines(path), list[str](), ""
+    reader = csv.reader(lines, strict=True)
+    while True:
+        lines.begin_row()
         try:
-            _check_columns(list(reader.fieldnames or []), entry, columns)
-            for row in reader:
-                if None in row or None in row.values():
-                    yield Rejected("broken_row", f"line {reader.line_num}: not as many fields")
-                else:
-                    texts = {columns.image, *columns.captions}
-                    yield {n: v if n in texts else _number(v) for n, v in row.items()}
+            row = next(reader)
+            why = _what_is_wrong(row, header, lines.row, columns) if header else ""
+        except StopIteration:
+            break
         except csv.Error as error:
-            detail = f"line {reader.line_num}: {error}"
-            raise Rejected("broken_table", detail) from error
+            row, why = [], str(error)
+        if why:
+            lines.give_back()
+            yield Rejected("broken_row", f"line {lines.row[0][0]}: {why}")
+        elif header and row:
+            texts = {columns.image, *columns.captions}
+            pairs = zip(header, row, strict=True)
+            yield {n: v if n in texts else _number(v) for n, v in pairs}
+        elif row:
+            header = row
+            _check_columns(header, entry, columns)
+    if not header:
+        raise Rejected("broken_table", "has no line that names its columns")
+
+
+def _what_is_wrong(
+    row: list[str], header: list[str], lines: list[tuple[int, str | None]], columns: Columns
+) -> str:
+    """Why it is no row, "" if it is one: a quote that nobody closed makes values of the rows behind it."""
+    if row and len(row) != len(header):
+        return f"got {len(row)} fields, expected {len(header)}"
+    if len(lines) == 1:
+        return ""
+    place, claims = header.index(columns.image), list[int]()
+    for (number, line), quoting in product(lines, (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)):
+        cells = next(csv.reader([line or ""], quoting=quoting), [])
+        if len(cells) == len(header) and _is_like(cells[place], row[place]):
+            claims.append(number)
+    # The row's own path lies in its first line, or behind the closed quote in its last.
+    first, last = lines[0][0], lines[-1][0]
+    for number in claims:
+        if number != (first if first in claims else last):
+            return f"a quote is open until line {last}, but line {number} looks like a row"
+    return ""
+
+
+def _is_like(cell: str, path: str) -> bool:
+    """Whether it looks like the path of a picture, or lies in the folder of one."""
+    folder = posixpath.dirname(path)
+    return extension_of(cell) in PICTURE_EXTENSIONS or posixpath.dirname(cell) == folder != ""
 
 
 def _number(text: str) -> Any:
@@ -203,20 +272,55 @@ def _number(text: str) -> Any:
 
 
 def _jsonl_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
-    with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
-            if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
-                raise Rejected("broken_table", f"line {number}: over {MAX_LINE_BYTES} bytes")
-            if not line.strip():
-                continue
+    if array := _array_in(path):
+        yield from (_row_of(value, f"value {i}") for i, value in enumerate(array))
+        return
+    for number, line in _lines(path):
+        if line is None:
+            yield Rejected("broken_json", f"line {number}: over {MAX_LINE} characters")
+        elif line.strip():
             try:
-                row = parse_json(line)
+                row = _row_of(parse_json(line), f"line {number}")
             except ValueError as error:
-                yield Rejected("broken_json", f"line {number}: {str(error)[:200]}")
-                continue
-            yield row if isinstance(row, dict) else Rejected("broken_json", f"line {number}")
+                row = Rejected("broken_json", f"line {number}: {error}"[:200])
+            yield row
+
+
+def _row_of(value: Any, place: str) -> Row:
+    if isinstance(value, dict):
+        return value
+    return Rejected("broken_json", f"{place}: got {type(value).__name__}, expected an object")
+
+
+def _array_in(path: str) -> list[Any]:
+    """The array that the whole file is, empty where it is none; raises Rejected where it is too large."""
+    first = next((line for _, line in _lines(path) if line is None or line.strip()), None)
+    if not (first or "").lstrip().startswith("["):
+        return []
+    if os.path.getsize(path) > MAX_ARRAY_BYTES:
+        detail = f"an array of over {MAX_ARRAY_BYTES} bytes, expected an object per line"
+        raise Rejected("broken_table", detail)
+    try:
+        return parse_json("".join(line or "" for _, line in _lines(path)))
+    except ValueError:
+        return []
+
+
+def _lines(path: str) -> Iterator[tuple[int, str | None]]:
+    """The lines of a text file with their numbers, from 1; None stands for one that is too long."""
+    with open(path, "rb") as file:
+        encoding = encoding_of(file.read(MAX_TEXT_BYTES))
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
+    with open(path, newline="", encoding=encoding, errors=errors) as file:
+        number = 0
+        try:
+            while line := file.readline(MAX_LINE):
+                number, cut = number + 1, False
+                while len(line) == MAX_LINE and line[-1] not in "\r\n":
+                    line, cut = file.readline(MAX_LINE), True
+                yield number, None if cut else line
+        except UnicodeDecodeError as error:
+            raise Rejected("broken_table", f"after line {number}: {error}") from error
 
 
 def _item_of_row(
@@ -224,7 +328,7 @@ def _item_of_row(
 ) -> tuple[Item, str]:
     """The item, and the path that its row gives; raises Rejected."""
     for column in columns.used:
-        if isinstance(broken := row.get(column or ""), Rejected):
+        if isinstance(broken := row.get(column), Rejected):
             raise broken
     image, label = row.get(columns.image), None
     if isinstance(image, dict):  # Hugging Face's Image

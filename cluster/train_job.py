@@ -19,7 +19,7 @@ from models.command import load_config, run_command
 from models.config import InputError, parse_config
 from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
-from pipeline.data.order import choose_partitions
+from pipeline.data.config import choose_partitions
 from pipeline.loop import train_all
 from pipeline.runs.setup import fit_run
 

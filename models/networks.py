@@ -9,6 +9,9 @@ from models.config import Config, InputError
 
 NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 
+SIZE_FOR = {"latent_downscale": "size_conditioning", "vision_dim": "alignment"}
+"""Sizes that a single option reads; without it they are left open, and one that is given has no effect."""
+
 
 class NetworkConfig(Config):
     """What every network has; sizes that the data fixes default to the dataset's."""
@@ -28,18 +31,29 @@ class NetworkConfig(Config):
     """Width of the text tokens, 0 for none; the dataset's where left out."""
     pooled_dim: int | None = None
     """Width of the pooled text, 0 for none; the dataset's where left out."""
-    num_classes: int = 0
+    num_classes: int = Field(default=0, ge=0)
     """Classes of the dataset; the network adds one, for no class."""
+
+    @model_validator(mode="after")
+    def _sizes_have_effect(self) -> "NetworkConfig":
+        for name, option in SIZE_FOR.items():
+            if getattr(self, name, None) is not None and not getattr(self, option):
+                raise ValueError(f"{name}: no effect without {option}")
+        return self
 
     @property
     def latent_multiple(self) -> int:
         """The number of which the sides of a latent must be multiples."""
         return 1
 
+    def check_shape(self) -> None:
+        """Raise InputError where the network cannot be built, whatever the data."""
+
     def with_sizes(self: NetworkType, sizes: dict[str, Any]) -> NetworkType:
-        """This config with the values of `sizes` where it has none."""
+        """This config with the values of `sizes` where it has none and an option reads them."""
         missing = {k: v for k, v in sizes.items() if getattr(self, k, v) is None}
-        return self.model_copy(update=missing)
+        read = {k: v for k, v in missing.items() if getattr(self, SIZE_FOR.get(k, "size"))}
+        return self.model_copy(update=read)
 
 
 class TransformerConfig(NetworkConfig):
@@ -87,6 +101,11 @@ class TransformerConfig(NetworkConfig):
                 f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
             )
         return hidden, depth, heads
+
+    def check_shape(self) -> None:
+        self.shape()
+        if self.mup_base_width is not None:
+            self.at_base_width()
 
 
 class RoutingConfig(Config):
@@ -139,8 +158,8 @@ class Span(NamedTuple):
 class RoutedConfig(TransformerConfig):
     """Networks whose blocks can run on some of the patches, chosen by `token_scores`."""
 
-    NO_EFFECT_WITH_ROPE: ClassVar[str]
-    """An option of fixed positions."""
+    NO_EFFECT_WITH_ROPE: ClassVar[tuple[str, ...]]
+    """Options of fixed positions."""
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
     alignment: AlignmentConfig | None = None
@@ -151,13 +170,18 @@ class RoutedConfig(TransformerConfig):
     def _has_effect(self) -> "RoutedConfig":
         if self.routing and self.masking:
             raise ValueError("routing and masking: expected one of them, got both")
-        if self.rope and getattr(self, name := self.NO_EFFECT_WITH_ROPE):
-            raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
+        for name in self.NO_EFFECT_WITH_ROPE if self.rope else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
     def shape(self) -> tuple[int, int, int]:
         hidden, depth, heads = super().shape()
         return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
+
+    def check_shape(self) -> None:
+        super().check_shape()
+        _ = self.span, self.with_sizes({"vision_dim": 1}).alignment_block()
 
     def alignment_block(self) -> int:
         """The number of blocks after which patches are aligned, 0 for none; raises InputError where some are missing."""
@@ -201,7 +225,7 @@ class DiTConfig(RoutedConfig):
         "L": (1024, 24, 16),
         "XL": (1152, 28, 16),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = "position_extent"
+    NO_EFFECT_WITH_ROPE: ClassVar = ("position_extent",)
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
     modulation: Literal["block", "shared"] = "block"
@@ -221,7 +245,7 @@ class MMDiTConfig(RoutedConfig):
         "sd3": (1536, 24, 24),
         "sd3.5-large": (2432, 38, 38),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = "learned_positions"
+    NO_EFFECT_WITH_ROPE: ClassVar = ("learned_positions", "position_extent", "position_grid")
     kind: Literal["mmdit"] = "mmdit"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
     dual_attention_layers: int = Field(default=0, ge=0)

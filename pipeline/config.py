@@ -1,14 +1,15 @@
 """The config of a training run. It imports neither torch nor pyarrow."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast
 
 import yaml
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from models.config import Config, InputError, parse_config
 from models.networks import MODELS, DiTConfig, NetworkConfig, config_class
-from pipeline.data.config import DataConfig
+from pipeline.data.config import DataConfig, choose_partitions
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.training.config import (
     CheckpointConfig,
@@ -88,7 +89,7 @@ class EncodersConfig(Config):
 class TrainConfig(Config):
     """One run: first what changes results, then what should not (speed), then what cannot."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     data: DataConfig
     model: ModelConfig = DiTConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -105,6 +106,84 @@ class TrainConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Self:
+        if reasons := [*self._refusals(), *self._refusals_of(self.sampler)]:
+            raise ValueError("\n".join(reasons))
+        return self
+
+    def check_samplers(self, *samplers: SamplerConfig) -> None:
+        """Raise InputError where the network cannot be sampled from so."""
+        if reasons := dict.fromkeys(r for s in samplers for r in self._refusals_of(s)):
+            raise InputError("\n".join(reasons))
+
+    def _refusals(self) -> Iterator[str]:
+        """The reasons why these sections give a wrong result together, or one of them none."""
+        batch, steps, optimizer = (
+            self.training.global_batch,
+            self.training.num_steps,
+            self.optimizer,
+        )
+        for name in ("warmup_images", "decay_images"):
+            if 0 < (images := getattr(optimizer, name)) < batch:
+                yield f"optimizer.{name}: got {images}, less than a batch, which has no effect; expected 0, or {batch} or more"
+        decay = {"constant_with_warmup": 0, "warmup_stable_decay": optimizer.decay_images // batch}
+        needed = optimizer.warmup_images // batch + decay.get(optimizer.schedule, 1)
+        if needed > steps:
+            yield (
+                f"optimizer.schedule: warm-up and decay got {needed} steps of {batch} pictures, and training.images "
+                f"{self.training.images} are {steps}. Remedy: a shorter warm-up or decay, or more pictures"
+            )
+        if optimizer.kind == "muon" and self.engine.zero_stage > 0:
+            yield (
+                f"optimizer.kind: muon needs whole matrices, and ZeRO {self.engine.zero_stage} cuts them. Remedy: "
+                "engine.zero_stage=0, or optimizer.kind=adamw"
+            )
+        if batch % (size := self.engine.micro_batch or 1):
+            yield f"engine.micro_batch: got {size}, expected a divisor of the global batch of {batch}"
+        if self.start_from and self.model.init_from:
+            yield "start_from and model.init_from: got both, and a run begins with one. Remedy: remove one"
+        for check in (
+            self.model.check_shape,
+            lambda: choose_partitions(self.data.canonical_partitions, batch, 1),
+        ):
+            try:
+                check()
+            except InputError as error:
+                yield str(error)
+
+    def _refusals_of(self, sampler: SamplerConfig) -> Iterator[str]:
+        """The reasons why a network that is trained so cannot be sampled from so."""
+        if sampler.shift is not None and not (path := self.objective.path).shiftable:
+            yield f"sampler.shift has no meaning on path {path.kind}: its noise levels are fixed. Remedy: remove it"
+        untrained = not (self.training.caption_dropout or self.start_from or self.model.init_from)
+        if sampler.guidance_scale != 1 and untrained:
+            yield (
+                f"sampler.guidance_scale: got {sampler.guidance_scale:g}, but with training.caption_dropout 0 the "
+                "network never learns what it is to do without a caption. Remedy: guidance_scale=1, or some dropout"
+            )
+
+    def notes(self) -> list[str]:
+        """What comes later than the run's end; its results are right all the same."""
+        steps, batch = self.training.num_steps, self.training.global_batch
+        spikes = self.rejection.spike_factor is not None
+        alignment = getattr(self.model, "alignment", None)
+        later = {
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "checkpoint.keep_every_steps": self.checkpoint.keep_every_steps,
+            "monitor.every_steps": self.monitor.every_steps,
+            "monitor.sample_every_steps": self.monitor.sample_every_steps,
+            "monitor.profile_steps": self.monitor.profile_steps and self.monitor.profile_steps[1],
+            "rejection.window": self.rejection.window if spikes else None,
+            "ema.snapshot_images": self.ema.snapshot_images // batch,
+            "model.alignment.until_images": alignment and (alignment.until_images or 0) // batch,
+        }
+        return [
+            f"{name} is {value:,} steps, and the run has {steps:,}"
+            for name, value in later.items()
+            if value and value > steps
+        ]
 
 
 def sizes_of(manifest: "Manifest") -> dict[str, Any]:

@@ -90,8 +90,10 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
     resumes = f"resuming at step {clock.step} of " if clock.step else ""
     distributed.say(
         f"{run.folder}: {run.config.model.kind}, {num_parameters / 1e6:.1f} M parameters, "
-        f"{run.loader.manifest.counts.kept:,} pictures, {resumes}{clock.num_steps} steps"
+        f"{run.loader.first.order.samples_per_epoch:,.0f} pictures per epoch, {resumes}{clock.num_steps} steps"
     )
+    for note in run.config.notes():
+        distributed.say(f"note: {note}")
     if not clock.step:
         monitor.describe(num_parameters)
 

@@ -38,7 +38,7 @@ def main(
     text_tokens: Annotated[int, typer.Option(help="of a caption, likewise")] = 120,
 ) -> None:
     """Memory, steps, disk, bandwidth, hours and cost of a run, before it starts."""
-    from pipeline.runs.planning import GIB, Machines, assumed_dataset, prepared_dataset, report
+    from pipeline.runs.planning import GIB, Machines, assumed_data, prepared_data, report
 
     parsed = load_config(TrainConfig, config, overrides or [])
     if gpu not in GPU_GIB:
@@ -48,9 +48,9 @@ def main(
             f"--gpus: got {gpus}, expected a divisor of training.global_batch, {parsed.training.global_batch}"
         )
     if pictures is None:
-        data = prepared_dataset(parsed)
+        data = prepared_data(parsed)
     else:
-        data = assumed_dataset(pictures, resolution, downscale, text_tokens, parsed.model)
+        data = assumed_data(pictures, resolution, downscale, text_tokens, parsed.model)
     memory = (gpu_memory or GPU_GIB[gpu]) * GIB
     console = Console(width=max(110, Console().width))
     machines = Machines(gpus, gpus_per_node, gpu, memory, mfu, price)

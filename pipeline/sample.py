@@ -120,6 +120,7 @@ def main(options: Options) -> None:
         cells, options = cells_like(options, options.like)
     else:
         cells = cells_of(options, config.sampler)
+    config.check_samplers(*(cell.sampler for cell in cells))
     trained = open_trained(options.run, options.weights, options.step)
     size = parse_size(options.size) if options.size else largest_bucket(trained.manifest)
     name = f"step_{trained.step:08d}_{options.weights}"

@@ -198,11 +198,12 @@ def test_partitions_that_do_not_divide_are_refused_with_the_valid_numbers(
 
 
 def test_a_dataset_that_does_not_fit_is_refused_with_every_difference(tmp_path):
-    manifest = Loader(config(make_dataset(tmp_path, MIXED)), global_batch=8, seed=1).manifest
-    check_fits(manifest, "data", DiTConfig(latent_channels=2, text_dim=4))
+    loader = Loader(config(make_dataset(tmp_path, MIXED)), global_batch=8, seed=1)
+    mixture = loader.first.mixture
+    check_fits(mixture, DiTConfig(latent_channels=2, text_dim=4))
     sizes = {"latent_channels": 16, "text_dim": 768, "pooled_dim": 9, "num_classes": 10}
     with pytest.raises(InputError) as caught:
-        check_fits(manifest, "data", DiTConfig(patch_size=4, alignment=AlignmentConfig(), **sizes))
+        check_fits(mixture, DiTConfig(patch_size=4, alignment=AlignmentConfig(), **sizes))
     message = str(caught.value)
     for part in (
         "latent channels: got 2, expected 16",

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import InputError
-from pipeline.data.order import ROWS, Order, Part, Plan, Segments, choose_partitions, permutation
+from pipeline.data.config import choose_partitions
+from pipeline.data.order import ROWS, Order, Part, Plan, Segments, permutation
 
 Sample = tuple[int, int]  # shard, row
 Tables = dict[tuple[int, int], list[Part]]

@@ -17,9 +17,9 @@ from pipeline.config import TrainConfig
 from pipeline.runs.planning import (
     Sample,
     activation_bytes,
-    assumed_dataset,
+    assumed_data,
     checkpoint_bytes,
-    prepared_dataset,
+    prepared_data,
     state_bytes,
 )
 from tests.train_factory import ROOT, environment, run, write_config
@@ -107,11 +107,11 @@ def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     plan.main(path, gpus=2, gpu_memory=1.0, fit=True)
     out = capsys.readouterr().out
     config = load_config(TrainConfig, path, [])
-    data = prepared_dataset(config)
+    data = prepared_data(config)
     assert data.num_pictures == 90
     # A network that needs all that the data fix, as `train` takes it.
     unet = UNetConfig(size="debug", size_conditioning=True)
-    assumed = assumed_dataset(9, 64, 8, 5, DiTConfig(**NETWORK))
+    assumed = assumed_data(9, 64, 8, 5, DiTConfig(**NETWORK))
     for dataset in (data, assumed):
         with torch.device("meta"):
             build_model(unet.with_sizes(dataset.sizes))

@@ -70,7 +70,7 @@ def test_a_stage_of_another_network_is_refused_with_what_differs(finished_run):
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
     config = train_factory.write_config(folder)
-    train_factory.train(config, "training.images=16")
+    train_factory.train(config, "training.images=16", "optimizer.warmup_images=0")
     return folder / "run"
 
 

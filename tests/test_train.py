@@ -12,7 +12,7 @@ import torch
 
 from models.command import load_config
 from models.config import InputError
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.randomness import draw_dropout
 from pipeline.runs.setup import check_run, fit_run
 from pipeline.training.checkpoint import newest_sound
@@ -112,6 +112,21 @@ def test_another_config_over_a_run_is_refused_with_the_difference(finished):
     check_run(plan_of(finished), override=False)
 
 
+def test_what_stopped_before_its_first_checkpoint_may_become_another_run(tmp_path):
+    config = write_config(tmp_path)
+    kill(tmp_path, config, "step 2/", 1, "checkpoint.every_steps=24")
+    run = tmp_path / "run"
+    assert (run / "config.yaml").is_file()
+    assert list((run / "eras").glob("epoch_*.json"))
+    kind = Kind(encoders={"mini": (5, 8)}, channels=4)
+    make_dataset(tmp_path / "other", [((32, 32), 20)], kind)
+    output = train(config, f"data.path={tmp_path / 'other'}", "optimizer.lr=2e-3")
+    assert "20 pictures per epoch" in output
+    (entry,) = (json.loads(path.read_text()) for path in (run / "eras").glob("epoch_*.json"))
+    other = fit_run(load_run_config(run)).loader.first.mixture
+    assert entry["datasets"] == other.identities()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -120,7 +135,7 @@ def test_another_config_over_a_run_is_refused_with_the_difference(finished):
         ("model.patch_size=3", "multiples of 3"),
         ("model.num_classes=10", "class labels"),
         ("data.path=/nowhere", "/nowhere"),
-        ("engine.micro_batch=3", "a divisor of 8"),
+        ("engine.micro_batch=3", "a divisor of the global batch of 8"),
     ],
 )
 def test_a_dataset_that_does_not_fit_is_refused_with_the_difference(finished, override, message):
@@ -237,7 +252,7 @@ import torch
 from models.command import load_config
 from models.dit import DiT
 from pipeline.data.batch import Batch
-from pipeline.config import TrainConfig
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.loop import train_all
 
 told, batches = [], []

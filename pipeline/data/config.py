@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.config import Config
+from models.config import Config, InputError
 
 
 class CacheConfig(Config):
@@ -67,3 +67,28 @@ class DataConfig(Config):
     @property
     def sources(self) -> dict[str, DatasetConfig]:
         return self.datasets or {"data": DatasetConfig(path=self.path or "")}
+
+
+def choose_partitions(wanted: int | None, global_batch: int, world_size: int) -> int:
+    """`wanted`, or else the largest power of two, at most 64, that divides the batch.
+
+    Raises InputError with the valid numbers.
+    """
+    divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
+    if wanted is None:
+        # The number of ranks plays no part, or the order would depend on it.
+        wanted = max(d for d in divisors if d <= 64 and d & (d - 1) == 0)
+    if wanted not in divisors:
+        raise InputError(
+            f"data.canonical_partitions: got {wanted}, which does not divide the global batch of "
+            f"{global_batch}; valid: {', '.join(map(str, divisors))}"
+        )
+    if wanted % world_size:
+        ranks = ", ".join(str(r) for r in range(1, wanted + 1) if wanted % r == 0)
+        others = ", ".join(str(d) for d in divisors if d % world_size == 0)
+        remedy = f"canonical_partitions of {others}" if others else "another global batch"
+        raise InputError(
+            f"data.canonical_partitions: {wanted} cannot be shared equally by {world_size} ranks; valid "
+            f"numbers of ranks: {ranks}. Remedy: that many ranks, or {remedy} (which changes the order)."
+        )
+    return wanted

@@ -24,10 +24,10 @@ from data_prep.schema import Manifest
 from models.networks import NetworkConfig
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
-from pipeline.data.config import DataConfig, is_remote
+from pipeline.data.config import DataConfig, choose_partitions, is_remote
 from pipeline.data.datasets import Bucket, Mixture, read_dataset
 from pipeline.data.eras import Eras
-from pipeline.data.order import Order, Part, Plan, Window, choose_partitions
+from pipeline.data.order import Order, Part, Plan, Window
 from pipeline.data.shards import Rows, ShardStore, Skipped
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,6 @@ class Loader:
         `eras` is a folder that all ranks see, for class Eras. `model` is the network to be trained, for
         which batches hold noise and, if it aligns with them, vision features.
         """
-        assert eras or not config.grow, "ranks agree in the folder on what has grown"
         self.config, self.model = config, model
         rank, self.world_size = rank_of
         self._stop = threading.Event()
@@ -220,6 +219,7 @@ class Loader:
             del batch
 
     def _produce(self, step: int, ahead: int) -> Iterator[Batch]:
+        assert self.eras.folder or not self.config.grow, "ranks agree there on what has grown"
         if self.eras.settle(0, 0):
             self._era.cache_clear()
             self.first = self._era(0)

@@ -239,11 +239,17 @@ class Order:
     def __init__(self, buckets: dict[tuple[int, int], list[Part]], plan: Plan):
         self.plan = plan
         self.buckets = [BucketOrder(parts, key, plan) for key, parts in sorted(buckets.items())]
-        if not any(bucket.drawn(10**9) for bucket in self.buckets):
+        if not self.samples_per_epoch:
             raise InputError(
                 "the datasets hold no training samples, so there is no batch to train on"
             )
         self.sequence = lru_cache(maxsize=2)(self._sequence)
+
+    @property
+    def samples_per_epoch(self) -> float:
+        """Number of samples that an epoch takes on average, a repeated one as often as it comes."""
+        parts = [part for bucket in self.buckets for part in bucket.parts]
+        return float(sum(part.repeat * part.total for part in parts))
 
     def first_step(self, epoch: int) -> int:
         """The step that begins an epoch of the run, one of this era."""
@@ -272,28 +278,3 @@ class Order:
         bucket = int(sequence[place])
         before = int(np.count_nonzero(sequence[:place] == bucket))
         return epoch, bucket, self.buckets[bucket].batches(epoch - self.plan.first_epoch) + before
-
-
-def choose_partitions(wanted: int | None, global_batch: int, world_size: int) -> int:
-    """`wanted`, or else the largest power of two, at most 64, that divides the batch.
-
-    Raises InputError with the valid numbers.
-    """
-    divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
-    if wanted is None:
-        # The number of ranks plays no part, or the order would depend on it.
-        wanted = max(d for d in divisors if d <= 64 and d & (d - 1) == 0)
-    if wanted not in divisors:
-        raise InputError(
-            f"data.canonical_partitions: got {wanted}, which does not divide the global batch of "
-            f"{global_batch}; valid: {', '.join(map(str, divisors))}"
-        )
-    if wanted % world_size:
-        ranks = ", ".join(str(r) for r in range(1, wanted + 1) if wanted % r == 0)
-        others = ", ".join(str(d) for d in divisors if d % world_size == 0)
-        remedy = f"canonical_partitions of {others}" if others else "another global batch"
-        raise InputError(
-            f"data.canonical_partitions: {wanted} cannot be shared equally by {world_size} ranks; valid "
-            f"numbers of ranks: {ranks}. Remedy: that many ranks, or {remedy} (which changes the order)."
-        )
-    return wanted

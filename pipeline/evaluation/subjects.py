@@ -42,6 +42,7 @@ class Subject:
 
 def run_subject(trained: Trained, overrides: list[str], device: torch.device) -> Subject:
     sampler = parse_sampler(trained.config.sampler, overrides)
+    trained.config.check_samplers(sampler)
 
     def make_draw() -> Draw:
         objective = Objective(trained.config.objective)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from models.layers import positions_2d, rope_2d
 from models.networks import TransformerConfig, build_model
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data.loader import Loader
+from pipeline.runs.setup import fit_data
 from pipeline.training.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from pipeline.training.flops import PEAK_TFLOPS, ModelFlops
 
@@ -139,8 +141,8 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Where the numbers come from, and what they are."""
+class Workload:
+    """What an epoch of the data brings, and where the numbers come from."""
 
     origin: str
     num_pictures: int
@@ -149,33 +151,30 @@ class Dataset:
     sample: Sample
 
 
-def prepared_dataset(config: TrainConfig) -> Dataset:
-    """The mean picture of the datasets that the config names; raises InputError where they are not there."""
-    loader = Loader(config.data.model_copy(update={"grow": False}), global_batch=1, seed=0)
-    manifest, buckets = loader.manifest, loader.manifest.buckets
-    table = loader.first.mixture
-    loader.close()
-    pictures = sum(b.num_samples for b in buckets)
-    area = sum(b.height * b.width * b.num_samples for b in buckets) / pictures
+def prepared_data(config: TrainConfig) -> Workload:
+    """The mean picture of the datasets that the config names; raises InputError where they do not fit it."""
+    data, batch = config.data.model_copy(update={"grow": False}), config.training.global_batch
+    loader = Loader(data, global_batch=batch, seed=config.seed)
+    fit_data(config, loader)
+    manifest, mixture = loader.manifest, loader.first.mixture
+    trained = np.where(mixture.heldout, 0, mixture.sizes)
+    area = (mixture.heights * mixture.widths * trained).sum() / trained.sum()
     side = round(math.sqrt(area) / manifest.codec.downscale)
-    records = manifest.text.roles.values()
-    limit = config.data.text_length
-    longest = [role.view.max_length for role in records]
-    tokens = sum(min(limit or length, length) for length in longest)
-    total = float(sum(d.table["bytes"].to_numpy().sum() for d in table.datasets))
-    every = float(sum(d.table["num_samples"].to_numpy().sum() for d in table.datasets))
-    return Dataset(
-        ", ".join(source.path for source in config.data.sources.values()),
-        pictures,
+    longest = [role.view.max_length for role in manifest.text.roles.values()]
+    tokens = sum(min(data.text_length or length, length) for length in longest)
+    total = float(mixture.bytes.sum())
+    return Workload(
+        ", ".join(source.path for source in data.sources.values()),
+        round(loader.first.order.samples_per_epoch),
         total,
         sizes_of(manifest),
-        Sample(side, side, tokens, total / every),
+        Sample(side, side, tokens, total / int(mixture.sizes.sum())),
     )
 
 
-def assumed_dataset(
+def assumed_data(
     pictures: int, resolution: int, downscale: int, tokens: int, model: Any
-) -> Dataset:
+) -> Workload:
     """For data that do not exist yet; raises InputError where the model's config leaves sizes open."""
     names = ("latent_channels", "text_dim", "pooled_dim")
     sizes = {name: getattr(model, name) for name in names} | {"latent_downscale": downscale}
@@ -190,7 +189,7 @@ def assumed_dataset(
     # A header of 128 and a tar entry of 512 bytes per member, each padded to 512; captions are short.
     size = arrays + 5 * 1024
     sample = Sample(side, side, tokens, size)
-    return Dataset("assumed: none is there yet", pictures, size * pictures, sizes, sample)
+    return Workload("assumed: none is there yet", pictures, size * pictures, sizes, sample)
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ class Fit:
 def layouts(
     config: TrainConfig, model: Any, network: nn.Module, sample: Sample, gpus: int, memory: float
 ) -> list[Fit]:
-    """Every ZeRO stage with and without gradient checkpointing; memory in bytes per GPU."""
+    """Every ZeRO stage that can train it, with and without gradient checkpointing; memory in bytes per GPU."""
     share = config.training.global_batch // gpus
     divisors = [d for d in range(1, share + 1) if share % d == 0]
     precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
@@ -216,10 +215,13 @@ def layouts(
     small = num_small(network)
     for checkpointing in (False, True):
         activations = activation_bytes(model, sample, precision, checkpointing)
-        for stage in (0, 1, 2, 3):
+        for stage in (0,) if config.optimizer.kind == "muon" else (0, 1, 2, 3):
             state = state_bytes(num_parameters, stage, precision, gpus, averages, small)
             room = USABLE * memory - state.total
-            sizes = [d for d in divisors if d * (activations + 2 * sample.bytes) <= room]
+            # At stage 0, micro-batches would be summed in bf16.
+            whole = stage == 0 and precision == "bf16"
+            valid = divisors[-1:] if whole else divisors
+            sizes = [d for d in valid if d * (activations + 2 * sample.bytes) <= room]
             fits.append(Fit(stage, checkpointing, state, activations, max(sizes, default=0)))
     return fits
 
@@ -265,7 +267,7 @@ class Machines:
     price: float | None  # a GPU-hour
 
 
-def report(config: TrainConfig, data: Dataset, machines: Machines, console: Console) -> Fit | None:
+def report(config: TrainConfig, data: Workload, machines: Machines, console: Console) -> Fit | None:
     """Print the plan; returns the layout it proposes."""
     model = config.model.with_sizes(data.sizes)
     with torch.device("meta"):
@@ -290,12 +292,13 @@ def report(config: TrainConfig, data: Dataset, machines: Machines, console: Cons
         ("data", f"{data.origin}: {data.num_pictures:,} pictures, {data.total_bytes / GIB:,.2f} GiB, {sample.bytes / 1024:.1f} KiB each"),
         ("model", f"{model.kind} {getattr(model, 'size', '')}: {num_parameters / 1e6:,.1f} M parameters"),
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
-        ("steps", f"{steps:,} of {batch} pictures; {config.training.images / data.num_pictures:.2f} epochs"),
+        ("steps", f"{steps:,} of {batch} pictures; {config.training.images / max(data.num_pictures, 1):.2f} epochs"),
         ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
         ("time", f"{hours:,.1f} h, {hours * machines.gpus:,.0f} GPU-hours" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} a GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
+        *(("note", note) for note in config.notes()),
     ]  # fmt: skip
     for name, text in lines:
         console.print(f"[bold]{name:<14}[/]{text}", highlight=False)

@@ -1,6 +1,8 @@
 """What a run is made of: a config that fits its data, the run's folder, the first weights."""
 
 import importlib.metadata
+import math
+import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from models.files import write_text
 from models.networks import NetworkConfig, build_model
 from pipeline import distributed
 from pipeline.config import CONFIG, RESULTS, TrainConfig, dump_config, load_run_config, sizes_of
-from pipeline.data.datasets import Difference, refuse
+from pipeline.data.datasets import Difference, Mixture, refuse
 from pipeline.data.encoders import encoder_folder
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
@@ -40,6 +42,11 @@ class Run:
         return Path(self.config.run)
 
     @property
+    def begun(self) -> bool:
+        """Whether anything of it is kept; until then it may become another run."""
+        return begun(self.folder)
+
+    @property
     def num_parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build_model(self.config.model).parameters())
@@ -52,7 +59,7 @@ class Run:
         config, begins = self.config, f"{self.folder}: begins with the"
         torch.manual_seed(config.seed)
         model = build_model(config.model)
-        if checkpoint.candidates(self.folder):
+        if self.begun:
             return model
         if start := config.start_from:
             distributed.say(f"{begins} {start.weights} weights of {start.run}")
@@ -71,14 +78,22 @@ class Run:
         return build_engine(self.build_model(), config.engine, config.optimizer, batch)
 
     def record(self) -> None:
-        """Write down the config, and, where the run begins, code and environment."""
-        path = self.folder / CONFIG
+        """Write down the config, and, where the run begins, code, environment and data. Collective."""
+        eras = self.folder / ERAS
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():
+            if not self.begun:
                 (self.folder / "git.txt").write_text(_git_state())
                 (self.folder / "environment.txt").write_text(_environment())
-            write_text(path, dump_config(self.config))
+                shutil.rmtree(eras, ignore_errors=True)
+            write_text(self.folder / CONFIG, dump_config(self.config))
+        # Nobody reads which data were agreed on in an attempt of which nothing is kept.
+        distributed.barrier()
+        self.loader.eras.folder = eras
+
+
+def begun(folder: Path) -> bool:
+    return bool(checkpoint.candidates(folder))
 
 
 def fit_run(config: TrainConfig) -> Run:
@@ -92,39 +107,62 @@ def fit_run(config: TrainConfig) -> Run:
         global_batch=config.training.global_batch,
         seed=config.seed,
         rank_of=(distributed.rank(), distributed.world_size()),
-        eras=Path(config.run) / ERAS,
+        eras=Path(config.run) / ERAS if begun(Path(config.run)) else None,
         model=config.model,
     )
-    manifest = loader.manifest
-    model = config.model.with_sizes(sizes_of(manifest))
-    config = config.model_copy(update={"model": model, "engine": _resolve_precision(config)})
-    micro_steps = config.training.global_batch // micro_batch // distributed.world_size()
-    check_engine(config.engine, config.optimizer, micro_steps)
-    where = ", ".join(source.path for source in config.data.sources.values())
-    check_fits(manifest, where, model)
-    check_encoders(config, manifest)
+    config = fit_data(config, loader)
+    config = config.model_copy(update={"engine": _resolve_precision(config)})
+    check_engine(
+        config.engine, config.training.global_batch // micro_batch // distributed.world_size()
+    )
     return Run(config, loader, micro_batch)
 
 
-def check_fits(manifest: Manifest, where: str, model: NetworkConfig) -> None:
-    """Raise InputError with every misfit of dataset and network; a size of 0 fits any."""
-    codec, sizes = manifest.codec, sizes_of(manifest)
+def fit_data(config: TrainConfig, loader: Loader) -> TrainConfig:
+    """The config with the sizes of the model that the data fix; raises InputError where they do not fit."""
+    model = config.model.with_sizes(sizes_of(loader.manifest))
+    check_fits(loader.first.mixture, model, config.data.text_length)
+    check_encoders(config, loader.manifest)
+    return config.model_copy(update={"model": model})
+
+
+def check_fits(mixture: Mixture, model: NetworkConfig, text_length: int | None = None) -> None:
+    """Raise InputError with every misfit of data and config; a size of 0 fits any."""
+    manifest, sizes = mixture.manifest, sizes_of(mixture.manifest)
+    codec, vision, own = manifest.codec, manifest.vision, dict(model)
     pairs: list[Difference] = [("latent channels", codec.channels, model.latent_channels)]
-    if model.text_dim:
-        pairs.append(("text width", sizes["text_dim"], model.text_dim))
-    if model.pooled_dim:
-        pairs.append(("pooled text width", sizes["pooled_dim"], model.pooled_dim))
-    if model.num_classes:
-        pairs.append(("class labels", "label" in manifest.members, True))
-    if getattr(model, "alignment", None) is not None:
+    # Each is asked for by an option, without which it is not compared.
+    asked = {
+        "text width": (sizes["text_dim"], model.text_dim),
+        "pooled text width": (sizes["pooled_dim"], model.pooled_dim),
+        "pixels per latent pixel": (codec.downscale, own.get("latent_downscale")),
+        "size and crop": ("micro" in manifest.members, model.size_conditioning),
+        "class labels": ("label" in manifest.members, model.num_classes > 0),
+    }
+    pairs += [(name, got, want) for name, (got, want) in asked.items() if want]
+    if own.get("alignment") is not None:
         # One patch of the network stands for a square of so many pixels.
-        vision, cell = manifest.vision, model.latent_multiple * codec.downscale
+        cell = model.latent_multiple * codec.downscale
         pairs.append(("vision_encoder.patch_pixels", vision and vision.patch_pixels, cell))
-    for bucket in manifest.buckets:
-        sides = bucket.height // codec.downscale, bucket.width // codec.downscale
+        pairs.append(("width of the vision features", vision and vision.dim, own["vision_dim"]))
+    for dataset in mixture.datasets if model.num_classes else ():
+        classes = max(generation.num_labels for generation in dataset.manifest.generations)
+        if classes > model.num_classes:
+            what = f"classes of {dataset.source.path}"
+            pairs.append((what, classes, f"at most model.num_classes, {model.num_classes}"))
+    longest = max((role.view.max_length for role in manifest.text.roles.values()), default=0)
+    if (text_length or 0) > longest:
+        pairs.append(("longest text", longest, f"at least data.text_length, {text_length}"))
+    most = math.inf if own.get("rope") else own.get("position_grid", math.inf)
+    for bucket in mixture.buckets() | mixture.buckets(heldout=True):
+        sides = tuple(side // codec.downscale for side in bucket)
+        what = f"latents of bucket {bucket[0]}x{bucket[1]}"
         if any(side % model.latent_multiple for side in sides):
-            what = f"latents of bucket {bucket.height}x{bucket.width}"
             pairs.append((what, sides, f"multiples of {model.latent_multiple}"))
+        if max(sides) > most * model.latent_multiple:
+            limit = f"at most {most * model.latent_multiple}, model.position_grid patches"
+            pairs.append((what, sides, limit))
+    where = ", ".join(dataset.source.path for dataset in mixture.datasets)
     remedy = "change the config, or prepare the pictures again with what it names"
     refuse(f"{where}: does not fit the training config", pairs, remedy)
 
@@ -147,13 +185,13 @@ def _resolve_precision(config: TrainConfig) -> EngineConfig:
     engine, run = config.engine, Path(config.run)
     if engine.precision != "auto":
         return engine
-    begun = load_run_config(run).engine.precision if (run / CONFIG).is_file() else None
-    return engine.model_copy(update={"precision": begun or native_precision()})
+    saved = load_run_config(run).engine.precision if begun(run) else None
+    return engine.model_copy(update={"precision": saved or native_precision()})
 
 
 def check_run(run: Run, override: bool) -> None:
     """Raise InputError where the run has begun with a config that gives other results."""
-    if not (run.folder / CONFIG).is_file():
+    if not run.begun:
         return
     changed = differences(load_run_config(run.folder), run.config)
     lines = "\n".join(f"  {k}: saved {old!r}, given {new!r}" for k, (old, new) in changed.items())
@@ -195,15 +233,18 @@ def _environment() -> str:
 def describe(run: Run) -> str:
     """What a run will be, for --dry-run."""
     config, loader, batch = run.config, run.loader, run.config.training.global_batch
-    steps, per_epoch = config.training.num_steps, loader.steps_per_epoch(0)
-    ranks, resumes = distributed.world_size(), bool(checkpoint.candidates(run.folder))
-    return (
-        f"run          {run.folder}{' (resumes)' * resumes}\n"
-        f"data         {loader.manifest.counts.kept:,} pictures, {per_epoch} steps per epoch\n"
-        f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters\n"
-        f"steps        {steps:,} ({steps / per_epoch:.1f} epochs) of {batch} pictures\n"
-        f"ranks        {ranks} x {run.micro_batch} pictures x {batch // (run.micro_batch * ranks)} accumulated, "
-        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}"
+    steps, per_epoch = config.training.num_steps, loader.first.order.samples_per_epoch
+    ranks, resumes = distributed.world_size(), run.begun
+    return "\n".join(
+        [
+            f"run          {run.folder}{' (resumes)' * resumes}",
+            f"data         {per_epoch:,.0f} pictures per epoch",
+            f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters",
+            f"steps        {steps:,} ({steps * batch / per_epoch:.2f} epochs) of {batch} pictures",
+            f"ranks        {ranks} x {run.micro_batch} pictures x {batch // (run.micro_batch * ranks)} accumulated, "
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
+            *(f"note         {note}" for note in config.notes()),
+        ]
     )
 
 

@@ -71,7 +71,7 @@ def open_trained(run: Path, weights: str, step: int | None) -> Trained:
     state, at_step = load_weights(run, weights, step)
     # Alignment serves training alone.
     if getattr(config.model, "alignment", None) is not None:
-        model = config.model.model_copy(update={"alignment": None})
+        model = config.model.model_copy(update={"alignment": None, "vision_dim": None})
         config = config.model_copy(update={"model": model})
         state = {name: t for name, t in state.items() if not name.startswith(PROJECTOR)}
     return Trained(run, config, manifest, weights, state, at_step)

@@ -1,12 +1,14 @@
 """Configs of what training is made of. Importing them loads no torch."""
 
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from models.config import Config, InputError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -14,8 +16,8 @@ class OptimizerConfig(Config):
     """muon steps on the blocks' matrices, with AdamW's lr, and leaves the rest to AdamW."""
     lr: float = Field(default=1e-4, gt=0)
     """Holds for this global batch; nothing rescales it."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """Applies to matrices only, not to biases, norms and embeddings."""
     schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
@@ -26,6 +28,15 @@ class OptimizerConfig(Config):
     """Length of the last part of warmup_stable_decay."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0: not clipped."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if (self.decay_images > 0) != (self.schedule == "warmup_stable_decay"):
+            raise ValueError(
+                f"decay_images: got {self.decay_images} with schedule {self.schedule}; warmup_stable_decay "
+                "needs a number above 0, and on the others it has no effect"
+            )
+        return self
 
 
 class EngineConfig(Config):
@@ -147,6 +158,15 @@ class MonitorConfig(Config):
     log_samples: bool = False
     """Writes the samples of every step to RUN/samples_seen/."""
 
+    @model_validator(mode="after")
+    def _profiles(self) -> Self:
+        first, last = self.profile_steps or (1, 1)
+        if not 1 <= first <= last:
+            raise ValueError(
+                f"profile_steps: got [{first}, {last}], expected a first step of at least 1 and then the last"
+            )
+        return self
+
 
 class RejectionConfig(Config):
     """Which steps are not taken."""
@@ -157,3 +177,10 @@ class RejectionConfig(Config):
     """Rejects a loss above so many times the mean of the last `window` accepted; null: none."""
     window: int = Field(default=100, gt=0)
     """Accepted steps that the mean is taken over; no spike is found before there are as many."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        default = RejectionConfig.model_fields["window"].default
+        if self.spike_factor is None and self.window != default:
+            raise ValueError("window: no effect without spike_factor")
+        return self

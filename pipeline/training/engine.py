@@ -50,13 +50,8 @@ def native_precision() -> Literal["fp32", "bf16"]:
     return "bf16" if native else "fp32"
 
 
-def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, micro_steps: int) -> None:
-    """Raise InputError where engine and optimizer do not go together."""
-    if optimizer.kind == "muon" and engine.zero_stage > 0:
-        raise InputError(
-            f"optimizer.kind: muon needs whole matrices, and ZeRO {engine.zero_stage} cuts them. Remedy: "
-            "engine.zero_stage=0, or optimizer.kind=adamw"
-        )
+def check_engine(engine: EngineConfig, micro_steps: int) -> None:
+    """Raise InputError where a step would be summed in too low a precision."""
     if engine.precision == "bf16" and engine.zero_stage == 0 and micro_steps > 1:
         raise InputError(
             f"engine.micro_batch: {micro_steps} micro-batches a step would be summed in bf16 at zero_stage 0. "
@@ -94,10 +89,12 @@ def lr_schedule(
     if config.schedule == "warmup_stable_decay":
         extra = {"num_decay_steps": config.decay_images // global_batch}
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(config.schedule, dummy, warmup, num_steps, extra)
-    # With a warm-up, steps count from 1: the schedules give 0 at 0, where a step would be wasted.
+    # The schedules give 0 at the first step of a warm-up and after the last step of the run, where a
+    # step would be wasted: with a warm-up, steps count from 1.
+    first = int(warmup > 0)
+    scheduler = get_scheduler(config.schedule, dummy, warmup, num_steps + first, extra)
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]  # pyright: ignore[reportAttributeAccessIssue]
-    return lambda step: config.lr * factor(step + (warmup > 0))
+    return lambda step: config.lr * factor(step + first)
 
 
 def deepspeed_config(

@@ -27,7 +27,7 @@ class Ledger:
         self.reached = max((attempt["step"] for attempt in self.before), default=0)
         self.began = psutil.Process().create_time()
         self.now, self.step, self.waited = self.began, 0, 0.0
-        self.spent = dict.fromkeys(PARTS, 0.0)
+        self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
 
     def mark(self, part: str) -> None:
         """Count what came since the last mark as `part`."""
@@ -47,7 +47,7 @@ class Ledger:
     def totals(self) -> dict[str, float]:
         """Seconds by part over all attempts, `lost` among them; their sum is the wall time so far."""
         attempts = [*self.before, self._attempt()]
-        sums = {part: sum(attempt[part] for attempt in attempts) for part in PARTS}
+        sums: dict[str, float] = {part: sum(a[part] for a in attempts) for part in PARTS}
         wall = self.now - attempts[0]["began"]
         return sums | {"lost": wall - sum(sums.values())}
 

@@ -24,7 +24,7 @@ PROJECTOR = "projector."
 """How the names of parameters begin that only training has."""
 
 RECOMPILE_LIMIT = 64
-"""Graphs of one class of blocks; 21 is the most that tests/test_compile.py has seen."""
+"""Graphs of one class of blocks; 26 is the most that tests/test_compile.py has seen."""
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Latents = Float[Tensor, "B C h w"]
@@ -208,13 +208,18 @@ def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return flash_attn_func(q, k, v)
     batch, length = q.shape[:2]
-    keep = mask.view(batch, -1)
-    lengths = keep.sum(1, dtype=torch.int32)
-    ends_k = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    keep = mask.expand(batch, 1, 1, -1).flatten()
+    ends_k = F.pad(keep.view(batch, -1).sum(1).cumsum(0), (1, 0)).int()
     ends_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    # The longest key is bounded rather than looked up, so that the CPU does not wait for the GPU.
-    sizes = (length, k.shape[1])
-    out = flash_attn_varlen_func(q.flatten(0, 1), k[keep], v[keep], ends_q, ends_k, *sizes)
+    # The CPU is not to wait for the GPU: the longest key is bounded, not looked up, and packed keys
+    # have room for all. Masked ones go to a row more, which is cut off with its gradient.
+    places = torch.where(keep, keep.cumsum(0) - 1, len(keep))
+    k, v = (
+        x.new_zeros(len(keep) + 1, *x.shape[2:]).index_copy(0, places, x.flatten(0, 1))[:-1]
+        for x in (k, v)
+    )
+    sizes = (length, len(keep) // batch)
+    out = flash_attn_varlen_func(q.flatten(0, 1), k, v, ends_q, ends_k, *sizes)
     return out.unflatten(0, (batch, length))
 
 

@@ -1,10 +1,16 @@
 """Backends of attention: what runs, what it falls back to, that masks mean the same in each."""
 
+import itertools
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models import layers
 from tests.test_networks import debug, inputs, predict, randomise
+from tests.waits import Waits
 
 
 def test_the_backend_that_the_config_names_is_the_one_that_runs(monkeypatch):
@@ -54,3 +60,69 @@ def test_backends_agree_with_sdpa(name, masked):
     expected = layers.sdpa(q, k, v, mask if masked else None)
     out = run(q, k, v, mask if masked else None)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-2)  # bf16 rounding
+
+
+class Varlen(torch.autograd.Function):
+    """flash_attn_varlen_func in words: like its kernels, it leaves gradients of keys that no text has undefined."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ends_q, ends_k):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            texts = zip(
+                *(itertools.pairwise(ends.tolist()) for ends in (ends_q, ends_k)), strict=True
+            )
+            q, k, v = (x[None] for x in leaves)
+            parts = [
+                layers.sdpa(q[:, a:b], k[:, c:d], v[:, c:d], None)[0] for (a, b), (c, d) in texts
+            ]
+            out = torch.cat(parts)
+        ctx.inside, ctx.used = (out, leaves), int(ends_k[-1])
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, leaves = ctx.inside
+        for_q, *others = torch.autograd.grad(out, leaves, gradient)
+        for other in others:
+            other[ctx.used :] = float("nan")
+        return for_q, *others, None, None
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A package of that name, since its kernels need a GPU; on meta the shape counts alone."""
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        assert ends_q.dtype == ends_k.dtype == torch.int32
+        return q + k.sum() + v.sum() if q.is_meta else Varlen.apply(q, k, v, ends_q, ends_k)
+
+    package = SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_func=None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+def masked_inputs(device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """q, k, v and a mask that keeps some keys, all, and some with gaps."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(3, 7, 2, 8), (3, 5, 2, 8), (3, 5, 2, 8)]
+    tensors = [torch.randn(shape, generator=g).to(device).requires_grad_() for shape in shapes]
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 1, 1, 0]]).bool()
+    return *tensors, mask[:, None, None].to(device)
+
+
+def test_flash_packs_what_the_mask_keeps_and_gives_the_rest_no_gradient(flash_attn):
+    results = []
+    for run in (layers.sdpa, layers.flash):
+        q, k, v, mask = masked_inputs()
+        out = run(q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # another order of summing
+
+
+def test_flash_does_not_wait_for_the_mask(flash_attn):
+    """Meta stands for the GPU: on it a boolean index, or anything else that needs values, is an error."""
+    q, k, v, mask = masked_inputs("meta")
+    with Waits() as waits:
+        layers.flash(q, k, v, mask).sum().backward()
+    assert waits.seen == Counter()

@@ -39,14 +39,14 @@ def test_forward_and_backward_read_nothing_back_and_copy_without_blocking(model,
     with META:
         network = build_model(run.config.model)
     forward = Forward(network, objective, run.loader, run.config.model, 0.5, META)
-    batches = run.loader.batches()
-    for step in range(2):  # in the first, tables are made that are kept
-        batch = next(batches)
-        with Waits() as waits, Made(waits.seen):
+    waits = Waits()
+    for step, batch in zip(range(2), run.loader.batches(), strict=False):
+        waits.seen.clear()  # in the first, tables were made that are kept
+        # Each would be read one by one where held-out samples' noise is drawn.
+        assert batch.to(META).indices is batch.indices
+        with waits, Made(waits.seen):
             for micro_batch in batch.split(2):
                 forward(micro_batch, forward.draw(step, batch.latent_size), 0).total.backward()
-    # Each would be read one by one where held-out samples' noise is drawn.
-    assert batch.to(META).indices is batch.indices
     run.loader.close()
     assert waits.seen == Counter()
 

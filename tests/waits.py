@@ -8,6 +8,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -80,20 +81,20 @@ def main() -> None:
     from models.command import load_config
     from pipeline import loop
     from pipeline.config import TrainConfig
-    from pipeline.training.monitor import Monitor
+    from pipeline.training import monitor
 
-    waits, mark, parts = Waits(), Monitor.mark, Counter[tuple[str, str]]()
+    waits, mark, parts = Waits(), monitor.Monitor.mark, Counter[tuple[str, str]]()
 
-    def count(monitor: Monitor, part: str) -> None:
+    def count(own: Any, part: str) -> None:
         """What has waited since the last mark belongs to the part that ends here."""
         for what, times in waits.seen.items():
             parts[part, what] += times
         waits.seen.clear()
-        mark(monitor, part)
+        mark(own, part)
 
-    Monitor.mark = count
+    patch.object(monitor.Monitor, "mark", count).start()
     # On a CPU it does nothing; on a GPU it waits for all.
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     accelerator.synchronize = lambda *_: waits.seen.update([f"synchronize {_asker()}"])
     config = load_config(TrainConfig, Path(sys.argv[1]), sys.argv[2:])
     with waits:

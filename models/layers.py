@@ -194,10 +194,12 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     bias = None
     if mask is not None:
-        # Its kernels want the rows of the bias aligned to 8, so it is allocated wider, then cut.
-        length = k.shape[1]
-        wide = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], -(-length // 8) * 8)
-        bias = wide[..., :length].masked_fill_(~mask, float("-inf"))
+        # Its kernels want the rows of the bias aligned to 8, so it is allocated wider, then cut: one
+        # row for each picture, which stands for all its heads and queries.
+        (batch, length, heads, _), keys = q.shape, k.shape[1]
+        wide = q.new_zeros(batch, 1, 1, -(-keys // 8) * 8)
+        row = wide[..., :keys].masked_fill_(~mask, float("-inf"))
+        bias = row.expand(batch, heads, length, keys)
     return memory_efficient_attention(q, k, v, attn_bias=bias)
 
 

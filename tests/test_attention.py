@@ -120,6 +120,27 @@ def test_flash_packs_what_the_mask_keeps_and_gives_the_rest_no_gradient(flash_at
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # another order of summing
 
 
+def test_xformers_takes_one_row_of_bias_for_each_picture(monkeypatch):
+    """Its bias has room for every head, query and key; in memory there is one row, aligned to 8."""
+    biases: list[torch.Tensor] = []
+
+    def attend(q, k, v, attn_bias):
+        biases.append(attn_bias)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, attn_mask=attn_bias).transpose(1, 2)
+
+    ops = SimpleNamespace(memory_efficient_attention=attend)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    q, k, v, mask = masked_inputs()
+    torch.testing.assert_close(layers.xformers(q, k, v, mask), layers.sdpa(q, k, v, mask))
+    (bias,) = biases
+    assert bias.shape == (3, 2, 7, 5)
+    assert bias.stride() == (8, 0, 0, 1)
+    assert bias.untyped_storage().nbytes() == 3 * 8 * 4
+
+
 def test_flash_does_not_wait_for_the_mask(flash_attn):
     """Meta stands for the GPU: on it a boolean index, or anything else that needs values, is an error."""
     q, k, v, mask = masked_inputs("meta")

@@ -84,8 +84,7 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
             victims = [process.pid] if rng.random() < 0.5 else workers(process)
             os.kill(rng.choice(victims), signal.SIGKILL)
         status = process.wait()
-        for line in process.stdout or ():
-            assert "Traceback" not in line or kills
+        told = [line for line in process.stdout or () if " attempts: " in line]
         if status == 0:
             break
         assert kills <= 10
@@ -102,5 +101,5 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
     assert found[0]["began"] >= begun - 1
     assert last <= time.time()
     assert sum(attempt["replayed"] for attempt in found) > 0
-    print(f"{kills} kills: {Ledger(run).line()}")
+    print(f"{kills} kills: {told[-1]}")
     check_as_undisturbed(run, *OPTIONS, step=120)

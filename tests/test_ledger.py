@@ -21,7 +21,6 @@ from tests.train_factory import (
 )
 from tests.train_factory import train as run_training
 
-
 OPTIONS = ("training.images=960",)
 
 

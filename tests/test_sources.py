@@ -2,8 +2,12 @@
 
 import io
 import os
+import random
+import shutil
+import subprocess
 import tarfile
 
+import numpy as np
 import pytest
 
 from data_prep.shards import write_text
@@ -204,11 +208,105 @@ def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
     assert [i.name for i in items if not i.reason] == ["0.tar/000000000", "0.tar/../../up"]
 
 
-def test_links_within_a_tar_are_not_followed(tmp_path):
+def content(item: Item) -> bytes:
+    return item.data or read_bytes(item.path, item.offset, item.length)
+
+
+def holed(folder) -> dict[str, bytes]:
+    """Captioned pictures, most of one a hole on disk, one a hard link; returns their bytes by key."""
+    folder.mkdir()
+    expected = {str(i): encoded(pixels(i)) for i in range(4)}
+    black = np.zeros((400, 400, 3), np.uint8)
+    black[200] = 9
+    expected["1"] = encoded(black, "BMP")
+    for key, data in expected.items():
+        with open(folder / f"{key}.{'bmp' if key == '1' else 'png'}", "wb") as file:
+            for begin in range(0, len(data), 4096):
+                page = data[begin : begin + 4096]
+                file.seek(begin)
+                if page.strip(b"\0"):
+                    file.write(page)
+            file.truncate(len(data))
+    os.link(folder / "2.png", folder / "linked.png")
+    expected["linked"] = expected["2"]
+    for key in expected:
+        (folder / f"{key}.txt").write_text(f"caption {key}")
+    return expected
+
+
+@pytest.mark.skipif(not shutil.which("tar"), reason="there is no tar command")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--format=v7",
+        "--format=ustar",
+        "--format=pax",
+        "--format=gnu",
+        "-S --format=gnu",
+        "-S --format=oldgnu",
+        "-S --format=pax --sparse-version=0.0",
+        "-S --format=pax --sparse-version=0.1",
+        "-S --format=pax --sparse-version=1.0",
+    ],
+)
+@pytest.mark.parametrize("joined", ["", "-A", "cat"])
+def test_a_tar_of_any_format_gives_every_picture_whole(tmp_path, options, joined):
+    """With holes or without, of one part or of two, and hard links lead to their member's bytes."""
+    expected = holed(tmp_path / "files")
+    names = sorted(path.name for path in (tmp_path / "files").iterdir())
+    place, folder = tmp_path / "tars" / "0.tar", tmp_path / "files"
+    place.parent.mkdir()
+    # The link and its target are in one part.
+    middle = names.index("2.png") if joined else 0
+    parts = [place, tmp_path / "more.tar"]
+    for part, some in zip(parts, (names[middle:], names[:middle]), strict=True):
+        if some:
+            command = ["tar", *options.split(), "-C", str(folder), "-cf", str(part), *some]
+            subprocess.run(command, check=True)
+    if joined == "-A":
+        subprocess.run(["tar", "-A", "-f", *map(str, parts)], check=True)
+    elif joined == "cat":
+        place.write_bytes(place.read_bytes() + parts[1].read_bytes())
+    items = tar_items(place.parent)
+    assert reasons(items) == {}
+    assert {item.name.removeprefix("0.tar/"): content(item) for item in items} == expected
+    for item in items:
+        assert item.captions == ((f"caption {item.name[6:]}".encode(), 1.0),)
+
+
+def test_a_picture_with_holes_over_the_limit_is_a_reject(tmp_path):
+    with open(tmp_path / "a.bmp", "wb") as file:
+        file.truncate(1 << 34)
+    make = ["tar", "-S", "-C", str(tmp_path), "-cf", str(tmp_path / "0.tar"), "a.bmp"]
+    subprocess.run(make, check=True)
+    assert reasons(tar_items(tmp_path / "0.tar")) == {"0.tar/a": "too_many_bytes"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_byte_behind_the_end_mark_of_a_tar_is_lost_without_a_word(tmp_path, seed):
+    """Tars in a row, with padding of any length between them, and at times what is none."""
+    rng = random.Random(seed)
+    whole, keys = b"", []
+    for part in range(rng.randint(1, 4)):
+        keys.append(f"{part:09d}")
+        whole += tar_bytes(sample_members(part)) + bytes(rng.choice([0, 1, 512, 1000, 3 << 20]))
+    garbage = rng.choice([b"", b"x", b"garbage" * 1000, rng.randbytes(512), b"\xff" * 513])
+    (tmp_path / "0.tar").write_bytes(whole + garbage)
+    items = tar_items(tmp_path)
+    assert [item.name for item in items if not item.reason] == [f"0.tar/{key}" for key in keys]
+    for i, item in enumerate(item for item in items if not item.reason):
+        assert content(item) == encoded(pixels(i))
+    assert reasons(items) == ({"0.tar": "broken_tar"} if garbage else {})
+    if garbage:
+        assert f"{len(garbage)} bytes" in items[-1].detail
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_out_of_a_tar_are_not_followed(tmp_path, kind):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         info = tarfile.TarInfo("link.png")
-        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        info.type, info.linkname = kind, "/etc/passwd"
         tar.addfile(info)
     (tmp_path / "0.tar").write_bytes(buffer.getvalue())
     assert reasons(tar_items(tmp_path)) == {"0.tar/link": "not_a_regular_file"}

@@ -4,7 +4,8 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ from data_prep.text import parse_json
 
 # Bytes of a tar's block.
 BLOCK = 512
+# Bytes of a picture with holes, which is put together in memory.
+MAX_SPARSE_BYTES = 128 << 20
 
 
 class TarSource(Source):
@@ -35,11 +38,7 @@ class TarSource(Source):
         try:
             with local_copy(entry.path) as path, open(path, "rb") as file:
                 groups, broken = patient(_scan_headers, file)
-                last = next(reversed(groups), None)
                 for key, group in groups.items():
-                    if broken and key == last and not group.problem:
-                        detail = "the last sample before the break; may lack parts"
-                        group.problem = ("broken_tar", detail)
                     name = f"{entry.name}/{key}"
                     item = _item_of_group(file, entry.path, name, group, self.captions)
                     yield replace(item, copy=path if path != entry.path else "")
@@ -51,39 +50,80 @@ class TarSource(Source):
             yield Item(entry.name, reason="broken_tar", detail=broken)
 
 
+class _Place(NamedTuple):
+    """Where a member's bytes lie; the header of a sparse one says where its holes are."""
+
+    offset: int
+    size: int
+    sparse: tarfile.TarInfo | None = None
+
+
 @dataclass
 class _Group:
-    """Members of one key: extension -> (offset, size)."""
+    """Members of one key by extension."""
 
-    pictures: dict[str, tuple[int, int]] = field(default_factory=dict)
-    texts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pictures: dict[str, _Place] = field(default_factory=dict)
+    texts: dict[str, _Place] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
 
 
 def _scan_headers(file: Any) -> tuple[dict[str, _Group], str]:
-    """Samples by key as the headers tell, and what is wrong with the tar, "" if nothing."""
+    """Samples by key as the headers tell, and what is wrong with the tar, "" if nothing.
+
+    Tars put one after another, as cat does, are read on behind the end mark of each.
+    """
     groups: dict[str, _Group] = {}
-    size, end = os.fstat(file.fileno()).st_size, -1
-    file.seek(0)
+    size, begin = os.fstat(file.fileno()).st_size, 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    return groups, f"cut at byte {size}, inside {member.name!r}"
-                # A negative size would loop for ever.
-                if member.offset_data <= end:
-                    return groups, f"header at byte {member.offset} points backwards"
-                end = member.offset_data
-                _add_member(groups, member)
-                tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would keep them all
-            end = tar.offset
+        while begin < size or not begin:
+            begin = _behind_zeros(file, _scan_archive(file, begin, size, groups))
+            if file.seek(begin) < size:
+                tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return groups, f"{size - begin} bytes behind an end-of-archive mark are no tar"
     except (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError) as error:
+        if groups:
+            last = next(reversed(groups.values()))
+            detail = "the last sample before the break; may lack parts"
+            last.problem = last.problem or ("broken_tar", detail)
         return groups, str(error) or type(error).__name__
+    return groups, ""
+
+
+def _scan_archive(file: Any, begin: int, size: int, groups: dict[str, _Group]) -> int:
+    """Add the members of the tar that begins there; returns where its end mark is, raises TarError."""
+    file.seek(begin)
+    end = begin - 1
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            # A sparse member's size is that of the file with its holes, of which the tar has none.
+            sparse: Any = member.sparse
+            pieces = [member.size] if sparse is None else [n for _, n in sparse]
+            if member.offset_data + sum(pieces) > size:
+                raise tarfile.ReadError(f"cut at byte {size}, inside {member.name!r}")
+            # A negative size would loop for ever.
+            if member.offset_data <= end:
+                raise tarfile.ReadError(f"header at byte {member.offset} points backwards")
+            end = member.offset_data
+            _add_member(groups, member)
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would keep them all
+        end = tar.offset
     # tarfile takes a damaged header for the end: the end is where a block of zeros says so.
     file.seek(end)
     if file.read(BLOCK) != bytes(BLOCK):
-        return groups, f"no end-of-archive mark at byte {end}: cut there, or a damaged header"
-    return groups, ""
+        raise tarfile.ReadError(
+            f"no end-of-archive mark at byte {end}: cut there, or a damaged header"
+        )
+    return end
+
+
+def _behind_zeros(file: Any, begin: int) -> int:
+    """The place of the next byte that is not zero, or the file's end."""
+    file.seek(begin)
+    while data := file.read(1 << 20):
+        if rest := data.lstrip(b"\0"):
+            return file.tell() - len(rest)
+    return file.tell()
 
 
 def _add_member(groups: dict[str, _Group], member: tarfile.TarInfo) -> None:
@@ -91,8 +131,8 @@ def _add_member(groups: dict[str, _Group], member: tarfile.TarInfo) -> None:
     if extension not in (*PICTURE_EXTENSIONS, "txt", "json"):
         return
     group = groups.setdefault(stem_of(member.name), _Group())
-    place = (member.offset_data, member.size)
-    if not member.isreg() or member.issparse():
+    place = _place_of(member, groups)
+    if place is None:
         group.problem = ("not_a_regular_file", f"{extension} is a link or special")
     elif extension in group.pictures or extension in group.texts:
         group.problem = ("duplicate_key", f"two members end in .{extension}")
@@ -100,6 +140,15 @@ def _add_member(groups: dict[str, _Group], member: tarfile.TarInfo) -> None:
         group.texts[extension] = place
     else:
         group.pictures[extension] = place
+
+
+def _place_of(member: tarfile.TarInfo, groups: dict[str, _Group]) -> _Place | None:
+    """A file's own, or for a hard link that of the member that it leads to; None where there is neither."""
+    if member.islnk():
+        target = groups.get(stem_of(member.linkname), _Group())
+        return (target.pictures | target.texts).get(extension_of(member.linkname))
+    sparse = member if member.issparse() else None
+    return _Place(member.offset_data, member.size, sparse) if member.isreg() else None
 
 
 def _item_of_group(
@@ -112,8 +161,8 @@ def _item_of_group(
     if group.problem:
         return Item(name, reason=group.problem[0], detail=group.problem[1])
     texts = {}
-    for extension, (offset, size) in group.texts.items():
-        texts[extension] = patient(_read_member, file, offset, min(size, MAX_TEXT_BYTES + 1))
+    for extension, place in group.texts.items():
+        texts[extension] = patient(_read_member, file, place, MAX_TEXT_BYTES + 1)
     try:
         facts = _parse_json(texts.get("json", b"{}"))
     except ValueError as error:
@@ -123,18 +172,27 @@ def _item_of_group(
         return Item(name, reason="source_status", detail=detail)
     if not group.pictures:
         return Item(name, reason="no_picture", detail=f"only {', '.join(group.texts)}")
-    (offset, size), *_ = group.pictures.values()
+    place, *_ = group.pictures.values()
+    data = None
+    if place.sparse:
+        if place.size > MAX_SPARSE_BYTES:
+            detail = f"{place.size} > {MAX_SPARSE_BYTES}, with holes"
+            return Item(name, reason="too_many_bytes", detail=detail)
+        data = patient(_read_member, file, place, place.size)
     said = {n: t.encode("utf-8", "surrogatepass") for n, t in facts.items() if isinstance(t, str)}
     if "txt" in texts:
         said["txt"] = texts["txt"]
     wanted = weights or {"txt" if "txt" in said else "caption": 1.0}
     captions = tuple((said[name], weight) for name, weight in wanted.items() if name in said)
-    return Item(name, path, offset, size, captions, facts)
+    return Item(name, path, place.offset, place.size, captions, facts, data=data)
 
 
-def _read_member(file: Any, offset: int, length: int) -> bytes:
-    file.seek(offset)
-    return file.read(length)
+def _read_member(file: Any, place: _Place, length: int) -> bytes:
+    """Its first bytes, at most `length`; holes are zeros."""
+    if place.sparse:
+        return tarfile.ExFileObject(SimpleNamespace(fileobj=file), place.sparse).read(length)  # pyright: ignore[reportArgumentType]
+    file.seek(place.offset)
+    return file.read(min(length, place.size))
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

@@ -16,12 +16,14 @@ def main(
     """Train a model on a prepared dataset; run again to resume."""
     from pipeline import distributed
     from pipeline.loop import train_all
-    from pipeline.runs.setup import describe, fit_run
+    from pipeline.runs.setup import check_run, describe, fit_run
     from pipeline.runs.start import load_stages
 
     stages = load_stages(config, overrides or [])
     if dry_run:
-        distributed.say("\n\n".join(describe(fit_run(stage)) for stage in stages))
+        for run in map(fit_run, stages):
+            check_run(run, override)
+            distributed.say(describe(run))
     else:
         train_all(stages, override)
 

@@ -12,7 +12,7 @@ import torch
 
 from models.command import load_config
 from models.config import InputError
-from pipeline.config import TrainConfig, load_run_config
+from pipeline.config import TrainConfig, dump_config, load_run_config
 from pipeline.data.randomness import draw_dropout
 from pipeline.runs.setup import check_run, fit_run
 from pipeline.training.checkpoint import newest_sound
@@ -125,6 +125,48 @@ def test_what_stopped_before_its_first_checkpoint_may_become_another_run(tmp_pat
     (entry,) = (json.loads(path.read_text()) for path in (run / "eras").glob("epoch_*.json"))
     other = fit_run(load_run_config(run)).loader.first.mixture
     assert entry["datasets"] == other.identities()
+
+
+WSD = ["optimizer.schedule=warmup_stable_decay", "optimizer.decay_images=48"]
+CONSTANT = ["optimizer.schedule=constant_with_warmup"]
+MORE = ["training.images=288"]
+
+
+@pytest.mark.parametrize(
+    ("begun", "given", "step"),
+    [
+        (CONSTANT, [*CONSTANT, *MORE], None),
+        (CONSTANT, [*CONSTANT, "training.images=96"], None),
+        (CONSTANT, [*WSD, *MORE], None),
+        (CONSTANT, WSD, 19),
+        (CONSTANT, [*CONSTANT, "optimizer.warmup_images=48"], 0),
+        ([*WSD, *MORE], [*WSD, "training.images=384"], None),
+        ([*WSD, *MORE], CONSTANT, None),
+        (WSD, [*WSD, *MORE], 19),
+        ([], MORE, 4),
+        ([], ["optimizer.schedule=linear"], 4),
+    ],
+)
+def test_more_pictures_need_no_override_where_every_step_so_far_stays_as_it_was(
+    finished, copy, begun, given, step
+):
+    config = copy.parent / "copy.yaml"
+    config.write_text((finished / "run.yaml").read_text())
+    place = f"run={copy}"
+    was = fit_run(load_config(TrainConfig, config, [place, *begun])).config
+    (copy / "config.yaml").write_text(dump_config(was))
+    if step is None:
+        train(config, place, *given, "--dry-run")
+        return
+    refused = train(config, place, *given, "--dry-run", status=2)
+    assert f"By the new schedule step {step} would have had another learning rate" in refused
+    check_run(fit_run(load_config(TrainConfig, config, [place, *given])), override=True)
+
+
+@pytest.mark.parametrize("change", ["depth=3", "hidden_size=128", "qk_norm=true", "kind=uvit"])
+def test_another_network_is_refused_in_words_even_with_override(finished, copy, change):
+    more = ["training.images=208", f"model.{change}", f"run={copy}", "--override"]
+    assert "is of another network" in train(finished / "run.yaml", *more, status=2)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +294,7 @@ import torch
 from models.command import load_config
 from models.dit import DiT
 from pipeline.data.batch import Batch
-from pipeline.config import TrainConfig, load_run_config
+from pipeline.config import TrainConfig, dump_config, load_run_config
 from pipeline.loop import train_all
 
 told, batches = [], []

@@ -24,9 +24,15 @@ from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
 from pipeline.runs.start import load_start
 from pipeline.training import checkpoint
+from pipeline.training.clock import Clock
 from pipeline.training.config import EngineConfig
 from pipeline.training.ema import WithEMA
 from pipeline.training.engine import build_engine, check_engine, micro_batch_size, native_precision
+
+SCHEDULE = {"training.images"} | {
+    f"optimizer.{n}" for n in ("schedule", "warmup_images", "decay_images")
+}
+"""What the learning rate of a step depends on, beside its peak."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +196,26 @@ def _resolve_precision(config: TrainConfig) -> EngineConfig:
 
 
 def check_run(run: Run, override: bool) -> None:
-    """Raise InputError where the run has begun with a config that gives other results."""
+    """Raise InputError where the run has begun with a config that gives other results.
+
+    A longer or another schedule does not where every step so far has had the learning rate that it gives.
+    """
     if not run.begun:
         return
-    changed = differences(load_run_config(run.folder), run.config)
+    saved = load_run_config(run.folder)
+    changed, why = differences(saved, run.config), ""
     lines = "\n".join(f"  {k}: saved {old!r}, given {new!r}" for k, (old, new) in changed.items())
-    if not override and any(key.split(".")[0] in RESULTS for key in changed):
+    refused = {key for key in changed if key.split(".")[0] in RESULTS}
+    if refused and refused <= SCHEDULE:
+        images = checkpoint.newest_record(run.folder)["clock"]["images_learned"]
+        done = range(images // saved.training.global_batch)
+        before, after = Clock(saved).lr_of, Clock(run.config).lr_of
+        step = next((step for step in done if before(step) != after(step)), None)
+        why = f"\nBy the new schedule step {step} would have had another learning rate."
+        refused = refused if step is not None else set()
+    if refused and not override:
         raise InputError(
-            f"{run.folder}: was trained with another config:\n{lines}\nRemedy: undo the change, choose "
+            f"{run.folder}: was trained with another config:\n{lines}{why}\nRemedy: undo the change, choose "
             "another run=FOLDER, or pass --override to go on with the new values."
         )
     if lines:

@@ -8,7 +8,6 @@ A stage is a run of its own, RUN/NAME, whose config is the file's with the stage
               objective: {shift: {kind: constant, value: 2}}, model: {position_extent: 16}}
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from models.command import read_yaml
 from models.config import InputError, parse_config
 from models.layers import PROJECTOR
 from pipeline.config import StartConfig, TrainConfig
-from pipeline.training.checkpoint import RECORD, candidates, load_weights
+from pipeline.training.checkpoint import load_weights, newest_record
 
 
 def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
@@ -47,10 +46,7 @@ def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
 
 def finished(config: TrainConfig) -> bool:
     """Whether a run's latest checkpoint is of its last step."""
-    folders = candidates(Path(config.run))
-    if not folders or not (folders[0] / RECORD).is_file():
-        return False
-    record = json.loads((folders[0] / RECORD).read_text())
+    record = newest_record(Path(config.run))
     return record["clock"]["images_seen"] >= config.training.images
 
 

@@ -203,6 +203,14 @@ def candidates(run: Path) -> list[Path]:
     return sorted(folders, key=lambda p: p.name != named)
 
 
+def newest_record(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself; of a run without one, that nothing is done."""
+    for folder in candidates(run):
+        if (folder / RECORD).is_file():
+            return json.loads((folder / RECORD).read_text())
+    return {"step": 0, "clock": {"images_seen": 0, "images_learned": 0}}
+
+
 def faults(folder: Path) -> list[str]:
     """Missing and changed files of a checkpoint; each rank checks some. Collective.
 

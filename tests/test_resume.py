@@ -80,18 +80,24 @@ def seen(run: Path) -> dict[tuple[int, int], int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "batch"),
+    [((2, 1, 2), 2, 8), ((16, 8, 16), 1, 16)],
+    ids=["2-1-2", "16-8-16"],
+)
 def test_killed_and_resumed_on_other_ranks_and_stages_a_run_sees_the_same_and_learns_the_same(
-    tmp_path,
+    tmp_path, ranks, micro_batch, batch
 ):
-    options = ["monitor.log_samples=true", "engine.micro_batch=2", "training.images=320"]
+    options = ["monitor.log_samples=true", f"engine.micro_batch={micro_batch}"]
+    options += [f"training.images={40 * batch}", f"training.global_batch={batch}"]
     whole, broken = write_config(tmp_path, "whole"), write_config(tmp_path, "broken")
     train(whole, *options)
-    kill(tmp_path, broken, "step_00000006, for which", 2, *options, "engine.zero_stage=2")
-    kill(tmp_path, broken, "step_00000018, for which", 1, *options, "engine.zero_stage=3")
-    output = train(broken, *options, "engine.zero_stage=1", ranks=2)
+    kill(tmp_path, broken, "step_00000006, for which", ranks[0], *options, "engine.zero_stage=2")
+    kill(tmp_path, broken, "step_00000018, for which", ranks[1], *options, "engine.zero_stage=3")
+    output = train(broken, *options, "engine.zero_stage=1", ranks=ranks[2])
     assert "engine.zero_stage: saved 3, given 1" in output
     assert seen(tmp_path / "broken") == seen(tmp_path / "whole")
-    assert len(seen(tmp_path / "whole")) == 320
+    assert len(seen(tmp_path / "whole")) == 40 * batch
     ours, theirs = (dict(scalars(tmp_path / n, "loss/train")) for n in ("broken", "whole"))
     assert list(ours) == list(theirs) == list(range(1, 41))
     for step, loss in ours.items():

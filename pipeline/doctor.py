@@ -117,11 +117,18 @@ def check_attention() -> Findings:
 
 
 def check_compiler() -> Findings:
-    """The compiler that torch.compile calls."""
-    if path := shutil.which("g++"):
+    """The compiler that torch.compile calls: for a GPU, where it is the default, Triton's."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    name, package = ("gcc", "gcc libc6-dev") if gpu else ("g++", "g++")
+    if path := shutil.which(name):
         yield Finding("compiler", "ok", path)
     else:
-        yield Finding("compiler", "note", "no g++", "apt install g++: engine.compile needs it")
+        remedy = (
+            f"apt install {package}: engine.compile needs it" + ", or engine.compile=false" * gpu
+        )
+        yield Finding("compiler", "lack" if gpu else "note", f"no {name}", remedy)
 
 
 def check_memory() -> Findings:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import doctor
 from tests.train_factory import command, environment, run
@@ -49,6 +50,9 @@ def test_the_command_ends_with_status_1_where_something_is_lacking(tmp_path):
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no g++" in named(doctor.check_compiler(), "compiler", "note").found
+    # On a GPU blocks are compiled unless told otherwise, and the run would end at its first forward.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "no gcc" in named(doctor.check_compiler(), "compiler", "lack").found
 
 
 def test_a_wrong_torch_is_named(monkeypatch, tmp_path):

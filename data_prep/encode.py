@@ -85,16 +85,15 @@ class ShardEncoder(Worker):
 
     def _open_encoders(self) -> dict[str, Encoder]:
         os.environ["OMP_NUM_THREADS"] = str(self._config.encode.threads)
-        # cuBLAS gives the same bits again only with a workspace of its own.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Torch takes a VAE's activations from the kernel anew at every layer; of small pages that alone
         # is a third of the time on CPUs.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         import torch
 
+        from models.numerics import be_deterministic
+
         torch.set_num_threads(self._config.encode.threads)
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+        be_deterministic()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return {
             place: encoder.open(place.split(".")[-1], self._folder / encoder.path, device)

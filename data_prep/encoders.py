@@ -11,7 +11,7 @@ from pydantic import Field
 
 from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
 from models.config import Config, InputError
-from models.weights import Dtype, read_model_config, tokenizer_sha256, weights_sha256
+from models.weights import EncoderDtype, read_model_config, tokenizer_sha256, weights_sha256
 
 # torch is imported by `open`: configs are also read where nothing is encoded.
 
@@ -44,7 +44,7 @@ class EncoderConfig(Config):
     what: ClassVar[str]
     reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
     path: str
-    dtype: Dtype = "fp32"
+    dtype: EncoderDtype = "fp32"
 
     def hashes(self) -> dict[str, str]:
         """sha256 of what decides its numbers; raises InputError where it is not there."""

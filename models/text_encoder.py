@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.config import InputError
+from models.numerics import tf32
 from models.weights import (
-    Dtype,
+    EncoderDtype,
     brief,
     check_kind,
     load_network,
@@ -35,7 +36,9 @@ ENCODERS = {
 class TextEncoder:
     """A transformers text encoder in a local folder, frozen. L <= max_length, D = `dim`, P = `pooled_dim`."""
 
-    def __init__(self, network: Any, tokenizer: Any, path: Path, max_length: int, dtype: Dtype):
+    def __init__(
+        self, network: Any, tokenizer: Any, path: Path, max_length: int, dtype: EncoderDtype
+    ):
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.path, self.max_length, self.dtype = path, max_length, dtype
@@ -50,7 +53,7 @@ class TextEncoder:
         cls,
         path: str | Path,
         max_length: int,
-        dtype: Dtype = "fp32",
+        dtype: EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
     ) -> "TextEncoder":
         """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing."""
@@ -83,7 +86,8 @@ class TextEncoder:
             return_tensors="pt",
         ).to(self.network.device)
         mask = batch["attention_mask"]
-        output = self.network(input_ids=batch["input_ids"], attention_mask=mask)
+        with tf32(self.dtype == "tf32"):
+            output = self.network(input_ids=batch["input_ids"], attention_mask=mask)
         mask = mask.bool()
         tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)  # (B, L, D)
         if self.pooled == "projected":

@@ -9,8 +9,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from models.config import InputError
+from models.numerics import tf32
 from models.weights import (
-    Dtype,
+    EncoderDtype,
     Normalisation,
     check_kind,
     load_network,
@@ -29,7 +30,7 @@ class LatentCodec:
     normalised: (raw - mean) / std. h = H / downscale.
     """
 
-    def __init__(self, network: Any, path: Path, dtype: Dtype, deterministic: bool):
+    def __init__(self, network: Any, path: Path, dtype: EncoderDtype, deterministic: bool):
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.path, self.dtype, self.deterministic = path, dtype, deterministic
         self.channels: int = network.config.latent_channels
@@ -42,7 +43,7 @@ class LatentCodec:
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: Dtype = "fp32", device: str | torch.device = "cpu"
+        cls, path: str | Path, dtype: EncoderDtype = "fp32", device: str | torch.device = "cpu"
     ) -> "LatentCodec":
         """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
         path = Path(path)
@@ -66,7 +67,8 @@ class LatentCodec:
             raise ValueError(f"images {tuple(images.shape)}: sides must divide by {self.downscale}")
         pixels = images.to(self.network.device).float() / 127.5 - 1
         pixels = pixels.to(self.network.dtype, memory_format=torch.channels_last)
-        output = self.network.encode(pixels)
+        with tf32(self.dtype == "tf32"):
+            output = self.network.encode(pixels)
         if self.deterministic:
             latent = output.latent if hasattr(output, "latent") else output.latents
             return latent.float().contiguous()
@@ -82,7 +84,8 @@ class LatentCodec:
         )
         raw = latents.to(self.network.device).float() / scale + mean
         raw = raw.to(self.network.dtype, memory_format=torch.channels_last)
-        return to_uint8(self.network.decode(raw).sample)
+        with tf32(self.dtype == "tf32"):
+            return to_uint8(self.network.decode(raw).sample)
 
     def decode_mean(self, moments: Float[Tensor, "B M h w"]) -> UInt8[Tensor, "B 3 H W"]:
         """Raw moments to pictures, without the noise of their std."""

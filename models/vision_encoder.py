@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.weights import Dtype, check_kind, load_network, read_model_config, weights_sha256
+from models.numerics import tf32
+from models.weights import EncoderDtype, check_kind, load_network, read_model_config, weights_sha256
 
 # Classes by model_type in config.json; all give the class token, any registers, then the patches, normalised.
 ENCODERS = {
@@ -26,7 +27,7 @@ class VisionEncoder:
     patches of 14 see a picture of 256 as one of 224 (REPA, Yu et al. 2410.06940, 4.1).
     """
 
-    def __init__(self, network: Any, path: Path, patch_pixels: int, dtype: Dtype):
+    def __init__(self, network: Any, path: Path, patch_pixels: int, dtype: EncoderDtype):
         self.network = network.eval().requires_grad_(False)
         self.path, self.patch_pixels, self.dtype = path, patch_pixels, dtype
         self.dim: int = network.config.hidden_size
@@ -44,7 +45,7 @@ class VisionEncoder:
         cls,
         path: str | Path,
         patch_pixels: int,
-        dtype: Dtype = "fp32",
+        dtype: EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
     ) -> "VisionEncoder":
         """Open a folder with config.json and safetensors; raises InputError if it is no whole ViT."""
@@ -67,7 +68,8 @@ class VisionEncoder:
         asked = (
             {"interpolate_pos_encoding": True} if self.network.config.model_type == "vit" else {}
         )
-        hidden = self.network(pixels, **asked).last_hidden_state[:, self._prefix :]
+        with tf32(self.dtype == "tf32"):
+            hidden = self.network(pixels, **asked).last_hidden_state[:, self._prefix :]
         return hidden.float().transpose(1, 2).unflatten(2, grid).contiguous()
 
     def record(self) -> dict[str, Any]:

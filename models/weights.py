@@ -14,7 +14,9 @@ from models.config import Config, InputError
 from models.files import file_sha256
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-TORCH_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+EncoderDtype = Literal[Dtype, "tf32"]
+"""How an encoder computes: tf32 is fp32 whose products and convolutions round their inputs, on a GPU."""
+TORCH_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # Encoders of text and of squares of a picture do not use the pooler of BERT, MPNet and ViT, and many lack it.
 UNUSED = ("pooler.",)
@@ -114,7 +116,11 @@ def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[s
 
 
 def load_network(
-    library: str, name: str, path: Path, dtype: Dtype = "fp32", unused: tuple[str, ...] = UNUSED
+    library: str,
+    name: str,
+    path: Path,
+    dtype: EncoderDtype = "fp32",
+    unused: tuple[str, ...] = UNUSED,
 ) -> Any:
     """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from models.numerics import be_deterministic
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.distributed import Exchange, own_device
@@ -119,6 +120,8 @@ def leave(
 
 def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     """Train one run; yields each step's number once all that belongs to the step is done."""
+    if config.engine.deterministic:
+        be_deterministic()
     run = fit_run(config)
     check_run(run, override)
     engine = run.config.engine

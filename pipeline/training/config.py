@@ -53,6 +53,8 @@ class EngineConfig(Config):
     """Where ZeRO 3 keeps its partitions of the parameters."""
     compile: bool = False
     """Compiles each block."""
+    deterministic: bool = False
+    """The same bits from the same steps on a GPU too, by slower kernels."""
     cpu_threads: int | None = Field(default=None, gt=0)
     """Threads per rank on CPU; null: its share of the cores."""
     timeout_s: float = Field(default=1800, gt=0)

@@ -89,8 +89,9 @@ def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
     monitor.ledger.mark("start_up")
     num_parameters = run.num_parameters
     resumes = f"resuming at step {clock.step} of " if clock.step else ""
+    compiled = ", compiled" if run.config.engine.compile is True else ""
     distributed.say(
-        f"{run.folder}: {run.config.model.kind}, {num_parameters / 1e6:.1f} M parameters, "
+        f"{run.folder}: {run.config.model.kind}, {num_parameters / 1e6:.1f} M parameters{compiled}, "
         f"{run.loader.first.order.samples_per_epoch:,.0f} pictures per epoch, {resumes}{clock.num_steps} steps"
     )
     for note in run.config.notes():

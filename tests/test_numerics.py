@@ -1,12 +1,21 @@
 """How a GPU is told to compute, as far as a CPU shows it: what torch is set to when it matters."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 
+from models.networks import DiTConfig
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.vision_encoder import VisionEncoder
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.training.config import EngineConfig
+from pipeline.training.engine import resolved
 from tests import train_factory
+from tests.shard_factory import make_dataset
 from tests.test_alignment import save_vision
 
 
@@ -59,3 +68,46 @@ def test_a_deterministic_run_tells_torch_so_and_does_not_fill_fresh_memory(deter
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("set "))
     assert line == f"set {deterministic} {not deterministic} {not deterministic}"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """What is asked of CUDA by torch's own functions, in order, each with its thread."""
+    calls: list[tuple[str, Any]] = []
+
+    def told(name: str, answer: Any = None) -> Any:
+        return lambda *_, **__: calls.append((name, threading.current_thread())) or answer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", told("set_device"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", told("is_bf16_supported", True))
+    return calls
+
+
+def test_a_gpu_compiles_unless_told_or_cut_and_says_its_precision_after_it_is_chosen(on_gpu):
+    for stage in (0, 1, 2, 3):
+        engine = resolved(EngineConfig(zero_stage=stage), None)
+        assert (engine.precision, engine.compile) == ("bf16", stage < 3)
+    # Else each rank would have a context on the first GPU too.
+    assert on_gpu[0][0] == "set_device"
+    assert resolved(EngineConfig(compile=False), None).compile is False
+    begun = EngineConfig(precision="fp32", compile=False)
+    assert resolved(EngineConfig(), begun) == EngineConfig(precision="fp32", compile=False)
+
+
+def test_a_cpu_does_not_compile_unless_told():
+    assert resolved(EngineConfig(), None).compile is False
+    assert resolved(EngineConfig(compile=True), None).compile is True
+
+
+def test_the_thread_that_reads_ahead_chooses_its_gpu_first(tmp_path, request):
+    model = DiTConfig(size="debug")
+    loader = Loader(
+        DataConfig(path=str(make_dataset(tmp_path / "data", [((32, 32), 20)]))),
+        global_batch=4, seed=0, model=model,
+    )  # fmt: skip
+    calls = request.getfixturevalue("on_gpu")  # after the loader, which would pin memory
+    next(loader.batches())
+    (thread,) = loader._threads
+    loader.close()
+    assert ("set_device", thread) in calls

@@ -29,6 +29,7 @@ from pipeline.data.datasets import Bucket, Mixture, read_dataset
 from pipeline.data.eras import Eras
 from pipeline.data.order import Order, Part, Plan, Window
 from pipeline.data.shards import Rows, ShardStore, Skipped
+from pipeline.distributed import own_device
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +291,8 @@ def _read_ahead(
     """Put batches, or what went wrong, into the queue until told to stop."""
     # For this thread alone: its copies are bound by memory, and the trainer needs the cores.
     torch.set_num_threads(1)
+    # It pins memory, and waits for copies.
+    own_device()
     while not stopped():
         try:
             item: Any = next(produce)

@@ -31,10 +31,15 @@ def say(message: str) -> None:
 
 
 def own_device() -> torch.device:
-    """This rank's GPU where torch sees one, else the CPU."""
+    """This rank's GPU where torch sees one, which becomes the calling thread's; else the CPU.
+
+    A thread that asks CUDA for anything before would open a context on the first GPU for each rank.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
 def start(timeout_s: float) -> torch.device:
@@ -52,8 +57,6 @@ def start(timeout_s: float) -> torch.device:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         # Port 0 is whichever is free.
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    if use_gpu:
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if use_gpu else "gloo",

@@ -27,7 +27,7 @@ from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
 from pipeline.training.config import EngineConfig
 from pipeline.training.ema import WithEMA
-from pipeline.training.engine import build_engine, check_engine, micro_batch_size, native_precision
+from pipeline.training.engine import build_engine, check_engine, micro_batch_size, resolved
 
 SCHEDULE = {"training.images"} | {
     f"optimizer.{n}" for n in ("schedule", "warmup_images", "decay_images")
@@ -117,7 +117,7 @@ def fit_run(config: TrainConfig) -> Run:
         model=config.model,
     )
     config = fit_data(config, loader)
-    config = config.model_copy(update={"engine": _resolve_precision(config)})
+    config = config.model_copy(update={"engine": _resolve_engine(config)})
     check_engine(
         config.engine, config.training.global_batch // micro_batch // distributed.world_size()
     )
@@ -186,13 +186,9 @@ def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
         encoder_folder(roles[name], folder, f"text.{name}")
 
 
-def _resolve_precision(config: TrainConfig) -> EngineConfig:
-    """The engine with `precision: auto` resolved: as the run began, or as is native here."""
-    engine, run = config.engine, Path(config.run)
-    if engine.precision != "auto":
-        return engine
-    saved = load_run_config(run).engine.precision if begun(run) else None
-    return engine.model_copy(update={"precision": saved or native_precision()})
+def _resolve_engine(config: TrainConfig) -> EngineConfig:
+    run = Path(config.run)
+    return resolved(config.engine, load_run_config(run).engine if begun(run) else None)
 
 
 def check_run(run: Run, override: bool) -> None:
@@ -260,7 +256,7 @@ def describe(run: Run) -> str:
             f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters",
             f"steps        {steps:,} ({steps * batch / per_epoch:.2f} epochs) of {batch} pictures",
             f"ranks        {ranks} x {run.micro_batch} pictures x {batch // (run.micro_batch * ranks)} accumulated, "
-            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}",
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}{', compiled' * (config.engine.compile is True)}",
             *(f"note         {note}" for note in config.notes()),
         ]
     )

@@ -51,8 +51,8 @@ class EngineConfig(Config):
     """Where ZeRO keeps its partitions of the optimizer."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where ZeRO 3 keeps its partitions of the parameters."""
-    compile: bool = False
-    """Compiles each block."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compiles each block; auto: on a GPU at zero_stage 0 to 2."""
     deterministic: bool = False
     """The same bits from the same steps on a GPU too, by slower kernels."""
     cpu_threads: int | None = Field(default=None, gt=0)

@@ -43,11 +43,23 @@ def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
 
 def native_precision() -> Literal["fp32", "bf16"]:
     """The precision that `auto` stands for here; emulated bf16 would be slower than fp32."""
-    if torch.cuda.is_available():
+    if distributed.own_device().type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if native else "fp32"
+
+
+def resolved(engine: EngineConfig, begun: EngineConfig | None) -> EngineConfig:
+    """The engine with each `auto` replaced: as the run began, or as suits this machine."""
+    update: dict[str, Any] = {}
+    if engine.precision == "auto":
+        update["precision"] = begun.precision if begun else native_precision()
+    if engine.compile == "auto":
+        # At stage 3 its hooks break graphs, and on CPUs compiled blocks were slower.
+        suits = distributed.own_device().type == "cuda" and engine.zero_stage < 3
+        update["compile"] = begun.compile if begun else suits
+    return engine.model_copy(update=update)
 
 
 def check_engine(engine: EngineConfig, micro_steps: int) -> None:
@@ -151,7 +163,7 @@ def build_engine(
     optimizer = build_optimizer(model, optimizer_config)
     if clips_itself(engine_config):
         optimizer.clip = optimizer_config.clip
-    if engine_config.compile:
+    if engine_config.compile is True:
         # The hooks of ZeRO 3 break graphs.
         compile_blocks(model, fullgraph=engine_config.zero_stage < 3)
     micro_batch = micro_batch_size(engine_config, global_batch)

@@ -27,7 +27,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     """One run, from where it stands to its end or a signal; yields each step's number."""
     # --- what the run is made of: all that can fail fails here
     config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
-    preview = Preview(run, objective)
+    preview = Preview(run, objective, stop)
     engine, optimizer = run.build_engine()
     dropout = config.training.caption_dropout
     forward = Forward(engine, objective, run.loader, config.model, dropout, own_device())
@@ -65,13 +65,14 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
         watchdog.alive(clock.step)
 
         # --- log, draw, save
-        stopping, writing = exchange.any(clock.step, stop.name is not None, saver.busy)
+        asked, looks = stop.name is not None, preview.due(clock)
+        stopping, writing = exchange.any(clock.step, asked, saver.busy, now=looks)
         if not writing:
             saver.finish()
         if clock.log_due or stopping:
             monitor.log(engine, optimizer, rejection.total)
         with monitor.paused():
-            if preview.due(clock) and not stopping:
+            if looks and not stopping:
                 preview.show(engine, optimizer, monitor, clock.step)
             if clock.snapshot_due:
                 checkpoint.store_snapshots(run.folder, config.ema, clock, engine, optimizer)

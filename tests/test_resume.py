@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.config import InputError
+from pipeline import distributed
 from tests import train_factory
+from tests.forked import free_port
 from tests.shard_factory import Kind, Sample, make_dataset, write_tar
 from tests.test_train import kill
 from tests.train_factory import scalars, train, workers, write_config
@@ -195,6 +198,104 @@ def test_one_signal_finishes_the_step_saves_and_ends_with_status_0(tmp_path, num
     train_factory.wait_for(process, "step 8/")
     process.send_signal(number)
     assert f"stopped by {number.name} at step" in check_saved(process, tmp_path / "run")
+
+
+# A run whose looks at held-out samples take seconds, and say so.
+LOOKS = """
+import sys, time
+from pathlib import Path
+from models.command import load_config
+from models.dit import DiT
+from pipeline.config import TrainConfig
+from pipeline.loop import train_all
+
+forward = DiT.forward
+def slow(self, *given):
+    if not self.training:
+        print("looks", flush=True)
+        time.sleep(0.2)
+    return forward(self, *given)
+DiT.forward = slow
+train_all([load_config(TrainConfig, Path(sys.argv[1]), sys.argv[2:])])
+"""
+
+
+def test_a_signal_ends_a_look_and_the_run_saves(tmp_path):
+    kind = Kind(encoders={"mini": (5, 8)}, channels=4)
+    make_dataset(tmp_path / "dataset", [((32, 32), 40)], kind, heldout=[((32, 32), 10)])
+    config = str(write_config(tmp_path))
+    options = ["training.images=800000", "monitor.sample_every_steps=8", "checkpoint.every_steps=5"]
+    process = train_factory.start("-c", LOOKS, config, *options)
+    train_factory.wait_for(process, "step 8/")
+    train_factory.wait_for(process, "looks")
+    process.send_signal(signal.SIGTERM)
+    output = check_saved(process, tmp_path / "run")
+    # A look is of eight noise levels, for each of two sets of weights.
+    assert output.count("looks") <= 2
+    assert "at step 9, saved" in output
+
+
+ANSWERS = """
+from pipeline import distributed
+distributed.start(60)
+exchange, mine = distributed.Exchange(), distributed.rank() == 1
+found = [exchange.any(1, mine), exchange.any(2, False), exchange.any(3, mine, now=True)]
+found += [exchange.any(4, False), exchange.any(5, False)]
+print("found", *(int(answer) for answer, in found), flush=True)
+distributed.stop()
+"""
+
+
+def test_all_ranks_hear_a_signal_to_one_a_step_late_and_where_drawing_is_next_at_once():
+    assert train_factory.results("found", "-c", ANSWERS) == [["0", "1", "1", "0", "0"]] * 2
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+WHOLE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+PLACES = {
+    "rank alone": {"RANK": "3"},
+    "ranks alone": {"WORLD_SIZE": "2"},
+    "no address": {"RANK": "0", "WORLD_SIZE": "2"},
+    "no port": {**WHOLE, "MASTER_PORT": ""},
+    "no place on the host": {**WHOLE, "LOCAL_RANK": ""},
+    "rank too high": {**WHOLE, "RANK": "2"},
+    "no number": {**WHOLE, "RANK": "x"},
+}
+
+
+@pytest.mark.parametrize("left", PLACES.values(), ids=PLACES)
+def test_half_of_what_a_launcher_sets_is_refused(monkeypatch, left):
+    for name in distributed.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"got RANK=.* unset RANK WORLD_SIZE"):
+        distributed.is_main()
+
+
+@pytest.mark.parametrize("left", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1", "MASTER_ADDR": "gone"}])
+def test_a_process_that_is_alone_needs_no_address(monkeypatch, left):
+    for name in distributed.LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+
+
+WAITS = """
+from models.command import run_command
+from pipeline import distributed
+distributed.PATIENCE_S = 0.5
+run_command(lambda: distributed.start(3) and None)
+"""
+
+
+def test_a_rank_that_waits_for_others_says_so_and_gives_up_in_one_message():
+    done = train_factory.run("-c", WAITS, **WHOLE | {"MASTER_PORT": str(free_port())})
+    assert done.returncode == 2
+    assert done.stderr.count("rank 0 waits for the others of 2 at 127.0.0.1:") == 2
+    assert "Given up after 3 s" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 HANGS = """

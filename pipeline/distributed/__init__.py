@@ -10,14 +10,40 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from models.config import InputError
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, Ray Train and others set for every rank."""
+
+PATIENCE_S = 10.0
+"""How long rank 0 waits for the others before it says so."""
+
+NOBODY_THERE = (
+    "Remedy: start as many ranks, by torchrun for one; or, without a launcher, unset RANK WORLD_SIZE LOCAL_RANK "
+    "LOCAL_WORLD_SIZE, which an earlier launcher left in the environment."
+)
+
 
 def rank() -> int:
     """This process's number among all ranks; 0 where it is alone."""
-    return int(os.environ.get("RANK", 0))
+    return _place()[0]
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _place()[1]
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of ranks; raises InputError where the environment names them in part or in vain."""
+    number, count, *others = (os.environ.get(name, "") for name in LAUNCHER)
+    if number in ("", "0") and count in ("", "1"):
+        return 0, 1
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) and all(others)):
+        given = ", ".join(f"{name}={os.environ.get(name, '')}" for name in LAUNCHER)
+        raise InputError(
+            f"got {given} in the environment, expected all of them, RANK below WORLD_SIZE. {NOBODY_THERE}"
+        )
+    return int(number), int(count)
 
 
 def is_main() -> bool:
@@ -53,19 +79,34 @@ def start(timeout_s: float) -> torch.device:
     if not use_gpu:
         # DeepSpeed would compile an operator for ranks that share memory; gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
+    if world_size() == 1:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         # Port 0 is whichever is free.
         os.environ.update(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if use_gpu else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        # Of many ranks one that waits is enough to hear of, if it is there.
+        patience_s = PATIENCE_S if is_main() else 6 * PATIENCE_S
+        waiting = threading.Timer(patience_s, lambda: sys.stderr.write(f"{_waiting()}\n"))
+        waiting.daemon = True
+        waiting.start()
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if use_gpu else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                verbose=False,
+            )
+        except dist.DistError as error:
+            raise InputError(f"{_waiting()} Given up after {timeout_s:g} s: {error}") from error
+        finally:
+            waiting.cancel()
     if world_size() > 1:
         _die_with_parent()
     return device
+
+
+def _waiting() -> str:
+    place = ":".join(os.environ[name] for name in LAUNCHER[3:])
+    return f"rank {rank()} waits for the others of {world_size()} at {place}. {NOBODY_THERE}"
 
 
 def _die_with_parent() -> None:
@@ -100,31 +141,34 @@ class Exchange:
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
         self.seconds, self.everyones_seconds = 0.0, np.zeros(world_size())
 
-    def any(self, step: int, *mine: bool) -> tuple[bool, ...]:
-        """Whether any rank said yes to each question at the last call; alone, it is the current call.
+    def any(self, step: int, *mine: bool, now: bool = False) -> tuple[bool, ...]:
+        """Whether any rank said yes to each question at the last call; alone, or `now`, at this one too.
 
         Raises RuntimeError where ranks are at different steps. Collective.
         """
         if self.group is None:
             self.everyones_seconds[0] = self.seconds
             return mine
-        answers = (False,) * len(mine)
-        if self.pending is not None:
-            values, work = self.pending
-            work.wait()
-            if values[0] != -values[1]:
-                raise RuntimeError(
-                    f"ranks are at different steps: {-values[1]:.0f} to {values[0]:.0f}"
-                )
-            answers = tuple(bool(value) for value in values[2 : 2 + len(mine)])
-            self.everyones_seconds = values[2 + len(mine) :].numpy()
+        answers = self._complete(len(mine))
         seconds = [0.0] * world_size()
         seconds[rank()] = self.seconds
         values = torch.tensor([step, -step, *map(float, mine), *seconds], dtype=torch.float64)
         work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group, async_op=True)
         assert work is not None
         self.pending = (values, work)
+        if now:
+            answers = tuple(map(max, answers, self._complete(len(mine))))
         return answers
+
+    def _complete(self, count: int) -> tuple[bool, ...]:
+        if self.pending is None:
+            return (False,) * count
+        (values, work), self.pending = self.pending, None
+        work.wait()
+        if values[0] != -values[1]:
+            raise RuntimeError(f"ranks are at different steps: {-values[1]:.0f} to {values[0]:.0f}")
+        self.everyones_seconds = values[2 + count :].numpy()
+        return tuple(bool(value) for value in values[2 : 2 + count])
 
 
 def gather_objects(value: object) -> list:

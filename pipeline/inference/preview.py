@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import distributed
 from pipeline.data.encoders import load_encoders
+from pipeline.distributed.stop_signal import StopSignal
 from pipeline.inference.grid import grid
 from pipeline.inference.heldout import by_noise_level
 from pipeline.inference.painter import Painter, largest_bucket
@@ -19,12 +20,16 @@ from pipeline.training.monitor import Monitor
 from pipeline.training.pieces import full_weights
 
 
+class Stopped(Exception):
+    """Whoever draws is asked to stop."""
+
+
 class Preview:
     """The run's prompts, encoded once, and its held-out samples. Its state belongs in the checkpoint."""
 
-    def __init__(self, run: Run, objective: Objective):
+    def __init__(self, run: Run, objective: Objective, stop: StopSignal):
         config = run.config
-        self.run, self.objective = run, objective
+        self.run, self.objective, self.stop = run, objective, stop
         self.manifest, self.device = run.loader.manifest, distributed.own_device()
         self.painter: Painter | None = None
         if config.monitor.prompts and distributed.is_main():
@@ -47,25 +52,34 @@ class Preview:
         self.last_step = state["last_step"]
 
     def show(self, engine: Any, optimizer: WithEMA, monitor: Monitor, step: int) -> None:
-        """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: rank 0 works."""
-        self.last_step = step
+        """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: rank 0 works.
+
+        A signal to stop ends it: a launcher's grace is for saving. The resumed run looks again.
+        """
+        before, self.last_step = self.last_step, step
         for which in ("ema", "raw") if self.heldout else ("ema",):
             weights = full_weights(engine, optimizer, which)
-            if not distributed.is_main():
+            if not distributed.is_main() or self.last_step != step:
                 continue
             network = network_for_sampling(self.run.config, weights, self.device)
-            if self.heldout:
-                values = by_noise_level(
-                    network,
-                    self.objective,
-                    self.manifest.codec,
-                    self.heldout,
-                    self.run.micro_batch,
-                )
-                monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
-            if self.painter is not None and which == "ema":
-                monitor.pictures("samples/ema", self._draw_sheet(self.painter, network, step))
+            network.register_forward_pre_hook(self._give_way)
+            try:
+                self._look(network, which, monitor, step)
+            except Stopped:
+                self.last_step = before
         monitor.ledger.mark("look")
+
+    def _give_way(self, *_: object) -> None:
+        if self.stop.name is not None:
+            raise Stopped
+
+    def _look(self, network: nn.Module, which: str, monitor: Monitor, step: int) -> None:
+        if self.heldout:
+            codec, size = self.manifest.codec, self.run.micro_batch
+            values = by_noise_level(network, self.objective, codec, self.heldout, size)
+            monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
+        if self.painter is not None and which == "ema":
+            monitor.pictures("samples/ema", self._draw_sheet(self.painter, network, step))
 
     def _draw_sheet(self, painter: Painter, network: nn.Module, step: int) -> Tensor:
         """The prompts' pictures as one, uint8 (3, H, W), also in the run's samples."""

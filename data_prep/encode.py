@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.commits import commit_path, read_commit
 from data_prep.config import PrepareConfig
 from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
-from data_prep.encoders import NO_ENCODERS, Arrays, Codec, Encoder, configured, merged
+from data_prep.encoders import NO_ENCODERS, Arrays, Codec, Encoder, Text, configured, merged
 from data_prep.images import Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
@@ -160,6 +160,12 @@ class ShardEncoder(Worker):
             commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
             commit |= {"latent_square_sum": sums[2].tolist()}
             commit |= {"psnr_db": psnr_db, "rejects": rejects}
+            captions = [caption for row in kept for caption in row["captions"]]
+            commit["cut_captions"] = {
+                encoder.name: encoder.count_cut(captions)
+                for encoder in self._encoders.values()
+                if isinstance(encoder, Text)
+            }
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()

@@ -152,6 +152,12 @@ class Text:
         real = [_float16(t[m]) for t, m in zip(tokens, mask, strict=True)]
         return {self.name: real, f"{self.name}_pooled": _float16(pooled)}
 
+    def count_cut(self, captions: list[str]) -> int:
+        """Captions of which `encode` leaves out the end."""
+        from models.text_encoder import count_cut
+
+        return count_cut(self.model.tokenizer, captions, self.model.max_length)
+
     def record(self) -> dict[str, Any]:
         record = RoleRecord.model_validate(self.model.record() | {"path": self.path})
         roles = {self.name: record.model_dump()}

@@ -115,8 +115,14 @@ def _manifest(
     decisive = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
     settings = begun["settings"] | {"config": decisive}
     kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
-    counts = schema.Counts(seen=kept + sum(rejected.values()), kept=kept, rejected=rejected)
-    latent_mean, latent_std = _latent_statistics(_for_training(commits))
+    cut = sum((Counter(commit["cut_captions"]) for commit in commits), Counter[str]())
+    counts = schema.Counts(
+        seen=kept + sum(rejected.values()),
+        kept=kept,
+        rejected=rejected,
+        cut_captions={name: cut[name] for name in encoders.record["text"]["roles"]},
+    )
+    latent_mean, latent_std = latent_statistics(_for_training(commits))
     buckets: Counter[tuple[int, int]] = Counter()
     for commit in _for_training(commits):
         buckets[commit["height"], commit["width"]] += commit["num_samples"]
@@ -174,7 +180,7 @@ def _for_training(commits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [commit for commit in commits if commit["split"] == "train"] or commits
 
 
-def _latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the raw latents by channel."""
     count = sum(commit["latent_count"] for commit in commits)
     means, squares = (

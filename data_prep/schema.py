@@ -152,6 +152,8 @@ class Counts(Config):
     seen: int
     kept: int
     rejected: dict[str, int]
+    cut_captions: dict[str, int] = {}
+    """By text encoder, the drawn captions of kept pictures that were longer than its max_length."""
     other_files: dict[str, int] | None = None
     """The sources' files that are no pictures, by extension; null: not counted."""
 

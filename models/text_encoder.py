@@ -62,7 +62,7 @@ class TextEncoder:
         name = ENCODERS[check_kind(path, config, "model_type", ENCODERS)]
         if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
             name = "CLIPTextModelWithProjection"
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
         network = load_network("transformers", name, path, dtype).to(device)
         positions = getattr(network.config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
@@ -112,7 +112,16 @@ class TextEncoder:
         }
 
 
-def _load_tokenizer(path: Path) -> Any:
+def count_cut(tokenizer: Any, captions: list[str], max_length: int) -> int:
+    """Captions that have more tokens than max_length, so that they are encoded without their end."""
+    if not captions:
+        return 0
+    tokens = tokenizer(captions, verbose=False)["input_ids"]
+    return sum(len(caption) > max_length for caption in tokens)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a text encoder's folder; raises InputError."""
     folder = tokenizer_folder(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from data_prep.schema import RoleRecord
 from models.command import package_folder
 from models.config import InputError
-from models.text_encoder import TextEncoder
+from models.text_encoder import TextEncoder, count_cut
 
 WORDS = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "green", "apple", "volcano"]
 CAPTIONS = ["a red apple", "", "volcano", "a green apple a green apple"]
@@ -81,6 +81,19 @@ def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(tmp_path,
         # fp32: another padding, another order of summation
         torch.testing.assert_close(tokens[i][mask[i]], alone_tokens[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(pooled[i], alone_pooled[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [3, 4, 5, 8, 12])
+def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(
+    tmp_path, kind, length
+):
+    encoder = TextEncoder.load(save_encoder(tmp_path / "m", kind), max_length=length)
+    captions = ["apple " * words for words in range(11)]
+    whole = TextEncoder.load(tmp_path / "m", max_length=12)
+    cut = [whole.encode([c])[0].shape[1] > encoder.encode([c])[0].shape[1] for c in captions]
+    assert count_cut(encoder.tokenizer, captions, length) == sum(cut) == 12 - length
+    assert count_cut(encoder.tokenizer, [], length) == 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "mpnet", "t5", "umt5"])

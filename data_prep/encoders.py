@@ -61,6 +61,16 @@ class VaeConfig(EncoderConfig):
 
     what = "a diffusers autoencoder"
 
+    def doubt(self) -> str:
+        """What is to be said of its config.json; "" where that says by what latents are scaled."""
+        config = read_model_config(Path(self.path), self.what)
+        if config.get("scaling_factor"):
+            return ""
+        return (
+            f"vae.path: {self.path}/config.json has no scaling_factor, so that latents are scaled by "
+            f"the default of {config.get('_class_name')}. Remedy: write the factor of this vae there."
+        )
+
     def open(self, name: str, folder: Path, device: str) -> "Codec":
         from models.vae import LatentCodec
 

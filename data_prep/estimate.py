@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,9 +19,10 @@ import typer
 from data_prep.config import PrepareConfig, check_buckets, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, encode_shards
 from data_prep.plan import ShardSpec, make_plan
-from data_prep.report import Listing, Progress, console
+from data_prep.publish import latent_statistics
+from data_prep.report import Listing, Progress, console, warn
 from data_prep.scan import list_sources, scan
-from data_prep.schema import proof_path
+from data_prep.schema import CodecRecord, latent_doubt, proof_path
 from data_prep.shards import WORK
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
@@ -47,6 +48,8 @@ class Estimate:
     total_bytes: float
     seconds_per_picture: float
     """Seconds that one actor takes."""
+    doubt: str
+    """A warning about the latents; "" where they are as they should be."""
 
 
 def estimate(config: PrepareConfig, wanted: int) -> Estimate:
@@ -65,7 +68,7 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         dataset = Path(folder)
         scan(config, dataset, sample)
         shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset)
-        num, spent, size, proof = _encode(config, dataset, shards, wanted)
+        num, spent, size, proof, doubt = _encode(config, dataset, shards, wanted)
         seen = Counter(
             pq.read_table(dataset / WORK / "catalog", columns=["source"])["source"].to_pylist()
         )
@@ -82,6 +85,7 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         bytes_per_picture=size / num,
         total_bytes=kept * size / num + num_shards * (SHARD_END + proof),
         seconds_per_picture=spent / num,
+        doubt=doubt,
     )
 
 
@@ -115,8 +119,8 @@ def _pictures(
 
 def _encode(
     config: PrepareConfig, dataset: Path, shards: list[ShardSpec], wanted: int
-) -> tuple[int, float, float, float]:
-    """Pictures encoded by one actor, the seconds that took, their bytes, and those of one proof."""
+) -> tuple[int, float, float, float, str]:
+    """Pictures encoded by one actor, the seconds that took, their bytes, those of one proof, and a warning."""
     todo, num = list[tuple[ShardSpec, int]](), 0
     for number in random.Random(0).sample(range(len(shards)), len(shards)):
         if num < wanted:
@@ -126,24 +130,30 @@ def _encode(
     shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
     settings = EncoderSettings(config, dataset)
     with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
-        check_buckets(config, actors.describe().divides)
+        encoders, commits = actors.describe(), list[dict[str, Any]]()
+        check_buckets(config, encoders.divides)
         begin = time.perf_counter()
         with Progress("sample", num, "pictures") as progress:
             done = 0
             for commit in encode_shards(actors, todo):
+                commits.append(commit)
                 done += commit["num_planned"]
                 progress.update(done)
         spent = time.perf_counter() - begin
     sizes = find_files(dataset / "shards")
     proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]
     size = sum(sizes.values()) - sum(proofs) - SHARD_END * len(todo)
-    return num, spent, size, sum(proofs) / max(len(proofs), 1)
+    codec = CodecRecord.model_validate(encoders.record["codec"])
+    doubt = latent_doubt(*latent_statistics(commits), codec.normalisation)
+    return num, spent, size, sum(proofs) / max(len(proofs), 1), doubt
 
 
 def report(config: PrepareConfig, wanted: int) -> Estimate:
     """Print what a preparation will take."""
     found = estimate(config, wanted)
     hours = found.kept * found.seconds_per_picture / 3600
+    for doubt in filter(None, (config.vae.doubt(), found.doubt)):
+        warn(doubt)
     rows = [
         ("pictures", f"{found.pictures:,} in the sources"),
         ("kept", f"{found.kept:,} at most, {found.kept_share:.1%} of {found.sampled:,} looked at"),

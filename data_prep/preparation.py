@@ -12,7 +12,7 @@ from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
-from data_prep.report import Progress, console, print_plan, print_result
+from data_prep.report import Progress, console, print_plan, print_result, warn
 from data_prep.scan import list_sources, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK
@@ -27,6 +27,8 @@ def prepare(
     clock = _Clock()
     settings = check_settings(config)
     listing = list_sources(config)
+    if doubt := config.vae.doubt():
+        warn(doubt)
     if dry_run:
         print_plan(config, listing, settings["hashes"], list_buckets(config.images))
         return {}

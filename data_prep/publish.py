@@ -187,4 +187,4 @@ def latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[
         [sum(values) / count for values in zip(*(c[name] for c in commits), strict=True)]
         for name in ("latent_sum", "latent_square_sum")
     )
-    return means, [(s - m * m) ** 0.5 for s, m in zip(squares, means, strict=True)]
+    return means, [max(s - m * m, 0.0) ** 0.5 for s, m in zip(squares, means, strict=True)]

@@ -25,6 +25,10 @@ LINE_EVERY_S = 30.0
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
 
+def warn(text: str) -> None:
+    console.print(f"warning: {text}", style="yellow")
+
+
 class Progress:
     """A bar with rate and time left on a terminal, a line now and then elsewhere."""
 
@@ -110,6 +114,8 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
     rows = read_shard_table(dataset).to_pylist()
     for listing in (count_listing(manifest), bucket_listing(rows)):
         listing.print()
+    if doubt := manifest.latent_doubt():
+        warn(doubt)
     size = sum(row["bytes"] for row in rows) / 2**20
     where = str(dataset)
     if not is_remote(dataset):

@@ -8,7 +8,9 @@ numpy, pyarrow and pydantic only, so that the loader and the audit need nothing 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any, cast
 
 import numpy as np
@@ -30,6 +32,8 @@ REPORT = "report.html"
 AUDITED = (SHARD_TABLE, REJECTS, EMPTY_CAPTION, CONTACT_SHEET, REPORT)
 
 SPLITS = ("train", "heldout")
+# Of all normalised latents; outside it the codec's scale does not fit the pictures.
+STD_RANGE = (0.5, 2.0)
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -214,6 +218,10 @@ class Manifest(Config):
         vision = {"vision": self.vision} if self.vision else {}
         return {"vae": self.codec, **self.text.roles, **vision}
 
+    def latent_doubt(self) -> str:
+        """What is to be said of the measured latents; "" where they are as the objectives expect."""
+        return latent_doubt(self.latent_mean, self.latent_std, self.codec.normalisation)
+
     def completed(self) -> "Manifest":
         """This one with a last generation to which nothing will be added."""
         *earlier, last = self.generations
@@ -233,6 +241,27 @@ class Manifest(Config):
         if name not in cell:
             return shape
         return shape[0], height // cell[name], width // cell[name]
+
+
+def latent_doubt(
+    means: Sequence[float], stds: Sequence[float], normalisation: Normalisation
+) -> str:
+    """A warning where the std of all normalised latents is far from 1; "" where it is not.
+
+    Takes what was measured per channel on raw latents.
+    """
+    channels = list(zip(means, stds, normalisation.mean, normalisation.std, strict=True))
+    spread = pstdev((mean - shift) / scale for mean, _, shift, scale in channels)
+    std = (spread**2 + fmean((std / scale) ** 2 for _, std, _, scale in channels)) ** 0.5
+    if STD_RANGE[0] <= std <= STD_RANGE[1]:
+        return ""
+    low, high = STD_RANGE
+    factor = 1 / (fmean(normalisation.std) * std) if std else 1.0
+    return (
+        f"normalised latents have a std of {std:.3g}, expected {low:g} to {high:g}: the objectives' noise "
+        "levels are made for 1. Remedy: write the scaling_factor of such pictures into the config.json of "
+        f"the vae, about {factor:.4g}, and prepare again."
+    )
 
 
 def _content_fingerprint(manifest: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from rich.progress import track
 
 from data_prep import schema
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
-from data_prep.report import console
+from data_prep.report import console, warn
 from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
 from data_prep.shards import read_table
 from data_prep.storage import find_files, local_copy, open_root
@@ -77,6 +77,8 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     problems += _strangers(dataset, rows)
     if manifest.text.roles:
         problems += _empty_caption_problems(dataset / EMPTY_CAPTION, manifest)
+    if doubt := manifest.latent_doubt():
+        warn(f"{dataset}: {doubt}")
     samples = sum(row["num_samples"] for row in rows)
     console.print(
         f"{dataset}: {len(rows)} shards, {samples} samples, {len(rejects)} rejects audited: "

@@ -103,7 +103,8 @@ def test_stages_divide_what_they_say():
 
 
 def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
-    path = write_config(tmp_path)
+    codec = {"normalisation": {"mean": [0.0] * 4, "std": [10.0] * 4}}
+    path = write_config(tmp_path, codec=codec)
     plan.main(path, gpus=2, gpu_memory=1.0, fit=True)
     out = capsys.readouterr().out
     config = load_config(TrainConfig, path, [])
@@ -118,6 +119,7 @@ def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     tars = list((tmp_path / "dataset").glob("shards/*/*.tar"))
     assert data.total_bytes == sum(p.stat().st_size for p in tars)
     assert "90 pictures" in out
+    assert "normalised latents have a std of 0.1, expected 0.5 to 2" in out
     # What --fit prints is a valid change of the same config.
     best = out.splitlines()[-1].split()
     changed = load_config(TrainConfig, path, best)

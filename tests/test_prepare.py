@@ -659,7 +659,7 @@ def test_a_ray_job_runs_the_uploaded_code_with_nothing_installed(
 
 
 def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
-    tmp_path, vae_folder, text_folder, ray_address
+    tmp_path, text_folder, ray_address
 ):
     tars = tmp_path / "tars"
     tars.mkdir()
@@ -668,7 +668,8 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
         (tars / f"{number}.tar").write_bytes(tar_bytes(members))
     sources = {"mine": fill_folder(tmp_path / "pictures", 64), "web": tars}
     more = {"heldout_fraction": 0.1, "filters": {"max_aspect": 1.2}, "samples_per_shard": 50}
-    path = write_config(tmp_path / "c.yaml", sources, vae_folder, text_folder, **more)
+    vae = save_kl(tmp_path / "vae", scaling_factor=100.0)
+    path = write_config(tmp_path / "c.yaml", sources, vae, text_folder, **more)
     config = load_config(PrepareConfig, path, [])
     found = estimate(config, 64)
     prepare(config)
@@ -681,4 +682,7 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
     every = sum(p.stat().st_size for p in (dataset / "shards").rglob("*.*"))
     assert abs(found.total_bytes / found.kept / (every / counts.kept) - 1) < 0.05
     assert found.seconds_per_picture > 0
+    doubts = (found.doubt, read_manifest(dataset).latent_doubt())
+    stds = [float(re.search(r"have a std of ([\d.]+),", doubt)[1]) for doubt in doubts]
+    assert stds[0] == pytest.approx(stds[1], rel=0.1)
     assert not list(Path(tempfile.gettempdir()).glob("flowmill-plan-*"))

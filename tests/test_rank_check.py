@@ -49,9 +49,8 @@ def test_one_place_on_every_rank_and_noise_drawn_twice_are_found():
     assert find_fault(met) is not None
 
 
-def test_a_rank_is_named_once_it_has_been_slow_for_long(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    pace = Pace()
+def test_a_rank_is_named_once_it_has_been_slow_for_long(capsys):
+    pace = Pace(5)
     for step in range(SLOW_STEPS + 20):
         seconds = np.array([1.0, 1.05, 1.3 if step % 50 else 1.0, 1.3, 1.0])
         pace.add(seconds)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,12 +28,12 @@ monitor: {{every_steps: 1, mfu: false}}
 """
 
 
-def write_config(folder: Path, name: str = "run") -> Path:
-    """A config beside its dataset, both made if need be."""
+def write_config(folder: Path, name: str = "run", **dataset: Any) -> Path:
+    """A config beside its dataset, both made if need be, as make_dataset takes it."""
     data, path = folder / "dataset", folder / f"{name}.yaml"
     if not data.exists():
         kind = Kind(encoders={"mini": (5, 8)}, channels=4)
-        make_dataset(data, [((32, 32), 40), ((32, 32), 30), ((16, 64), 20)], kind)
+        make_dataset(data, [((32, 32), 40), ((32, 32), 30), ((16, 64), 20)], kind, **dataset)
     path.write_text(CONFIG.format(data=data, run=folder / name))
     return path
 

@@ -154,6 +154,11 @@ class Mixture:
     def dataset_of(self, shard: int) -> Dataset:
         return self.datasets[self.dataset[shard]]
 
+    def doubts(self) -> list[str]:
+        """Warnings about what the datasets hold."""
+        doubts = [(d.source.path, d.manifest.latent_doubt()) for d in self.datasets]
+        return [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
+
     def identities(self) -> dict[str, str]:
         return {dataset.name: dataset.identity for dataset in self.datasets}
 

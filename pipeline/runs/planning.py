@@ -145,6 +145,7 @@ class Workload:
     """What an epoch of the data brings, and where the numbers come from."""
 
     origin: str
+    doubts: list[str]
     num_pictures: int
     total_bytes: float
     sizes: dict[str, int]  # of the model's config that the data fix
@@ -165,6 +166,7 @@ def prepared_data(config: TrainConfig) -> Workload:
     total = float(mixture.bytes.sum())
     return Workload(
         ", ".join(source.path for source in data.sources.values()),
+        mixture.doubts(),
         round(loader.first.order.samples_per_epoch),
         total,
         sizes_of(manifest),
@@ -300,6 +302,8 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
         *(("note", note) for note in config.notes()),
     ]  # fmt: skip
+    for doubt in data.doubts:
+        console.print(doubt, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name, text in lines:
         console.print(f"[bold]{name:<14}[/]{text}", highlight=False)
     console.print(memory_table(fits, best, machines.gpu))

@@ -121,6 +121,8 @@ def fit_run(config: TrainConfig) -> Run:
     check_engine(
         config.engine, config.training.global_batch // micro_batch // distributed.world_size()
     )
+    for doubt in loader.first.mixture.doubts():
+        distributed.say(doubt)
     return Run(config, loader, micro_batch)
 
 

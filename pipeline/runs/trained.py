@@ -60,7 +60,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     """sha256 of the tensors' bytes in the order of their names."""
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

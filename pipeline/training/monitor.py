@@ -125,7 +125,11 @@ class Monitor:
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
         self.clock, self.objective, self.loader = clock, objective, loader
-        self.device, self.exchange, self.pace = torch.device(engine.device), exchange, Pace()
+        self.device, self.exchange, self.pace = (
+            torch.device(engine.device),
+            exchange,
+            Pace(distributed.world_size()),
+        )
         self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None
         self.shapes: Counter[tuple[int, int, int]] = Counter()
         """Steps by the height and width of their latents and by their number of text tokens."""

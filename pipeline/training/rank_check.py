@@ -49,8 +49,8 @@ def check_ranks(batch: Batch) -> None:
 class Pace:
     """Seconds of every rank, step by step; names the one that all wait for."""
 
-    def __init__(self) -> None:
-        self.sums = np.zeros(distributed.world_size())
+    def __init__(self, ranks: int):
+        self.sums = np.zeros(ranks)
         self.slow = Counter[int]()
 
     def add(self, seconds: np.ndarray) -> None:

@@ -1,13 +1,27 @@
 """A curriculum: a stage is a run that starts from the former's weights; positions follow the resolution."""
 
+import itertools
+import json
+
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
-from models.config import InputError
+from models.config import InputError, parse_config
 from models.layers import positions_2d
 from models.networks import build_model
-from pipeline.config import StartConfig, load_run_config
-from pipeline.runs.start import finished, load_stages, load_start, resize_positions
+from pipeline.config import StartConfig, TrainConfig, dump_config, load_run_config
+from pipeline.inference.exported import make_scheduler
+from pipeline.objectives.config import PRESETS, ObjectiveConfig
+from pipeline.runs.start import (
+    check_start,
+    finished,
+    load_stages,
+    load_start,
+    objective_of,
+    resize_positions,
+)
 from pipeline.training.checkpoint import load_weights
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
@@ -102,3 +116,61 @@ def test_a_wrong_key_in_a_stage_is_named_with_its_stage(tmp_path):
     config.write_text(config.read_text() + "\nstages: {low: {}, high: {training: {imags: 3}}}\n")
     with pytest.raises(InputError, match=r"stages.high: training.imags: unknown key"):
         load_stages(config, [])
+
+
+# --- weights of another objective
+
+PRESET = yaml.safe_load(PRESETS.read_text())
+OBJECTIVES = {name: ObjectiveConfig.model_validate({"preset": name}) for name in PRESET}
+# Presets whose networks learn the same.
+ALIKE = [{"sd3-rf-logit-normal", "flux-shift"}]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), itertools.product(OBJECTIVES, OBJECTIVES))
+def test_weights_of_another_task_are_refused_with_both_names(tmp_path, theirs, ours):
+    first, second = OBJECTIVES[theirs], OBJECTIVES[ours]
+    text = train_factory.CONFIG.format(data="d", run=tmp_path / "run")
+    config = parse_config(TrainConfig, yaml.safe_load(text) | {"objective": {"preset": ours}}, "")
+    former = config.model_copy(update={"objective": first})
+    (tmp_path / "config.yaml").write_text(dump_config(former))
+    about = {"flowmill.config": json.dumps(former.model_dump(mode="json"))}
+    save_file({"w": torch.zeros(1)}, tmp_path / "given.safetensors", metadata=about)
+    begins = [{"start_from": StartConfig(run=str(tmp_path))}]
+    files = [tmp_path / "given.safetensors"]
+    network = tmp_path / "pipeline" / "network"
+    network.mkdir(parents=True)
+    make_scheduler(first, None, (8, 8)).save_pretrained(network.parent / "scheduler")
+    if first.path.kind in ("vp_discrete", "rectified_flow"):
+        files.append(network)
+    else:
+        assert objective_of(network) is None
+    begins += [
+        {"model": config.model.model_copy(update={"init_from": str(file)})} for file in files
+    ]
+    for begin in begins:
+        given = config.model_copy(update=begin)
+        if first.task == second.task:
+            check_start(given)
+            continue
+        with pytest.raises(InputError) as error:
+            check_start(given)
+        assert first.task in str(error.value)
+        assert second.task in str(error.value)
+    assert (first.task == second.task) == (theirs == ours or {theirs, ours} in ALIKE)
+
+
+def test_a_stage_of_another_task_is_refused_before_the_first_begins(tmp_path):
+    config = train_factory.write_config(tmp_path)
+    config.write_text(config.read_text() + "\nstages: {a: {}, b: {objective: {preset: edm}}}\n")
+    with pytest.raises(InputError, match=r"stages\.b.*learned prediction flow.*prediction edm"):
+        load_stages(config, [])
+
+
+def test_a_later_stage_starts_from_the_former_whatever_the_first_starts_from(tmp_path):
+    config = train_factory.write_config(tmp_path)
+    given = "start_from: {run: /other, weights: raw}\nstages: {a: {}, b: {}, c: {start_from: {step: 3}}}\n"
+    config.write_text(config.read_text() + given)
+    first, second, third = load_stages(config, [])
+    assert first.start_from == StartConfig(run="/other", weights="raw")
+    assert second.start_from == StartConfig(run=first.run)
+    assert third.start_from == StartConfig(run=second.run, step=3)

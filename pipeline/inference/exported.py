@@ -34,17 +34,12 @@ from models.weights import TORCH_DTYPES, Dtype
 from pipeline.inference.model_card import model_card, public_name
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import ObjectiveConfig
-from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, VPCosine, VPDiscrete
+from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
 from pipeline.objectives.timesteps import FluxShift, Shift
 from pipeline.runs.trained import Trained, tensors_sha256
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
 MAX_SHARD = "5GB"
-SCHEDULES = {
-    "scaled_linear": ("scaled_linear", 0.00085, 0.012),
-    "linear": ("linear", 1e-4, 0.02),
-    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),  # which has no use for the ends
-}
 # In front of exported source: what ours takes from packages that diffusers does not bring.
 PRELUDE = '''"""A part of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
 

@@ -106,6 +106,14 @@ class ObjectiveConfig(Config):
             merged[key] = value
         return merged
 
+    @property
+    def task(self) -> str:
+        """What the network's output means at each t, on which its weights depend."""
+        options = ", ".join(f"{name} {value}" for name, value in self.path if name != "kind")
+        return f"prediction {self.prediction} on path {self.path.kind}" + f" ({options})" * bool(
+            options
+        )
+
     @model_validator(mode="after")
     def _can_learn(self) -> "ObjectiveConfig":
         if reasons := list(self._refusals()):

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 NUM_TIMESTEPS = 1000
 """Levels of the discrete paths; the network is given t = k / 1000."""
 
+SCHEDULES = {
+    "scaled_linear": ("scaled_linear", 0.00085, 0.012),
+    "linear": ("linear", 1e-4, 0.02),
+    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
+}
+"""diffusers' beta_schedule, beta_start and beta_end by the name of ours; the last has no use for the ends."""
+
 
 def named(value: Any) -> Any:
     """{kind: NAME} for NAME, so that `path: edm` is short for `path: {kind: edm}`; serves any union by `kind`."""

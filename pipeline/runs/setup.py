@@ -22,7 +22,7 @@ from pipeline.data.datasets import Difference, Mixture, refuse
 from pipeline.data.encoders import encoder_folder
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
-from pipeline.runs.start import load_start
+from pipeline.runs.start import check_start, load_start, objective_of
 from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
 from pipeline.training.config import EngineConfig
@@ -74,7 +74,11 @@ class Run:
             # Imports diffusers.
             from models.exchange import load_weights
 
-            distributed.say(f"{begins} weights of {config.model.init_from}")
+            known = objective_of(Path(config.model.init_from)) is not None
+            doubt = (
+                "" if known else f", taken to have learned {config.objective.task}: nothing says so"
+            )
+            distributed.say(f"{begins} weights of {config.model.init_from}{doubt}")
             load_weights(model, config.model.init_from)
         return model
 
@@ -118,6 +122,8 @@ def fit_run(config: TrainConfig) -> Run:
     )
     config = fit_data(config, loader)
     config = config.model_copy(update={"engine": _resolve_engine(config)})
+    if not begun(Path(config.run)):
+        check_start(config)
     check_engine(
         config.engine, config.training.global_batch // micro_batch // distributed.world_size()
     )

@@ -8,17 +8,21 @@ A stage is a run of its own, RUN/NAME, whose config is the file's with the stage
               objective: {shift: {kind: constant, value: 2}}, model: {position_extent: 16}}
 """
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.command import read_yaml
 from models.config import InputError, parse_config
 from models.layers import PROJECTOR
-from pipeline.config import StartConfig, TrainConfig
+from pipeline.config import CONFIG, StartConfig, TrainConfig, load_run_config
+from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.paths import SCHEDULES
 from pipeline.training.checkpoint import load_weights, newest_record
 
 
@@ -37,11 +41,76 @@ def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
         tree = OmegaConf.merge(data, changes or {}, {"run": f"{data['run']}/{name}"})
         merged = cast(dict[str, Any], OmegaConf.to_container(tree))
         if configs:
-            merged["start_from"] = {"run": configs[-1].run} | (merged.get("start_from") or {})
+            # The file's own start_from is the first stage's.
+            own = cast(dict[str, Any], (changes or {}).get("start_from") or {})
+            merged["start_from"] = {"run": configs[-1].run} | own
             # The first stage alone begins with another program's weights.
             merged.get("model", {}).pop("init_from", None)
-        configs.append(parse_config(TrainConfig, merged, f"{path}: stages.{name}"))
+        stage = parse_config(TrainConfig, merged, f"{path}: stages.{name}")
+        for former in configs:
+            if stage.start_from and stage.start_from.run == former.run:
+                where = f"{path}: stages.{name}: {former.run}"
+                check_objective(where, former.objective, stage.objective)
+        configs.append(stage)
     return configs
+
+
+def objective_of(path: Path) -> ObjectiveConfig | None:
+    """What the weights in a file or folder of another program learned, as a file there or beside it says."""
+    told: dict[str, Any] = {}
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {}).get("flowmill.config", "{}"))
+    elif path.is_dir():
+        told = _beside(path, "model_index.json").get("recipe", {})
+    told = told.get("objective") or _of_scheduler(
+        _beside(path, "scheduler/scheduler_config.json") if path.is_dir() else {}
+    )
+    known = {key: told[key] for key in ("path", "prediction") if key in told}
+    return parse_config(ObjectiveConfig, known, str(path)) if known else None
+
+
+def _beside(path: Path, name: str) -> dict[str, Any]:
+    file = path.parent / name
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON ({error})") from error
+
+
+def _of_scheduler(about: dict[str, Any]) -> dict[str, Any]:
+    """The objective behind a scheduler of diffusers; empty where that is none of ours."""
+    predicts, flows = (
+        about.get("prediction_type", "epsilon"),
+        ("FlowMatch" in str(about.get("_class_name"))),
+    )
+    if flows or predicts == "flow_prediction":
+        return {"path": "rectified_flow", "prediction": "flow"}
+    betas = tuple(about.get(f"beta_{name}") for name in ("schedule", "start", "end"))
+    name = next((name for name, schedule in SCHEDULES.items() if schedule == betas), None)
+    if name is None or about.get("trained_betas"):
+        return {}
+    last = about.get("rescale_betas_zero_snr", False)
+    table = {"kind": "vp_discrete", "betas": name, "zero_terminal_snr": last}
+    return {"path": table, "prediction": predicts.removesuffix("_prediction")}
+
+
+def check_objective(where: str, theirs: ObjectiveConfig | None, ours: ObjectiveConfig) -> None:
+    """Raise InputError where weights would go on with another task; one that is not known passes."""
+    if theirs is not None and theirs.task != ours.task:
+        raise InputError(
+            f"{where}: its weights learned {theirs.task}, and this run's objective is {ours.task}. Remedy: that "
+            "objective here, or other weights"
+        )
+
+
+def check_start(config: TrainConfig) -> None:
+    """Raise InputError where the weights that a run begins with learned another task."""
+    if (start := config.start_from) and (Path(start.run) / CONFIG).is_file():
+        theirs = load_run_config(Path(start.run)).objective
+        check_objective(f"start_from.run: {start.run}", theirs, config.objective)
+    elif given := config.model.init_from:
+        check_objective(f"model.init_from: {given}", objective_of(Path(given)), config.objective)
 
 
 def finished(config: TrainConfig) -> bool:

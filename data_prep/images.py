@@ -222,7 +222,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in TRANSPOSE else 1
 
 
-def _scale_transparency(image: Image.Image) -> None:
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
     """The transparent colour of a PNG, which Pillow leaves at the file's depth, at that of the pixels."""
     clear = image.info.get("transparency")
     depth = image.tile[0].args if image.format == "PNG" and image.tile else None

@@ -191,7 +191,7 @@ def assumed_data(
     # A header of 128 and a tar entry of 512 bytes per member, each padded to 512; captions are short.
     size = arrays + 5 * 1024
     sample = Sample(side, side, tokens, size)
-    return Workload("assumed: none is there yet", pictures, size * pictures, sizes, sample)
+    return Workload("assumed: none is there yet", [], pictures, size * pictures, sizes, sample)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Literal, Self
 
 import numpy as np
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from data_prep.text import encodable

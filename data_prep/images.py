@@ -183,7 +183,7 @@ def _crop_resized(image: Image.Image, bucket: Bucket, top: float, left: float) -
     return np.asarray(resized)
 
 
-def _open(data: bytes, config: ImagesConfig) -> Image.Image:
+def _open(data: bytes, config: ImagesConfig) -> ImageFile.ImageFile:
     """The header, within limits; raises Rejected."""
     if not data:
         raise Rejected("empty_file")

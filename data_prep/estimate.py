@@ -26,7 +26,7 @@ from data_prep.schema import CodecRecord, latent_doubt, proof_path
 from data_prep.shards import WORK
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
-from models.command import load_config, run_command
+from models.command import duration, load_config, run_command
 
 # Bytes of a shard that belong to no picture: two blocks, half a record on average, and the index's header.
 SHARD_END = 1024 + tarfile.RECORDSIZE / 2 + 128
@@ -151,7 +151,7 @@ def _encode(
 def report(config: PrepareConfig, wanted: int) -> Estimate:
     """Print what a preparation will take."""
     found = estimate(config, wanted)
-    hours = found.kept * found.seconds_per_picture / 3600
+    spent = found.kept * found.seconds_per_picture
     for doubt in filter(None, (config.vae.doubt(), found.doubt)):
         warn(doubt)
     rows = [
@@ -160,9 +160,9 @@ def report(config: PrepareConfig, wanted: int) -> Estimate:
         ("shards", f"{found.shards:,} of {config.samples_per_shard} samples"),
         ("bytes", f"{found.total_bytes / 2**30:,.3f} GiB, {found.bytes_per_picture / 1024:.1f} KiB per picture"),
         ("speed", f"{1 / found.seconds_per_picture:,.1f} pictures/s with one actor on this machine"),
-        ("hours", ", ".join(f"{hours / n:,.2f} with {n} actor{'s' * (n > 1)}" for n in (1, 8, 64))),
+        ("time", ", ".join(f"{duration(spent / n)} with {n} actor{'s' * (n > 1)}" for n in (1, 8, 64))),
     ]  # fmt: skip
-    Listing("Preparation", (), rows).print()
+    Listing("Preparation", ("", ""), rows, words=2).print()
     console.print(
         "Actors: one per GPU, or one per CPU. Duplicates were looked for in the sample only."
     )

@@ -1,6 +1,7 @@
 """The page and the contact sheet of a prepared dataset, to be read offline; nothing on the page runs."""
 
 import base64
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from matplotlib import get_data_path
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_prep import report
 from data_prep.encode import HISTOGRAMS
@@ -20,7 +22,10 @@ from data_prep.proof import SIDE, png, proof_keys, read_proof
 from data_prep.schema import Manifest
 from data_prep.shards import WORK
 
-SHEET_PAIRS, SHEET_COLUMNS, GAP = 24, 8, 4
+SHEET_PAIRS, SHEET_COLUMNS = 24, 4
+# Pixels: between the pictures of a pair, around pairs, and of the lines of text below them.
+GAP, MARGIN, FONT_SIZE, LINE = 4, 24, 11, 14
+CAPTION_LINES = 2
 
 
 @dataclass(frozen=True)
@@ -55,29 +60,39 @@ def _pictures_of(dataset: Path, commit: dict[str, Any], number: int) -> Iterator
 
 
 def contact_sheet(shown: list[Shown]) -> Image.Image:
-    """Every original above what the codec makes of its stored latents."""
-    columns, cell = min(SHEET_COLUMNS, len(shown)), SIDE + GAP
-    lines = -(-len(shown) // columns)
-    sheet = Image.new("RGB", (columns * cell, lines * 2 * cell), (32, 32, 32))
+    """Every original beside what the codec makes of its stored latents, over its bucket and caption."""
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
+    cell = np.array([2 * SIDE + GAP, SIDE + (1 + CAPTION_LINES) * LINE]) + MARGIN
+    columns = min(SHEET_COLUMNS, len(shown))
+    sheet = Image.new(
+        "RGB", tuple((cell * (columns, -(-len(shown) // columns)) + MARGIN).tolist()), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
     for i, pair in enumerate(shown):
-        for j, pixels in enumerate((pair.original, pair.decoded)):
-            picture = Image.fromarray(pixels)
-            scale = SIDE / max(picture.size)
-            size = (round(picture.width * scale), round(picture.height * scale))
-            x, y = i % columns * cell, (i // columns * 2 + j) * cell
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
-            sheet.paste(picture, (x + GAP // 2, y + GAP // 2))
+        x, y = (cell * (i % columns, i // columns) + MARGIN).tolist()
+        height = 0
+        for pixels in (pair.original, pair.decoded):
+            picture = ImageOps.contain(Image.fromarray(pixels), (SIDE, SIDE))
+            sheet.paste(picture, (x, y))
+            x, height = x + picture.width + GAP, picture.height
+        letters = int((2 * SIDE + GAP) / font.getlength("m"))
+        lines = textwrap.wrap(
+            pair.caption or "no caption", letters, max_lines=CAPTION_LINES, placeholder=" ..."
+        )
+        text = "\n".join([f"{pair.bucket}, {pair.psnr_db:.1f} dB", *lines])
+        draw.multiline_text((cell[0] * (i % columns) + MARGIN, y + height + 2), text, "black", font)
     return sheet
 
 
 def html_report(
+    name: str,
     manifest: Manifest,
     commits: list[dict[str, Any]],
     shown: list[Shown],
     rejects: list[dict[str, str]],
 ) -> str:
     """The page's text; rejects: some of each reason."""
-    columns = ("reason", "source", "name", "detail")
+    counts, columns = manifest.counts, ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
     environment = Environment(
         loader=PackageLoader("data_prep", ""),
@@ -89,28 +104,43 @@ def html_report(
     environment.filters["url"] = lambda pixels: (
         f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
     )
+    examples = [report.Listing("Examples of rejects", columns, rows, words=len(columns))]
     return environment.get_template("report.html.j2").render(
+        name=name,
         manifest=manifest,
-        psnr_db=manifest.generations[-1].psnr_db,
+        classes=report.class_names(manifest.classes),
+        figures={
+            "pictures kept": f"{counts.kept:,}",
+            "of seen": f"{counts.seen:,}",
+            "samples": f"{sum(commit['num_samples'] for commit in commits):,}",
+            "shards": f"{len(commits):,}",
+            "MiB": f"{sum(commit['bytes'] for commit in commits) / 2**20:,.1f}",
+            "PSNR of decoded latents": f"{manifest.generations[-1].psnr_db} dB",
+        },
         listings=[
             report.count_listing(manifest),
             report.bucket_listing(commits),
+            *histograms(commits),
+            *report.caption_listings(manifest),
             report.latent_listing(manifest),
             report.encoder_listing(manifest),
+            *(examples if rows else []),
         ],
-        rejects=report.Listing("Examples of rejects", columns, rows),
-        histograms=joined_histograms(commits),
         shown=shown,
     )
 
 
-def joined_histograms(commits: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """By histogram, the count of every bin over all shards, without empty bins at the ends."""
-    found: dict[str, dict[str, int]] = {}
+def histograms(commits: list[dict[str, Any]]) -> list[report.Listing]:
+    """The count of every bin over all shards, without empty bins at the ends."""
+    listings = list[report.Listing]()
     for name, bins in HISTOGRAMS.items():
         counts = np.sum([commit["histograms"][name] for commit in commits], axis=0)
         labels = [f"{a} to {b - 1}" if b - a > 1 else f"{a}" for a, b in pairwise(bins)]
-        every = list(zip([*labels, f"{bins[-1]} and more"], counts.tolist(), strict=True))
+        labels.append(f"{bins[-1]:,} and more")
         filled = np.flatnonzero(counts)
-        found[name] = dict(every[filled[0] : filled[-1] + 1] if len(filled) else [])
-    return found
+        shown = range(filled[0], filled[-1] + 1) if len(filled) else range(0)
+        rows = [(labels[i], f"{counts[i]:,}") for i in shown]
+        listings.append(
+            report.Listing(name, ("", "count"), rows, bars=[float(counts[i]) for i in shown])
+        )
+    return listings

@@ -1,6 +1,8 @@
 """Pictures to shards: the stages of a preparation, each of which does only what is not done yet."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from data_prep.images import list_buckets
 from data_prep.output import is_complete, open_output
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
-from data_prep.report import Progress, console, print_plan, print_result, warn
+from data_prep.report import Progress, console, print_plan, print_result, status, warn
 from data_prep.scan import list_sources, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK
@@ -25,8 +27,9 @@ def prepare(
 ) -> dict[str, float]:
     """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
     clock = _Clock()
-    settings = check_settings(config)
-    listing = list_sources(config)
+    with clock.stage("list", "listing the sources and checking the encoders"):
+        settings = check_settings(config)
+        listing = list_sources(config)
     if doubt := config.vae.doubt():
         warn(doubt)
     if dry_run:
@@ -36,23 +39,22 @@ def prepare(
     if is_complete(dataset):
         console.print(f"{dataset} is complete; nothing to do.")
     else:
-        clock.mark("list")
-        connect(config.ray)
-        clock.mark("start Ray")
-        scan(config, dataset, listing)
-        clock.mark("scan")
-        shards = make_plan(config, dataset)
-        clock.mark("plan")
+        with clock.stage("start Ray", "starting Ray"):
+            connect(config.ray)
+        with clock.stage("scan"):
+            scan(config, dataset, listing)
+        with clock.stage("plan", "planning the shards"):
+            shards = make_plan(config, dataset)
         shares = share_out(config.ray, config.encode.threads, most=len(shards))
         settings = EncoderSettings(config, dataset)
         with Actors(ShardEncoder, settings, shares, console.print) as actors:
-            encoders: Encoders = actors.describe()
+            with clock.stage("load encoders", "loading the encoders"):
+                encoders: Encoders = actors.describe()
             check_buckets(config, encoders.divides)
-            clock.mark("load encoders")
-            commits = encode(config, dataset, shards, actors, encoders)
-            clock.mark("encode")
-        finalise(config, dataset, commits, encoders)
-        clock.mark("finalise")
+            with clock.stage("encode"):
+                commits = encode(config, dataset, shards, actors, encoders)
+        with clock.stage("finalise", "writing tables and report"):
+            finalise(config, dataset, commits, encoders)
     delete(dataset / WORK / STAGED)
     print_result(dataset, read_manifest(dataset), clock.spent)
     return clock.spent
@@ -62,12 +64,15 @@ class _Clock:
     """Seconds by stage."""
 
     def __init__(self):
-        self._last, self.spent = time.monotonic(), dict[str, float]()
+        self.spent = dict[str, float]()
 
-    def mark(self, stage: str) -> None:
-        """What came since the last mark was this."""
-        now = time.monotonic()
-        self.spent[stage], self._last = now - self._last, now
+    @contextmanager
+    def stage(self, name: str, doing: str = "") -> Iterator[None]:
+        """Count what is done as this stage, and say so where it draws no bar of its own."""
+        begin = time.monotonic()
+        with status(doing) if doing else nullcontext():
+            yield
+        self.spent[name] = time.monotonic() - begin
 
 
 def encode(

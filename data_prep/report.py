@@ -4,6 +4,8 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,15 +20,27 @@ from data_prep.encoders import configured
 from data_prep.images import Bucket
 from data_prep.schema import SPLITS, Manifest, read_shard_table
 from data_prep.storage import is_remote
+from models.command import duration
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 LINE_EVERY_S = 30.0
 
-console = Console(soft_wrap=True, highlight=False, markup=False)
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def warn(text: str) -> None:
     console.print(f"warning: {text}", style="yellow")
+
+
+@contextmanager
+def status(doing: str) -> Iterator[None]:
+    """Say what is being done: on a terminal until it is done, elsewhere by one line."""
+    if console.is_terminal:
+        with console.status(doing):
+            yield
+    else:
+        console.print(f"{doing} ...")
+        yield
 
 
 class Progress:
@@ -55,14 +69,14 @@ class Progress:
         self._bar.stop()
 
     def update(self, done: int, rejected: int = 0) -> None:
-        now = time.monotonic()
+        now, done = time.monotonic(), min(done, self._total)
         speed = (done - self._first) / max(now - self._started, 1e-3)
-        rate = f"{speed:.1f} {self._unit}/s" + (f", {rejected} rejected" if rejected else "")
+        rate = f"{speed:,.1f} {self._unit}/s" + (f", {rejected:,} rejected" if rejected else "")
         self._bar.update(self._task, completed=done, rate=rate)
         if not console.is_terminal and now - self._said > LINE_EVERY_S:
             self._said = now
-            left = f"{(self._total - done) / speed:.0f} s left" if speed else "no estimate yet"
-            console.print(f"{self._what}: {done} of {self._total}, {rate}, {left}")
+            left = f"{duration((self._total - done) / speed)} left" if speed else "no estimate yet"
+            console.print(f"{self._what}: {done:,} of {self._total:,}, {rate}, {left}")
 
 
 @dataclass(frozen=True)
@@ -72,9 +86,16 @@ class Listing:
     title: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    words: int = 1
+    """Columns of words; those behind them are numbers."""
+    bars: Sequence[float] = ()
+    """What the page draws behind each row."""
 
     def print(self) -> None:
-        table = Table(*self.head, title=self.title, show_header=bool(self.head))
+        table = Table(title=self.title, show_header=any(self.head))
+        for place, name in enumerate(self.head):
+            justify = "left" if place < self.words else "right"
+            table.add_column(name, justify=justify, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
@@ -112,7 +133,8 @@ def print_plan(
 def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
-    for listing in (count_listing(manifest), bucket_listing(rows)):
+    listings = [count_listing(manifest), bucket_listing(rows)]
+    for listing in [*listings, *caption_listings(manifest)]:
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
@@ -121,8 +143,8 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
     if not is_remote(dataset):
         where = min(os.path.relpath(dataset), where, key=len)
     console.print(
-        f"{where}: {manifest.counts.kept} pictures, {len(rows)} shards, {size:.1f} MiB; "
-        + (", ".join(f"{what} {s:.1f} s" for what, s in spent.items()) or "0 s")
+        f"{where}: {manifest.counts.kept:,} pictures, {len(rows):,} shards, {size:,.1f} MiB; "
+        + (", ".join(f"{what} {duration(s)}" for what, s in spent.items()) or "0 s")
     )
 
 
@@ -131,12 +153,12 @@ ENCODER_COLUMNS = ("encoder", "path", "dtype", "weights sha256")
 
 def count_listing(manifest: Manifest) -> Listing:
     counts = manifest.counts
-    kinds = {"seen": counts.seen, "kept": counts.kept} | {
-        f"rejected: {reason}": count for reason, count in counts.rejected.items()
-    }
+    rejected = sorted(counts.rejected.items(), key=lambda item: -item[1])
+    kinds = {"seen": counts.seen, "kept": counts.kept}
+    kinds |= {f"rejected: {reason}": count for reason, count in rejected}
     seen = max(counts.seen, 1)
-    rows = [(kind, str(count), f"{100 * count / seen:.2f}") for kind, count in kinds.items()]
-    return Listing("Pictures", ("", "count", "%"), rows)
+    rows = [(kind, f"{count:,}", f"{100 * count / seen:.2f}") for kind, count in kinds.items()]
+    return Listing("Pictures", ("", "count", "%"), rows, bars=list(kinds.values()))
 
 
 def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
@@ -145,20 +167,55 @@ def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
     for row in rows:
         shards[row["height"], row["width"]] += 1
         samples[(row["height"], row["width"]), row["split"]] += row["num_samples"]
-    lines = []
+    lines, bars = list[tuple[str, ...]](), list[float]()
     for (height, width), count in sorted(shards.items(), key=lambda item: item[0][1] / item[0][0]):
-        numbers = [str(samples[(height, width), split]) for split in SPLITS]
-        lines.append((f"{height}x{width}", f"{width / height:.2f}", *numbers, str(count)))
-    return Listing("Buckets", ("bucket", "aspect", "train", "held out", "shards"), lines)
+        numbers = [samples[(height, width), split] for split in SPLITS]
+        cells = [f"{number:,}" for number in (*numbers, count)]
+        lines.append((f"{height}x{width}", f"{width / height:.2f}", *cells))
+        bars.append(sum(numbers))
+    head = ("bucket", "aspect", "train", "held out", "shards")
+    return Listing("Buckets", head, lines, bars=bars)
+
+
+def caption_listings(manifest: Manifest) -> list[Listing]:
+    """The captions that each text encoder cut; no listing where there is no text encoder."""
+    roles, total = (
+        manifest.text.roles,
+        manifest.counts.kept * manifest.samples_per_picture["heldout"],
+    )
+    lengths = {name: role.view.max_length for name, role in roles.items()}
+    return cut_listings(lengths, manifest.counts.cut_captions, total)
+
+
+def cut_listings(lengths: dict[str, int], cut: dict[str, int], total: int) -> list[Listing]:
+    """Of `total` captions those longer than each text encoder's max_length."""
+    rows = [
+        (name, str(length), f"{cut[name]:,} of {total:,}", f"{100 * cut[name] / max(total, 1):.2f}")
+        for name, length in lengths.items()
+        if name in cut
+    ]
+    head = ("encoder", "max_length in tokens", "captions", "%")
+    title = "Captions cut at the end, longer than their encoder takes"
+    return [Listing(title, head, rows)] if rows else []
+
+
+def class_names(classes: list[str]) -> str:
+    """The classes by label, on one line."""
+    return ", ".join(f"{label} {name}" for label, name in enumerate(classes))
 
 
 def latent_listing(manifest: Manifest) -> Listing:
-    stats = zip(manifest.latent_mean, manifest.latent_std, strict=True)
-    rows = [(str(i), f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(stats)]
-    return Listing("Latents, raw, by channel", ("channel", "mean", "std"), rows)
+    scale = manifest.codec.normalisation
+    stats = zip(manifest.latent_mean, manifest.latent_std, scale.mean, scale.std, strict=True)
+    rows = [
+        (str(i), *(f"{x:.4f}" for x in (mean, std, (mean - shift) / factor, std / factor)))
+        for i, (mean, std, shift, factor) in enumerate(stats)
+    ]
+    head = ("channel", "raw mean", "raw std", "normalised mean", "normalised std")
+    return Listing("Latents", head, rows)
 
 
 def encoder_listing(manifest: Manifest) -> Listing:
     records = manifest.encoders().items()
     rows = [(name, r.path, r.dtype, r.weights_sha256[:12]) for name, r in records]
-    return Listing("Encoders", ENCODER_COLUMNS, rows)
+    return Listing("Encoders", ENCODER_COLUMNS, rows, words=len(ENCODER_COLUMNS))

@@ -1,4 +1,4 @@
-"""What every command does with its arguments: read YAML, and end with one message where the input is wrong."""
+"""What commands share: reading YAML, saying times, and ending with one message where the input is wrong."""
 
 import difflib
 import errno
@@ -70,6 +70,13 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
 def load_config(config_class: type[ConfigType], path: Path, overrides: list[str]) -> ConfigType:
     """Read one YAML file and its overrides into `config_class`; raises InputError."""
     return parse_config(config_class, read_yaml(path, overrides), str(path))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: hours, of which less than a tenth is minutes, and less than a minute seconds."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
 
 
 def run_command(function: Callable[..., None], **settings: Any) -> None:

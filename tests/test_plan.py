@@ -157,7 +157,7 @@ def test_every_recipe_is_built_and_has_the_size_that_it_states(path):
 def test_every_recipe_is_planned_as_it_says_and_fits(path):
     done = run("pipeline.plan", *plan_line(path), COLUMNS="150")
     assert done.returncode == 0, done.stderr
-    assert "GPU-hours" in done.stdout
+    assert "over all GPUs" in done.stdout
     assert "Nothing fits" not in done.stdout
 
 

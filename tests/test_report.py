@@ -1,29 +1,154 @@
-"""What people see of a preparation."""
+"""What people see of a preparation: bars, times and warnings on a terminal, the page, the contact sheet."""
 
+import io
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data_prep import report
 from data_prep.config import PrepareConfig
+from data_prep.encode import HISTOGRAMS
+from data_prep.page import GAP, MARGIN, Shown, contact_sheet, html_report
 from data_prep.preparation import prepare
+from data_prep.proof import SIDE
 from data_prep.schema import (
     REJECT_SCHEMA,
     REJECTS,
+    Counts,
+    Manifest,
     latent_doubt,
     read_manifest,
 )
 from data_prep.shards import write_table
 from data_prep.verify import verify
-from models.command import load_config
+from models.command import duration, load_config
 from models.weights import Normalisation
 from pipeline.config import TrainConfig
 from pipeline.runs.planning import prepared_dataset
 from pipeline.runs.setup import fit_run
 from tests import train_factory
-from tests.prep_factory import config_of_pictures
+from tests.prep_factory import config_of_pictures, pixels
+from tests.shard_factory import Kind, make_manifest
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</table></html><!--",
+    "\"><img src=x onerror='x'>",
+    "{{ 7 * 7 }}{% raw %}",
+    "&lt;b&gt; &amp",
+    "https://example.com/a.js",
+    "x" * 3000,
+    "\u202eright to left \u0000 \ufffd",
+]
+
+
+@pytest.fixture(params=[True, False], ids=["terminal", "log"])
+def screen(request, monkeypatch) -> io.StringIO:
+    """What the console of reports writes, as on a terminal or into a file."""
+    file = io.StringIO()
+    terminal = request.param
+    monkeypatch.setattr(
+        report, "console", Console(file=file, force_terminal=terminal, width=100, soft_wrap=True)
+    )
+    monkeypatch.setattr(report, "LINE_EVERY_S", 0.0)
+    return file
+
+
+def test_a_bar_never_passes_its_total(screen):
+    with report.Progress("encode", 1000, "pictures", 990) as progress:
+        progress.update(995)
+        progress.update(1012, rejected=3)
+    counts = re.findall(r"([\d,]*\d)(?:/| of )([\d,]*\d)", screen.getvalue())
+    numbers = [[int(n.replace(",", "")) for n in pair] for pair in counts]
+    assert max(done for done, _ in numbers) == 1000
+
+
+def test_what_goes_on_is_said(screen):
+    with report.status("starting Ray"):
+        pass
+    assert "starting Ray" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0, "0.0 s"), (59.0, "59.0 s"), (60.0, "1.0 min"), (359.0, "6.0 min"), (360.0, "0.1 h"), (4e6, "1,111.1 h")],
+)  # fmt: skip
+def test_hours_under_a_tenth_are_minutes(seconds, said):
+    assert duration(seconds) == said
+
+
+def page_of(manifest: Manifest, text: str) -> str:
+    """A page on which every text from outside is this one."""
+    commit = {"height": 64, "width": 32, "split": "train", "num_samples": 12_345, "bytes": 1 << 30}
+    commit["histograms"] = {name: [0, 5, *[7] * (len(b) - 2)] for name, b in HISTOGRAMS.items()}
+    shown = [Shown("64x32", text, 30.0, pixels(i, 128, 64), pixels(i + 9, 128, 64)) for i in (0, 1)]
+    reject = {"reason": "undecodable", "source": text, "name": text, "detail": text}
+    return html_report(text, manifest, [commit], shown, [reject])
+
+
+class Reader(HTMLParser):
+    """The tags of a page, its text, and what its attributes refer to."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts, self.links = list[str](), list[str](), list[str]()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_the_page_is_one_file_that_shows_any_text_as_text(text):
+    manifest = make_manifest(Kind(), [("train", (64, 32), 12)], {"path": text})
+    changes = {"classes": [text], "counts": Counts(seen=9, kept=5, rejected={text: 4})}
+    plain, page = (
+        Reader(page_of(manifest.model_copy(update=changes), each)) for each in ("plain", text)
+    )
+    assert page.tags == plain.tags
+    assert "script" not in page.tags
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert sum(shown == text for shown in page.texts) >= 5 - text.count("\0") * 5
+
+
+def test_the_page_has_bars_separators_and_what_was_cut():
+    counts = Counts(seen=20_000, kept=12_345, rejected={"aspect": 7_655}, cut_captions={"mini": 99})
+    manifest = make_manifest(Kind(), [("train", (64, 32), 12)], {})
+    page = page_of(manifest.model_copy(update={"counts": counts}), "x")
+    assert all(number in page for number in ("20,000", "12,345", "7,655", "99 of 12,345"))
+    shares = [float(width) for width in re.findall(r"width: ([\d.]+)%\"></i>", page)]
+    assert shares[:3] == [100.0, 61.7, 38.3]
+    assert max(shares) == 100.0
+    assert len(shares) == 3 + 1 + sum(len(bins) - 1 for bins in HISTOGRAMS.values())
+
+
+def test_the_contact_sheet_has_gaps_buckets_and_captions_that_stay_in_their_cells():
+    sizes = [(64, 64), (32, 64), (64, 32), (128, 128)] * 2
+    pairs = [
+        Shown(f"{h}x{w}", "a caption " * 50, 9.9, pixels(i, h, w) // 2, pixels(i, h, w) // 2)
+        for i, (h, w) in enumerate(sizes)
+    ]
+    sheet = np.asarray(contact_sheet(pairs)).astype(int)
+    width = 2 * SIDE + GAP + MARGIN
+    gaps = [sheet[:, i * width : i * width + MARGIN - 1] for i in range(5)]
+    assert all((gap > 250).all() for gap in gaps)
+    middle = sheet[MARGIN : MARGIN + SIDE, MARGIN + SIDE : MARGIN + SIDE + GAP]
+    assert (middle == 255).all()
+    # The bucket's name and the caption are dark letters below a picture.
+    below = sheet[MARGIN + SIDE : MARGIN + SIDE + 40, MARGIN : MARGIN + 2 * SIDE]
+    assert (below.min(axis=(1, 2)) < 90).sum() > 15
+    other = [Shown("1x1", *list(vars(pair).values())[1:]) for pair in pairs]
+    assert (np.asarray(contact_sheet(other)) != sheet).any()
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.3, 0.49, 0.51, 1.0, 1.99, 2.01, 40.0])

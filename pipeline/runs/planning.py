@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from models.command import duration
 from models.conditions import example_conditions
 from models.config import InputError
 from models.layers import positions_2d, rope_2d
@@ -296,7 +297,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
         ("steps", f"{steps:,} of {batch} pictures; {config.training.images / max(data.num_pictures, 1):.2f} epochs"),
         ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
-        ("time", f"{hours:,.1f} h, {hours * machines.gpus:,.0f} GPU-hours" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} a GPU-hour" if machines.price else "")),
+        ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),

@@ -13,10 +13,11 @@ def main(
     config: Annotated[Path, typer.Argument(help="A YAML file; see configs/prepare_*.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Check, say what would be done, do nothing.")
+        bool, typer.Option("--dry-run", help="Check, say what would be done, do nothing.")
     ] = False,
     restart: Annotated[
-        bool, typer.Option(help="Delete what an earlier preparation left in the output.")
+        bool,
+        typer.Option("--restart", help="Delete what an earlier preparation left in the output."),
     ] = False,
 ) -> None:
     """Prepare pictures for training: latents and text embeddings in shards."""

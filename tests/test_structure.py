@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import io
 import re
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+import typer
 
 from pipeline.cli import STAGES
 
@@ -285,6 +287,21 @@ def test_help_and_configs_are_shown_without_what_only_work_needs(arguments):
 def test_no_module_hides_one_of_the_standard_library():
     stems = {path.stem for path in MODULES.values()} - {"__init__"}
     assert stems & sys.stdlib_module_names == set()
+
+
+COMMANDS = [
+    (name, found[1])
+    for name, path in MODULES.items()
+    if (found := re.search(r"^    run_command\((\w+)", path.read_text(), re.M))
+]
+
+
+@pytest.mark.parametrize(("module", "function"), COMMANDS)
+def test_an_option_that_is_off_by_itself_has_no_negation(module, function):
+    app = typer.Typer()
+    app.command()(getattr(importlib.import_module(module), function))
+    for option in typer.main.get_command(app).params:
+        assert option.default is True or not option.secondary_opts, option.opts
 
 
 def test_git_ignores_nothing_that_a_ray_job_must_upload():

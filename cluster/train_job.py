@@ -4,6 +4,7 @@ Ray Train starts one rank per GPU and starts the group again from the last check
 """
 
 import os
+import uuid
 from typing import Annotated, Any
 
 import ray
@@ -71,6 +72,7 @@ class _Trainer(TorchTrainer):
 
 def _rank(job: dict[str, Any]) -> None:
     """One rank's whole life; Ray has set RANK, WORLD_SIZE and the rest, and joined the group."""
+    os.environ["FLOWMILL_JOB"] = job["name"]
     train_all([parse_config(TrainConfig, job["config"], "the job")], job["override"])
 
 
@@ -85,9 +87,11 @@ def fit(
     # Ranks are to find relative paths where the job does: in the uploaded working directory.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     backend = "nccl" if scaling.use_gpu else "gloo"
+    # One name for the group however often Ray starts it again.
+    job = {"config": config.model_dump(mode="json"), "override": override, "name": uuid.uuid4().hex}
     trainer = _Trainer(
         _rank,
-        train_loop_config={"config": config.model_dump(mode="json"), "override": override},
+        train_loop_config=job,
         torch_config=TorchConfig(backend=backend, timeout_s=int(config.engine.timeout_s)),
         scaling_config=scaling,
         run_config=RunConfig(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -99,6 +99,8 @@ class ScanSettings:
     images: ImagesConfig
     captions: CaptionsConfig
     filters: FiltersConfig
+    check: Callable[[], None] = lambda: None
+    """Raises InputError where the folder is another process's by now."""
 
 
 def scan_partition(
@@ -118,6 +120,7 @@ def scan_partition(
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist(some, CATALOG_SCHEMA))
                 count += len(some)
+        settings.check()
         kind = "parquet"
         if staging.exists():
             publish(staging, staged)

@@ -49,10 +49,14 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an actor is made with. Relative paths of encoders lie in `folder`."""
+    """What an actor is made with. Relative paths of encoders lie in `folder`.
+
+    `check` raises InputError where the dataset is another process's by now.
+    """
 
     config: PrepareConfig
     dataset: Path
+    check: Callable[[], None] = lambda: None
     folder: Path = field(default_factory=Path.cwd)
 
 
@@ -61,6 +65,7 @@ class ShardEncoder(Worker):
 
     def __init__(self, settings: EncoderSettings, num_decoders: int):
         self._config, self._dataset = settings.config, settings.dataset
+        self._check = settings.check
         self._folder, self._configs = settings.folder, configured(settings.config)
         self._pool = DecodePool(self._config.images, num_decoders)
         self._loading, self._encoding = threading.Lock(), threading.Lock()
@@ -156,6 +161,7 @@ class ShardEncoder(Worker):
                     for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
                         _add_latents(sums, arrays[name])
             proof, psnr_db = self._prove(samples.in_order(), texts)
+            self._check()
             commit = asdict(spec) | writer.commit(proof) | _summary(kept)
             commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
             commit |= {"latent_square_sum": sums[2].tolist()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,40 @@ from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, open_root, patient
 from data_prep.workers import in_ray_job
 from models.config import InputError, differences
+from models.lock import Lock
 
 OURS = (MANIFEST, *AUDITED, "shards", WORK)
+LOCK = "lock.json"
 
 
-def open_output(
-    config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
-) -> Path:
-    """The output folder, ours and of these settings and sources; raises InputError where it is not."""
+class StoreLock(Lock):
+    """A lock on an object store, which alone can tell whether the file was there before."""
+
+    def read(self) -> str:
+        return patient(self._path.read_text)
+
+    def create(self, text: str) -> bool:
+        path: Any = self._path
+        put = partial(path.fs.pipe_file, path.path, text.encode(), mode="create")
+        try:
+            patient(put)
+        except FileExistsError:
+            return False
+        with suppress(FileExistsError):
+            # Only now does a store that ignores the mode betray itself.
+            patient(put)
+            self._say(
+                f"{self._where}: the store cannot tell whether another process writes there too"
+            )
+        return True
+
+    def write(self, text: str) -> None:
+        path: Any = self._path
+        patient(path.fs.pipe_file, path.path, text.encode())
+
+
+def lock_output(config: PrepareConfig) -> Lock:
+    """The lock of an output folder that may be written to; raises InputError where that may not be."""
     if in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
         raise InputError(
             f"output: got {config.output}, expected an absolute path: in a Ray job a relative one lies in "
@@ -37,15 +65,24 @@ def open_output(
                 f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
                 "add to. Remedy: choose a folder beside it."
             )
+    there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])
+    strangers = sorted(n for n in there if n not in OURS and not n.lstrip(".").startswith(LOCK))
+    if strangers and not (dataset / WORK / "config.json").exists():
+        raise InputError(
+            f"output: {config.output} holds other files ({', '.join(strangers[:3])}), expected a folder "
+            "that is new, empty, or of an earlier preparation."
+        )
+    kind = StoreLock if is_remote(dataset) else Lock
+    return kind(dataset / LOCK, "output", console.print)
+
+
+def open_output(
+    config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
+) -> Path:
+    """The output folder, of these settings and sources; raises InputError where it is of others."""
+    dataset = open_root(config.output, "output")
     work = dataset / WORK
     try:
-        there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])
-        strangers = sorted(name for name in there if name not in OURS)
-        if strangers and not (work / "config.json").exists():
-            raise InputError(
-                f"output: {config.output} holds other files ({', '.join(strangers[:3])}), expected a folder "
-                "that is new, empty, or of an earlier preparation."
-            )
         if restart:
             _delete_earlier(dataset)
         if (work / "config.json").exists():

@@ -6,12 +6,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from data_prep.catalog import STAGED
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_buckets, check_settings
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.images import list_buckets
-from data_prep.output import is_complete, open_output
+from data_prep.output import is_complete, lock_output, open_output
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result, status, warn
@@ -20,6 +22,7 @@ from data_prep.schema import read_manifest
 from data_prep.shards import WORK
 from data_prep.storage import delete
 from data_prep.workers import Actors, connect, share_out
+from models.lock import Lock
 
 
 def prepare(
@@ -35,29 +38,40 @@ def prepare(
     if dry_run:
         print_plan(config, listing, settings["hashes"], list_buckets(config.images))
         return {}
-    dataset = open_output(config, settings, listing, restart)
-    if is_complete(dataset):
-        console.print(f"{dataset} is complete; nothing to do.")
-    else:
-        with clock.stage("start Ray", "starting Ray"):
-            connect(config.ray)
-        with clock.stage("scan"):
-            scan(config, dataset, listing)
-        with clock.stage("plan", "planning the shards"):
-            shards = make_plan(config, dataset)
-        shares = share_out(config.ray, config.encode.threads, most=len(shards))
-        settings = EncoderSettings(config, dataset)
-        with Actors(ShardEncoder, settings, shares, console.print) as actors:
-            with clock.stage("load encoders", "loading the encoders"):
-                encoders: Encoders = actors.describe()
-            check_buckets(config, encoders.divides)
-            with clock.stage("encode"):
-                commits = encode(config, dataset, shards, actors, encoders)
-        with clock.stage("finalise", "writing tables and report"):
-            finalise(config, dataset, commits, encoders)
-    delete(dataset / WORK / STAGED)
-    print_result(dataset, read_manifest(dataset), clock.spent)
+    with lock_output(config) as lock:
+        dataset = open_output(config, settings, listing, restart)
+        if is_complete(dataset):
+            console.print(f"{dataset} is complete; nothing to do.")
+        else:
+            with clock.stage("start Ray", "starting Ray"):
+                connect(config.ray)
+            _make(config, dataset, listing, lock, clock)
+        lock.check()
+        delete(dataset / WORK / STAGED)
+        print_result(dataset, read_manifest(dataset), clock.spent)
     return clock.spent
+
+
+def _make(
+    config: PrepareConfig, dataset: Path, listing: pa.Table, lock: Lock, clock: "_Clock"
+) -> None:
+    """Scan, plan, encode and finalise; raises InputError where another preparation takes over."""
+    with clock.stage("scan"):
+        scan(config, dataset, listing, lock.check)
+    lock.check()
+    with clock.stage("plan", "planning the shards"):
+        shards = make_plan(config, dataset)
+    shares = share_out(config.ray, config.encode.threads, most=len(shards))
+    settings = EncoderSettings(config, dataset, lock.check)
+    with Actors(ShardEncoder, settings, shares, console.print) as actors:
+        with clock.stage("load encoders", "loading the encoders"):
+            encoders: Encoders = actors.describe()
+        check_buckets(config, encoders.divides)
+        with clock.stage("encode"):
+            commits = encode(config, dataset, shards, actors, encoders)
+    lock.check()
+    with clock.stage("finalise", "writing tables and report"):
+        finalise(config, dataset, commits, encoders)
 
 
 class _Clock:

@@ -1,7 +1,7 @@
 """Listing and scan: which files the sources have, and which pictures are in them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,17 @@ def class_names(listing: pa.Table) -> list[str]:
     return sorted(listing["class_name"].drop_null().unique().to_pylist())
 
 
-def scan(config: PrepareConfig, dataset: Path, listing: pa.Table) -> None:
+def scan(
+    config: PrepareConfig,
+    dataset: Path,
+    listing: pa.Table,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """One catalog part per partition of the sources; parts that exist are not made again."""
     made, staged = (set(find_files(dataset / WORK / name)) for name in ("catalog", STAGED))
     names = class_names(listing)
-    settings = ScanSettings(dataset / WORK, names, config.images, config.captions, config.filters)
+    decisive = names, config.images, config.captions, config.filters
+    settings = ScanSettings(dataset / WORK, *decisive, check)
     todo = []
     for number, (source, rows) in enumerate(_partitions(config, listing)):
         name = f"part-{number:06d}"

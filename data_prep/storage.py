@@ -22,7 +22,13 @@ Result = TypeVar("Result")
 
 # Attempts at reading or putting a file, 1, 2, 4 and 8 s apart.
 ATTEMPTS = 5
-PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT = (
+    FileExistsError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
 # No store's errors, but bugs.
 OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 # Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.

@@ -10,6 +10,7 @@ from models.numerics import be_deterministic
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.distributed import Exchange, own_device
+from pipeline.distributed.sole_writer import SoleWriter
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.inference.preview import Preview
@@ -23,7 +24,7 @@ from pipeline.training.monitor import Monitor
 from pipeline.training.rejection import Rejection
 
 
-def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
+def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) -> Iterator[int]:
     """One run, from where it stands to its end or a signal; yields each step's number."""
     # --- what the run is made of: all that can fail fails here
     config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
@@ -34,7 +35,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
     rejection = Rejection(config, run.loader, engine, optimizer)
     parts = {"clock": clock, "rejection": rejection, "preview": preview}
     checkpoint.restore(run.folder, engine, optimizer, parts)
-    saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint)
+    saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint, writer.check)
     run.record()
     exchange = Exchange()
     monitor = Monitor(config, clock, objective, run.loader, engine, exchange)
@@ -65,7 +66,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
         watchdog.alive(clock.step)
 
         # --- log, draw, save
-        asked, looks = stop.name is not None, preview.due(clock)
+        asked, looks = stop.name is not None or writer.lost, preview.due(clock)
         stopping, writing = exchange.any(clock.step, asked, saver.busy, now=looks)
         if not writing:
             saver.finish()
@@ -75,6 +76,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog) -> Iterator[int]:
             if looks and not stopping:
                 preview.show(engine, optimizer, monitor, clock.step)
             if clock.snapshot_due:
+                writer.check()
                 checkpoint.store_snapshots(run.folder, config.ema, clock, engine, optimizer)
             if clock.checkpoint_due or stopping:
                 saver.save(clock.step, engine, optimizer, {n: p.state() for n, p in parts.items()})
@@ -130,8 +132,9 @@ def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:
     distributed.start(engine.timeout_s)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(engine.cpu_threads or max(1, (os.cpu_count() or 1) // ranks_here))
-    with StopSignal() as stop, Watchdog(engine.heartbeat_timeout_s, engine.timeout_s) as watchdog:
-        yield from train(run, stop, watchdog)
+    watchdog = Watchdog(engine.heartbeat_timeout_s, engine.timeout_s)
+    with StopSignal() as stop, watchdog, SoleWriter(run.folder) as writer:
+        yield from train(run, stop, watchdog, writer)
         distributed.barrier()
 
 

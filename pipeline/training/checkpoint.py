@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,8 +85,14 @@ def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> P
 class Saver:
     """Saves while training goes on, one save at a time. Without a config it keeps all."""
 
-    def __init__(self, parent: Path, config: CheckpointConfig | None = None):
-        self.parent, self.config = parent, config
+    def __init__(
+        self,
+        parent: Path,
+        config: CheckpointConfig | None = None,
+        check: Callable[[], None] = lambda: None,
+    ):
+        """`check` raises InputError, on all ranks, where nothing may be written any more."""
+        self.parent, self.config, self.check = parent, config, check
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[Files] | None = None
         self.contents: Contents | None = None
@@ -110,6 +116,7 @@ class Saver:
         """Begin to save `states` of the optimizer, or all, and `state`, JSON. Collective."""
         begin = time.perf_counter()
         self.finish()
+        self.check()
         self.record = state | {
             "format": FORMAT,
             "step": step,
@@ -138,6 +145,7 @@ class Saver:
         files = {} if error else self.writing.result()
         message = error and f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
         self.writing = None
+        self.check()
         everyone = distributed.gather_objects((files, message, self.contents))
         if distributed.is_main():
             message = next((text for _, text, _ in everyone if text), None)

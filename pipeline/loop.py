@@ -9,7 +9,7 @@ import torch
 from models.numerics import be_deterministic
 from pipeline import distributed
 from pipeline.config import TrainConfig
-from pipeline.distributed import Exchange, own_device
+from pipeline.distributed import own_device
 from pipeline.distributed.sole_writer import SoleWriter
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.distributed.watchdog import Watchdog
@@ -37,8 +37,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
     checkpoint.restore(run.folder, engine, optimizer, parts)
     saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint, writer.check)
     run.record()
-    exchange = Exchange()
-    monitor = Monitor(config, clock, objective, run.loader, engine, exchange)
+    monitor = Monitor(config, clock, objective, run.loader, engine)
     announce(run, clock, monitor)
     if preview.due(clock):
         preview.show(engine, optimizer, monitor, clock.step)
@@ -67,7 +66,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
 
         # --- log, draw, save
         asked, looks = stop.name is not None or writer.lost, preview.due(clock)
-        stopping, writing = exchange.any(clock.step, asked, saver.busy, now=looks)
+        stopping, writing = monitor.exchange.any(clock.step, asked, saver.busy, now=looks)
         if not writing:
             saver.finish()
         if clock.log_due or stopping:

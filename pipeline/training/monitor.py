@@ -121,7 +121,6 @@ class Monitor:
         objective: Objective,
         loader: Loader,
         engine: Any,
-        exchange: Exchange,
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
         self.clock, self.objective, self.loader = clock, objective, loader

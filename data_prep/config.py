@@ -23,7 +23,9 @@ EncoderName = Annotated[
     str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(lambda name: _free_name(name))
 ]
 # Fields that do not decide what is written.
-INDECISIVE = {"publish_every_shards", "ray", "output"}
+INDECISIVE = {"publish_every_shards": True, "ray": True, "output": True}
+# Encoders are known by the hashes of what is loaded, wherever they lie.
+PLACES = {"vae": {"path"}, "text_encoders": {"__all__": {"path"}}, "vision_encoder": {"path"}}
 
 
 def _free_name(name: str) -> str:
@@ -81,7 +83,7 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the result, the encoders' weights included; raises InputError where one is not there."""
     hashes = check_encoders(config)
     # The order of the encoders is that of the members.
-    decisive = config.model_dump(mode="json", exclude=INDECISIVE)
+    decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)
     return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
 
 

@@ -11,7 +11,14 @@ from pydantic import Field
 
 from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
 from models.config import Config, InputError
-from models.weights import EncoderDtype, read_model_config, tokenizer_sha256, weights_sha256
+from models.files import file_sha256
+from models.weights import (
+    EncoderDtype,
+    config_sha256,
+    read_model_config,
+    tokenizer_sha256,
+    weights_sha256,
+)
 
 # torch is imported by `open`: configs are also read where nothing is encoded.
 
@@ -48,8 +55,9 @@ class EncoderConfig(Config):
 
     def hashes(self) -> dict[str, str]:
         """sha256 of what decides its numbers; raises InputError where it is not there."""
-        read_model_config(Path(self.path), self.what)
-        return {"weights": weights_sha256(Path(self.path))}
+        folder = Path(self.path)
+        config = read_model_config(folder, self.what)
+        return {"weights": weights_sha256(folder), "config": config_sha256(config)}
 
     def open(self, name: str, folder: Path, device: str) -> Encoder:
         """The encoder, from its folder; raises InputError."""
@@ -103,6 +111,10 @@ class VisionEncoderConfig(EncoderConfig):
     what = "a vision transformer"
     patch_pixels: int = Field(default=16, ge=1)
     """The network's patch times the codec's downscale."""
+
+    def hashes(self) -> dict[str, str]:
+        scale = [p for p in (Path(self.path) / "preprocessor_config.json",) if p.is_file()]
+        return super().hashes() | {"preprocessor": file_sha256(*scale)}
 
     def open(self, name: str, folder: Path, device: str) -> "Vision":
         from models.vision_encoder import VisionEncoder

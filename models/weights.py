@@ -21,6 +21,15 @@ TORCH_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16"
 # Encoders of text and of squares of a picture do not use the pooler of BERT, MPNet and ViT, and many lack it.
 UNUSED = ("pooler.",)
 
+# The files of weights in the order in which diffusers and transformers look for them.
+WEIGHTS = (
+    ("diffusion_pytorch_model", ".index.json"),
+    ("diffusion_pytorch_model", ""),
+    ("model", ""),
+    ("model", ".index.json"),
+)
+# What config.json says of its own saving.
+SAVED = ("_name_or_path", "_diffusers_version", "transformers_version", "torch_dtype", "dtype")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,21 +49,43 @@ class Normalisation(Config):
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the folder's *.safetensors files in name order; raises InputError if it has none."""
+    """sha256 over the files of weights that are loaded, in name order; raises InputError if there are none."""
     return file_sha256(*weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's *.safetensors files in name order; raises InputError if it has none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
-        got = f"got pickled weights ({pickles[0]})" if pickles else "got none"
-        raise InputError(
-            f"{folder}: {got}, expected *.safetensors weights. Remedy: save_pretrained(..., "
-            "safe_serialization=True) where the model came from, or download its safetensors files."
-        )
-    return files
+    """Those of a folder's *.safetensors files that are loaded, in name order; raises InputError if there are none.
+
+    Others may lie beside them: a variant in fp16, or the same weights in another program's format.
+    """
+    for name in (f"{stem}.safetensors{end}" for stem, end in WEIGHTS):
+        if not (path := folder / name).is_file():
+            continue
+        if not name.endswith(".json"):
+            return [path]
+        try:
+            files = sorted(
+                {folder / part for part in json.loads(path.read_text())["weight_map"].values()}
+            )
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not an index of weights ({error!r})") from error
+        if lost := [file for file in files if not file.is_file()]:
+            raise InputError(
+                f"{lost[0]}: no such file, though {name} names it. Remedy: download it."
+            )
+        return files
+    others = sorted(p.name for kind in ("safetensors", "bin") for p in folder.glob(f"*.{kind}"))
+    raise InputError(
+        f"{folder}: got {', '.join(others[:3]) or 'no weights'}, expected model.safetensors or "
+        "diffusion_pytorch_model.safetensors, or one of them in parts with its .index.json. Remedy: "
+        "save_pretrained(..., safe_serialization=True) where the model came from, or download these files."
+    )
+
+
+def config_sha256(config: dict[str, Any]) -> str:
+    """sha256 of what a model's config.json says of the model, as against who saved it and from where."""
+    text = json.dumps({k: v for k, v in config.items() if k not in SAVED}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_folder(path: Path) -> Path:

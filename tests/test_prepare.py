@@ -33,6 +33,7 @@ from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_buckets, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
+from data_prep.encoders import configured
 from data_prep.estimate import estimate
 from data_prep.images import decode
 from data_prep.output import is_complete, open_output
@@ -63,6 +64,7 @@ from tests.prep_factory import (
     write_config,
 )
 from tests.ray_cluster import RAY, copy_checkout
+from tests.test_alignment import save_vision
 from tests.test_vae import save_kl
 
 ROOT = Path(__file__).parent.parent
@@ -586,6 +588,31 @@ def test_other_weights_under_the_same_path_are_refused(small, tmp_path):
         file.write(b"\1")
     with pytest.raises(InputError, match=r"hashes\.vae\.weights: \w+ -> \w+"):
         begin(small, f"vae.path={tmp_path / 'vae'}")
+
+
+@pytest.fixture(scope="module")
+def three_encoders(tmp_path_factory, vae_folder, text_folder) -> Path:
+    """A config of four pictures for an encoder of every kind."""
+    folder = tmp_path_factory.mktemp("three")
+    vision = {"path": str(save_vision(folder / "vit")), "patch_pixels": 8}
+    return config_of_pictures(folder, 4, vae_folder, text_folder, vision_encoder=vision)
+
+
+@pytest.mark.parametrize("place", ["vae", "text_encoders.bert", "vision_encoder"])
+def test_an_encoder_is_known_by_what_is_loaded_and_not_by_its_path(three_encoders, tmp_path, place):
+    output = f"output={tmp_path / 'dataset'}"
+    begin(three_encoders, output)
+    encoder = configured(load_config(PrepareConfig, three_encoders, []))[place]
+    copy = shutil.copytree(encoder.path, tmp_path / "copy")
+    given = [output, f"{place}.path={copy}"]
+    saved = json.loads((copy / "config.json").read_text())
+    saved |= {"_name_or_path": "elsewhere", "transformers_version": "9"}
+    (copy / "config.json").write_text(json.dumps(saved))
+    (copy / "model.fp16.safetensors").write_bytes(b"a twin")
+    begin(three_encoders, *given)
+    (copy / "config.json").write_text(json.dumps(saved | {"layer_norm_eps": 1e-3}))
+    with pytest.raises(InputError, match=rf"hashes\.{place}\.config: \w+ -> \w+"):
+        begin(three_encoders, *given)
 
 
 def test_sources_that_changed_are_refused_until_a_restart(small, tmp_path, capsys):

@@ -168,11 +168,46 @@ def test_the_record_has_the_fields_of_the_manifest_and_the_hash_of_the_weights(k
     assert record.normalisation == Normalisation(mean=(0.1,) * 4, std=(1 / 0.7,) * 4)
 
 
-def test_the_weights_hash_covers_every_safetensors_file_in_name_order(tmp_path):
-    (tmp_path / "b.safetensors").write_bytes(b"two")
-    (tmp_path / "a.safetensors").write_bytes(b"one")
-    (tmp_path / "config.json").write_text("{}")
-    assert weights_sha256(tmp_path) == hashlib.sha256(b"onetwo").hexdigest()
+TWINS = {
+    "nothing": lambda codec, folder: None,
+    "variant": lambda codec, folder: codec.network.half().save_pretrained(folder, variant="fp16"),
+    "other_format": lambda codec, folder: save_file(
+        {"x": torch.zeros(2)}, folder / "sdxl_vae.safetensors"
+    ),
+    "copy": lambda codec, folder: save_file({"x": torch.zeros(2)}, folder / "a_copy.safetensors"),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_the_weights_hash_is_of_the_files_that_are_loaded_and_of_no_other(tmp_path, shard, twin):
+    codec = LatentCodec.load(save_kl(tmp_path / "kl"))
+    folder = tmp_path / "saved"
+    codec.network.save_pretrained(folder, max_shard_size=shard)
+    before, loaded = weights_sha256(folder), set(folder.glob("*.safetensors"))
+    assert (len(loaded) > 1) is (shard == "20KB")
+    expected = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(loaded))).hexdigest()
+    TWINS[twin](codec, folder)
+    assert weights_sha256(folder) == before == expected
+    for path in sorted(folder.glob("*.safetensors")):
+        aside = path.rename(path.with_suffix(".aside"))
+        if path in loaded:
+            with pytest.raises(InputError, match=r"no such file|expected model\.safetensors"):
+                weights_sha256(folder)
+            with pytest.raises(InputError):
+                LatentCodec.load(folder)
+        else:
+            assert weights_sha256(folder) == before
+            LatentCodec.load(folder)
+        aside.rename(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}'])
+def test_an_index_of_weights_that_is_none_is_named(tmp_path, text):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"{path}: not an index of weights"):
+        weights_sha256(tmp_path)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -199,8 +234,8 @@ def truncate(folder: Path) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "fp32", "config.json: no such file"),
         (lambda f: (f / "config.json").write_text("{"), "fp32", "not valid JSON"),
-        (lambda f: (f / WEIGHTS).unlink(), "fp32", "got none, expected .*safetensors"),
-        (pickle_only, "fp32", "got pickled weights"),
+        (lambda f: (f / WEIGHTS).unlink(), "fp32", "got no weights, expected .*safetensors"),
+        (pickle_only, "fp32", "got diffusion_pytorch_model.bin, expected"),
         (truncate, "fp32", "cannot load AutoencoderKL"),
         (drop_a_weight, "fp32", "do not fit config.json, e.g. decoder.conv_in.bias"),
         (lambda f: edit_config(f, latent_channels=5), "fp32", "size mismatch"),

@@ -126,7 +126,7 @@ class Monitor:
         self.clock, self.objective, self.loader = clock, objective, loader
         self.device, self.exchange, self.pace = (
             torch.device(engine.device),
-            exchange,
+            Exchange(),
             Pace(distributed.world_size()),
         )
         self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None

@@ -116,7 +116,9 @@ def scan_partition(
     scan = _Scan(settings, entries[0].source, pool, str(staging), str(staged))
     try:
         with pq.ParquetWriter(temporary, CATALOG_SCHEMA, compression="zstd") as writer:
-            rows = scan.rows(read_entries(entries, source, settings.class_names))
+            rows = scan.rows(
+                read_entries(entries, source, settings.class_names, settings.filters.metadata)
+            )
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist(some, CATALOG_SCHEMA))
                 count += len(some)
@@ -176,7 +178,8 @@ class _Scan:
             if why := refusal(item.metadata, self._filters.metadata):
                 raise Rejected("metadata", why)
         except Rejected as rejected:
-            return row | {"reason": rejected.reason, "detail": rejected.detail}, None
+            detail = "; ".join(filter(None, (rejected.detail, row["detail"])))
+            return row | {"reason": rejected.reason, "detail": detail}, None
         path = item.copy or item.path
         if item.data is not None:
             row |= {"path": self._staged, "offset": self._staged_bytes}
@@ -200,7 +203,7 @@ def _finish(row: dict[str, Any], future: "Future[Answer] | None") -> dict[str, A
 
 
 def draw_captions(
-    key: str, said: tuple[tuple[bytes, float], ...], config: CaptionsConfig
+    key: str, said: tuple[tuple[bytes | Rejected, float], ...], config: CaptionsConfig
 ) -> list[str]:
     """`per_picture` captions: each as often as its weight says, the rest decided by the key.
 
@@ -225,8 +228,10 @@ def draw_captions(
     return [texts[i] for i in chosen]
 
 
-def clean_caption(data: bytes | None, config: CaptionsConfig) -> str:
+def clean_caption(data: bytes | Rejected | None, config: CaptionsConfig) -> str:
     """Text on one line, single blanks; raises Rejected."""
+    if isinstance(data, Rejected):
+        raise data
     try:
         text = (data or b"").decode(encoding_of(data or b""))
         text = " ".join(text.replace("\0", " ").split())

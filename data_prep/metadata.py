@@ -17,7 +17,7 @@ class MetadataFilter(Config):
     max: FiniteFloat | None = None
     one_of: tuple[str | bool | int | float, ...] | None = Field(default=None, min_length=1)
     missing: Literal["reject", "keep"] = "reject"
-    """What becomes of a picture that lacks the field."""
+    """What becomes of a picture that lacks the field; NaN and infinities count as lacking."""
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Self:
@@ -36,8 +36,9 @@ class MetadataFilter(Config):
 
     def fits(self, value: Any) -> bool:
         """Whether it is a value of the kind that is asked for."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return self.one_of is not None or number
+        if self.one_of is not None:
+            return isinstance(value, str | int | float)
+        return isinstance(value, int | float) and not isinstance(value, bool)
 
     def takes(self, value: Any) -> bool:
         if value is None:
@@ -77,8 +78,9 @@ def check_fields(texts: Iterable[str], filters: Mapping[str, MetadataFilter]) ->
         where = f"filters.metadata.{name}"
         if name in misfits:
             raise InputError(
-                f"{where}: no picture has a number there; got {misfits[name]!r}, expected "
-                f"{wanted.wanted()}. Remedy: one_of takes such values; --restart with it."
+                f"{where}: no picture has a {'number' if wanted.one_of is None else 'text or number'} "
+                f"there; got {misfits[name]!r}, expected {wanted.wanted()}. Remedy: --restart with "
+                "one_of for texts, or with another name."
             )
         found = ", ".join(name for name, _ in fields.most_common(20)) or "no metadata at all"
         raise InputError(

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,12 +43,12 @@ def encoding_of(data: bytes) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says; raises ValueError where it is none."""
+    """What JSON says, null for numbers that it has not: NaN and infinities; raises ValueError where it is none."""
     if isinstance(text, bytes):
         encoding = json.detect_encoding(text)
         text = text.decode(encoding, "surrogatepass" if "16" in encoding else "surrogateescape")
     try:
-        value = json.loads(text, parse_constant=lambda _: None)  # NaN is no JSON
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=finite)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
     level, depth = [value], 0
@@ -56,6 +57,11 @@ def parse_json(text: str | bytes) -> Any:
         if depth > MAX_DEPTH:
             raise ValueError("nested too deep")
     return value
+
+
+def finite(number: Any) -> float | None:
+    value = float(number)
+    return value if math.isfinite(value) else None
 
 
 def _inside(value: Any) -> Iterable[Any]:

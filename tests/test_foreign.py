@@ -1,16 +1,20 @@
 """Text from outside that is no Unicode, at every place where one enters: nothing ends a preparation."""
 
+import csv
 import json
 import os
 import random
+from datetime import date
 from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.catalog import FiltersConfig
 from data_prep.config import PrepareConfig
 from data_prep.images import Rejected
+from data_prep.metadata import check_fields
 from data_prep.scan import list_sources
 from data_prep.shards import write_text
 from data_prep.sources.folder import FolderSource
@@ -209,3 +213,128 @@ def test_a_damaged_column_costs_what_needs_it(tmp_path):
             found = [item.reason for item in items(table(tmp_path))]
             bad = range(group * size, group * size + size) if name != "more" else ()
             assert found == ["broken_table" if i in bad else None for i in range(12)], name
+
+
+def write_rows(path, rows):
+    """The rows as Parquet, CSV, JSONL or a tar, as the extension of the path says."""
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        samples = [(f"{i}.json", json.dumps(row).encode()) for i, row in enumerate(rows)]
+        pictures = [(f"{i}.png", PICTURES[i]) for i in range(len(rows))]
+        path.write_bytes(tar_bytes([*samples, *pictures]))
+
+
+def source_of(path):
+    kind = TarSource if path.suffix == ".tar" else TableSource
+    return kind(kind="tars" if path.suffix == ".tar" else "table", path=str(path))
+
+
+FORMATS = ["t.parquet", "t.csv", "t.jsonl", "t.tar"]
+CAPTIONS = {
+    "text": ("x", None),
+    "texts": (["x", "y"], None),
+    "null": (None, "caption_empty"),
+    "no texts": ([], "caption_empty"),
+    "int": (5, "caption_type"),
+    "float": (1.5, "caption_type"),
+    "bool": (True, "caption_type"),
+    "object": ({"en": "x"}, "caption_type"),
+    "ints": ([1, 2], "caption_type"),
+    "lists": ([["x"]], "caption_type"),
+    "bytes": (b"x", "caption_type"),
+    "date": (date(2000, 1, 1), "caption_type"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in ("t.parquet", "t.jsonl", "t.tar")
+        for kind in CAPTIONS
+        if kind not in ("bytes", "date") or name == "t.parquet"
+    ],
+)
+def test_a_caption_of_another_type_is_said_to_be_one(tmp_path, name, kind):
+    value, reason = CAPTIONS[kind]
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    write_rows(tmp_path / name, [{"image": "0.png", "caption": value}])
+    (row,) = scanned(tmp_path, source_of(tmp_path / name))
+    assert row["reason"] == reason
+    assert "caption_type" not in (reason or "") or "got" in row["detail"]
+
+
+FILTERED = {
+    "dictionary": (pa.array(["en", "de"]).dictionary_encode(), {"one_of": ["en"]}, [None, "'de'"]),
+    "decimal": (pa.array([Decimal("5.5"), Decimal("1")]), {"min": 5}, [None, "1.0"]),
+    "list": (pa.array([["en"], []]), {"one_of": ["en"]}, ["['en']", "[]"]),
+    "struct": (pa.array([{"a": 1.0}, {"a": None}]), {"max": 1}, ["{'a': 1.0}", "{'a': None}"]),
+    "date": (pa.array([date(2000, 1, 2)] * 2), {"min": 1}, ["'2000-01-02'"] * 2),
+    "text": (pa.array(["5", "x"]), {"min": 1}, ["'5'", "'x'"]),
+    "bytes": (pa.array([b"en", b"de"]), {"one_of": ["en"]}, ["\"b'en'\"", "\"b'de'\""]),
+    "bool": (pa.array([True, False]), {"min": 0}, ["True", "False"]),
+    "null": (pa.nulls(2), {"min": 0}, ["nothing"] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", FILTERED)
+def test_a_filter_says_what_it_found_whatever_its_type(tmp_path, kind):
+    array, rule, got = FILTERED[kind]
+    columns = {"image": PICTURES[:2], "caption": ["a", "b"], "odd": array}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    filters = FiltersConfig.model_validate({"metadata": {"odd": rule}})
+    rows = scanned(tmp_path, table(tmp_path), filters=filters)
+    stored(rows)
+    assert [row["reason"] for row in rows] == [g and "metadata" for g in got]
+    for row, value in zip(rows, got, strict=True):
+        assert value is None or f"odd: got {value}, expected" in row["detail"]
+    if kind in ("list", "struct", "bool", "text", "date"):
+        with pytest.raises(InputError, match=r"no picture has a (text or )?number there; got"):
+            check_fields([row["metadata"] for row in rows], filters.metadata)
+
+
+def test_a_name_that_no_row_of_jsonl_has_is_an_error_that_names_those_that_are(tmp_path):
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    write_rows(tmp_path / "t.jsonl", [{"image": "0.png", "text": "x"}, {"image": "0.png"}])
+    for options, missing in (({}, "caption"), ({"captions": {"text": 1}, "label": "y"}, "y")):
+        with pytest.raises(InputError, match=f"no column '{missing}', got image, text"):
+            items(table(tmp_path, **options))
+    found = items(table(tmp_path, captions={"text": 1}))
+    assert [len(item.captions) for item in found] == [1, 0]
+
+
+def test_a_caption_under_another_name_is_hinted_at(tmp_path):
+    near = ["a.png.txt", "b.caption", "c.json", "D.txt", "e.md"]
+    for i, name in enumerate(near):
+        (tmp_path / f"{'abcde'[i]}.png").write_bytes(PICTURES[0])
+        (tmp_path / name).write_text("x")
+    rows = scanned(tmp_path, FolderSource(kind="folder", path=str(tmp_path)))
+    assert {row["reason"] for row in rows} == {"caption_empty"}
+    for row, name in zip(rows, near, strict=True):
+        assert f"no caption; {name} is there" in row["detail"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_that_json_has_not_is_missing_everywhere(tmp_path, name, value):
+    (tmp_path / "0.png").write_bytes(PICTURES[0])
+    write_rows(tmp_path / name, [{"image": "0.png", "caption": "x", "score": float(value)}])
+    for missing, reason in (("reject", "metadata"), ("keep", None)):
+        rule = {"metadata": {"score": {"min": 0, "missing": missing}}}
+        filters = FiltersConfig.model_validate(rule)
+        (row,) = scanned(tmp_path, source_of(tmp_path / name), filters=filters)
+        assert row["reason"] == reason
+        assert reason is None or "got nothing" in row["detail"]
+        json.loads(row["metadata"] or "{}", parse_constant=pytest.fail)
+
+
+def test_a_number_too_large_for_a_float_is_missing():
+    assert parse_json("[1e999, -1e999, NaN, 1.5, 7]") == [None, None, None, 1.5, 7]

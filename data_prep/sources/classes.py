@@ -1,6 +1,6 @@
 """Pictures in a folder per class."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -26,7 +26,7 @@ class ClassesSource(Source):
             else:
                 yield replace(entry, reason="no_class", detail="lies in no class's folder")
 
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         name = entry.class_name or ""
         caption = self.caption.format(name=name.replace("_", " ")).encode()
         label = class_names.index(name)

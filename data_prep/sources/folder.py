@@ -1,6 +1,6 @@
 """Pictures in a folder, each captioned by a text file."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -16,10 +16,16 @@ class FolderSource(Source):
 
     def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
         texts = {stem_of(name): path for name, path, _ in walk.files if extension_of(name) == "txt"}
+        others = {stem_of(n).lower(): n for n, _, _ in walk.files if not self.takes(n)}
         for entry in super().entries_of(source, walk):
-            yield replace(entry, caption_path=texts.get(stem_of(entry.name)))
+            stem, hint = stem_of(entry.name), ""
+            if stem not in texts and (
+                near := others.get(entry.name.lower()) or others.get(stem.lower())
+            ):
+                hint = f"{near} is there, but its caption would be {stem}.txt"
+            yield replace(entry, caption_path=texts.get(stem), detail=hint)
 
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         captions = ()
         if entry.caption_path:
             try:
@@ -28,4 +34,4 @@ class FolderSource(Source):
                 detail = error.strerror or ""
                 yield Item(entry.name, reason="caption_unreadable", detail=detail)
                 return
-        yield Item(entry.name, entry.path, 0, entry.size, captions)
+        yield Item(entry.name, entry.path, 0, entry.size, captions, detail=entry.detail)

@@ -2,7 +2,7 @@
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -26,8 +26,8 @@ class ImageFolderSource(RowsSource):
         stem, extension = os.path.splitext(os.path.basename(name))
         return stem == "metadata" and extension[1:] in self.files
 
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
-        columns = Columns("file_name", self.captions, self.label, inside=True)
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
+        columns = Columns("file_name", self.captions, self.label, fields, inside=True)
         named = set[str]()
         for item, path in read_rows(entry, columns):
             named.add(path)

@@ -3,11 +3,13 @@
 import base64
 import binascii
 import csv
+import json
 import os
 import posixpath
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice, product
 from typing import Any, Self
 
@@ -15,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source
+from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source, captions_of
 from data_prep.sources.walk import extension_of, is_utf8
 from data_prep.storage import is_remote, local_copy, size_of
-from data_prep.text import encodable, encoding_of, parse_json
+from data_prep.text import encodable, encoding_of, finite, parse_json
 from models.config import InputError
 
 TABLES = ("csv", "jsonl", "parquet")
@@ -56,14 +58,15 @@ class Columns:
     captions: dict[str, float]
     """Column -> weight."""
     label: str | None
+    fields: Container[str] = ()
+    """Columns that are metadata whatever their type."""
     base64: bool = False
     """Whether a string in the column of pictures is one in base64; else it is a path."""
     inside: bool = False
     """Whether paths must lead to pictures beside or below the table."""
 
-    @property
-    def used(self) -> set[str]:
-        return {self.image, *self.captions} | ({self.label} if self.label else set())
+    def uses(self, name: str) -> bool:
+        return name in (self.image, self.label, *self.captions) or name in self.fields
 
 
 def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
@@ -95,10 +98,11 @@ def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:
     wanted = {"image": columns.image, "label": columns.label}
     wanted |= {f"captions.{name}": name for name in columns.captions}
     for option, name in wanted.items():
-        if name is not None and name not in found:
+        if name is not None and found.count(name) != 1:
+            has = "several columns" if name in found else "no column"
             raise InputError(
-                f"sources.{entry.source}.{option}: {entry.path} has no column {name!r}, "
-                f"got {encodable(', '.join(found))}"
+                f"sources.{entry.source}.{option}: {entry.path} has {has} {name!r}, "
+                f"got {encodable(', '.join(found))[:1000]}"
             )
 
 
@@ -110,7 +114,7 @@ def _parquet_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Rejected("broken_table", _message(error, path, entry)) from error
     _check_columns(found, entry, columns)
-    used = [field.name for field in schema if field.name in columns.used]
+    used = [field.name for field in schema if columns.uses(field.name)]
     read = [field.name for field in schema if field.name in used or _is_fact(field.type)]
     for group in groups:
         # Where a column that nobody named is broken, the others are read without it.
@@ -167,16 +171,10 @@ def _value(name: str, cell: Any) -> Any:
 def _is_fact(kind: pa.DataType) -> bool:
     """Whether a column of that type is a picture's metadata: texts, numbers and booleans are."""
     types = pa.types
-    return (
-        types.is_integer(kind)
-        or types.is_floating(kind)
-        or types.is_boolean(kind)
-        or _is_text(kind)
-    )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if types.is_dictionary(kind):
+        return _is_fact(kind.value_type)
+    tests = ("integer", "floating", "decimal", "boolean", "string", "large_string", "string_view")
+    return any(getattr(types, f"is_{test}")(kind) for test in tests)
 
 
 class _Lines:
@@ -263,7 +261,7 @@ def _is_like(cell: str, path: str) -> bool:
 
 
 def _number(text: str) -> Any:
-    for kind in (int, float):
+    for kind in (int, finite):
         try:
             return kind(text)
         except ValueError:
@@ -272,9 +270,16 @@ def _number(text: str) -> Any:
 
 
 def _jsonl_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
-    if array := _array_in(path):
-        yield from (_row_of(value, f"value {i}") for i, value in enumerate(array))
-        return
+    array, names = _array_in(path), dict[str, None]()
+    numbered = ((f"value {i}", value) for i, value in enumerate(array))
+    for row in (_row_of(value, place) for place, value in numbered) if array else _json_lines(path):
+        names |= dict.fromkeys(row if isinstance(row, dict) else ())
+        yield row
+    if names:
+        _check_columns(list(names), entry, columns)
+
+
+def _json_lines(path: str) -> Iterator[Row]:
     for number, line in _lines(path):
         if line is None:
             yield Rejected("broken_json", f"line {number}: over {MAX_LINE} characters")
@@ -327,9 +332,9 @@ def _item_of_row(
     name: str, row: dict[str, Any], entry: Entry, columns: Columns
 ) -> tuple[Item, str]:
     """The item, and the path that its row gives; raises Rejected."""
-    for column in columns.used:
-        if isinstance(broken := row.get(column), Rejected):
-            raise broken
+    for column, value in row.items():
+        if isinstance(value, Rejected) and columns.uses(column):
+            raise value
     image, label = row.get(columns.image), None
     if isinstance(image, dict):  # Hugging Face's Image
         image = image.get("bytes") or image.get("path")
@@ -339,15 +344,16 @@ def _item_of_row(
             got = f"{columns.label}: got {label!r}"[:150]
             raise Rejected("no_label", f"{got}, expected an integer from 0 to 2^63 - 1")
     captions = tuple(
-        (_utf8(text), weight / len(texts))
+        caption
         for column, weight in columns.captions.items()
-        for texts in [_texts(row.get(column))]
-        for text in texts
+        for caption in captions_of(column, row.get(column), weight)
     )
     facts = {
-        key: value
+        key: fact
         for key, value in row.items()
-        if isinstance(value, str | int | float | bool) and key not in columns.captions
+        if key in columns.fields
+        or (isinstance(value, str | int | float | Decimal) and key not in columns.captions)
+        if (fact := _fact(value)) is not None
     }
     if isinstance(image, str) and columns.base64:
         facts.pop(columns.image, None)
@@ -368,18 +374,13 @@ def _item_of_row(
     return Item(name, path, 0, size, captions, facts, label), posixpath.normpath(image)
 
 
-def _texts(value: Any) -> list[str]:
-    """A caption, or a list of equally good ones."""
-    values = value if isinstance(value, list) else [value]
-    return [text for text in values if isinstance(text, str)]
-
-
-def _utf8(text: str) -> bytes:
-    """Bytes of a text, broken where it was read from broken bytes or is itself, to be found so later."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
+def _fact(value: Any) -> Any:
+    """A value as JSON has it: no NaN or infinity, and a text for what JSON has no word for."""
+    if isinstance(value, float | Decimal):
+        return finite(value)
+    if isinstance(value, str | int):
+        return value
+    return parse_json(json.dumps(value, default=lambda odd: str(odd)[:200]))
 
 
 def _resolve(text: str, entry: Entry, inside: bool) -> str:

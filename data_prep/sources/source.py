@@ -4,13 +4,13 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from data_prep.images import PICTURE_EXTENSIONS
+from data_prep.images import PICTURE_EXTENSIONS, Rejected
 from data_prep.sources.walk import Walk, extension_of, walk_folder
 from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, size_of
 from models.config import Config, InputError
@@ -43,11 +43,12 @@ class Item:
     path: str = ""
     offset: int = 0
     length: int = 0
-    # Captions with their weights; none: nothing was said.
-    captions: tuple[tuple[bytes, float], ...] = ()
+    # Captions with their weights; none: nothing was said. A Rejected says why one is no text.
+    captions: tuple[tuple[bytes | Rejected, float], ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     label: int | None = None
     reason: str | None = None
+    # Without a reason, what is said as well should its captions not be taken.
     detail: str = ""
     # A local copy of the file at `path`, while its partition is read.
     copy: str = ""
@@ -88,8 +89,11 @@ class Source(Config, ABC):
                 yield Entry(source, name, path, size)
 
     @abstractmethod
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
-        """The items of a file in a fixed order; raises InputError where a table lacks a column."""
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
+        """The items of a file in a fixed order; raises InputError where a table lacks a column.
+
+        Metadata of the names in `fields` is wanted whatever its type.
+        """
 
     def entries(self, source: str) -> Iterator[Entry]:
         """The files of all folders in a fixed order; raises InputError where there are none."""
@@ -129,14 +133,34 @@ def _size_of_file(path: str, where: str) -> int | None:
 
 
 def read_entries(
-    entries: list[Entry], config: Source, class_names: list[str] | None = None
+    entries: list[Entry],
+    config: Source,
+    class_names: list[str] | None = None,
+    fields: Container[str] = (),
 ) -> Iterator[Item]:
     """The items of some entries, in a fixed order; raises InputError where a table lacks a column."""
     for entry in entries:
         if entry.reason:
             yield Item(entry.name, reason=entry.reason, detail=entry.detail)
         else:
-            yield from config.read(entry, class_names or [])
+            yield from config.read(entry, class_names or [], fields)
+
+
+def captions_of(field: str, value: Any, weight: float) -> list[tuple[bytes | Rejected, float]]:
+    """The captions that a field holds, a text or a list of equally good ones, which share its weight."""
+    values = value if isinstance(value, list) else [value]
+    found = [_caption(field, value) for value in values if value is not None]
+    return [(caption, weight / len(found)) for caption in found]
+
+
+def _caption(field: str, value: Any) -> bytes | Rejected:
+    """Bytes of a text, broken where it was read from broken bytes or is itself, to be found so later."""
+    if not isinstance(value, str):
+        return Rejected("caption_type", f"{field}: got {type(value).__name__}, expected text")
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "surrogatepass")
 
 
 def sample_key(source: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """Tables of pictures: a row is a picture, by its path or by its bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Literal
 
 from pydantic import Field
@@ -23,8 +23,8 @@ class TableSource(RowsSource):
     captions: dict[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
     """Column -> weight."""
 
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         base64 = self.strings == "base64"
-        columns = Columns(self.image, self.captions, self.label, base64=base64)
+        columns = Columns(self.image, self.captions, self.label, fields, base64=base64)
         for item, _ in read_rows(entry, columns):
             yield item

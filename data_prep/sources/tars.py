@@ -2,15 +2,22 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from data_prep.images import PICTURE_EXTENSIONS
-from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source, Weight
+from data_prep.images import PICTURE_EXTENSIONS, Rejected
+from data_prep.sources.source import (
+    MAX_TEXT_BYTES,
+    Entry,
+    Item,
+    Source,
+    Weight,
+    captions_of,
+)
 from data_prep.sources.walk import extension_of, is_utf8, readable, stem_of
 from data_prep.storage import local_copy, patient
 from data_prep.text import parse_json
@@ -33,7 +40,7 @@ class TarSource(Source):
     captions: dict[str, Weight] = Field(default_factory=dict)
     """JSON field, or txt for KEY.txt -> weight; empty: txt, or where there is none the field caption."""
 
-    def read(self, entry: Entry, class_names: list[str]) -> Iterator[Item]:
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         """Samples grouped by key wherever their members lie; what is broken in the tar is an item too."""
         try:
             with local_copy(entry.path) as path, open(path, "rb") as file:
@@ -179,12 +186,15 @@ def _item_of_group(
             detail = f"{place.size} > {MAX_SPARSE_BYTES}, with holes"
             return Item(name, reason="too_many_bytes", detail=detail)
         data = patient(_read_member, file, place, place.size)
-    said = {n: t.encode("utf-8", "surrogatepass") for n, t in facts.items() if isinstance(t, str)}
-    if "txt" in texts:
-        said["txt"] = texts["txt"]
-    wanted = weights or {"txt" if "txt" in said else "caption": 1.0}
-    captions = tuple((said[name], weight) for name, weight in wanted.items() if name in said)
-    return Item(name, path, place.offset, place.size, captions, facts, data=data)
+    captions = list[tuple[bytes | Rejected, float]]()
+    for said, weight in (
+        weights or {"txt" if "txt" in (texts | facts) else "caption": 1.0}
+    ).items():
+        if said == "txt" in texts:
+            captions.append((texts["txt"], weight))
+        else:
+            captions += captions_of(said, facts.get(said), weight)
+    return Item(name, path, place.offset, place.size, tuple(captions), facts, data=data)
 
 
 def _read_member(file: Any, place: _Place, length: int) -> bytes:

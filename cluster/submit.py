@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -25,6 +25,9 @@ import yaml
 
 from models.command import load_config, read_yaml, run_command
 from models.config import InputError
+
+if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
 
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
 # The most bytes of one request to Ray's dashboard.
@@ -100,14 +103,25 @@ def check_stage(
         return file, inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes
     from pipeline.config import TrainConfig
+    from pipeline.runs.start import load_stages
 
-    train = load_config(TrainConfig, folder / file, overrides)
     if "workers" in given:
-        valid_sizes(train, given["min_workers"] or given["workers"], given["workers"])
-    inputs = {f"data ({name})": source.path for name, source in train.data.sources.items()}
-    inputs |= {f"encoders.text.{name}": path for name, path in train.encoders.text.items()}
-    inputs |= {"encoders.vae": train.encoders.vae} if train.encoders.vae else {}
-    return file, inputs, {"run": train.run}
+        trains = [load_config(TrainConfig, folder / file, overrides)]
+        valid_sizes(trains[0], given["min_workers"] or given["workers"], given["workers"])
+    else:
+        trains = load_stages(folder / file, overrides)
+    runs = {train.run for train in trains}
+    inputs = {k: v for train in trains for k, v in read_by(train).items() if v not in runs}
+    return file, inputs, {"run": trains[0].run}
+
+
+def read_by(train: "TrainConfig") -> dict[str, str]:
+    """The paths that a training reads, by their keys."""
+    paths = {f"data ({name})": source.path for name, source in train.data.sources.items()}
+    paths |= {f"encoders.text.{name}": path for name, path in train.encoders.text.items()}
+    others = {"encoders.vae": train.encoders.vae, "model.init_from": train.model.init_from}
+    others["start_from.run"] = train.start_from and train.start_from.run
+    return paths | {key: path for key, path in others.items() if path}
 
 
 def parse_arguments(module: str, arguments: list[str]) -> dict[str, Any]:
@@ -216,7 +230,11 @@ def sbatch_line(action: Action, arguments: list[str], nodes: int) -> list[str]:
     script = Path(__file__).parent / "slurm" / f"{action.value}.sbatch"
     if not script.is_file():
         raise InputError(f"--launcher slurm: got {action.value}, expected prepare or train")
-    check_stage(action, SLURM_MODULES[action], arguments, Path.cwd())
+    # The job runs in this folder; absolute paths may be those of its nodes.
+    _, inputs, _ = check_stage(action, SLURM_MODULES[action], arguments, Path.cwd())
+    for key, path in inputs.items():
+        if not ("://" in path or Path(path).exists() or os.path.isabs(path)):
+            raise InputError(f"{key}: {path}: no such file or folder in {Path.cwd()}")
     return ["sbatch", f"--nodes={nodes}", str(script), *arguments]
 
 

@@ -12,6 +12,7 @@ from data_prep.encoders import (
     VaeConfig,
     VisionEncoderConfig,
     check_encoders,
+    configured,
 )
 from data_prep.images import ImagesConfig
 from data_prep.sources import SourceConfig
@@ -82,18 +83,19 @@ class PrepareConfig(Config):
 def check_settings(config: PrepareConfig) -> dict[str, Any]:
     """What decides the result, the encoders' weights included; raises InputError where one is not there."""
     hashes = check_encoders(config)
+    check_buckets(config)
     # The order of the encoders is that of the members.
     decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)
     return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
 
 
-def check_buckets(config: PrepareConfig, divides: dict[str, int]) -> None:
-    """Raise InputError where a bucket's sides are not multiples of what each encoder, by place, needs."""
+def check_buckets(config: PrepareConfig) -> None:
+    """Raise InputError where a bucket's sides are not multiples of what each encoder needs."""
     got = config.images.bucket_multiple
-    for place, side in divides.items():
-        if got % side:
+    for place, encoder in configured(config).items():
+        if got % encoder.divides:
             raise InputError(
-                f"images.bucket_multiple: got {got}, expected a multiple of {side}, for {place}. Remedy: "
+                f"images.bucket_multiple: got {got}, expected a multiple of {encoder.divides}, for {place}. Remedy: "
                 "the downscale of the vae times the patch size of the model suits every encoder."
             )
 

@@ -42,8 +42,6 @@ class Encoders:
     record: dict[str, Any]
     """Their part of the manifest."""
     members: dict[str, Member]
-    divides: dict[str, int]
-    """What the sides of a bucket must be multiples of, by the encoder's place in the config."""
     empty_caption: dict[str, np.ndarray]
 
 
@@ -78,7 +76,6 @@ class ShardEncoder(Worker):
         return Encoders(
             record=reduce(merged, (e.record() for e in self._encoders.values()), NO_ENCODERS),
             members=self._members(),
-            divides={place: encoder.divides for place, encoder in self._encoders.items()},
             empty_caption={n: v[0] for n, v in self._encode("captions", [""]).items()},
         )
 

@@ -15,7 +15,10 @@ from models.files import file_sha256
 from models.weights import (
     EncoderDtype,
     config_sha256,
-    read_model_config,
+    downscale_of,
+    read_codec_config,
+    read_text_config,
+    read_vision_config,
     tokenizer_sha256,
     weights_sha256,
 )
@@ -31,9 +34,6 @@ NO_ENCODERS = {"text": {"tokens": [], "pooled": [], "roles": {}}, "vision": None
 class Encoder(Protocol):
     """What preparation asks of an encoder of any kind."""
 
-    divides: int
-    """The sides of a picture must be multiples of it, in pixels."""
-
     def members(self) -> dict[str, Member]: ...
 
     def encode(self, batch: Any) -> Arrays:
@@ -48,16 +48,23 @@ class Encoder(Protocol):
 class EncoderConfig(Config):
     """What every kind of encoder has."""
 
-    what: ClassVar[str]
     reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
     path: str
     dtype: EncoderDtype = "fp32"
 
+    def read_config(self) -> dict[str, Any]:
+        """Its config.json; raises InputError where that is not of an encoder that can be opened so."""
+        raise NotImplementedError
+
+    @property
+    def divides(self) -> int:
+        """The sides of a picture must be multiples of it, in pixels."""
+        return 1
+
     def hashes(self) -> dict[str, str]:
         """sha256 of what decides its numbers; raises InputError where it is not there."""
-        folder = Path(self.path)
-        config = read_model_config(folder, self.what)
-        return {"weights": weights_sha256(folder), "config": config_sha256(config)}
+        config = config_sha256(self.read_config())
+        return {"weights": weights_sha256(Path(self.path)), "config": config}
 
     def open(self, name: str, folder: Path, device: str) -> Encoder:
         """The encoder, from its folder; raises InputError."""
@@ -67,11 +74,16 @@ class EncoderConfig(Config):
 class VaeConfig(EncoderConfig):
     """The latent codec: a diffusers autoencoder's folder."""
 
-    what = "a diffusers autoencoder"
+    def read_config(self) -> dict[str, Any]:
+        return read_codec_config(Path(self.path), self.dtype)
+
+    @property
+    def divides(self) -> int:
+        return downscale_of(self.read_config())
 
     def doubt(self) -> str:
         """What is to be said of its config.json; "" where that says by what latents are scaled."""
-        config = read_model_config(Path(self.path), self.what)
+        config = self.read_config()
         if config.get("scaling_factor"):
             return ""
         return (
@@ -88,9 +100,11 @@ class VaeConfig(EncoderConfig):
 class TextEncoderConfig(EncoderConfig):
     """A transformers text encoder's folder, its tokenizer within or beside it."""
 
-    what = "a transformers text encoder"
     reads = "captions"
     max_length: int = Field(default=77, ge=1)
+
+    def read_config(self) -> dict[str, Any]:
+        return read_text_config(Path(self.path), self.max_length)
 
     def hashes(self) -> dict[str, str]:
         return super().hashes() | {"tokenizer": tokenizer_sha256(Path(self.path))}
@@ -108,9 +122,15 @@ class VisionEncoderConfig(EncoderConfig):
     They are large: 256 vectors of 768 are 384 KiB per picture, where its latents are 16.
     """
 
-    what = "a vision transformer"
     patch_pixels: int = Field(default=16, ge=1)
     """The network's patch times the codec's downscale."""
+
+    def read_config(self) -> dict[str, Any]:
+        return read_vision_config(Path(self.path))
+
+    @property
+    def divides(self) -> int:
+        return self.patch_pixels
 
     def hashes(self) -> dict[str, str]:
         scale = [p for p in (Path(self.path) / "preprocessor_config.json",) if p.is_file()]
@@ -134,7 +154,7 @@ class Codec:
     """The latent codec, whose moments are stored raw."""
 
     def __init__(self, model: Any, path: str):
-        self.model, self.path, self.divides = model, path, model.downscale
+        self.model, self.path = model, path
 
     def members(self) -> dict[str, Member]:
         depth = self.model.channels * (1 if self.model.deterministic else 2)
@@ -157,8 +177,6 @@ class Codec:
 
 class Text:
     """One role of the text: tokens, of which the real ones are stored, and one vector."""
-
-    divides = 1
 
     def __init__(self, model: Any, path: str, name: str):
         self.model, self.path, self.name = model, path, name
@@ -190,7 +208,7 @@ class Vision:
     """Features of a vision transformer, to align a network's with."""
 
     def __init__(self, model: Any, path: str):
-        self.model, self.path, self.divides = model, path, model.patch_pixels
+        self.model, self.path = model, path
 
     def members(self) -> dict[str, Member]:
         return {"vision": Member(dtype="float16", shape=(self.model.dim, None, None))}

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 
-from data_prep.config import PrepareConfig, check_buckets, check_settings
+from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, encode_shards
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import latent_statistics
@@ -131,7 +131,6 @@ def _encode(
     settings = EncoderSettings(config, dataset)
     with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
         encoders, commits = actors.describe(), list[dict[str, Any]]()
-        check_buckets(config, encoders.divides)
         begin = time.perf_counter()
         with Progress("sample", num, "pictures") as progress:
             done = 0

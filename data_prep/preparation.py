@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from data_prep.catalog import STAGED
 from data_prep.commits import read_commits
-from data_prep.config import PrepareConfig, check_buckets, check_settings
+from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, lock_output, open_output
@@ -66,7 +66,6 @@ def _make(
     with Actors(ShardEncoder, settings, shares, console.print) as actors:
         with clock.stage("load encoders", "loading the encoders"):
             encoders: Encoders = actors.describe()
-        check_buckets(config, encoders.divides)
         with clock.stage("encode"):
             commits = encode(config, dataset, shards, actors, encoders)
     lock.check()

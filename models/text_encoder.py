@@ -11,26 +11,15 @@ from torch import Tensor
 from models.config import InputError
 from models.numerics import tf32
 from models.weights import (
+    TEXT_ENCODERS,
     EncoderDtype,
     brief,
-    check_kind,
     load_network,
-    read_model_config,
+    read_text_config,
     tokenizer_folder,
     tokenizer_sha256,
     weights_sha256,
 )
-
-# The class that holds the text encoder alone, by model_type in config.json.
-ENCODERS = {
-    "bert": "BertModel",
-    "distilbert": "DistilBertModel",
-    "mpnet": "MPNetModel",
-    "clip": "CLIPTextModelWithProjection",
-    "clip_text_model": "CLIPTextModel",
-    "t5": "T5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-}
 
 
 class TextEncoder:
@@ -58,15 +47,12 @@ class TextEncoder:
     ) -> "TextEncoder":
         """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one is missing."""
         path = Path(path)
-        config = read_model_config(path, "a transformers text encoder")
-        name = ENCODERS[check_kind(path, config, "model_type", ENCODERS)]
+        config = read_text_config(path, max_length)
+        name = TEXT_ENCODERS[config["model_type"]]
         if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
             name = "CLIPTextModelWithProjection"
         tokenizer = load_tokenizer(path)
         network = load_network("transformers", name, path, dtype).to(device)
-        positions = getattr(network.config, "max_position_embeddings", None)
-        if positions is not None and max_length > positions:
-            raise InputError(f"{path}: max_length got {max_length}, expected at most {positions}")
         return cls(network, tokenizer, path, max_length, dtype)
 
     @torch.inference_mode()

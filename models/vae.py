@@ -8,19 +8,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from models.config import InputError
 from models.numerics import tf32
 from models.weights import (
+    CODECS,
     EncoderDtype,
     Normalisation,
-    check_kind,
+    downscale_of,
     load_network,
-    read_model_config,
+    read_codec_config,
     weights_sha256,
 )
-
-# Whether a class's encoder is deterministic; its moments are then the mean alone.
-CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
 
 
 class LatentCodec:
@@ -38,8 +35,7 @@ class LatentCodec:
         mean = float(config.get("shift_factor") or 0.0)
         std = 1.0 / float(config.get("scaling_factor") or 1.0)
         self.normalisation = Normalisation(mean=(mean,) * self.channels, std=(std,) * self.channels)
-        levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
-        self.downscale: int = 2 ** (len(levels) - 1)
+        self.downscale = downscale_of(config)
 
     @classmethod
     def load(
@@ -47,16 +43,7 @@ class LatentCodec:
     ) -> "LatentCodec":
         """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
         path = Path(path)
-        config = read_model_config(path, "a diffusers autoencoder")
-        name = check_kind(path, config, "_class_name", CODECS)
-        if config.get("latents_mean") or config.get("latents_std"):
-            raise InputError(
-                f"{path}: got per-channel latents_mean or latents_std, expected one scale"
-            )
-        if dtype == "fp16" and config.get("force_upcast"):
-            raise InputError(
-                f"{path}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
-            )
+        name = read_codec_config(path, dtype)["_class_name"]
         network = load_network("diffusers", name, path, dtype)
         return cls(network.to(device), path, dtype, CODECS[name])
 

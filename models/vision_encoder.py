@@ -9,14 +9,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from models.numerics import tf32
-from models.weights import EncoderDtype, check_kind, load_network, read_model_config, weights_sha256
+from models.weights import (
+    VISION_ENCODERS,
+    EncoderDtype,
+    load_network,
+    read_vision_config,
+    weights_sha256,
+)
 
-# Classes by model_type in config.json; all give the class token, any registers, then the patches, normalised.
-ENCODERS = {
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-    "vit": "ViTModel",
-}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -50,9 +50,8 @@ class VisionEncoder:
     ) -> "VisionEncoder":
         """Open a folder with config.json and safetensors; raises InputError if it is no whole ViT."""
         path = Path(path)
-        config = read_model_config(path, "a vision transformer")
-        kind = check_kind(path, config, "model_type", ENCODERS)
-        network = load_network("transformers", ENCODERS[kind], path, dtype)
+        name = VISION_ENCODERS[read_vision_config(path)["model_type"]]
+        network = load_network("transformers", name, path, dtype)
         return cls(network.to(device), path, patch_pixels, dtype)
 
     @torch.inference_mode()

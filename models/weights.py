@@ -6,7 +6,7 @@ Torch-free, so that a dataset's record can be compared with a folder before anyt
 import hashlib
 import importlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,24 @@ TOKENIZER_FILES = (
 )
 # What else decides which tokens a text becomes.
 TOKENIZER_EXTRAS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
+# Whether a class's encoder is deterministic; its moments are then the mean alone.
+CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
+# The class that holds the text encoder alone, by model_type in config.json.
+TEXT_ENCODERS = {
+    "bert": "BertModel",
+    "distilbert": "DistilBertModel",
+    "mpnet": "MPNetModel",
+    "clip": "CLIPTextModelWithProjection",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+# By model_type; all give the class token, any registers, then the patches, normalised.
+VISION_ENCODERS = {
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "vit": "ViTModel",
+}
 
 
 class Normalisation(Config):
@@ -134,16 +152,55 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
     return config
 
 
+def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
+    """config.json of a latent codec's folder; raises InputError if it is none, or none for this dtype."""
+    config = read_model_config(folder, "a diffusers autoencoder")
+    check_kind(folder, config, "_class_name", CODECS)
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise InputError(
+            f"{folder}: got per-channel latents_mean or latents_std, expected one scale"
+        )
+    if dtype == "fp16" and config.get("force_upcast"):
+        raise InputError(
+            f"{folder}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
+        )
+    if not (config.get("encoder_block_out_channels") or config.get("block_out_channels")):
+        raise InputError(f"{folder}: config.json lacks block_out_channels")
+    return config
+
+
+def downscale_of(config: Mapping[str, Any]) -> int:
+    """How many pixels of a side become one latent."""
+    levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return 2 ** (len(levels) - 1)
+
+
+def read_text_config(folder: Path, max_length: int) -> dict[str, Any]:
+    """config.json of a text encoder's folder; raises InputError if it is none, or knows fewer positions."""
+    config = read_model_config(folder, "a transformers text encoder")
+    check_kind(folder, config, "model_type", TEXT_ENCODERS)
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    if positions is not None and max_length > positions:
+        raise InputError(f"{folder}: max_length got {max_length}, expected at most {positions}")
+    return config
+
+
+def read_vision_config(folder: Path) -> dict[str, Any]:
+    """config.json of a vision transformer's folder; raises InputError if it is none."""
+    config = read_model_config(folder, "a vision transformer")
+    check_kind(folder, config, "model_type", VISION_ENCODERS)
+    return config
+
+
 def brief(error: Exception) -> str:
     """The beginning of a library's message, on one line."""
     return " ".join(str(error).split())[:240]
 
 
-def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[str]) -> str:
-    """The config's value of `key`; raises InputError where it is none of `kinds`."""
+def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[str]) -> None:
+    """Raise InputError where the config's value of `key` is none of `kinds`."""
     if (kind := config.get(key)) not in kinds:
         raise InputError(f"{path}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
-    return str(kind)
 
 
 def load_network(

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 from data_prep import workers
 from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.commits import read_commits
-from data_prep.config import PrepareConfig, check_buckets, check_settings
+from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.encoders import configured
 from data_prep.estimate import estimate
@@ -65,7 +65,7 @@ from tests.prep_factory import (
 )
 from tests.ray_cluster import RAY, copy_checkout
 from tests.test_alignment import save_vision
-from tests.test_vae import save_kl
+from tests.test_vae import save_dc, save_kl, save_tiny
 
 ROOT = Path(__file__).parent.parent
 NUM_GOOD, NUM_BAD = 60, 6
@@ -561,8 +561,9 @@ def test_an_output_that_holds_other_files_is_refused(small, tmp_path, capsys, mo
     ],
 )
 def test_a_dashboards_address_and_a_jobs_relative_output_are_refused(
-    small, capsys, monkeypatch, variable, value, message
+    small, tmp_path, capsys, monkeypatch, variable, value, message
 ):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, value)
     assert message in fails(capsys, monkeypatch, str(small), "output=here")
 
@@ -634,14 +635,84 @@ def test_where_every_picture_is_rejected_the_reasons_are_counted(small, ray_addr
         run(small, "filters.min_side=1000")
 
 
-@pytest.mark.parametrize(("place", "side"), [("vae", 16), ("vision_encoder", 14)])
-def test_buckets_that_do_not_fit_an_encoder_are_refused(messy, place, side):
-    config = load_config(PrepareConfig, messy, [])
-    needs = {"vae": 4, "text_encoders.bert": 1, "vision_encoder": 8}
-    check_buckets(config, needs)
-    message = rf"images\.bucket_multiple: got 8, expected a multiple of {side}, for {place}\."
-    with pytest.raises(InputError, match=message):
-        check_buckets(config, needs | {place: side})
+def refused(capsys, monkeypatch, config: Path, output: Path) -> str:
+    """The message of a preparation that ends before Ray starts or anything is written."""
+    monkeypatch.setenv(
+        "RAY_ADDRESS", "http://a dashboard, which is refused as soon as Ray is asked for"
+    )
+    message = fails(capsys, monkeypatch, str(config))
+    assert not output.exists()
+    return message
+
+
+CODECS = {"kl": save_kl, "tiny": save_tiny, "dc": save_dc}
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 12, 16, 24, 32])
+@pytest.mark.parametrize("kind", CODECS)
+def test_buckets_that_do_not_fit_the_codec_are_refused_before_anything_starts(
+    tmp_path, text_folder, capsys, monkeypatch, kind, multiple
+):
+    vae, pictures = CODECS[kind](tmp_path / "vae"), fill_folder(tmp_path / "p", 1)
+    images = {"resolution": 96, "bucket_multiple": multiple}
+    config = write_config(tmp_path / "c.yaml", {"p": pictures}, vae, text_folder, images=images)
+    settings = load_config(PrepareConfig, config, [])
+    downscale = LatentCodec.load(vae).downscale
+    assert settings.vae.divides == downscale
+    if multiple % downscale == 0:
+        check_settings(settings)
+        return
+    message = refused(capsys, monkeypatch, config, tmp_path / "dataset")
+    assert f"got {multiple}, expected a multiple of {downscale}, for vae." in message
+
+
+BAD_CAPTIONS = [
+    "a {style} photo of a {name}", "{", "}", "{}", "{0}", "{name[1]}", "{name[a]}", "{name.x}",
+    "{name:d}", "{name!z}", "{Name}", '{"a": 1}', "{name} {", "{{name}", "{name:{width}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", BAD_CAPTIONS)
+def test_a_caption_with_a_field_that_is_none_is_refused_before_anything_starts(
+    tmp_path, vae_folder, text_folder, capsys, monkeypatch, caption
+):
+    fill_folder(tmp_path / "classes" / "cat", 1)
+    source = {"kind": "classes", "path": str(tmp_path / "classes"), "caption": caption}
+    config = write_config(tmp_path / "c.yaml", {"c": source}, vae_folder, text_folder)
+    message = refused(capsys, monkeypatch, config, tmp_path / "dataset")
+    assert "sources.c.caption: " in message
+    assert "expected text with {name}, and {{ for a brace" in message
+
+
+@pytest.mark.parametrize(
+    ("place", "more", "changes", "message"),
+    [
+        ("vae", {}, {"_class_name": "VQModel"}, "'VQModel', expected one of"),
+        ("vae", {"dtype": "fp16"}, {"force_upcast": True}, "dtype bf16 or fp32"),
+        ("vae", {}, {"latents_mean": [0.0]}, "expected one scale"),
+        ("vae", {}, {"block_out_channels": None}, "lacks block_out_channels"),
+        ("text_encoders.bert", {"max_length": 13}, {}, "max_length got 13, expected at most 12"),
+        ("text_encoders.bert", {}, {"model_type": "gpt2"}, "'gpt2', expected one of bert"),
+        ("vision_encoder", {"patch_pixels": 16}, {}, "a multiple of 16, for vision_encoder"),
+        ("vision_encoder", {}, {"model_type": "clip"}, "'clip', expected one of dinov2"),
+    ],
+)
+def test_an_encoder_that_cannot_be_used_so_is_refused_before_anything_starts(
+    three_encoders, tmp_path, capsys, monkeypatch, place, more, changes, message
+):
+    settings = yaml.safe_load(three_encoders.read_text())
+    section = settings
+    for name in place.split("."):
+        section = section[name]
+    copy = shutil.copytree(section["path"], tmp_path / "copy")
+    saved = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(saved | changes))
+    section |= {"path": str(copy)} | more
+    settings["output"] = str(tmp_path / "dataset")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    shown = refused(capsys, monkeypatch, tmp_path / "c.yaml", tmp_path / "dataset")
+    assert message in shown
+    assert place in shown
 
 
 def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_address):

@@ -54,6 +54,12 @@ def refuse(checkout: Path, action: str, *arguments: str) -> str:
         ("train train.yaml data.path=outputs", "1 files would not be uploaded"),
         ("prepare prepare.yaml vae.path=models/no", "vae.path: "),
         ("prepare prepare.yaml sources.p.path=tests/no", "sources.p.path: "),
+        ("prepare prepare.yaml vision_encoder={path: models/no}", "vision_encoder.path: "),
+        ("prepare prepare.yaml text_encoders.t={path: models/no}", "text_encoders.t.path: "),
+        ("train train.yaml model.init_from=models/no", "model.init_from: "),
+        ("train train.yaml start_from.run=runs/no", "start_from.run: "),
+        ("train train.yaml encoders.vae=models/no", "encoders.vae: "),
+        ("train train.yaml encoders.text.t=models/no", "encoders.text.t: "),
         ("train outputs/hidden.yaml", "would not be uploaded"),
         ("train ../elsewhere.yaml", "lies outside"),
         ("train train.yaml modle.size=L", "did you mean 'model'"),
@@ -67,7 +73,7 @@ def refuse(checkout: Path, action: str, *arguments: str) -> str:
     ],
 )  # fmt: skip
 def test_what_could_not_run_is_refused_before_it_is_sent(checkout, arguments, message):
-    action, *rest = arguments.split()
+    action, *rest = arguments.replace(": ", ":\t").split(" ")
     assert message in refuse(checkout, action, *rest)
 
 
@@ -211,6 +217,11 @@ def test_slurms_command_is_printed_once_the_config_is_right(checkout, monkeypatc
     assert words[3:] == ["train.yaml", "seed=1"]
     assert subprocess.run(["bash", "-n", words[2]]).returncode == 0
     assert run(monkeypatch, "train", "train.yaml", "sead=1", *slurm) == 2
+    capsys.readouterr()
+    assert run(monkeypatch, "prepare", "prepare.yaml", "vae.path=models/no", *slurm) == 2
+    assert "vae.path: models/no: no such file or folder" in capsys.readouterr().err
+    (checkout / "staged.yaml").write_text(TRAIN + "stages: {small: {}, large: {seed: 1}}\n")
+    assert run(monkeypatch, "train", "staged.yaml", "run=runs/new", *slurm) == 0
     assert run(monkeypatch, "evaluate", "/run", *slurm) == 2
 
 

@@ -4,6 +4,8 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from typing import Literal
 
+from pydantic import field_validator
+
 from data_prep.sources.source import Entry, Item, Source
 from data_prep.sources.walk import Walk
 
@@ -14,6 +16,18 @@ class ClassesSource(Source):
     kind: Literal["classes"]
     caption: str = "{name}"
     """`{name}` stands for the folder's name, with blanks for underscores."""
+
+    @field_validator("caption")
+    @classmethod
+    def _knows_its_fields(cls, caption: str) -> str:
+        try:
+            # What works for a name of one letter works for any.
+            caption.format(name="n")
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(error).__name__} ({error}); expected text with {{name}}, and {{{{ for a brace"
+            ) from error
+        return caption
 
     @property
     def labels(self) -> str:

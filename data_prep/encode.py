@@ -282,25 +282,13 @@ class ShardEncoder(Worker):
 
 def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
     """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
-    lost = list[tuple[ShardSpec, int]]()
-    for (spec, number), commit in actors.run("encode_shard", ([shard] for shard in todo)):
+    groups = ([shard] for shard in todo)
+    pictures = lambda shard: shard[0].num_planned  # noqa: E731
+    for (spec, _), commit in actors.run_all("encode_shard", "try_picture", groups, pictures):
         if commit is LOST:
-            lost.append((spec, number))
-        else:
-            yield commit
-    # Each picture alone shows which of them kill. The others are then encoded as if those had been
-    # rejected earlier, so that a shard's bytes depend on its pictures and not on what its search met.
-    deadly: dict[int, list[int]] = {number: [] for _, number in lost}
-    pictures = ([(*shard, place) for place in range(shard[0].num_planned)] for shard in lost)
-    for (_, number, place), answer in actors.run("try_picture", pictures):
-        if answer is LOST:
-            deadly[number].append(place)
-    again = ([(spec, number, sorted(deadly[number]))] for spec, number in lost)
-    for (spec, *_), commit in actors.run("encode_shard", again):
-        if commit is LOST:
-            raise RuntimeError(
+            raise InputError(
                 f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
-                "memory is short, lower encode.batch_size."
+                "memory is short, lower encode.batch_size, and run it again to go on."
             )
         yield commit
 

@@ -1,7 +1,9 @@
 """Listing and scan: which files the sources have, and which pictures are in them."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Container, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from data_prep.shards import WORK
 from data_prep.sources import Entry, SourceConfig
 from data_prep.storage import find_files
 from data_prep.workers import ATTEMPTS, LOST, Tasks, num_cpus
+from models.config import InputError
 
 ENTRIES_AT_ONCE = 1 << 16
 PARTS_AT_ONCE = 8
@@ -86,10 +89,14 @@ def scan(
     size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
     groups = (todo[begin : begin + size] for begin in range(0, len(todo), size))
     with Progress("scan", len(todo), "parts") as progress:
-        answers = Tasks("_scan", console.print).run(scan_part, groups)
-        for count, (part, answer) in enumerate(answers, start=1):
+        tasks, entries = Tasks("_scan", console.print), lambda part: len(part[-1])
+        answers = tasks.run_all(scan_part, try_entry, groups, entries)
+        for count, ((*_, rows), answer) in enumerate(answers, start=1):
             if answer is LOST:
-                _reject_part(*part)
+                raise InputError(
+                    f"{rows['path'][0]}: kills its readers with the {len(rows) - 1} files after it, though "
+                    "none of them does alone. Remedy: more memory; run it again to go on."
+                )
             progress.update(count)
 
 
@@ -97,22 +104,33 @@ def scan(
 _probes: dict[ImagesConfig, DecodePool] = {}
 
 
-def scan_part(settings: ScanSettings, name: str, source: SourceConfig, rows: pa.Table) -> int:
-    """Write the catalog part of some of a source's entries; returns its pictures."""
+def scan_part(
+    settings: ScanSettings,
+    name: str,
+    source: SourceConfig,
+    rows: pa.Table,
+    deadly: Container[int] = (),
+) -> int:
+    """Write the catalog part of some of a source's entries; returns its pictures.
+
+    The entries in the `deadly` places are rejected for having killed their readers.
+    """
     probes = _probes.setdefault(settings.images, DecodePool(settings.images, num_children=1))
-    entries = [Entry(**row) for row in rows.to_pylist()]
+    crash = {"reason": "scan_crash", "detail": f"its reader died {ATTEMPTS} times"}
+    entries = [
+        Entry(**row | (crash if place in deadly else {}))
+        for place, row in enumerate(rows.to_pylist())
+    ]
     return scan_partition(settings, name, source, entries, probes)
 
 
-def _reject_part(settings: ScanSettings, name: str, source: SourceConfig, rows: pa.Table) -> None:
-    """Reject a table that kills its readers; another partition does not, so that is another trouble."""
-    detail = f"its reader died {ATTEMPTS} times"
-    if not source.can_kill_its_reader:
-        raise RuntimeError(f"{rows['path'][0]}: {detail}")
-    for column, value in {"reason": "scan_crash", "detail": detail}.items():
-        place = rows.schema.get_field_index(column)
-        rows = rows.set_column(place, column, pa.array([value] * len(rows), pa.string()))
-    scan_part(settings, name, source, rows)
+def try_entry(
+    settings: ScanSettings, name: str, source: SourceConfig, rows: pa.Table, place: int
+) -> None:
+    """Scan one of a part's entries for nothing, which finds the one that kills its reader."""
+    with tempfile.TemporaryDirectory() as folder:
+        aside = replace(settings, work=Path(folder))
+        scan_part(aside, name, source, rows.slice(place, 1))
 
 
 def _partitions(

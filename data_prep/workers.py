@@ -4,7 +4,8 @@
 their whole life. Both share one scheduler. Work comes in groups of items, and a worker answers the items
 of its group one by one. When it dies the first item without an answer is the suspect: the suspect gets a
 worker for itself, the rest of its group goes on without it. A suspect that has killed ATTEMPTS workers is
-handed back as LOST.
+handed back as LOST. A worker that went with its node, or that Ray ended because its node's memory was full,
+is weaker evidence.
 """
 
 import logging
@@ -17,7 +18,14 @@ from itertools import islice
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+)
 
 from data_prep.config import RayConfig
 from data_prep.text import encodable
@@ -25,8 +33,13 @@ from models.config import InputError
 
 # Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
 ATTEMPTS = 3
-# Deaths per actor, with no answer between them, after which the trouble is not in the items.
-PATIENCE = 4 * ATTEMPTS
+# Losses with other causes than the item, as a rule, and how many of them weigh as much as one death.
+OUTSIDE = (NodeDiedError, OutOfMemoryError, ObjectLostError, ActorUnavailableError)
+OUTSIDE_PER_DEATH = 4
+# Losses per worker, with no answer between them, after which the trouble is not in the items.
+PATIENCE = OUTSIDE_PER_DEATH * ATTEMPTS
+# The longest wait for memory to become free.
+MEMORY_WAIT_S = 10.0
 # One call decodes while the other encodes.
 CALLS_PER_ACTOR = 2
 # Addresses and records pass through the object store, pictures never.
@@ -72,7 +85,7 @@ class _Group:
     """What one worker does in turn; a group with deaths is a single item under suspicion."""
 
     items: deque[Item]
-    deaths: int = 0
+    deaths: float = 0
 
     @property
     def weight(self) -> int:
@@ -87,7 +100,7 @@ class _Workers:
         self._say, self._said = say, time.monotonic()
         # By what an actor that is beginning will say once it has begun.
         self._beginning: dict[Any, Any] = {}
-        self._deaths_in_a_row = 0
+        self._losses_in_a_row = 0
 
     def run(self, work: Any, groups: Iterable[Iterable[Item]]) -> Iterator[tuple[Item, Any]]:
         """Every item with the answer to it, or LOST, in any order; raises what the work raises."""
@@ -115,20 +128,64 @@ class _Workers:
                     raise
                 except RayError as error:
                     del flying[stream]
-                    self._replace(place, error)
+                    self._replace(place)
                     # All may be answered, and the end of the stream alone be lost.
                     if not group.items:
                         continue
                     suspect = group.items.popleft()
                     if group.items:
                         queue.append(_Group(group.items))
-                    if group.deaths + 1 < ATTEMPTS:
-                        queue.appendleft(_Group(deque([suspect]), group.deaths + 1))
+                    deaths = group.deaths + self._weigh(error)
+                    if deaths < ATTEMPTS:
+                        queue.appendleft(_Group(deque([suspect]), deaths))
                     else:
                         yield suspect, LOST
                 else:
-                    self._deaths_in_a_row = 0
+                    self._losses_in_a_row = 0
                     yield group.items.popleft(), answer
+
+    def run_all(
+        self, work: Any, trial: Any, groups: Iterable[Iterable[Item]], parts: Callable[[Item], int]
+    ) -> Iterator[tuple[Item, Any]]:
+        """Every item with its answer, the parts that kill left out; LOST where no part alone does.
+
+        `work` takes an item, and the places of the parts to leave out; `trial` an item and one place.
+        """
+        lost = list[Item]()
+        for item, answer in self.run(work, groups):
+            if answer is LOST:
+                lost.append(item)
+            else:
+                yield item, answer
+        # Each part alone shows which of them kill. The others are then worked on as if those had been
+        # left out from the first, so that the answer does not depend on what the search met.
+        for item in lost:
+            deadly = [0]
+            if (count := parts(item)) > 1:
+                tried = self.run(trial, ([(*item, place)] for place in range(count)))
+                deadly = sorted(place for (*_, place), answer in tried if answer is LOST)
+            ((_, answer),) = self.run(work, [[(*item, deadly)]])
+            yield item, answer
+
+    def _weigh(self, error: RayError) -> float:
+        """How much of a death a loss is; raises InputError where too many follow each other."""
+        self._losses_in_a_row += 1
+        if self._losses_in_a_row > PATIENCE * self._size():
+            raise InputError(
+                f"{self._losses_in_a_row} workers in a row were lost before they had done anything, the last "
+                f"by {type(error).__name__}. Remedy: see Ray's log; where memory is short, lower "
+                "encode.batch_size, or ray.num_actors and ray.num_cpus; then run it again to go on."
+            ) from error
+        if isinstance(error, OutOfMemoryError):
+            self._say("the memory of a node is full, for which Ray ended a worker; trying again")
+            time.sleep(min(self._losses_in_a_row, MEMORY_WAIT_S))
+        # An actor's own error is of one class, whatever it died of.
+        is_outside = isinstance(error, OUTSIDE) or "node has died" in str(error)
+        return 1 / OUTSIDE_PER_DEATH if is_outside else 1.0
+
+    def _size(self) -> int:
+        """How many workers there are meant to be."""
+        raise NotImplementedError
 
     def _wait(self, flying: dict[Any, Any]) -> list[Any]:
         """Those that have something new, after a second at most; says now and then what is waited for."""
@@ -150,7 +207,7 @@ class _Workers:
         """The stream of answers to the items."""
         raise NotImplementedError
 
-    def _replace(self, place: Any, error: RayError) -> None:
+    def _replace(self, place: Any) -> None:
         """Do what the loss of a worker asks for."""
 
     def waits_for(self) -> str | None:
@@ -177,6 +234,9 @@ class Tasks(_Workers):
 
     def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
         return self._remote.remote(work, items)
+
+    def _size(self) -> int:
+        return num_cpus()
 
     def waits_for(self) -> str | None:
         enough = ray.cluster_resources().get("CPU", 0) >= 1
@@ -289,7 +349,7 @@ class Actors(_Workers):
             except RayTaskError:
                 raise
             except RayError as error:
-                self._count_death(error)
+                self._weigh(error)
                 self._begin()
         return streams
 
@@ -300,21 +360,15 @@ class Actors(_Workers):
     def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
         return place.answers.remote(work, items)
 
-    def _replace(self, place: Any, error: RayError) -> None:
+    def _replace(self, place: Any) -> None:
         """Begin a new actor in the lost one's place, once, though all its calls fail."""
         if place in self._begun:
             self._begun.remove(place)
             ray.kill(place)
-            self._count_death(error)
             self._begin()
 
-    def _count_death(self, error: RayError) -> None:
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > PATIENCE * self._shares.num_actors:
-            raise RuntimeError(
-                f"{self._deaths_in_a_row} encoders in a row died before they had done anything. "
-                "Remedy: see Ray's log; where memory is short, lower encode.batch_size."
-            ) from error
+    def _size(self) -> int:
+        return self._shares.num_actors
 
     def waits_for(self) -> str | None:
         if not self._beginning:

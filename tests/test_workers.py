@@ -1,6 +1,7 @@
 """Work whose workers die: every item is answered once or handed back, and each death has its item to blame."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +13,21 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
 
 from data_prep import workers
 from data_prep.config import RayConfig
-from data_prep.workers import ATTEMPTS, LOST, Actors, Shares, Tasks, Worker, share_out
+from data_prep.workers import ATTEMPTS, LOST, Actors, Shares, Tasks, Worker, num_cpus, share_out
+from models.config import InputError
 from tests.forked import alive, wait_until
+from tests.prep_factory import config_of_pictures
 
 
 def note(folder: Path, *facts: object) -> None:
@@ -116,6 +127,86 @@ def test_an_item_that_kills_its_workers_is_handed_back_and_those_beside_it_answe
     assert max(tried.values()) <= 2
 
 
+def add_up(parts: list[int], deadly: set[int], left_out: list[int] | tuple[()] = ()) -> int:
+    """The sum of the parts; the deadly ones kill."""
+    rest = [part for place, part in enumerate(parts) if place not in left_out]
+    if deadly & set(rest):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sum(rest)
+
+
+def try_part(parts: list[int], deadly: set[int], place: int) -> None:
+    add_up([parts[place]], deadly)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))]
+)
+def test_of_items_that_kill_their_workers_the_deadly_parts_alone_are_left_out(
+    ray_address, monkeypatch, seed
+):
+    # With one death as proof, what was in the same worker would be blamed as well.
+    monkeypatch.setattr(workers, "ATTEMPTS", 2)
+    rng = random.Random(seed)
+    items = [[*range(10 * i, 10 * i + rng.choice([2, 3, 6]))] for i in range(1 + seed)]
+    deadly = {rng.choice(parts) for parts in items[:2]}
+    groups = [[(parts, deadly) for parts in items]]
+    found = Tasks("_add", print).run_all(add_up, try_part, groups, lambda item: len(item[0]))
+    answers = {parts[0]: answer for (parts, _), answer in found}
+    assert answers == {parts[0]: sum(set(parts) - deadly) for parts in items}
+
+
+@pytest.mark.parametrize(
+    ("error", "weight"),
+    [
+        (WorkerCrashedError(), 1.0),
+        (ActorDiedError(), 1.0),
+        (OutOfMemoryError("full"), 0.25),
+        (NodeDiedError("gone"), 0.25),
+        (ObjectLostError("0" * 56, None, ""), 0.25),
+        (ActorUnavailableError("no answer", None), 0.25),
+    ],
+)
+def test_a_loss_with_another_cause_than_the_work_weighs_less_and_many_in_a_row_end_it(
+    ray_address, monkeypatch, error, weight
+):
+    monkeypatch.setattr(workers, "MEMORY_WAIT_S", 0.0)
+    tasks = Tasks("_double", print)
+    for _ in range(workers.PATIENCE * num_cpus()):
+        assert tasks._weigh(error) == weight
+    with pytest.raises(InputError, match=f"by {type(error).__name__}. Remedy: "):
+        tasks._weigh(error)
+
+
+FULL = """
+import sys
+from data_prep import prepare, workers
+from models.command import run_command
+workers.MEMORY_WAIT_S = 0.1
+run_command(prepare.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_where_ray_ends_every_worker_for_want_of_memory_one_message_says_so(
+    tmp_path, vae_folder, text_folder
+):
+    config = config_of_pictures(tmp_path, 4, vae_folder, text_folder)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(config), "ray.num_cpus=1"],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "50"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "13 workers in a row were lost" in done.stderr
+    assert "OutOfMemoryError. Remedy: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the memory of a node is full" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_encoder_keeps_the_gpu_that_it_began_with_and_shares_it_with_no_living_one(tmp_path):
@@ -133,7 +224,7 @@ def test_an_encoder_keeps_the_gpu_that_it_began_with_and_shares_it_with_no_livin
 
 def test_actors_that_die_before_they_have_begun_end_the_work(ray_address, monkeypatch):
     monkeypatch.setattr(workers, "PATIENCE", 1)
-    wrong = pytest.raises(RuntimeError, match="2 encoders in a row died before they had done")
+    wrong = pytest.raises(InputError, match="2 workers in a row were lost before they had done")
     with Actors(Stillborn, None, Shares(1, 1, 0, 1), print) as actors, wrong:
         actors.describe()
 

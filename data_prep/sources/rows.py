@@ -40,7 +40,6 @@ class RowsSource(Source):
 
     files = TABLES
     per_task = 1
-    can_kill_its_reader = True
 
     label: str | None = None
     """Column of integers."""

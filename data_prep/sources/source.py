@@ -66,8 +66,6 @@ class Source(Config, ABC):
     may_be_one_file: ClassVar[bool] = False
     # Files that one scan task reads; over 1 where every file is a picture.
     per_task: ClassVar[int] = 512
-    # Whether reading a file runs C code that a damaged one could crash.
-    can_kill_its_reader: ClassVar[bool] = False
 
     kind: Any
     path: AbsolutePath

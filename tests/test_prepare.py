@@ -565,6 +565,7 @@ def test_a_dashboards_address_and_a_jobs_relative_output_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(small.parent)
     assert message in fails(capsys, monkeypatch, str(small), "output=here")
 
 

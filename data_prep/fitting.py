@@ -22,7 +22,6 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Float, UInt8
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -37,12 +36,13 @@ from data_prep.config import FitVaeConfig
 from data_prep.decoder import Address, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.sources import Item, read_entries
+from models.command import plain_console
 from models.config import InputError
 from models.files import publish, write_whole
 from models.vae import LatentCodec, sample_latents
 from models.weights import TORCH_DTYPES
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = plain_console(stderr=True)
 CHECKPOINT = "checkpoint.pt"
 
 

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from yaml import YAMLError
 
 from models.config import ConfigType, InputError, parse_config
+
+
+def plain_console(min_width: int = 0, stderr: bool = False) -> Console:
+    """A terminal that shows names, captions and messages of others as they are: no markup, no emoji."""
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+    width = max(min_width, Console(stderr=stderr).width)
+    return Console(stderr=stderr, soft_wrap=True, width=width, **plain)
 
 
 def package_folder(name: str) -> str:
@@ -46,6 +53,8 @@ OmegaConf.register_resolver("package", package_folder, replace=True)
 
 def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The YAML file as plain data, `section.key=value` overrides applied, interpolations resolved."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a YAML file")
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
@@ -56,12 +65,20 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     if bad:
         raise InputError(f"override {bad[0]!r}: expected section.key=value")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        tree = OmegaConf.load(path)
+        if isinstance(tree, DictConfig):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
         data = OmegaConf.to_container(tree, resolve=True)
     except InputError:
         raise
-    except (OmegaConfBaseException, YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8. Remedy: save it as UTF-8"
+        ) from error
+    except (OmegaConfBaseException, OSError) as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: got {type(data).__name__}, expected a mapping of sections")
     return data  # pyright: ignore[reportReturnType]
@@ -83,14 +100,14 @@ def run_command(function: Callable[..., None], **settings: Any) -> None:
     """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(**settings)(function)
+    # A path may hold bytes that are no text.
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
     except (InputError, OSError) as error:
         if (message := _explain(error)) is None:
             raise
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"[bold red]error[/] {escape(message)}"
-        )
+        plain_console(stderr=True).print(Text("error ", "bold red"), message, sep="")
         sys.exit(2)
 
 

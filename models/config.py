@@ -6,6 +6,7 @@ alone: each process that decodes pictures does.
 """
 
 import difflib
+import itertools
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +30,13 @@ class Config(BaseModel):
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 
+STAGES = {"train": "training", "prepare": "vae", "fit-vae": "sources"}
+"""Stage -> a key that its YAML files have, and those of the stages after it lack."""
+
+# Types of pydantic's errors: a value where a section is expected, and a section of no kind that there is.
+NO_SECTION = ("model_type", "model_attributes_type", "dict_type")
+NO_TAG = ("union_tag_invalid", "union_tag_not_found", "kind")
+
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Every config class that an annotation mentions, through unions, dicts and Annotated."""
@@ -37,9 +45,12 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
-def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, list[str]]:
-    """A pydantic location as the user's path, without unions' tags, and the names valid at its end."""
-    models: list[type[BaseModel]] = [root]
+Models = list[type[BaseModel]]
+
+
+def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, Models]:
+    """A pydantic location as the user's path, without unions' tags, and the configs that it ends in."""
+    models: Models = [root]
     path = []
     for part in location[:-1]:
         fields = [model.model_fields[str(part)] for model in models if part in model.model_fields]
@@ -54,27 +65,47 @@ def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, l
             models = tagged
             continue
         path.append(str(part))
-    names = sorted({name for model in models for name in model.model_fields})
-    return ".".join([*path, str(location[-1])] if location else []), names
+    return ".".join([*path, str(location[-1])] if location else []), models
 
 
 def explain(error: ValidationError, config_class: type[Config], where: str) -> str:
     """A pydantic error as one line per problem: path, got, expected, nearest valid name."""
     lines = []
     for item in error.errors():
-        path, names = _locate(config_class, item["loc"])
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
-            lines.append(f"{where}: {path}: unknown key; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: {path}: missing; add it to the file or pass {path}=VALUE")
-        else:
-            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(
-                f"{where}: {path or 'config'}: {item['msg'].removeprefix('Value error, ')}{got}"
-            )
-    return "\n".join(lines)
+        path, models = _locate(config_class, item["loc"])
+        lines.append(f"{where}: {_say(item, path or 'config', models, config_class)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _say(item: Any, path: str, models: Models, root: type[Config]) -> str:
+    """One problem at `path`, of whose last key `models` are the configs."""
+    kind, given, last = item["type"], item["input"], item["loc"][-1] if item["loc"] else ""
+    got = "" if isinstance(given, dict) else f" (got {given!r})"
+    if kind == "extra_forbidden":
+        names = sorted({name for model in models for name in model.model_fields})
+        near = difflib.get_close_matches(str(last), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+        return f"{path}: unknown key; {hint}"
+    if kind == "missing" and isinstance(last, int):
+        return f"{path.rpartition('.')[0]}: expected more values{got}"
+    if kind == "missing":
+        return f"{path}: missing; add it to the file or pass {path}=VALUE"
+    if kind in (*NO_SECTION, *NO_TAG):
+        _, inside = _locate(root, (*item["loc"], ""))
+        tags = [
+            get_args(m.model_fields["kind"].annotation) for m in inside if "kind" in m.model_fields
+        ]
+        choices = ", ".join(str(tag) for tag in itertools.chain(*tags))
+        if kind in NO_TAG and isinstance(given, dict):
+            tag = f"got {given['kind']!r}" if "kind" in given else "missing"
+            return f"{path}.kind: {tag}, expected one of {choices}"
+        keys = (
+            f"kind ({choices})" if choices else ", ".join(n for m in inside for n in m.model_fields)
+        )
+        return f"{path}: expected a section{f' with keys such as {keys}' if keys else ''}{got}"
+    words = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    words = "expected a path" if kind == "path_type" else words
+    return f"{path}: {words}{got}"
 
 
 def parse_config(config_class: type[ConfigType], data: dict[str, Any], where: str) -> ConfigType:
@@ -82,6 +113,15 @@ def parse_config(config_class: type[ConfigType], data: dict[str, Any], where: st
     try:
         return config_class.model_validate(data)
     except ValidationError as error:
+        own, stages = (
+            config_class.model_fields,
+            [stage for stage, key in STAGES.items() if key in data],
+        )
+        if stages and not any(key in own and key in data for key in STAGES.values()):
+            raise InputError(
+                f"{where}: is a config of flowmill {stages[0]}, expected one with the keys "
+                f"{', '.join(name for name, field in own.items() if field.is_required())}"
+            ) from error
         raise InputError(explain(error, config_class, where)) from error
 
 

@@ -20,8 +20,9 @@ import typer
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from models.command import run_command
+from models.command import plain_console, run_command
 from models.config import InputError
 from models.files import sync
 
@@ -301,8 +302,8 @@ def show(console: Console, title: str, findings: list[dict[str, str]]) -> int:
     for column in ("", "what", "found", "remedy"):
         table.add_column(column, overflow="fold")
     for f in findings:
-        colour = COLOURS[f["state"]]
-        table.add_row(f"[{colour}]{f['state']}[/]", f["name"], f["found"], f["remedy"])
+        state = Text(f["state"], COLOURS[f["state"]])
+        table.add_row(state, f["name"], f["found"], f["remedy"])
     console.print(table)
     return sum(f["state"] == "lack" for f in findings)
 
@@ -328,7 +329,7 @@ def main(
         answers = examine_cluster(str(folder.resolve()), need_gib)
     else:
         answers = {socket.gethostname(): examine(str(folder), need_gib)}
-    console = Console(width=max(100, Console().width))
+    console = plain_console(100)
     if int(os.environ.get("RANK", 0)):
         return
     lacks = sum(show(console, name, findings) for name, findings in answers.items())

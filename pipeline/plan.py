@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from models.command import load_config, run_command
+from models.command import load_config, plain_console, run_command
 from models.config import InputError
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig
@@ -52,7 +51,7 @@ def main(
     else:
         data = assumed_data(pictures, resolution, downscale, text_tokens, parsed.model)
     memory = (gpu_memory or GPU_GIB[gpu]) * GIB
-    console = Console(width=max(110, Console().width))
+    console = plain_console(110)
     machines = Machines(gpus, gpus_per_node, gpu, memory, mfu, price)
     best = report(parsed, data, machines, console)
     if fit and best is not None:

@@ -6,20 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from data_prep.schema import MANIFEST, read_manifest
 from models.command import read_yaml, run_command
-from models.config import Config, InputError, differences, parse_config
-from pipeline.config import RESULTS, TrainConfig, dump_config
+from models.config import STAGES, Config, InputError, differences, parse_config
+from pipeline.config import CONFIG, RESULTS, TrainConfig, dump_config
 from pipeline.objectives.config import PRESETS
 
-# Stage -> a key that its configs have and those of the stages after it lack, and the class.
 CONFIGS = {
-    "train": ("training", "pipeline.config:TrainConfig"),
-    "prepare": ("vae", "data_prep.config:PrepareConfig"),
-    "fit-vae": ("sources", "data_prep.config:FitVaeConfig"),
+    "train": "pipeline.config:TrainConfig",
+    "prepare": "data_prep.config:PrepareConfig",
+    "fit-vae": "data_prep.config:FitVaeConfig",
 }
+"""Stage -> the class of its configs."""
+
+OPEN = {"engine.precision": "auto"} | {
+    f"model.{name}": None
+    for name in ("latent_channels", "latent_downscale", "text_dim", "pooled_dim", "vision_dim")
+}
+"""What a config may leave open, to be the data's or the machine's: a run's folder has it resolved."""
+
 Action = Literal["show", "diff", "schema"]
 
 
@@ -27,17 +33,23 @@ def config_class(stage: str) -> type[Config]:
     """The config of a stage that CONFIGS names; raises InputError for another."""
     if stage not in CONFIGS:
         raise InputError(f"stage {stage!r}: expected one of {', '.join(CONFIGS)}")
-    module, name = CONFIGS[stage][1].split(":")
+    module, name = CONFIGS[stage].split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:
-    """A YAML file, or the config that a run's folder holds; what it has says which stage it is for."""
-    path = path / "config.yaml" if path.is_dir() else path
-    tree = read_yaml(path, overrides)
-    stage = next((stage for stage, (key, _) in CONFIGS.items() if key in tree), None)
+    """A YAML file, or the config of a run's or a dataset's folder; what it has says which stage it is for.
+
+    A dataset does not record where it was written to, nor on how many machines.
+    """
+    if (path / MANIFEST).is_file():
+        tree = {"output": str(path), **read_manifest(path).prepare_config}
+    else:
+        path = path / CONFIG if path.is_dir() else path
+        tree = read_yaml(path, overrides)
+    stage = next((stage for stage, key in STAGES.items() if key in tree), None)
     if stage is None:
-        keys = ", ".join(f"{key} ({stage})" for stage, (key, _) in CONFIGS.items())
+        keys = ", ".join(f"{key} ({stage})" for stage, key in STAGES.items())
         raise InputError(
             f"{path}: got the keys {', '.join(tree)}, expected one of {keys} among them"
         )
@@ -56,17 +68,18 @@ def json_schema(stage: str) -> dict[str, Any]:
     return schema
 
 
-def show_differences(first: Config, second: Config, names: tuple[str, str]) -> Table:
-    table = Table("key", *names, "changes")
+def show_differences(first: Config, second: Config, unrecorded: set[str]) -> list[str]:
+    """A line for each key that differs, and what a change of it changes."""
+    lines = []
     for key, (old, new) in differences(first, second).items():
-        section = key.split(".")[0]
-        kind = ""
+        section, kind = key.split(".")[0], ""
+        if section in unrecorded or (key in OPEN and OPEN[key] in (old, new)):
+            continue
         if isinstance(first, TrainConfig):
-            kind = (
-                "results" if section in RESULTS else "speed" if section == "engine" else "neither"
-            )
-        table.add_row(key, str(old), str(new), kind)
-    return table
+            changes = {"engine": "speed"} | dict.fromkeys(RESULTS, "results")
+            kind = f"  (changes {changes.get(section, 'neither results nor speed')})"
+        lines.append(f"{key}: {old!r} -> {new!r}{kind}")
+    return lines
 
 
 def main(
@@ -76,7 +89,7 @@ def main(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            help="YAML files or runs, then section.key=value; of schema: train or prepare"
+            help="YAML files, runs or datasets, then section.key=value; of schema: train or prepare"
         ),
     ] = None,
 ) -> None:
@@ -91,11 +104,13 @@ def main(
     elif action == "show":
         print(dump_config(read_config(Path(names[0]), overrides)), end="")
     else:
-        first, second = (read_config(Path(name), overrides) for name in names)
+        paths = [Path(name) for name in names]
+        first, second = (read_config(path, overrides) for path in paths)
         if type(first) is not type(second):
             raise InputError(f"{names[0]} and {names[1]} are configs of different stages")
-        table = show_differences(first, second, (names[0], names[1]))
-        Console(soft_wrap=True).print(table if table.row_count else "no difference")
+        of_dataset = any((path / MANIFEST).is_file() for path in paths)
+        unrecorded = {"output", "ray", "publish_every_shards"} if of_dataset else set[str]()
+        print("\n".join(show_differences(first, second, unrecorded) or ["no difference"]))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from models.command import load_config, run_command
+from models.command import load_config, plain_console, run_command
 from models.config import InputError
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig, load_run_config
@@ -44,7 +43,7 @@ def main(
         rank_of=(0, ranks if show is None else 1),
         eras=eras if eras.is_dir() else None,
     )
-    console = Console(soft_wrap=True)
+    console = plain_console()
     if show is None:
         console.print(*epoch_tables(loader, epoch, ranks_per_node))
     else:

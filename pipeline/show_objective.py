@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from models.command import read_yaml, run_command
+from models.command import plain_console, read_yaml, run_command
 from models.config import parse_config
 from pipeline.arguments import parse_size
 from pipeline.objectives.config import PRESETS, ObjectiveConfig
@@ -31,14 +30,12 @@ def main(
     for name in read_yaml(PRESETS, []):
         preset = parse_config(ObjectiveConfig, {"preset": name}, str(PRESETS))
         profiles.append(make_profile(name, preset, size))
-    console = Console(width=110)
+    console = plain_console(110)
     print_table(profiles, console)
     if not dry_run:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw(profiles).savefig(output)
-        console.print(
-            f"{output}: density of t, log SNR, weight and effective weight", highlight=False
-        )
+        console.print(f"{output}: density of t, log SNR, weight and effective weight")
 
 
 if __name__ == "__main__":

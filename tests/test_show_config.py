@@ -6,9 +6,11 @@ import jsonschema
 import pytest
 import yaml
 
+from data_prep.schema import MANIFEST, read_manifest
 from models.command import read_yaml
-from models.config import InputError
-from pipeline.show_config import CONFIGS, json_schema, main, read_config
+from models.config import STAGES, InputError
+from pipeline.show_config import json_schema, main, read_config
+from tests.shard_factory import make_dataset
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(p for p in CONFIG_FOLDER.glob("*.yaml") if p.name != "objectives.yaml")
@@ -16,7 +18,7 @@ DEMO = CONFIG_FOLDER / "demo_train.yaml"
 
 
 def stage_of(tree: dict) -> str:
-    return next(stage for stage, (key, _) in CONFIGS.items() if key in tree)
+    return next(stage for stage, key in STAGES.items() if key in tree)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -49,13 +51,47 @@ def test_a_difference_says_what_it_changes(tmp_path, capsys):
     changed = read_yaml(DEMO, ["seed=9", "engine.zero_stage=3", "run=elsewhere"])
     other.write_text(yaml.safe_dump(changed))
     main("diff", [str(DEMO), str(other)])
-    lines = capsys.readouterr().out.splitlines()
-    found = {w[0]: w[-1] for line in lines if len(w := line.strip("│ ").split()) >= 4}
-    assert (
-        found.items() >= {"seed": "results", "engine.zero_stage": "speed", "run": "neither"}.items()
-    )
+    assert capsys.readouterr().out.splitlines() == [
+        "engine.zero_stage: 0 -> 3  (changes speed)",
+        "run: 'outputs/demo/run' -> 'elsewhere'  (changes neither results nor speed)",
+        "seed: 0 -> 9  (changes results)",
+    ]
     main("diff", [str(DEMO), str(DEMO)])
     assert "no difference" in capsys.readouterr().out
+
+
+def test_what_a_run_resolved_is_no_difference_and_every_other_key_is_shown_whole(tmp_path, capsys):
+    resolved = ["model.latent_channels=4", "model.text_dim=384", "model.pooled_dim=384"]
+    main("show", [str(DEMO), *resolved, "engine.precision=bf16"])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    for pair in ([str(DEMO), str(tmp_path)], [str(tmp_path), str(DEMO)]):
+        main("diff", pair)
+        assert capsys.readouterr().out == "no difference\n"
+    # However narrow the terminal is, and whatever a value holds.
+    run = f"[red]:-1:[/] {'x' * 300}"
+    main("show", [str(DEMO), *resolved, "engine.precision=bf16", f"run={run!r}"])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    main("diff", [str(DEMO), str(tmp_path)])
+    assert f"-> {run!r}" in capsys.readouterr().out
+
+
+def test_a_dataset_s_config_is_shown_and_compared_with_the_yaml_that_it_was_made_by(
+    tmp_path, capsys
+):
+    yaml_file = CONFIG_FOLDER / "prepare_folder.yaml"
+    config = read_config(yaml_file, []).model_dump(mode="json", exclude={"output", "ray"})
+    folder = make_dataset(tmp_path / "data", [((32, 32), 4)])
+    manifest = read_manifest(folder).model_copy(update={"prepare_config": config})
+    (folder / MANIFEST).write_text(manifest.with_fingerprint().model_dump_json())
+    main("diff", [str(folder), str(yaml_file)])
+    assert capsys.readouterr().out == "no difference\n"
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump(config | {"samples_per_shard": 7, "output": "o"})
+    )
+    main("diff", [str(tmp_path / "other.yaml"), str(folder)])
+    assert capsys.readouterr().out == "samples_per_shard: 7 -> 1000\n"
+    main("show", [str(folder)])
+    assert yaml.safe_load(capsys.readouterr().out)["images"] == config["images"]
 
 
 @pytest.mark.parametrize(

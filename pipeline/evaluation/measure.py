@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.schema import fingerprint
+from models.command import plain_console
 from models.config import InputError, flatten
 from models.files import write_text
 from pipeline import distributed
@@ -96,7 +96,7 @@ def show(measurements: list[Measurement]) -> None:
         values = [f"{value:.5g}" for value in figures.values()]
         facts = [f"{k} {v}" for k, v in flatten(measured_with).items() if v is not None]
         table.add_row("\n".join(figures), "\n".join(values), "; ".join(facts))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def record(path: Path, measurements: list[Measurement]) -> list[Measurement]:

@@ -32,8 +32,8 @@ HIDDEN = re.compile(r"(^|/)([.@]|__MACOSX/)")
 class Pictures(Protocol):
     """Pictures in a fixed order; `name` says what they are, `identity` what a cache of them hangs on."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
     @property
     def identity(self) -> Any: ...
     def __len__(self) -> int: ...

@@ -24,7 +24,7 @@ def read_picture(path: Path, size: tuple[int, int] | None = None) -> UInt8[Tenso
     image = Image.new("RGBA", upright.size, "white")
     image = Image.alpha_composite(image, upright).convert("RGB")
     if size is not None:
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

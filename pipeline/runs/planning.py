@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from models.command import duration
@@ -252,11 +253,13 @@ def memory_table(fits: list[Fit], best: Fit | None, gpu: str) -> Table:
     for name in ("ZeRO", "checkpointing", "weights", "gradients", "optimizer + EMA", "buffers", "a picture", "micro-batch"):  # fmt: skip
         table.add_column(name, justify="right")
     for fit in fits:
-        s, chosen = fit.state, "[bold green]" if fit is best else ""
+        s, chosen = fit.state, "bold green" if fit is best else None
         numbers = (s.weights, s.gradients, s.optimizer, s.buffers, fit.activations)
         cells = [f"{n / GIB:.3f}" for n in numbers]
         row = [str(fit.stage), "yes" if fit.checkpointing else "no", *cells]
-        table.add_row(*(chosen + c for c in [*row, str(fit.micro_batch) if fit.micro_batch else "does not fit"]))  # fmt: skip
+        table.add_row(
+            *row, str(fit.micro_batch) if fit.micro_batch else "does not fit", style=chosen
+        )
     return table
 
 
@@ -306,7 +309,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
     for doubt in data.doubts:
         console.print(doubt, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name, text in lines:
-        console.print(f"[bold]{name:<14}[/]{text}", highlight=False)
+        console.print(Text(f"{name:<14}", "bold"), text, sep="")
     console.print(memory_table(fits, best, machines.gpu))
     if best is None:
         console.print("Nothing fits: a smaller model, a higher --gpus for ZeRO 3, or more memory.")

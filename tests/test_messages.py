@@ -1,0 +1,134 @@
+"""What a user reads where something is wrong or foreign: plain words, choices by name, texts as they are."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+from rich.table import Table
+
+from data_prep.config import FitVaeConfig, PrepareConfig
+from models.command import load_config, plain_console
+from models.config import Config, InputError, _models_in, parse_config
+from pipeline.config import TrainConfig
+from tests import train_factory
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {"a": {"kind": "folder", "path": "p"}}
+SOUND: dict[type[Config], dict[str, Any]] = {
+    TrainConfig: {"data": {"path": "x"}, "training": {"images": 100}, "run": "r"},
+    PrepareConfig: {"sources": SOURCES, "vae": {"path": "v"}, "output": "o"},
+    FitVaeConfig: {"sources": SOURCES, "output": "o", "steps": 3},
+}
+WRONG = ("nonsense", -3, 1e9, True, None, [1], [["x"]], {}, {"kind": "zzz"}, {"kind": 3}, {"a": 1})
+JARGON = re.compile("[Dd]iscriminator|[Tt]agged|Input |instance of|class |union|extract|dictionary")
+
+
+def fields(model: type[BaseModel], depth: int = 3) -> Iterator[tuple[list[str], list[str]]]:
+    """Every field of a config as its path, and the kinds that its section may be of."""
+    for name, field in model.model_fields.items():
+        inner = _models_in(field.annotation)
+        named = "dict[" in str(field.annotation)
+        fields_of_kind = [m.model_fields["kind"] for m in inner if "kind" in m.model_fields]
+        kinds = [kind for f in fields_of_kind for kind in get_args(f.annotation)]
+        yield [name, "a"][: 1 + named], kinds
+        if depth:
+            for each in inner:
+                yield from (([name, *path], kinds) for path, kinds in fields(each, depth - 1))
+
+
+def changed(data: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """Plain data with a value at a path."""
+    first, *rest = path
+    inner = data.get(first)
+    inner = inner if isinstance(inner, dict) else {}
+    return data | {first: changed(inner, rest, value) if rest else value}
+
+
+@pytest.mark.parametrize("config", SOUND, ids=lambda c: c.__name__)
+def test_a_wrong_value_anywhere_is_named_in_plain_words_with_the_kinds_that_there_are(config):
+    for path, kinds in fields(config):
+        for value in WRONG:
+            try:
+                parse_config(config, changed(SOUND[config], path, value), "file.yaml")
+                continue
+            except InputError as error:
+                said = str(error)
+            assert all(line.startswith("file.yaml: ") for line in said.splitlines())
+            assert not JARGON.search(said.replace(repr(value), "")), said
+            if kinds and value == {"kind": "zzz"}:
+                (line,) = (x for x in said.splitlines() if f"{'.'.join(path)}.kind: " in x)
+                assert all(kind in line for kind in ("got 'zzz'", *kinds)), line
+
+
+def test_a_config_of_another_stage_is_recognised_as_such_in_one_line(tmp_path):
+    files = {
+        TrainConfig: ROOT / "configs/demo_train.yaml",
+        PrepareConfig: ROOT / "configs/demo_prepare.yaml",
+        FitVaeConfig: ROOT / "configs/fit_vae_openmoji.yaml",
+    }
+    stages = dict(zip(files, ("train", "prepare", "fit-vae"), strict=True))
+    for config in files:
+        for other, file in files.items():
+            if other is config:
+                load_config(config, file, [])
+                continue
+            with pytest.raises(InputError) as error:
+                load_config(config, file, [])
+            if {config, other} == {PrepareConfig, FitVaeConfig}:
+                continue  # Both have sources; what each lacks is said.
+            assert f"is a config of flowmill {stages[other]}" in str(error.value)
+            assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(InputError, match="is a folder, expected a YAML file"):
+        load_config(TrainConfig, tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"author: Jos\xe9\n", "byte 11 is not UTF-8"),
+        (b"a: {b: 1\nc: 2\n", "line 2"),
+        (b"a: [1, 2\n", "line 2"),
+        (b"a: b: c\n", "line 1, column 5"),
+        (b"\tx: 1\n", "line 1"),
+        (b"- 1\n", "expected a mapping of sections"),
+        (b"3\n", "a.yaml"),
+        (b"hello\n", "hello: unknown key"),
+        (b"data: \x00\n", "no YAML"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named_with_the_place(tmp_path, data, message):
+    (tmp_path / "a.yaml").write_bytes(data)
+    with pytest.raises(InputError, match=message) as error:
+        load_config(TrainConfig, tmp_path / "a.yaml", [])
+    assert "a.yaml" in str(error.value)
+
+
+FOREIGN = "[red] [/] :-1: :smile: a[b \\[x] [bold]y[/bold] [[1]] \\"
+
+
+def test_a_foreign_text_is_printed_as_it_is(tmp_path, capsys):
+    table = Table(FOREIGN, title=FOREIGN)
+    table.add_row(FOREIGN)
+    plain_console().print(table)
+    plain_console().print(f"got {FOREIGN}")
+    assert capsys.readouterr().out.count(FOREIGN) == 4
+    name = FOREIGN.replace("/", "")
+    done = train_factory.run("pipeline.cli", "config", "show", f"{name}.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error {name}.yaml: no such config file.\n"
+
+
+def test_a_path_that_is_no_text_is_printed_all_the_same(tmp_path):
+    name = os.fsdecode(b"run-\xff")
+    (tmp_path / name).mkdir()
+    text = (ROOT / "configs" / "demo_train.yaml").read_text()
+    (tmp_path / name / "a.yaml").write_text(text)
+    done = train_factory.run(
+        "pipeline.cli", "config", "diff", f"{name}/a.yaml", f"{name}/b.yaml", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "run-\\udcff/b.yaml: no such config file. Did you mean a.yaml?" in done.stderr

@@ -16,7 +16,7 @@ from data_prep.report import console
 from data_prep.scan import class_names, listing_sha256
 from data_prep.schema import AUDITED, MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
-from data_prep.storage import delete, is_remote, open_root, patient
+from data_prep.storage import delete, is_remote, names_in, open_root, patient
 from data_prep.workers import in_ray_job
 from models.config import InputError, differences
 from models.lock import Lock
@@ -65,7 +65,7 @@ def lock_output(config: PrepareConfig) -> Lock:
                 f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
                 "add to. Remedy: choose a folder beside it."
             )
-    there = patient(lambda: [p.name for p in dataset.iterdir()] if dataset.exists() else [])
+    there = names_in(dataset)
     strangers = sorted(n for n in there if n not in OURS and not n.lstrip(".").startswith(LOCK))
     if strangers and not (dataset / WORK / "config.json").exists():
         raise InputError(

@@ -1,6 +1,7 @@
 """Files on a local disk or behind any fsspec URL: read with patience, written whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -33,14 +35,24 @@ PERMANENT = (
 OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 # Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.
 LOCAL = LocalFileSystem()
+# Stands for "::" in a name while fsspec reads a URL.
+NO_CHAIN = "\0\0"
 
 
 def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def local_path(path: str) -> str:
+    """The local path that a file:// URL stands for; any other path or URL as it is."""
+    bare = re.sub(r"^(file|local):(//(localhost)?)?(?=/)", "", path)
+    # Some writers of URLs escape names, others do not.
+    return bare if bare == path or os.path.exists(bare) else unquote(bare)
+
+
 def absolute(path: str) -> str:
     """A local path from the root on; a URL as it is."""
+    path = local_path(path)
     return path if is_remote(path) else os.path.abspath(path)
 
 
@@ -51,12 +63,18 @@ def filesystem_of(path: str | Path) -> tuple[Any, str]:
     """The fsspec file system of a local path or URL, and the name there."""
     if not is_remote(path):
         return LOCAL, str(path)
+    # In a chain of file systems each "::" stands before a "://"; any behind the last is part of a name.
+    chain, slashes, name = str(path).rpartition("://")
     # A listing remembered from before another process wrote would hide what it wrote.
-    return fsspec.url_to_fs(str(path), use_listings_cache=False)
+    filesystem, name = fsspec.url_to_fs(
+        chain + slashes + name.replace("::", NO_CHAIN), use_listings_cache=False
+    )
+    return filesystem, name.replace(NO_CHAIN, "::")
 
 
 def open_root(url: str, where: str) -> Path:
     """A local folder as an absolute Path, any other as a UPath; raises InputError naming the option."""
+    url = local_path(url)
     if not is_remote(url):
         return Path(url).absolute()
     try:
@@ -133,8 +151,20 @@ def find_files(folder: Path) -> dict[str, int]:
     return {
         name[cut:]: info["size"] or 0
         for name, info in listed.items()
-        if not os.path.basename(name).startswith(".")
+        # S3's object of a folder has no base name.
+        if not (os.path.basename(name) or ".").startswith(".")
     }
+
+
+def names_in(folder: Path) -> list[str]:
+    """What lies directly in a folder; nothing where there is none."""
+    filesystem, top = filesystem_of(folder)
+    try:
+        listed = patient(filesystem.ls, top, False)
+    except FileNotFoundError:
+        return []
+    # S3's object of the folder itself has no name there.
+    return [name for path in listed if (name := path[len(top.rstrip("/")) + 1 :].strip("/"))]
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

@@ -52,6 +52,18 @@ def test_a_csv_of_paths_gives_pictures_captions_and_metadata(tmp_path):
         assert item.metadata["score"] == i / 2
 
 
+def test_a_local_table_may_give_paths_as_file_urls(tmp_path):
+    folder = tmp_path / "a b%20::"
+    folder.mkdir()
+    (folder / "x.png").write_bytes(PICTURES[0])
+    path, uri = str(folder / "x.png"), (folder / "x.png").as_uri()
+    urls = [path, f"file://{path}", f"file:{path}", f"file://localhost{path}", uri]
+    write_csv(tmp_path / "t.csv", [(url, "x", 1) for url in urls])
+    found = items(table(tmp_path))
+    assert reasons(found) == {}
+    assert [item.path for item in found] == [path] * len(urls)
+
+
 def test_jsonl_rows_may_hold_base64_and_lists_of_captions(tmp_path):
     text = base64.b64encode(PICTURES[0]).decode()
     rows = [{"image": text, "a": ["x", "y"], "b": "z"}, {"image": "?" + text, "a": "x"}]

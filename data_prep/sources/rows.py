@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
 from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source, captions_of
 from data_prep.sources.walk import extension_of, is_utf8
-from data_prep.storage import is_remote, local_copy, size_of
+from data_prep.storage import is_remote, local_copy, local_path, size_of
 from data_prep.text import encodable, encoding_of, finite, parse_json
 from models.config import InputError
 
@@ -386,6 +386,8 @@ def _resolve(text: str, entry: Entry, inside: bool) -> str:
     """The full path of a row's picture; raises Rejected where a row may not point there."""
     if "\0" in text or not is_utf8(text):
         raise Rejected("name_not_utf8", ascii(text)[:200])
+    if not is_remote(entry.path):
+        text = local_path(text)
     if is_remote(text):
         if text.split("://")[0] != entry.path.split("://")[0]:
             raise Rejected("foreign_url", "nothing is downloaded here: use img2dataset first")

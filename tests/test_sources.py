@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 import shutil
 import subprocess
 import tarfile
@@ -14,7 +15,7 @@ from data_prep.shards import write_text
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.tars import TarSource
-from data_prep.storage import open_root, read_bytes
+from data_prep.storage import filesystem_of, find_files, names_in, open_root, read_bytes
 from models.config import InputError
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 
@@ -55,36 +56,76 @@ def test_pictures_are_found_in_all_folders_with_the_captions_beside_them(tmp_pat
             assert read_bytes(item.path, item.offset, item.length) == file.read()
 
 
-def test_a_store_is_listed_in_the_order_of_the_same_folder_on_disk(tmp_path):
-    names = [
-        "b.png",
-        "a/z.png",
-        "a/b/c.png",
-        "a-1/x.png",
-        "a.png",
-        "B/y.png",
-        "a::b.png",
-        "a b.png",
-    ]
-    store = open_root("memory://listed", "here")
+def random_names(seed: int) -> list[str]:
+    """Names of files in folders, among them names that begin alike and hidden ones."""
+    rng, names = random.Random(seed), set[str]()
+    parts = ["a", "a-1", "a.png", "B", "b::c", "a b", "é", ".x", "@eaDir", "__MACOSX", "Z"]
+    for _ in range(40):
+        folders = rng.choices(parts, k=rng.randint(0, 3))
+        names.add("/".join([*folders, rng.choice(["a", "a-1", "::", "z é", ".y"]) + ".jpg"]))
+    return sorted(names, key=lambda _: rng.random())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_store_is_listed_like_the_same_folder_on_disk(tmp_path, seed):
+    """The same rows in the same order, so that the same of two duplicates is kept."""
+    store, names = open_root(f"memory://listed-{seed}", "here"), random_names(seed)
     for name in names:
         for root in (tmp_path, store):
             write_text(root / name, name)
     local, remote = (
-        [entry.name for entry in FolderSource(kind="folder", path=str(path)).entries("s")]
-        for path in (tmp_path, store)
+        list(FolderSource(kind="folder", path=str(path)).entries("s")) for path in (tmp_path, store)
     )
-    assert local == remote
-    assert local[:4] == ["a b.png", "a.png", "a::b.png", "b.png"]
-    assert local[4:] == ["B/y.png", "a/z.png", "a/b/c.png", "a-1/x.png"]
-    for item in folder_items(tmp_path):
-        assert read_bytes(item.path, item.offset, item.length) == item.name.encode()
+    assert [(e.name, e.reason) for e in local] == [(e.name, e.reason) for e in remote]
+    taken = [entry.name for entry in remote if not entry.reason]
+    hidden = [any(re.match(r"\.|@|__MACOSX", part) for part in name.split("/")) for name in names]
+    assert sorted(taken) == sorted(n for n, out in zip(names, hidden, strict=True) if not out)
+    # Files before folders, each in the order of names.
+    assert taken == sorted(
+        taken, key=lambda n: [(True, part) for part in n.split("/")[:-1]] + [(False, n)]
+    )
+    for entry in (*local, *remote):
+        if not entry.reason:
+            assert read_bytes(entry.path, 0, entry.size) == entry.name.encode()
+
+
+def test_objects_that_stand_for_folders_on_s3_are_folders(bucket):
+    filesystem, _ = filesystem_of(bucket)
+    for name in ("new/", "p/", "p/sub/", "p/sub/.x/", "p/empty/"):
+        filesystem.call_s3("put_object", Bucket="bucket", Key=name, Body=b"")
+    names = ["a.png", "sub/b::c.png", "sub/.x/y.png", "a-1/x.png", "a.png/z.png", "/d.png"]
+    for name in names:
+        filesystem.pipe_file(f"bucket/p/{name}", name.encode())
+    entries = list(FolderSource(kind="folder", path=f"{bucket}/p").entries("s"))
+    taken = [entry for entry in entries if not entry.reason]
+    assert [entry.name for entry in taken] == [
+        "a.png",
+        "/d.png",
+        "a-1/x.png",
+        "a.png/z.png",
+        "sub/b::c.png",
+    ]
+    assert [(e.name, e.reason) for e in entries if e.reason] == [("sub/.x/", "hidden_folder")]
+    for entry in taken:
+        assert read_bytes(entry.path, 0, entry.size) == entry.name.encode()
+    new = open_root(f"{bucket}/new", "output")
+    assert names_in(new) == []
+    assert find_files(new) == {}
+    assert sorted(names_in(open_root(f"{bucket}/p", "output")))[:2] == ["a-1", "a.png"]
 
 
 def test_a_local_path_is_absolute_from_the_start_and_a_url_as_it_was_given(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert TarSource(kind="tars", path="x/../y").path == str(tmp_path / "y")
     assert TarSource(kind="tars", path="s3://bucket/x").path == "s3://bucket/x"
+    for url in (
+        "file:///a b",
+        "file://localhost/a b",
+        "file:/a b",
+        "local:///a b",
+        "file:///a%20b",
+    ):
+        assert TarSource(kind="tars", path=url).path == "/a b"
 
 
 def test_keys_are_safe_distinct_and_do_not_change_when_data_is_added(tmp_path):
@@ -299,6 +340,27 @@ def test_no_byte_behind_the_end_mark_of_a_tar_is_lost_without_a_word(tmp_path, s
     assert reasons(items) == ({"0.tar": "broken_tar"} if garbage else {})
     if garbage:
         assert f"{len(garbage)} bytes" in items[-1].detail
+
+
+def test_hidden_and_system_folders_of_a_tar_are_left_out_aloud(tmp_path):
+    picture = encoded(pixels(0))
+    names = [
+        "./a",
+        "../b",
+        "__MACOSX/a",
+        "c/.git/d/a",
+        "c/.git/a",
+        "@eaDir/a",
+        "c/a",
+        "..c/a",
+        "@a",
+    ]
+    (tmp_path / "0.tar").write_bytes(tar_bytes([(f"{name}.png", picture) for name in names]))
+    items = tar_items(tmp_path)
+    taken = [item.name for item in items if not item.reason]
+    assert taken == ["0.tar/./a", "0.tar/../b", "0.tar/c/a", "0.tar/@a"]
+    folders = ("__MACOSX/", "c/.git/", "@eaDir/", "..c/")
+    assert reasons(items) == {f"0.tar/{folder}": "hidden_folder" for folder in folders}
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])

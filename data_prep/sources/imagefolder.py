@@ -39,10 +39,10 @@ class ImageFolderSource(RowsSource):
         folder, others = posixpath.dirname(entry.path), list[str]()
         for walk in walk_folder(folder):
             names = [name for name, _, _ in walk.files]
-            if others and names and names[0].startswith(tuple(others)):
+            if walk.name.startswith(tuple(others)):
                 continue
-            if any(self.takes(name) and posixpath.dirname(name) for name in names):
-                others.append(posixpath.dirname(names[0]) + "/")
+            if walk.name and any(self.takes(name) for name in names):
+                others.append(walk.name)
                 continue
             for name in names:
                 if extension_of(name) in PICTURE_EXTENSIONS and name not in named:

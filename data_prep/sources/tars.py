@@ -18,7 +18,14 @@ from data_prep.sources.source import (
     Weight,
     captions_of,
 )
-from data_prep.sources.walk import extension_of, is_utf8, readable, stem_of
+from data_prep.sources.walk import (
+    HIDDEN_FOLDER,
+    extension_of,
+    hidden_part,
+    is_utf8,
+    readable,
+    stem_of,
+)
 from data_prep.storage import local_copy, patient
 from data_prep.text import parse_json
 
@@ -44,8 +51,8 @@ class TarSource(Source):
         """Samples grouped by key wherever their members lie; what is broken in the tar is an item too."""
         try:
             with local_copy(entry.path) as path, open(path, "rb") as file:
-                groups, broken = patient(_scan_headers, file)
-                for key, group in groups.items():
+                contents = patient(_scan_headers, file)
+                for key, group in contents.groups.items():
                     name = f"{entry.name}/{key}"
                     item = _item_of_group(file, entry.path, name, group, self.captions)
                     yield replace(item, copy=path if path != entry.path else "")
@@ -53,8 +60,11 @@ class TarSource(Source):
             detail = error.strerror or type(error).__name__
             yield Item(entry.name, reason="unreadable", detail=detail)
             return
-        if broken:
-            yield Item(entry.name, reason="broken_tar", detail=broken)
+        for folder in sorted(contents.hidden):
+            name = f"{entry.name}/{readable(folder)}"
+            yield Item(name, reason=HIDDEN_FOLDER, detail="with all in it")
+        if contents.broken:
+            yield Item(entry.name, reason="broken_tar", detail=contents.broken)
 
 
 class _Place(NamedTuple):
@@ -74,30 +84,39 @@ class _Group:
     problem: tuple[str, str] | None = None
 
 
-def _scan_headers(file: Any) -> tuple[dict[str, _Group], str]:
-    """Samples by key as the headers tell, and what is wrong with the tar, "" if nothing.
+@dataclass
+class _Contents:
+    """What the headers of a tar tell."""
 
-    Tars put one after another, as cat does, are read on behind the end mark of each.
-    """
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _Group] = field(default_factory=dict)
+    """By key."""
+    hidden: set[str] = field(default_factory=set)
+    """Folders that are left out."""
+    broken: str = ""
+    """What is wrong with the tar."""
+
+
+def _scan_headers(file: Any) -> _Contents:
+    """Tars that were put one after another, as cat does, are read on behind the end mark of each."""
+    contents = _Contents()
     size, begin = os.fstat(file.fileno()).st_size, 0
     try:
         while begin < size or not begin:
-            begin = _behind_zeros(file, _scan_archive(file, begin, size, groups))
+            begin = _behind_zeros(file, _scan_archive(file, begin, size, contents))
             if file.seek(begin) < size:
                 tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError:
-        return groups, f"{size - begin} bytes behind an end-of-archive mark are no tar"
+        contents.broken = f"{size - begin} bytes behind an end-of-archive mark are no tar"
     except (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError) as error:
-        if groups:
-            last = next(reversed(groups.values()))
+        contents.broken = str(error) or type(error).__name__
+        if contents.groups:
+            last = next(reversed(contents.groups.values()))
             detail = "the last sample before the break; may lack parts"
             last.problem = last.problem or ("broken_tar", detail)
-        return groups, str(error) or type(error).__name__
-    return groups, ""
+    return contents
 
 
-def _scan_archive(file: Any, begin: int, size: int, groups: dict[str, _Group]) -> int:
+def _scan_archive(file: Any, begin: int, size: int, contents: _Contents) -> int:
     """Add the members of the tar that begins there; returns where its end mark is, raises TarError."""
     file.seek(begin)
     end = begin - 1
@@ -112,7 +131,7 @@ def _scan_archive(file: Any, begin: int, size: int, groups: dict[str, _Group]) -
             if member.offset_data <= end:
                 raise tarfile.ReadError(f"header at byte {member.offset} points backwards")
             end = member.offset_data
-            _add_member(groups, member)
+            _add_member(contents, member)
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would keep them all
         end = tar.offset
     # tarfile takes a damaged header for the end: the end is where a block of zeros says so.
@@ -133,7 +152,11 @@ def _behind_zeros(file: Any, begin: int) -> int:
     return file.tell()
 
 
-def _add_member(groups: dict[str, _Group], member: tarfile.TarInfo) -> None:
+def _add_member(contents: _Contents, member: tarfile.TarInfo) -> None:
+    if folder := hidden_part(member.name):
+        contents.hidden.add(folder)
+        return
+    groups = contents.groups
     extension = extension_of(member.name)
     if extension not in (*PICTURE_EXTENSIONS, "txt", "json"):
         return

@@ -6,82 +6,126 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.storage import filesystem_of, is_remote, patient
+
+# Reasons of what is no picture, and by its kind cannot be one.
+OTHER_FILE = "other_file"
+HIDDEN_FOLDER = "hidden_folder"
 
 
 @dataclass
 class Walk:
-    """What lies in one folder, in the order of names."""
+    """What lies in one folder, in the order of names.
 
+    `name` is relative to the root and ends in a slash; the root's own is empty.
+    """
+
+    name: str
+    path: str
     files: list[tuple[str, str, int]] = field(default_factory=list)
     """Name relative to the root, full path, size."""
+    folders: list[tuple[str, str]] = field(default_factory=list)
+    """Name relative to the root, full path."""
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     """Name, reason, detail."""
+
+    def add(self, name: str, path: str, size: int | None) -> None:
+        """What lies there by its name in the folder: a file of so many bytes, or where that is None a folder."""
+        full = self.name + name
+        if not is_utf8(name):
+            self.rejected.append((readable(full), "name_not_utf8", ""))
+        elif size is None and is_hidden(name):
+            self.rejected.append((f"{full}/", HIDDEN_FOLDER, "with all in it"))
+        elif size is None:
+            self.folders.append((f"{full}/", path))
+        elif name.startswith("."):
+            self.rejected.append((full, OTHER_FILE, "hidden"))
+        else:
+            self.files.append((full, path, size))
 
 
 def walk_folder(root: str) -> Iterator[Walk]:
     """Every folder below: first the folder itself, then those in it, each level in the order of names.
 
-    Links are followed; a folder that two paths reach is listed once.
+    Links are followed; a folder that two paths reach is listed once. Hidden and system folders are left out.
     """
-    if is_remote(root):
-        yield from _walk_remote(root)
-        return
-    seen, folders = set[tuple[int, int]](), [("", root)]
-    while folders:
-        prefix, folder = folders.pop()
-        walk, below = Walk(), list[tuple[str, str]]()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                walk.rejected.append(
-                    (prefix, "folder_already_listed", readable(os.path.realpath(folder)))
-                )
-                names = []
-            else:
-                seen.add((status.st_dev, status.st_ino))
-                names = sorted(os.listdir(folder))
-        except OSError as error:
-            walk.rejected.append((prefix, "unreadable", error.strerror or type(error).__name__))
-            names = []
-        for file_name in names:
-            _look_at(walk, below, prefix + file_name, os.path.join(folder, file_name))
-        yield walk
-        folders += reversed(below)
-
-
-def _look_at(walk: Walk, folders: list[tuple[str, str]], name: str, path: str) -> None:
-    """Add one name of a folder to what it is."""
-    if not is_utf8(name):
-        walk.rejected.append((readable(name), "name_not_utf8", ""))
-        return
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        walk.rejected.append((name, "unreadable", error.strerror or type(error).__name__))
-        return
-    if stat.S_ISDIR(status.st_mode):
-        folders.append((name + "/", path))
-    elif stat.S_ISREG(status.st_mode):
-        walk.files.append((name, path, status.st_size))
-    elif extension_of(name) in PICTURE_EXTENSIONS:
-        walk.rejected.append((name, "not_a_regular_file", ""))
-
-
-def _walk_remote(root: str) -> Iterator[Walk]:
-    """One listing of all objects, put into the order in which a local folder is walked."""
-    filesystem, top = filesystem_of(root)
-    folders, broken = defaultdict[str, list[tuple[str, str, int]]](list), Walk()
-    for path, info in patient(lambda: filesystem.find(top, detail=True)).items():
-        name = path[len(top.rstrip("/")) + 1 :]
-        if is_utf8(name):
-            folders[os.path.dirname(name)].append((name, f"{root}/{name}", info["size"] or 0))
+    tree = _read_store(root) if is_remote(root) else None
+    seen, waiting = set[tuple[int, int]](), [("", root)]
+    while waiting:
+        walk = Walk(*waiting.pop())
+        if tree is None:
+            _look_on_disk(walk, seen)
         else:
-            broken.rejected.append((readable(name), "name_not_utf8", ""))
-    for folder in sorted(folders, key=lambda folder: folder.split("/") if folder else []):
-        yield Walk(files=sorted(folders[folder]))
-    yield broken
+            for name, size in sorted(tree[walk.name].items(), key=lambda item: item[0].rstrip("/")):
+                name = name.removesuffix("/")
+                walk.add(name, f"{walk.path}/{name}", size)
+        yield walk
+        waiting += reversed(walk.folders)
+
+
+def _look_on_disk(walk: Walk, seen: set[tuple[int, int]]) -> None:
+    """Add what lies in the folder, unless it is among the seen ones."""
+    try:
+        status = os.stat(walk.path)
+        if (status.st_dev, status.st_ino) in seen:
+            where = readable(os.path.realpath(walk.path))
+            walk.rejected.append((walk.name, "folder_already_listed", where))
+            return
+        seen.add((status.st_dev, status.st_ino))
+        names = sorted(os.listdir(walk.path))
+    except OSError as error:
+        walk.rejected.append((walk.name, "unreadable", error.strerror or type(error).__name__))
+        return
+    for name in names:
+        path = os.path.join(walk.path, name)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            text = error.strerror or type(error).__name__
+            walk.rejected.append((readable(walk.name + name), "unreadable", text))
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            walk.add(name, path, None)
+        elif stat.S_ISREG(status.st_mode):
+            walk.add(name, path, status.st_size)
+        else:
+            walk.rejected.append((readable(walk.name + name), "not_a_regular_file", ""))
+
+
+def _read_store(root: str) -> dict[str, dict[str, int | None]]:
+    """Folder -> name in it -> bytes; a folder's own name ends in a slash, and it has no bytes.
+
+    So does the name of the empty object that stands for a folder on S3.
+    """
+    filesystem, top = filesystem_of(root)
+    begin = len(top.rstrip("/")) + 1
+    found = patient(lambda: filesystem.find(top, detail=True))
+    sizes = {path[begin:]: info["size"] or 0 for path, info in found.items()}
+    # An empty folder of the root is in no list of files.
+    listed = patient(lambda: filesystem.ls(top, detail=True)) if found else []
+    folders = [info["name"][begin:].rstrip("/") for info in listed if info["type"] == "directory"]
+    tree = defaultdict[str, dict[str, int | None]](dict)
+    for name in (*sizes, *(f"{folder}/" for folder in folders if folder)):
+        while name:
+            end = name.rfind("/", 0, len(name) - 1) + 1
+            folder, last = name[:end], name[end:]
+            if last in tree[folder]:
+                break
+            tree[folder][last] = None if last.endswith("/") else sizes[name]
+            name = folder
+    return tree
+
+
+def is_hidden(folder: str) -> bool:
+    """Whether people mean no folder of that name when they speak of their files: .git, @eaDir, __MACOSX."""
+    return folder not in (".", "..") and (folder[:1] in (".", "@") or folder == "__MACOSX")
+
+
+def hidden_part(name: str) -> str:
+    """A name up to the first hidden folder in it, with a slash; empty where there is none."""
+    parts = name.split("/")
+    hidden = next((i for i, part in enumerate(parts[:-1]) if is_hidden(part)), -1)
+    return "".join(f"{part}/" for part in parts[: hidden + 1])
 
 
 def extension_of(name: str) -> str:

@@ -182,3 +182,19 @@ def test_a_grid_holds_every_picture_enlarged_and_labelled():
     assert tuple(sheet[6, 6]) == (0, 0, 0)
     assert tuple(sheet[6, 6 + 64 + 6]) == (100, 100, 100)
     assert (sheet == 200).all(axis=2).sum() == pytest.approx(64 * 64, rel=0.02)  # and bits of text
+
+
+@pytest.mark.distributed
+def test_ranks_share_a_look_and_show_what_one_would(trained_run, tmp_path):
+    options = ["training.images=8", "monitor.prompts=[one,two,three]", "engine.micro_batch=2"]
+    options += ["monitor.heldout_samples=9", "engine.zero_stage=2"]
+    for ranks in (1, 2):
+        run = f"run={tmp_path / str(ranks)}"
+        train_factory.train(trained_run.parent / "train.yaml", *options, run, ranks=ranks)
+    sheets = [(tmp_path / str(n) / "samples/step_00000000.png").read_bytes() for n in (1, 2)]
+    assert sheets[0] == sheets[1]
+    for which in ("raw", "ema"):
+        one, two = (
+            train_factory.scalars(tmp_path / str(n), f"heldout_{which}/loss")[0] for n in (1, 2)
+        )
+        assert one == two

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_prep.schema import CodecRecord
 from models.vae import sample_latents
+from pipeline import distributed
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.objective import Objective
@@ -70,23 +71,27 @@ def x0_errors(
     return terms_at(network, objective, codec, batch, times, rounds)[1]
 
 
-def by_noise_level(
+TIMES = [(level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS)]
+
+
+def terms_by_part(
     network: Network,
     objective: Objective,
     codec: CodecRecord,
     batches: list[Batch],
     micro_batch: int,
-) -> dict[str, float]:
-    """Means over the samples at t = (i + 0.5) / 8, and over those: what training logs of its held-out samples."""
-    times = [(level + 0.5) / NUM_LEVELS for level in range(NUM_LEVELS)]
-    parts = [
-        torch.stack(terms_at(network, objective, codec, rows, times))
-        for batch in batches
-        for rows in batch.parts(micro_batch)
-    ]
-    means = torch.cat(parts, dim=2).mean(2).tolist()  # (2, levels)
+) -> list[Float[Tensor, "2 levels b"]]:
+    """Loss and x0 error at TIMES of this rank's parts of the batches: every world_size-th micro-batch."""
+    parts = [rows for batch in batches for rows in batch.parts(micro_batch)]
+    mine = parts[distributed.rank() :: distributed.world_size()]
+    return [torch.stack(terms_at(network, objective, codec, rows, TIMES)).cpu() for rows in mine]
+
+
+def means_by_noise_level(terms: list[Float[Tensor, "2 levels b"]]) -> dict[str, float]:
+    """Means over the samples at TIMES, and over those: what training logs of its held-out samples."""
+    means = torch.cat(terms, dim=2).mean(2).tolist()  # (2, levels)
     values = {}
     for kind, levels in zip(("loss", "x0_mse"), means, strict=True):
         values[kind] = sum(levels) / NUM_LEVELS
-        values |= {f"{kind}_t_{t:.4f}": v for t, v in zip(times, levels, strict=True)}
+        values |= {f"{kind}_t_{t:.4f}": v for t, v in zip(TIMES, levels, strict=True)}
     return values

@@ -97,14 +97,17 @@ class Painter:
         objective: Objective,
         sampler: SamplerConfig,
         size: tuple[int, int],
+        places: list[int],
         batch_size: int = 16,
     ) -> UInt8[Tensor, "B 3 H W"]:
-        """One picture per prompt; picture i from the noise of place i."""
+        """One picture per prompt, each from the noise of its place."""
         every = list(range(len(self.prompts)))
-        parts = [every[i : i + batch_size] for i in range(0, len(every), batch_size)]
-        return torch.cat(
-            [self.draw_batch(network, objective, sampler, size, part, part) for part in parts]
-        )
+        parts = [slice(i, i + batch_size) for i in range(0, len(every), batch_size)]
+        pictures = [
+            self.draw_batch(network, objective, sampler, size, every[part], places[part])
+            for part in parts
+        ]
+        return torch.cat(pictures)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What training shows of itself now and then: pictures of fixed prompts, and the error on held-out samples."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,10 @@ from pipeline import distributed
 from pipeline.data.encoders import load_encoders
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.inference.grid import grid
-from pipeline.inference.heldout import by_noise_level
+from pipeline.inference.heldout import means_by_noise_level, terms_by_part
 from pipeline.inference.painter import Painter, largest_bucket
 from pipeline.objectives.objective import Objective
-from pipeline.runs.setup import Run, network_for_sampling
+from pipeline.runs.setup import Run, network_for_sampling, sampling_dtype
 from pipeline.training.clock import Clock
 from pipeline.training.ema import WithEMA
 from pipeline.training.monitor import Monitor
@@ -32,10 +33,13 @@ class Preview:
         self.run, self.objective, self.stop = run, objective, stop
         self.manifest, self.device = run.loader.manifest, distributed.own_device()
         self.painter: Painter | None = None
-        if config.monitor.prompts and distributed.is_main():
-            folders = config.encoders
+        self.prompts = config.monitor.prompts
+        # Ranks share the prompts, and encode their own alone.
+        self.places = list(range(len(self.prompts)))[distributed.rank() :: distributed.world_size()]
+        if self.places:
+            folders, own = config.encoders, [self.prompts[place] for place in self.places]
             encoders = load_encoders(self.manifest, folders.vae, folders.text, self.device)
-            self.painter = Painter(encoders, config.monitor.prompts, config.model.num_classes)
+            self.painter = Painter(encoders, own, config.model.num_classes)
         samples = config.monitor.heldout_samples
         heldout = run.loader.heldout_batches(samples) if samples else []
         self.heldout = [batch.to(self.device) for batch in heldout]
@@ -52,41 +56,61 @@ class Preview:
         self.last_step = state["last_step"]
 
     def show(self, engine: Any, optimizer: WithEMA, monitor: Monitor, step: int) -> None:
-        """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: rank 0 works.
+        """Held-out loss, raw and EMA, and the fixed prompts at the fixed noise. Collective: ranks share the work.
 
         A signal to stop ends it: a launcher's grace is for saving. The resumed run looks again.
         """
         before, self.last_step = self.last_step, step
+        dtype = sampling_dtype(self.run.config, self.device)
         for which in ("ema", "raw") if self.heldout else ("ema",):
-            weights = full_weights(engine, optimizer, which)
-            if not distributed.is_main() or self.last_step != step:
-                continue
+            weights = full_weights(engine, optimizer, which, dtype)
             network = network_for_sampling(self.run.config, weights, self.device)
             network.register_forward_pre_hook(self._give_way)
             try:
-                self._look(network, which, monitor, step)
+                mine = self._look(network, which)
             except Stopped:
+                mine = None
+            parts = distributed.gather_objects(mine)
+            if None in parts:
                 self.last_step = before
+                break
+            if distributed.is_main():
+                terms, pictures = (_dealt(list(part)) for part in zip(*parts, strict=True))
+                self._publish(which, terms, pictures, monitor, step)
         monitor.ledger.mark("look")
 
     def _give_way(self, *_: object) -> None:
         if self.stop.name is not None:
             raise Stopped
 
-    def _look(self, network: nn.Module, which: str, monitor: Monitor, step: int) -> None:
-        if self.heldout:
-            codec, size = self.manifest.codec, self.run.micro_batch
-            values = by_noise_level(network, self.objective, codec, self.heldout, size)
-            monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
-        if self.painter is not None and which == "ema":
-            monitor.pictures("samples/ema", self._draw_sheet(self.painter, network, step))
+    def _look(self, network: nn.Module, which: str) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's parts of the held-out terms, and its pictures."""
+        codec, size = self.manifest.codec, self.run.micro_batch
+        terms = terms_by_part(network, self.objective, codec, self.heldout, size)
+        if self.painter is None or which != "ema":
+            return terms, []
+        sampler, bucket = self.run.config.sampler, largest_bucket(self.manifest)
+        return terms, list(self.painter.draw(network, self.objective, sampler, bucket, self.places))
 
-    def _draw_sheet(self, painter: Painter, network: nn.Module, step: int) -> Tensor:
+    def _publish(
+        self, which: str, terms: list[Tensor], pictures: list[Tensor], monitor: Monitor, step: int
+    ) -> None:
+        if terms:
+            values = means_by_noise_level(terms)
+            monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
+        if pictures:
+            monitor.pictures("samples/ema", self._draw_sheet(torch.stack(pictures), step))
+
+    def _draw_sheet(self, pictures: Tensor, step: int) -> Tensor:
         """The prompts' pictures as one, uint8 (3, H, W), also in the run's samples."""
-        size = largest_bucket(self.manifest)
-        pictures = painter.draw(network, self.objective, self.run.config.sampler, size)
-        sheet = grid(pictures, painter.prompts, columns=5)
+        sheet = grid(pictures, self.prompts, columns=5)
         folder = self.run.folder / "samples"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step_{step:08d}.png")
         return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def _dealt(hands: list[list[Tensor]]) -> list[Tensor]:
+    """What was dealt to the ranks by turns, in its order."""
+    rounds = itertools.zip_longest(*hands)
+    return [card for cards in rounds for card in cards if card is not None]

@@ -303,6 +303,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
+        ("a look", f"{num_parameters * (4 if precision == 'fp32' else 2) / GIB:.2f} GiB more per GPU for as long as it takes; ranks share prompts and held-out samples"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
         *(("note", note) for note in config.notes()),
     ]  # fmt: skip

@@ -270,9 +270,15 @@ def describe(run: Run) -> str:
     )
 
 
-def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
-    """A network with these weights; bf16 on a GPU if training is in bf16."""
-    network = build_model(config.model)
-    network.load_state_dict(weights)
+def sampling_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype in which a run's network draws: bf16 on a GPU if training is in bf16."""
     half = config.engine.precision == "bf16" and device.type == "cuda"
-    return network.to(device, torch.bfloat16 if half else torch.float32).eval()
+    return torch.bfloat16 if half else torch.float32
+
+
+def network_for_sampling(config: TrainConfig, weights: dict, device: torch.device) -> nn.Module:
+    """A network of these very tensors, as far as they have the device and dtype for it."""
+    with torch.device("meta"):
+        network = build_model(config.model)
+    network.load_state_dict(weights, assign=True)
+    return network.to(device, sampling_dtype(config, device)).requires_grad_(False).eval()

@@ -24,6 +24,9 @@ from pipeline.training.ema import WithEMA
 INDEX = "index.json"
 RAW = "raw"
 
+GATHERED = 1 << 24
+"""Elements of full weights that are gathered at once: 64 MiB."""
+
 Place = tuple[str, int, int]
 """A file, the first element that it holds of a parameter, and the number of elements."""
 
@@ -231,24 +234,39 @@ def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
 
 
 @torch.no_grad()
-def full_weights(engine: Any, optimizer: WithEMA, which: str) -> dict[str, Tensor]:
-    """All fp32 weights, raw or averaged, on rank 0's CPU; empty elsewhere. Collective.
+def full_weights(
+    engine: Any, optimizer: WithEMA, which: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All weights, raw or averaged, on every rank's device. Collective.
 
-    They are gathered one at a time, so that a device needs room for one more parameter only.
+    Several parameters are gathered at once, and what is gathered takes the dtype before the next ones are.
     """
     own = {piece.name: piece for piece in owned_pieces(engine)}
     divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        shape = shape_of(parameter)
-        value = torch.zeros(shape.numel(), device=engine.device)
-        if (piece := own.get(name)) is not None:
-            # Before the first step an average is the weights.
-            state = optimizer.state[piece.tensor].get(which, piece.tensor)
-            value[piece.at : piece.at + piece.size] = piece.of(state)
+    weights: dict[str, Tensor] = {}
+    for shapes in _batches({n: shape_of(p) for n, p in engine.module.named_parameters()}):
+        sizes = [shape.numel() for shape in shapes.values()]
+        values = torch.zeros(sum(sizes), device=engine.device)
+        for name, value in zip(shapes, values.split(sizes), strict=True):
+            if (piece := own.get(name)) is not None:
+                # Before the first step an average is the weights.
+                state = optimizer.state[piece.tensor].get(which, piece.tensor)
+                value[piece.at : piece.at + piece.size] = piece.of(state)
         if divided:
             # Reduced as integers, every bit arrives, even that of a negative zero.
-            dist.reduce(value.view(torch.int32), 0)
-        if distributed.is_main():
-            weights[name] = value.view(shape).cpu()
+            dist.all_reduce(values.view(torch.int32))
+        flat = values.to(dtype).split(sizes)
+        pairs = zip(shapes.items(), flat, strict=True)
+        weights |= {name: value.view(shape) for (name, shape), value in pairs}
     return weights
+
+
+def _batches(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
+    """The shapes in order, in dicts of GATHERED elements or of one larger parameter."""
+    some, count = dict[str, torch.Size](), 0
+    for name, shape in shapes.items():
+        if some and count + shape.numel() > GATHERED:
+            yield some
+            some, count = {}, 0
+        some[name], count = shape, count + shape.numel()
+    yield some

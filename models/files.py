@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 UMASK = os.umask(0o022)
 os.umask(UMASK)
@@ -103,6 +103,12 @@ def naming(path: Path) -> Iterator[None]:
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+def append_to(path: Path) -> TextIO:
+    """A file to add lines to, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -51,7 +51,9 @@ Result = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, dict[str
 def block_norms(kind: str, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     squares: dict[str, float] = defaultdict(float)
     for name, tensor in tensors.items():
-        squares[f"{kind}_norm/{block_of(name)}"] += float(tensor.detach().double().square().sum())
+        squares[f"weights_by_block/{kind}_norm/{block_of(name)}"] += float(
+            tensor.detach().double().square().sum()
+        )
     return {name: value**0.5 for name, value in squares.items()}
 
 

@@ -1,10 +1,15 @@
 """What a run shows: counted FLOPs, time by part, held-out loss, histogram, trace."""
 
+import contextlib
 import json
+import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard.summary import scalar
 
 from models.networks import DiTConfig, build_model
 from pipeline.config import load_run_config
@@ -12,11 +17,13 @@ from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.objective import Objective
 from pipeline.training import monitor
+from pipeline.training.board import GLANCE, LAYOUT, Board
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.flops import ModelFlops, peak_flops
 from pipeline.training.norms import block_of
 from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
+from tests.train_factory import ROOT
 
 DIT = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
 
@@ -109,7 +116,7 @@ def test_everything_promised_is_logged(events):
     parts = {f"step_ms/{part}" for part in ("data", "forward", "backward", "optimizer", "other")}
     speeds = {f"speed/{name}" for name in ("images_per_s", "tokens_per_s", "mfu", "step_ms")}
     kinds = ("gradient", "update", "weight", "ema_distance")
-    blocks = {f"{kind}_norm/transformer_blocks.1" for kind in kinds}
+    blocks = {f"weights_by_block/{kind}_norm/transformer_blocks.1" for kind in kinds}
     totals = {"norm/update", "norm/weight", "norm/ema_distance", "memory/peak_gib"}
     heldout = {f"heldout_{which}/loss_t_0.5625" for which in ("raw", "ema")}
     assert parts | speeds | blocks | totals | heldout <= tags
@@ -122,6 +129,75 @@ def test_everything_promised_is_logged(events):
     assert [e.step for e in events.Histograms("log_snr")] == [4, 8, 12]
     assert events.Histograms("log_snr")[0].histogram_value.num == 4 * 8
     assert "measured here" in str(events.Tensors("peak/text_summary")[0].tensor_proto)
+
+
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+GROUPS = "at_a_glance data evaluate heldout_ema heldout_raw log_snr loss loss_by_noise_level memory norm optimizer progress speed step_ms weights_by_block"  # fmt: skip
+# Written by `flowmill evaluate`, or only where `data.on_corrupt` is skip.
+ELSEWHERE = {"data", "evaluate"}
+
+
+def test_the_pages_name_every_group_of_curves_and_no_tag_that_is_not_written(events):
+    tags = events.Tags()
+    written = {*tags["scalars"], *tags["images"], *tags["histograms"]}
+    groups = {tag.split("/")[0] for tag in written}
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert groups | ELSEWHERE == set(GROUPS.split())
+    assert [g for g in sorted(groups | ELSEWHERE) if not re.search(rf"`{g}(/\w*)?`", text)] == []
+    # `time/` and `optimizer/skipped_steps` were named, and were nowhere.
+    named = set(re.findall(rf"`((?:time|{'|'.join(groups)})/\w*)`", text))
+    assert len(named) > 8
+    assert [n for n in named if not any(t == n or (n[-1] == "/" and t.startswith(n)) for t in written)] == []  # fmt: skip
+
+
+def test_the_first_group_holds_what_one_looks_for_and_the_blocks_come_last(events):
+    tags = events.Tags()
+    groups = sorted({tag.split("/")[0] for part in ("scalars", "images") for tag in tags[part]})
+    assert (groups[0], groups[-1]) == ("at_a_glance", "weights_by_block")
+    first = {tag for tag in tags["scalars"] if tag.startswith("at_a_glance/")}
+    assert first == {f"at_a_glance/{name}" for name in ("loss", "heldout_x0_mse", "images_per_s")}
+    for tag, name in GLANCE.items():
+        copies = [events.Scalars(t) for t in (tag, f"at_a_glance/{name}")]
+        assert [(e.step, e.value) for e in copies[0]] == [(e.step, e.value) for e in copies[1]]
+
+
+def test_every_curve_of_the_layout_is_written(events):
+    tags = events.Tags()
+    patterns = [p for charts in LAYOUT.values() for _, found in charts.values() for p in found]
+    assert "custom_scalars__config__" in tags["tensors"]
+    for pattern in patterns:
+        assert [tag for tag in tags["scalars"] if re.fullmatch(pattern, tag)], pattern
+
+
+def points(folder: Path) -> dict[int, float]:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    found = accumulator.Scalars("a") if "a" in accumulator.Tags()["scalars"] else []
+    return {event.step: event.value for event in found}
+
+
+@pytest.mark.parametrize("room", range(0, 400, 7))
+def test_what_a_full_disk_refuses_is_shown_when_there_is_room_and_nothing_twice(tmp_path, room):
+    board = Board(tmp_path)
+    for step in range(3):
+        board.add(scalar("a", step), step)
+    board.flush()
+    board.add(scalar("a", 3), 3)
+    before = board.path.stat().st_size
+    # Room for part of what waits.
+    unlimited, limit = (resource.RLIM_INFINITY,) * 2, (before + room, resource.RLIM_INFINITY)
+    for step in range(4, 9):
+        board.add(scalar("a", step), step)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    try:
+        with contextlib.suppress(OSError):
+            board.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert set(points(tmp_path)) in ({0, 1, 2}, set(range(9)))
+    board.flush()
+    assert points(tmp_path) == {step: float(step) for step in range(9)}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.distributed

@@ -325,17 +325,23 @@ def test_a_second_interrupt_ends_even_a_process_that_hangs():
 
 def test_training_goes_on_over_a_full_disk_and_saves_when_there_is_room(tmp_path):
     config = write_config(tmp_path)
-    options = ["training.images=800000", "checkpoint.every_steps=10", "monitor.every_steps=50"]
+    options = ["training.images=800000", "checkpoint.every_steps=10", "monitor.every_steps=5"]
+    options += ["monitor.log_samples=true"]
     process = train_factory.start("pipeline.train", str(config), *options)
     train_factory.wait_for(process, "step_00000010, for which")
-    # The event file of TensorBoard stays below the limit, no file of a checkpoint does.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (600_000, resource.RLIM_INFINITY))
-    train_factory.wait_for(process, "NOT saved: rank 0: ")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    lines = train_factory.wait_for(process, "NOT saved: rank 0: ")
+    lines += train_factory.wait_for(process, "NOT saved: rank 0: ")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    train_factory.wait_for(process, "saved ")
+    lines += train_factory.wait_for(process, "saved ")
     process.send_signal(signal.SIGTERM)
-    process.stdout.read()
+    output = "".join(lines) + process.stdout.read()
     assert process.wait() == 0
+    for what in ("TensorBoard", "samples_seen", "the ledger"):
+        assert output.count(f"{what} cannot be written, training goes on: [Errno 27]") == 1
+    assert "Traceback" not in output
+    steps = [step for step, _ in scalars(tmp_path / "run", "loss/train")]
+    assert steps[:-1] == [*range(5, steps[-1], 5)]
 
 
 # --- what may not change unseen

@@ -46,7 +46,7 @@ def test_training_draws_its_prompts_as_it_goes(trained_run):
     assert sorted(p.name for p in (trained_run / "samples").glob("step_*.png")) == names
     events = EventAccumulator(str(trained_run / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Images("samples/ema")] == [0, 60, 120]
+    assert [event.step for event in events.Images("at_a_glance/samples")] == [0, 60, 120]
 
 
 def test_a_picture_says_how_it_was_made_and_is_made_again_from_that(trained_run, tmp_path):

@@ -233,7 +233,7 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
         "pipeline.objectives.sampling": lambda: sampling.generate(
             print, flow, flat, sampling.Guidance(Conditions()), sampler
         ),
-        "pipeline.training.monitor": lambda: monitor.Monitor.pictures(None, "grid", flat.byte()),
+        "pipeline.training.monitor": lambda: monitor.Monitor.pictures(None, flat.byte()),
         "pipeline.inference.grid": lambda: grid.to_pil(flat.byte()),
         "pipeline.inference.painter": lambda: painter.Painter.draw(None, 0, flow, sampler, flat),
     }

@@ -98,7 +98,7 @@ def test_a_run_holds_its_config_its_code_and_its_environment(finished):
     assert names == ["latest", "step_00000018", "step_00000024"]  # the two to keep
     for tag in ("loss/train", "optimizer/grad_norm", "speed/data_wait_fraction"):
         assert len(scalars(run, tag)) == 24
-    assert len(scalars(run, "loss_by_noise_level/t_0.5625")) > 5
+    assert len(scalars(run, "loss_by_noise_level/loss_t_0.5625")) > 5
 
 
 def plan_of(folder: Path, *overrides: str):

@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -53,7 +55,23 @@ def is_main() -> bool:
 def say(message: str) -> None:
     """One line to the terminal, from rank 0."""
     if is_main():
-        print(message, flush=True)
+        # It may be a file on a full disk, or a pipe that nobody reads any more.
+        with suppress(OSError):
+            print(message, flush=True)
+
+
+@contextmanager
+def beside(what: str) -> Iterator[None]:
+    """Let work beside training fail where the disk refuses: it is said once, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        if what not in _refused:
+            _refused.add(what)
+            say(f"{what} cannot be written, training goes on: {error}")
+
+
+_refused: set[str] = set()
 
 
 def own_device() -> torch.device:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
 from data_prep.schema import fingerprint
 from models.command import plain_console
@@ -30,6 +30,7 @@ from pipeline.inference.heldout import LOG_SNR, x0_errors
 from pipeline.inference.painter import Request, draw_files, largest_bucket, parse_class
 from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained
+from pipeline.training.board import Board
 
 ROUNDS = 4  # draws of noise for each held-out sample and level
 
@@ -111,14 +112,16 @@ def record(path: Path, measurements: list[Measurement]) -> list[Measurement]:
 
 def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> None:
     """Points at the checkpoint's step; what a figure was measured with is in its name."""
-    with SummaryWriter(str(run / "tensorboard")) as writer:
-        for figures, given in measurements:
-            name = f"{given['weights']}_{given['num_pictures']}_pictures"
-            if sampler := given.get("sampler"):
-                scale = sampler["guidance_scale"]
-                name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
-            for figure, value in figures.items():
-                writer.add_scalar(f"evaluate/{figure}/{name}", value, step)
+    board = Board(run / "tensorboard")
+    for figures, given in measurements:
+        name = f"{given['weights']}_{given['num_pictures']}_pictures"
+        if sampler := given.get("sampler"):
+            scale = sampler["guidance_scale"]
+            name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
+        for figure, value in figures.items():
+            board.add(scalar(f"evaluate/{figure}/{name}", value), step)
+    with distributed.beside("TensorBoard"):
+        board.flush()
 
 
 def open_reference(

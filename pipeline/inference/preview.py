@@ -1,12 +1,14 @@
 """What training shows of itself now and then: pictures of fixed prompts, and the error on held-out samples."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.files import write_whole
 from pipeline import distributed
 from pipeline.data.encoders import load_encoders
 from pipeline.distributed.stop_signal import StopSignal
@@ -99,14 +101,14 @@ class Preview:
             values = means_by_noise_level(terms)
             monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
         if pictures:
-            monitor.pictures("samples/ema", self._draw_sheet(torch.stack(pictures), step))
+            monitor.pictures(self._draw_sheet(torch.stack(pictures), step))
 
     def _draw_sheet(self, pictures: Tensor, step: int) -> Tensor:
         """The prompts' pictures as one, uint8 (3, H, W), also in the run's samples."""
         sheet = grid(pictures, self.prompts, columns=5)
         folder = self.run.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"step_{step:08d}.png")
+        with distributed.beside("the pictures"):
+            write_whole(folder / f"step_{step:08d}.png", partial(sheet.save, format="PNG"))
         return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 

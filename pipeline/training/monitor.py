@@ -14,15 +14,24 @@ import torch.distributed as dist
 from jaxtyping import UInt8
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import (
+    custom_scalars,
+    histogram,
+    hparams,
+    image,
+    scalar,
+    text,
+)
 
 from models.config import flatten
+from models.files import append_to
 from pipeline import distributed
 from pipeline.config import TrainConfig, dump_config
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.distributed import Exchange
 from pipeline.objectives.objective import Objective
+from pipeline.training.board import GLANCE, LAYOUT, Board
 from pipeline.training.clock import Clock
 from pipeline.training.ema import WithEMA
 from pipeline.training.engine import grad_norm
@@ -107,7 +116,7 @@ class LossMeter:
             for level, row in enumerate(sums.tolist()):
                 if row[0]:
                     middle = (level + 0.5) / NUM_LEVELS
-                    values[f"{name}_by_noise_level/t_{middle:.4f}"] = row[column] / row[0]
+                    values[f"loss_by_noise_level/{name}_t_{middle:.4f}"] = row[column] / row[0]
         return values
 
 
@@ -135,13 +144,13 @@ class Monitor:
         self.meter, self.ledger = LossMeter(self.device), Ledger(self.run)
         self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
         self.flops: ModelFlops | None = None
-        self.writer: SummaryWriter | None = None
+        self.board: Board | None = None
         if distributed.is_main():
             # Points after the step that the run resumes from were written by steps that are lost.
             purge = clock.step + 1 if clock.step else None
-            self.writer = SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
+            self.board = Board(self.run / "tensorboard", purge)
             if self.settings.mfu:
-                self._measure_flops(self.writer)
+                self._measure_flops(self.board)
         columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
         self.progress = Progress(*columns, TextColumn("{task.fields[line]}"))
         self.task = self.progress.add_task(
@@ -183,9 +192,8 @@ class Monitor:
             check_ranks(batch)
         if self.settings.log_samples:
             path = self.run / "samples_seen" / f"rank_{distributed.rank():05d}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
             places = zip(batch.indices.tolist(), batch.sample_ids.tolist(), strict=True)
-            with path.open("a") as file:
+            with distributed.beside("samples_seen"), append_to(path) as file:
                 file.writelines(f"{batch.step} {index} {number}\n" for index, number in places)
         return batch
 
@@ -221,27 +229,28 @@ class Monitor:
             values["optimizer/grad_norm"] = norm
         if self.norms is not None and optimizer.watch is not None:
             values |= self.norms.collect(norm)
-        if self.writer is not None:
-            self._write(self.writer, values)
+        if self.board is not None:
+            self._write(self.board, values)
         self.restart()
 
-    def _write(self, writer: SummaryWriter, values: dict[str, float]) -> None:
+    def _write(self, board: Board, values: dict[str, float]) -> None:
         clock, elapsed = self.clock, time.perf_counter() - self.since
         steps = clock.step - self.since_step
         values = values | self._speed(elapsed, steps)
         values["progress/images_seen"] = clock.images_seen
         values["speed/slowest_rank"] = float(self.pace.slowest())
         values["speed/goodput"] = self.ledger.goodput()
-        self.ledger.write()
-        self.scalars(values)
+        with distributed.beside("the ledger"):
+            self.ledger.write()
         alpha, sigma = self.objective.alpha_sigma(torch.cat(self.times))
         log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
-        writer.add_histogram("log_snr", log_snr, clock.step)
+        board.add(histogram("log_snr", log_snr.numpy(), bins=80), clock.step)
+        self.scalars(values)
         line = f"loss {values['loss/train']:.4f}  {values['speed/images_per_s']:.1f} images/s"
         self.progress.update(self.task, line=line)
         if not self.progress.console.is_terminal:
             left = (clock.num_steps - clock.step) * elapsed / steps
-            print(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left", flush=True)
+            distributed.say(f"step {clock.step}/{clock.num_steps}  {line}  {left:.0f} s left")
 
     def _speed(self, elapsed: float, steps: int) -> dict[str, float]:
         """Rates of the interval. Tokens are the image's; FLOPs include padded text."""
@@ -262,27 +271,26 @@ class Monitor:
             values["speed/mfu"] = batch * flops / (self.peak * distributed.world_size() * elapsed)
         return values
 
-    def _measure_flops(self, writer: SummaryWriter) -> None:
+    def _measure_flops(self, board: Board) -> None:
         """Count tokens and model FLOPs from now on; a device not in the table is measured."""
         self.flops = ModelFlops(self.config.model)
         self.patch = getattr(self.config.model, "patch_size", 1)
         self.peak, source = peak_flops(self.device, self.config.engine.precision)
-        writer.add_text("peak", f"{source}; times {distributed.world_size()} ranks", 0)
+        board.add(text("peak", f"{source}; times {distributed.world_size()} ranks"))
 
     def describe(self, num_parameters: int) -> None:
-        """Write the config as text and as hparams."""
-        if self.writer is None:
+        """Write the config as text and as hparams, and the layout of the pages."""
+        if self.board is None:
             return
-        from torch.utils.tensorboard.summary import hparams
-
-        self.writer.add_text("config", f"```yaml\n{dump_config(self.config)}\n```", 0)
-        self.writer.add_text("model", f"{num_parameters:,} parameters", 0)
+        self.board.add(text("config", f"```yaml\n{dump_config(self.config)}\n```"))
+        self.board.add(text("model", f"{num_parameters:,} parameters"))
+        self.board.add(custom_scalars(LAYOUT))
         flat = flatten(self.config.model_dump(mode="json"))
         known = (bool, int, float, str)
         plain = {k: v if isinstance(v, known) else str(v) for k, v in flat.items()}
         for part in hparams(plain, {"loss/train": 0.0}):
-            assert self.writer.file_writer is not None
-            self.writer.file_writer.add_summary(part)
+            self.board.add(part)
+        self._flush(self.board)
 
     def _profile(self, step: int) -> None:
         """Start the trace after the step before its first; write it after its last."""
@@ -294,28 +302,38 @@ class Monitor:
             self.profiler.start()
         elif self.profiler is not None and step == last:
             self.profiler.stop()
-            path = self.run / "profile" / f"steps_{first}_{last}.json"
-            path.parent.mkdir(exist_ok=True)
-            self.profiler.export_chrome_trace(str(path))
+            with distributed.beside("the trace"):
+                path = self.run / "profile" / f"steps_{first}_{last}.json"
+                path.parent.mkdir(exist_ok=True)
+                self.profiler.export_chrome_trace(str(path))
             self.profiler = None
 
     def scalars(self, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, self.clock.step)
+        if self.board is not None:
+            first = {f"at_a_glance/{n}": values[tag] for tag, n in GLANCE.items() if tag in values}
+            for name, value in (first | values).items():
+                self.board.add(scalar(name, value), self.clock.step)
+            self._flush(self.board)
 
-    def pictures(self, name: str, grid: UInt8[Tensor, "3 H W"]) -> None:
-        if self.writer is not None:
-            self.writer.add_image(name, grid, self.clock.step)
+    def pictures(self, grid: UInt8[Tensor, "3 H W"]) -> None:
+        """Show the prompts' pictures."""
+        if self.board is not None:
+            self.board.add(image("at_a_glance/samples", grid, dataformats="CHW"), self.clock.step)
+            self._flush(self.board)
+
+    def _flush(self, board: Board) -> None:
+        with distributed.beside("TensorBoard"):
+            board.flush()
 
     def close(self) -> None:
         """Say where the time went, the last save's among it."""
         self.ledger.mark("save")
-        self.ledger.write()
+        with distributed.beside("the ledger"):
+            self.ledger.write()
         distributed.say(self.ledger.line())
         self.progress.stop()
-        if self.writer is not None:
-            self.writer.close()
+        if self.board is not None:
+            self._flush(self.board)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -60,7 +60,7 @@ class BlockNorms:
             self._add("ema_distance", parameter, parameter - state[parameter]["ema"])
 
     def collect(self, grad_norm: float | None) -> dict[str, float]:
-        """{"gradient_norm/BLOCK": ...} for the watched step, empty if it was skipped. Collective.
+        """{"weights_by_block/gradient_norm/BLOCK": ...} for the watched step, empty if it was skipped. Collective.
 
         The optimizer sees the clipped gradient; `grad_norm`, the norm before clipping, scales it back.
         """
@@ -76,5 +76,5 @@ class BlockNorms:
         for kind in KINDS:
             scale = clipped if kind == "gradient" else 1.0
             for block, norm in zip(self.blocks, norms[kind], strict=True):
-                values[f"{kind}_norm/{block}"] = norm * scale
+                values[f"weights_by_block/{kind}_norm/{block}"] = norm * scale
         return values

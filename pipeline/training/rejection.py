@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.files import append_to
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
@@ -101,7 +102,7 @@ class Rejection:
         if distributed.is_main():
             samples = sorted((r for part in everyone for r in part), key=lambda r: r["index"])
             line = {"step": step, "reason": self.reason, "samples": samples}
-            with self.path.open("a") as file:
+            with distributed.beside(self.path.name), append_to(self.path) as file:
                 file.write(json.dumps(line) + "\n")
         distributed.say(f"step {step} rejected: {self.reason}; {self.total} in all")
 

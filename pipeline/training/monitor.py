@@ -234,6 +234,7 @@ class Monitor:
         self.restart()
 
     def _write(self, board: Board, values: dict[str, float]) -> None:
+        self.mark("other")
         clock, elapsed = self.clock, time.perf_counter() - self.since
         steps = clock.step - self.since_step
         values = values | self._speed(elapsed, steps)

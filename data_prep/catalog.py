@@ -65,6 +65,8 @@ class CaptionsConfig(Config):
     """Shorter captions are rejected, empty ones by `empty`."""
     max_chars: int = Field(default=4096, ge=1)
     """Longer captions are rejected; encoders cut at their max_length."""
+    lines: Literal["join", "each"] = "join"
+    """What several lines of text are: one caption, or one each, of which any may be drawn."""
     per_picture: int = Field(default=1, ge=1, le=64)
     """Captions drawn by the sources' weights; each makes a sample of the picture."""
 
@@ -105,8 +107,8 @@ class ScanSettings:
 
 def scan_partition(
     settings: ScanSettings, name: str, source: SourceConfig, entries: list[Entry], pool: DecodePool
-) -> int:
-    """Write the catalog part NAME.parquet of some entries; returns its rows.
+) -> tuple[int, int]:
+    """Write the catalog part NAME.parquet of some entries; returns its rows, and captions of joined lines.
 
     Pictures that came as bytes in a table are laid end to end in STAGED/NAME, for a row of a compressed
     column has no address of its own; that file appears first, and the part is then NAME.staged.parquet.
@@ -131,7 +133,7 @@ def scan_partition(
     finally:
         temporary.unlink(missing_ok=True)
         staging.unlink(missing_ok=True)
-    return count
+    return count, scan.joined
 
 
 class _Scan:
@@ -143,6 +145,7 @@ class _Scan:
         self._source, self._pool = source, pool
         self._captions, self._filters = settings.captions, settings.filters
         self._staging, self._staged, self._staged_bytes = staging, staged, 0
+        self.joined = 0
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
         waiting: deque[tuple[dict[str, Any], Future[Answer] | None]] = deque()
@@ -175,6 +178,8 @@ class _Scan:
             return row, None
         try:
             row["captions"] = draw_captions(row["key"], item.captions, self._captions)
+            if self._captions.lines == "join":
+                self.joined += any(len(lines_of(said)) > 1 for said, _ in item.captions)
             if why := refusal(item.metadata, self._filters.metadata):
                 raise Rejected("metadata", why)
         except Rejected as rejected:
@@ -211,12 +216,14 @@ def draw_captions(
     Captions that cannot be used give way to those that can; raises Rejected where there are none.
     """
     texts, weights, why = list[str](), list[float](), None
-    for data, weight in said or ((None, 1.0),):
-        try:
-            texts.append(clean_caption(data, config))
-            weights.append(weight)
-        except Rejected as rejected:
-            why = why or rejected
+    for whole, weight in said or ((None, 1.0),):
+        parts = lines_of(whole) if config.lines == "each" else [whole]
+        for data in parts:
+            try:
+                texts.append(clean_caption(data, config))
+                weights.append(weight / len(parts))
+            except Rejected as rejected:
+                why = why or rejected
     if why and not texts:
         raise why
     count = config.per_picture
@@ -226,6 +233,17 @@ def draw_captions(
     points = (first + np.arange(count)) / count
     chosen = np.minimum(np.searchsorted(ends, points, side="right"), len(texts) - 1)
     return [texts[i] for i in chosen]
+
+
+def lines_of(data: bytes | Rejected | None) -> list[Any]:
+    """The lines of a caption that are not blank; the caption itself where it has no two."""
+    if not isinstance(data, bytes) or not (b"\n" in data or b"\r" in data):
+        return [data]
+    try:
+        lines = [line for line in data.decode(encoding_of(data)).splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        return [data]
+    return [line.encode() for line in lines] if lines[1:] else [data]
 
 
 def clean_caption(data: bytes | Rejected | None, config: CaptionsConfig) -> str:

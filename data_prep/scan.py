@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +19,7 @@ from data_prep.images import ImagesConfig
 from data_prep.report import Progress, console
 from data_prep.shards import WORK
 from data_prep.sources import Entry, SourceConfig
+from data_prep.sources.source import split_of
 from data_prep.storage import find_files
 from data_prep.workers import ATTEMPTS, LOST, Tasks, num_cpus
 from models.config import InputError
@@ -45,7 +47,18 @@ def list_sources(config: PrepareConfig) -> pa.Table:
     names, batches = LISTING_SCHEMA.names, list[pa.RecordBatch]()
     while rows := [{n: getattr(e, n) for n in names} for e in islice(entries, ENTRIES_AT_ONCE)]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
-    return pa.Table.from_batches(batches, LISTING_SCHEMA)
+    listing = pa.Table.from_batches(batches, LISTING_SCHEMA)
+    for name, source in config.sources.items():
+        mine = (pc.field("source") == name) & pc.field("reason").is_null()
+        files = listing.filter(mine)["name"].to_pylist() if source.per_task == 1 else ()
+        splits = Counter(split_of(file) for file in files)
+        if len(splits) > 1:
+            found = ", ".join(f"{n} of {split or 'none'}" for split, n in sorted(splits.items()))
+            console.print(
+                f"sources.{name}: files of several splits are taken: {found}; "
+                f"sources.{name}.split=train takes those of one."
+            )
+    return listing
 
 
 def listing_sha256(listing: pa.Table) -> str:
@@ -90,6 +103,7 @@ def scan(
     groups = (todo[begin : begin + size] for begin in range(0, len(todo), size))
     with Progress("scan", len(todo), "parts") as progress:
         tasks, entries = Tasks("_scan", console.print), lambda part: len(part[-1])
+        joined = 0
         answers = tasks.run_all(scan_part, try_entry, groups, entries)
         for count, ((*_, rows), answer) in enumerate(answers, start=1):
             if answer is LOST:
@@ -97,7 +111,13 @@ def scan(
                     f"{rows['path'][0]}: kills its readers with the {len(rows) - 1} files after it, though "
                     "none of them does alone. Remedy: more memory; run it again to go on."
                 )
+            joined += answer
             progress.update(count)
+    if joined:
+        console.print(
+            f"{joined} captions of several lines were joined to one; captions.lines=each takes their "
+            "lines as captions of their own."
+        )
 
 
 # A worker keeps its child process for all the parts that it scans.
@@ -111,7 +131,7 @@ def scan_part(
     rows: pa.Table,
     deadly: Container[int] = (),
 ) -> int:
-    """Write the catalog part of some of a source's entries; returns its pictures.
+    """Write the catalog part of some of a source's entries; returns its captions of joined lines.
 
     The entries in the `deadly` places are rejected for having killed their readers.
     """
@@ -121,7 +141,7 @@ def scan_part(
         Entry(**row | (crash if place in deadly else {}))
         for place, row in enumerate(rows.to_pylist())
     ]
-    return scan_partition(settings, name, source, entries, probes)
+    return scan_partition(settings, name, source, entries, probes)[1]
 
 
 def try_entry(

@@ -68,7 +68,7 @@ def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) ->
     """The catalog's rows of a source, read as one partition."""
     entries = list(source.entries("s"))
     settings = ScanSettings(work, [], IMAGES, captions, filters)
-    count = scan_partition(settings, "part", source, entries, probes())
+    count, _ = scan_partition(settings, "part", source, entries, probes())
     (part,) = (work / "catalog").iterdir()
     rows = pq.read_table(part).to_pylist()
     part.unlink()
@@ -297,6 +297,27 @@ def test_captions_are_drawn_as_often_as_their_weights_say():
     with pytest.raises(Rejected) as caught:
         draw_captions("0", ((b"\xff", 1.0), (b" ", 1.0)), once)
     assert caught.value.reason == "caption_not_utf8"
+
+
+def test_lines_of_a_caption_are_one_caption_or_one_each():
+    said = (("one\r\n\n two\n".encode("utf-16"), 2.0), (b"three", 1.0), (b"\xff\n\xff", 1.0))
+    each = CaptionsConfig(lines="each", per_picture=6)
+    assert sorted(draw_captions("0", said, each)) == ["one"] * 2 + ["three"] * 2 + ["two"] * 2
+    joined = draw_captions("0", said, CaptionsConfig(per_picture=3))
+    assert sorted(joined) == ["one two"] * 2 + ["three"]
+
+
+def test_captions_of_joined_lines_are_counted(tmp_path):
+    for i, text in enumerate(
+        [b"one\n", b"one\ntwo", "one\ntwo".encode("utf-16-le"), b"\xff\n\xff"]
+    ):
+        (tmp_path / f"{i}.png").write_bytes(encoded(pixels(i)))
+        (tmp_path / f"{i}.txt").write_bytes(text)
+    source = FolderSource(kind="folder", path=str(tmp_path))
+    for lines, expected in (("join", (4, 2)), ("each", (4, 0))):
+        settings = ScanSettings(tmp_path, [], IMAGES, CaptionsConfig(lines=lines), FiltersConfig())
+        entries = list(source.entries("s"))
+        assert scan_partition(settings, "part", source, entries, probes()) == expected
 
 
 def test_short_captions_are_rejected_where_the_config_says_so():

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.catalog import FiltersConfig
+from data_prep.catalog import CaptionsConfig, FiltersConfig
 from data_prep.config import PrepareConfig
 from data_prep.images import Rejected
 from data_prep.metadata import check_fields
+from data_prep.preparation import prepare
 from data_prep.scan import list_sources
 from data_prep.shards import write_text
 from data_prep.sources.folder import FolderSource
@@ -23,8 +24,9 @@ from data_prep.sources.tars import TarSource
 from data_prep.storage import open_root
 from data_prep.text import MAX_DEPTH, encodable, parse_json
 from data_prep.workers import _answers
+from models.command import load_config
 from models.config import InputError
-from tests.prep_factory import encoded, pixels, tar_bytes
+from tests.prep_factory import encoded, pixels, read_samples, tar_bytes, write_config
 from tests.test_catalog import scanned
 from tests.test_sources import items, reasons
 
@@ -338,3 +340,117 @@ def test_a_number_that_json_has_not_is_missing_everywhere(tmp_path, name, value)
 
 def test_a_number_too_large_for_a_float_is_missing():
     assert parse_json("[1e999, -1e999, NaN, 1.5, 7]") == [None, None, None, 1.5, 7]
+
+
+LAYOUTS = {
+    "include": (["data/a.csv", "data/b.csv", "c.csv"], {"include": ["data/*"]}, ["a", "b"]),
+    "exclude": (["data/a.csv", "data/b.csv", "c.csv"], {"exclude": ["*b.csv", "c*"]}, ["a"]),
+    "names": (["train-0.csv", "test-0.csv", "trains.csv"], {"split": "train"}, ["train-0"]),
+    "folders": (["train/0.csv", "val/1.csv", "dev/2.csv"], {"split": "validation"}, ["1", "2"]),
+    "both": (["test/train-0.csv", "train/test.csv"], {"split": "test"}, ["test"]),
+    "none": (["a.csv", "train.csv"], {}, ["a", "train"]),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_files_are_chosen_by_name_or_split_and_the_others_are_rows(tmp_path, capsys, kind):
+    names, options, taken = LAYOUTS[kind]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("image,caption\n")
+    source = {"kind": "table", "path": str(tmp_path), **options}
+    sources = {"sources": {"s": source}, "vae": {"path": "v"}, "output": "o"}
+    listing = list_sources(PrepareConfig.model_validate(sources)).to_pylist()
+    assert sorted(os.path.basename(r["name"])[:-4] for r in listing if not r["reason"]) == taken
+    assert {row["reason"] for row in listing} <= {None, "left_out"}
+    assert len(listing) == len(names)
+    said = "sources.s.split=train" in " ".join(capsys.readouterr().out.split())
+    assert said == (kind == "none")
+
+
+def test_where_every_file_is_left_out_the_options_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    with pytest.raises(InputError, match=r"include, exclude and split"):
+        list(table(tmp_path, split="test").entries("s"))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_rows_of_one_picture_can_be_one_with_all_their_captions(tmp_path, name):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(PICTURES[i])
+    images = [0, 1, 0, 2, 1, 0]
+    rows = [{"image": f"{image}.png", "caption": f"c{i}"} for i, image in enumerate(images)]
+    if name == "t.parquet":
+        rows = [row | {"image": PICTURES[image]} for row, image in zip(rows, images, strict=True)]
+    write_rows(tmp_path / name, rows)
+    found = items(table(tmp_path / name, merge_rows=True))
+    lost = "unreadable" if name != "t.parquet" else None
+    assert [item.reason for item in found] == [None, None, "merged", lost, "merged", "merged"]
+    said = [[text for text, _ in item.captions] for item in found[:2]]
+    assert said == [[b"c0", b"c2", b"c5"], [b"c1", b"c4"]]
+    assert found[5].detail == f"its captions are {found[0].name}'s"
+    assert [item.reason for item in items(table(tmp_path / name))].count(None) == 6 - bool(lost)
+
+
+@pytest.mark.parametrize("suffix", [".mask", "_mask", "-depth", "_depth_0", ".seg", "_Normals"])
+def test_a_mask_beside_a_picture_is_a_picture_only_with_a_caption_of_its_own(tmp_path, suffix):
+    names = [f"a{suffix}", "a", f"b{suffix}", "b", f"lone{suffix}", "unmasked"]
+    keep = CaptionsConfig(empty="keep")
+    members = []
+    for name in names:
+        (tmp_path / f"{name}.png").write_bytes(PICTURES[0])
+        members.append((f"{name}.png", PICTURES[0]))
+    (tmp_path / f"b{suffix}.txt").write_text("a mask")
+    members.append((f"b{suffix}.txt", b"a mask"))
+    rows = scanned(tmp_path, FolderSource(kind="folder", path=str(tmp_path)), keep)
+    expected = {f"a{suffix}.png": "companion"}
+    assert {row["name"]: row["reason"] for row in rows if row["reason"]} == expected
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    rows = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path / "0.tar")), keep)
+    expected = {f"0.tar/a{suffix}": "companion"}
+    assert {row["name"]: row["reason"] for row in rows if row["reason"]} == expected
+
+
+@pytest.mark.parametrize("status", ["ok", "done", 200, None, {"a": 1}, "success", "failed"])
+def test_a_status_that_is_not_img2datasets_is_metadata(tmp_path, status):
+    facts = json.dumps({"status": status}).encode()
+    members = [("a.png", PICTURES[0]), ("a.txt", b"x"), ("a.json", facts)]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    (row,) = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path)))
+    assert (row["reason"], json.loads(row["metadata"])) == (None, {"status": status})
+
+
+@pytest.mark.slow
+def test_a_preparation_of_nothing_but_foreign_texts_ends_with_shards_that_hold_them(
+    tmp_path, ray_address, vae_folder, text_folder
+):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(PICTURES[i])
+    lines = [b"image,caption,by \xe9", b"0.png,a,Ren\xe9", b'1.png,"b" c,x', b"2.png,caf\xe9,x"]
+    (folder / "t.csv").write_bytes(b"\n".join([*lines, b"3.png,d,x\n"]))
+    facts = json.dumps({"title": "cut \ud83d", "score": float("nan"), "\udce9": "\udce9"}).encode()
+    members = [("a.png", encoded(pixels(9))), ("a.txt", b"x"), ("a.json", facts)]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    (tmp_path / "bad.csv").write_bytes(b"image,caf\xe9\n0.png,x\n")
+    sources = {
+        "rows": {"kind": "table", "path": str(folder)},
+        "web": {"kind": "tars", "path": str(tmp_path / "0.tar")},
+    }
+    config = write_config(tmp_path / "c.yaml", sources, vae_folder, text_folder)
+    prepare(load_config(PrepareConfig, config, []))
+    made = {
+        json.loads(s["json"])["name"]: json.loads(s["json"])
+        for _, s in read_samples(tmp_path / "dataset")
+    }
+    assert made["t.csv/000000000"]["metadata"]["by \ufffd"] == "Ren\ufffd"
+    assert made["0.tar/a"]["metadata"] == {"title": "cut \ufffd", "score": None, "\ufffd": "\ufffd"}
+    rejects = pq.read_table(tmp_path / "dataset" / "rejects.parquet").to_pylist()
+    assert {(r["name"], r["reason"]) for r in rejects} == {
+        ("t.csv/000000001", "broken_row"),
+        ("t.csv/000000002", "caption_not_utf8"),
+    }
+    bad = [f"sources.rows.path={tmp_path / 'bad.csv'}", f"output={tmp_path / 'other'}"]
+    with pytest.raises(InputError, match="has no column 'caption', got image, caf\ufffd"):
+        prepare(load_config(PrepareConfig, config, bad))

@@ -23,7 +23,11 @@ class FolderSource(Source):
                 near := others.get(entry.name.lower()) or others.get(stem.lower())
             ):
                 hint = f"{near} is there, but its caption would be {stem}.txt"
-            yield replace(entry, caption_path=texts.get(stem), detail=hint)
+            # A caption of its own makes a picture of a mask.
+            reason = None if entry.reason == "companion" and stem in texts else entry.reason
+            detail = entry.detail if reason else hint
+            caption = texts.get(stem)
+            yield replace(entry, caption_path=caption, reason=reason, detail=detail)
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         captions = ()

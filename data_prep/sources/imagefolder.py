@@ -27,7 +27,9 @@ class ImageFolderSource(RowsSource):
         return stem == "metadata" and extension[1:] in self.files
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
-        columns = Columns("file_name", self.captions, self.label, fields, inside=True)
+        columns = Columns(
+            "file_name", self.captions, self.label, fields, self.merge_rows, inside=True
+        )
         named = set[str]()
         for item, path in read_rows(entry, columns):
             named.add(path)

@@ -3,12 +3,14 @@
 import base64
 import binascii
 import csv
+import hashlib
 import json
 import os
 import posixpath
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice, product
 from typing import Any, Self
@@ -43,6 +45,8 @@ class RowsSource(Source):
 
     label: str | None = None
     """Column of integers."""
+    merge_rows: bool = False
+    """Make one picture with all their captions of a table's rows that give the same one, as COCO's do."""
 
     @property
     def labels(self) -> str:
@@ -59,6 +63,8 @@ class Columns:
     label: str | None
     fields: Container[str] = ()
     """Columns that are metadata whatever their type."""
+    merge: bool = False
+    """Whether rows of one picture are made one."""
     base64: bool = False
     """Whether a string in the column of pictures is one in base64; else it is a path."""
     inside: bool = False
@@ -73,24 +79,45 @@ def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
 
     Raises InputError where the table lacks a column.
     """
-    reader = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
     try:
         with local_copy(entry.path) as path:
-            rows = reader[extension_of(entry.name)](path, entry, columns)
-            for number, row in enumerate(rows):
-                name = f"{entry.name}/{number:09d}"
-                try:
-                    if isinstance(row, Rejected):
-                        raise row
-                    found = _item_of_row(name, row, entry, columns)
-                except Rejected as rejected:
-                    found = Item(name, reason=rejected.reason, detail=rejected.detail), ""
-                yield found
+            said = defaultdict[Any, list[Any]](list)
+            if columns.merge:
+                with suppress(Rejected):
+                    for item, _ in _items(path, entry, columns):
+                        said[_picture_of(item)] += item.captions
+            first = dict[Any, str]()
+            for item, image in _items(path, entry, columns):
+                if columns.merge and not item.reason:
+                    name = first.setdefault(_picture_of(item), item.name)
+                    if name == item.name:
+                        item = replace(item, captions=tuple(said[_picture_of(item)]))
+                    else:
+                        item = Item(item.name, reason="merged", detail=f"its captions are {name}'s")
+                yield item, image
     except Rejected as rejected:
         yield Item(entry.name, reason=rejected.reason, detail=rejected.detail), ""
     except OSError as error:
         detail = error.strerror or type(error).__name__
         yield Item(entry.name, reason="unreadable", detail=detail), ""
+
+
+def _items(path: str, entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
+    reader = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
+    for number, row in enumerate(reader[extension_of(entry.name)](path, entry, columns)):
+        name = f"{entry.name}/{number:09d}"
+        try:
+            if isinstance(row, Rejected):
+                raise row
+            found = _item_of_row(name, row, entry, columns)
+        except Rejected as rejected:
+            found = Item(name, reason=rejected.reason, detail=rejected.detail), ""
+        yield found
+
+
+def _picture_of(item: Item) -> tuple[Any, ...]:
+    """What two rows have in common that give the same picture under the same label."""
+    return item.path, hashlib.sha256(item.data or b"").digest(), item.label
 
 
 def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:

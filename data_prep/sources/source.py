@@ -2,22 +2,34 @@
 
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources.walk import Walk, extension_of, walk_folder
+from data_prep.sources.walk import Walk, extension_of, stem_of, walk_folder
 from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, size_of
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
 MAX_TEXT_BYTES = 1 << 20
 
+SPLIT = re.compile(
+    "(?:(?P<train>train|training)|(?P<validation>validation|valid|val|dev)|(?P<test>test|testing|eval))"
+    r"(?![^\W_])",
+    re.IGNORECASE,
+)
+COMPANION = re.compile(
+    r"(.+)[._-](?:masks?|alpha|matte|trimap|seg|segmentation|depth|disparity|normals?|canny|openpose)"
+    r"(?:[._-]?\d+)?",
+    re.IGNORECASE,
+)
 Weight = Annotated[float, Field(gt=0)]
 
 
@@ -70,6 +82,12 @@ class Source(Config, ABC):
     kind: Any
     path: AbsolutePath
     """A local path, or any fsspec URL such as s3://bucket/folder."""
+    include: tuple[str, ...] = ("*",)
+    """Patterns of the names that are taken, relative to the path; * stands for slashes as well."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names that are not taken, such as masks/*."""
+    split: Literal["train", "validation", "test"] | None = None
+    """The one that is taken of the splits that names of files or folders begin with, as Hugging Face's do."""
 
     @property
     def labels(self) -> str:
@@ -80,11 +98,27 @@ class Source(Config, ABC):
         """Whether a file of that name is one of its files."""
         return extension_of(name) in self.files
 
+    def left_out_by(self, name: str) -> str:
+        """The option that leaves a file of that name out, "" where none does."""
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return "exclude"
+        if not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return "include"
+        return "split" if self.split not in (None, split_of(name)) else ""
+
     def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
         """The files of one folder; `source` is the name of this source in the config."""
-        for name, path, size in walk.files:
-            if self.takes(name):
-                yield Entry(source, name, path, size)
+        taken = [file for file in walk.files if self.takes(file[0])]
+        pictures = {
+            stem_of(name) for name, _, _ in taken if extension_of(name) in PICTURE_EXTENSIONS
+        }
+        for name, path, size in taken:
+            reason, detail = None, ""
+            if option := self.left_out_by(name):
+                reason, detail = "left_out", option
+            elif (main := main_of(stem_of(name))) in pictures:
+                reason, detail = "companion", f"beside {main}"
+            yield Entry(source, name, path, size, reason=reason, detail=detail)
 
     @abstractmethod
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
@@ -107,7 +141,7 @@ class Source(Config, ABC):
         for walk in walk_folder(root):
             extensions.update(extension_of(name) for name, _, _ in walk.files)
             for entry in self.entries_of(source, walk):
-                count += 1
+                count += entry.reason != "left_out"
                 yield entry
             for name, reason, detail in walk.rejected:
                 yield Entry(source, name, "", 0, reason=reason, detail=detail)
@@ -117,8 +151,21 @@ class Source(Config, ABC):
             )
             raise InputError(
                 f"{where}: no {self.contents} there; got {found or 'an empty folder'}, "
-                f"expected files ending in {', '.join('.' + e for e in self.files)}."
+                f"expected files ending in {', '.join('.' + e for e in self.files)} that include, exclude "
+                "and split leave in."
             )
+
+
+def split_of(name: str) -> str:
+    """The split that the name of a file or of a folder of it begins with, "" where none does."""
+    found = [SPLIT.match(part) for part in name.split("/")]
+    return next((match.lastgroup or "" for match in found[::-1] if match), "")
+
+
+def main_of(stem: str) -> str | None:
+    """The picture that one of such a name is the mask or the depth map of."""
+    match = COMPANION.fullmatch(stem)
+    return match[1] if match else None
 
 
 def _size_of_file(path: str, where: str) -> int | None:

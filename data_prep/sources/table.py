@@ -25,6 +25,8 @@ class TableSource(RowsSource):
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         base64 = self.strings == "base64"
-        columns = Columns(self.image, self.captions, self.label, fields, base64=base64)
+        columns = Columns(
+            self.image, self.captions, self.label, fields, self.merge_rows, base64=base64
+        )
         for item, _ in read_rows(entry, columns):
             yield item

@@ -17,6 +17,7 @@ from data_prep.sources.source import (
     Source,
     Weight,
     captions_of,
+    main_of,
 )
 from data_prep.sources.walk import (
     HIDDEN_FOLDER,
@@ -53,7 +54,9 @@ class TarSource(Source):
             with local_copy(entry.path) as path, open(path, "rb") as file:
                 contents = patient(_scan_headers, file)
                 for key, group in contents.groups.items():
-                    name = f"{entry.name}/{key}"
+                    name, main = f"{entry.name}/{key}", contents.groups.get(main_of(key) or "")
+                    if main and main.pictures and not group.texts:
+                        group.problem = group.problem or ("companion", f"beside {main_of(key)}")
                     item = _item_of_group(file, entry.path, name, group, self.captions)
                     yield replace(item, copy=path if path != entry.path else "")
         except OSError as error:
@@ -197,7 +200,8 @@ def _item_of_group(
         facts = _parse_json(texts.get("json", b"{}"))
     except ValueError as error:
         return Item(name, reason="broken_json", detail=str(error)[:200])
-    if facts.get("status", "success") != "success":
+    # No other tool's status says so.
+    if str(facts.get("status")).startswith("failed_to_"):
         detail = f"{facts['status']}: {facts.get('error_message') or ''}"[:200]
         return Item(name, reason="source_status", detail=detail)
     if not group.pictures:

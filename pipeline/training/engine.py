@@ -17,8 +17,8 @@ from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.ema import AdamWithEMA, WithEMA
 from pipeline.training.optimizers import MuonWithEMA
 
-BUCKET_ELEMENTS = 500_000_000
-"""Most elements of gradients reduced at once, DeepSpeed's default."""
+BUCKET_ELEMENTS = 50_000_000
+"""Most elements of gradients reduced at once: small enough that backward hides all but the last."""
 
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO 3 leaves smaller parameters whole, DeepSpeed's default."""
@@ -112,7 +112,7 @@ def lr_schedule(
 def deepspeed_config(
     engine: EngineConfig, clip: float, micro_batch: int, global_batch: int
 ) -> dict:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": engine.zero_stage > 0}
     if engine.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": engine.offload_optimizer}
     if engine.offload_parameters != "none":

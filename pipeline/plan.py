@@ -29,6 +29,8 @@ def main(
     gpu: Annotated[str, typer.Option(help=", ".join(GPU_GIB))] = "H100",
     gpu_memory: Annotated[float | None, typer.Option(help="GiB; by default the GPU's")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of the peak reached")] = 0.4,
+    within: Annotated[float, typer.Option(help="GB/s that a GPU sends within its node")] = 300.0,
+    between: Annotated[float, typer.Option(help="GB/s that a node sends to others")] = 50.0,
     price: Annotated[float | None, typer.Option(help="of a GPU-hour")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="print the best layout as overrides")] = False,
     pictures: Annotated[int | None, typer.Option(help="if nothing is prepared yet")] = None,
@@ -52,7 +54,7 @@ def main(
         data = assumed_data(pictures, resolution, downscale, text_tokens, parsed.model)
     memory = (gpu_memory or GPU_GIB[gpu]) * GIB
     console = plain_console(110)
-    machines = Machines(gpus, gpus_per_node, gpu, memory, mfu, price)
+    machines = Machines(gpus, gpus_per_node, gpu, memory, mfu, price, within, between)
     best = report(parsed, data, machines, console)
     if fit and best is not None:
         checkpointing = str(best.checkpointing).lower()

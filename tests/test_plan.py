@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -14,15 +15,19 @@ from models.config import InputError
 from models.networks import DiTConfig, UNetConfig, build_model
 from pipeline import plan
 from pipeline.config import TrainConfig
+from pipeline.runs import planning
 from pipeline.runs.planning import (
     Sample,
     activation_bytes,
     assumed_data,
     checkpoint_bytes,
+    num_small,
     prepared_data,
     state_bytes,
 )
-from tests.train_factory import ROOT, environment, run, write_config
+from pipeline.training.config import EngineConfig
+from tests import ranks_traffic
+from tests.train_factory import ROOT, environment, results, run, write_config
 
 RECIPES = sorted((ROOT / "configs").glob("train_*.yaml"))
 ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
@@ -40,7 +45,8 @@ def test_predicted_states_and_checkpoints_are_those_of_two_ranks_within_2_percen
     assert done.returncode == 0, done.stderr
     line = next(li for li in done.stdout.splitlines() if li.startswith("result "))
     found = json.loads(line.removeprefix("result "))
-    predicted = state_bytes(found["numel"], stage, precision, ranks=2, small=found["small"])
+    engine = EngineConfig(zero_stage=stage, precision=precision)
+    predicted = state_bytes(found["numel"], engine, ranks=2, small=found["small"])
     assert found["held"] == pytest.approx(predicted.total, rel=0.02)
     assert found["written"] == pytest.approx(checkpoint_bytes(found["numel"]), rel=0.02)
 
@@ -92,14 +98,80 @@ def test_checkpointing_and_bf16_take_less():
     assert activation_bytes(config, sample, "bf16", False) < 0.7 * plain
 
 
+TRAFFIC: list[dict] = [
+    {"zero_stage": stage, "precision": precision, "micro_batch": size, "reduce_precision": summed}
+    for stage in (0, 1, 2, 3)
+    for precision, summed in (("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"))
+    for size in (4, 1)
+    if not (stage == 0 and precision == "bf16" and size < 4)  # refused: summed in bf16
+]
+# Nothing is kept from forward to backward, as in a model of more than 10^9 parameters.
+RELEASED = [
+    {"zero_stage": 3, "precision": "bf16", "micro_batch": 1, "live": 0, "checkpointing": repeats}
+    for repeats in (False, True)
+]
+# Two nodes of two ranks each.
+HPZ = [case | {"hpz_partition_size": 2} for case in RELEASED]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, [c for c in TRAFFIC if c["precision"] == "bf16" and c["micro_batch"] == 1][-4:]),
+        pytest.param(2, TRAFFIC + RELEASED, marks=pytest.mark.slow),
+        pytest.param(4, HPZ, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "two nodes"],
+)
+def test_what_ranks_hand_to_torch_distributed_is_what_the_plan_says(ranks, cases, monkeypatch):
+    with torch.device("meta"):
+        network = build_model(ranks_traffic.MODEL)
+    numel, small = sum(p.numel() for p in network.parameters()), num_small(network)
+    assert 0 < small < numel
+    found = results("traffic", "tests.ranks_traffic", json.dumps(cases), ranks=ranks)
+    for case, words in zip(cases, found, strict=True):
+        case = dict(case)
+        monkeypatch.setattr(planning, "LIVE_ELEMENTS", case.pop("live", numel))
+        repeats, micro_steps = case.pop("checkpointing", False), 8 // ranks // case["micro_batch"]
+        engine, expected = EngineConfig(**case), defaultdict[str, float](float)
+        for c in planning.collectives(engine, numel, small, ranks, micro_steps, repeats):
+            expected[f"{c.kind} {c.dtype}"] += c.elements
+        assert json.loads(" ".join(words)) == {k: n for k, n in expected.items() if n}, case
+
+
+def test_the_layout_follows_from_bytes_and_bandwidths():
+    """Two nodes of eight GPUs, four micro-batches: ZeRO 2 sums four times, and 1 and 3 send less."""
+    engine = EngineConfig(precision="bf16")
+    machines = planning.Machines(16, 8, "H100", 1.0, 0.4, None, within=300.0, between=50.0)
+    sent = [
+        planning.collectives(engine.model_copy(update=layout), 2 * 10**9, 0, 16, 4, False)
+        for layout in ({"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3},
+                       {"zero_stage": 3, "hpz_partition_size": 8})
+    ]  # fmt: skip
+    one, two, three, within = (sum(c.sent_bytes for c in part) / (2e9 * 15 / 16) for part in sent)
+    # Sums pass twice in fp32, what is scattered once; eight gathers in bf16.
+    assert (one, two, three) == pytest.approx((2 * 4 + 2, 4 * 2 * 4 + 2, 4 * 4 + 8 * 2))
+    assert within < three
+    seconds = [machines.seconds(part) for part in sent]
+    assert seconds[3] < seconds[2] - 5 * 2e9 * 2 / 50e9  # seven gathers do not leave their node
+    fits = [
+        planning.Fit(stage, False, state_bytes(10, engine, 16), 1.0, 8, part, time)
+        for stage, part, time in zip((1, 2, 3), sent, seconds, strict=False)
+    ]
+    assert planning.best_layout(fits[1:], 32) is fits[2 if seconds[2] < seconds[1] else 1]
+    assert planning.best_layout(fits, 32) is fits[0]
+
+
 def test_stages_divide_what_they_say():
     n, ranks = 10**9, 64
-    by_stage = [state_bytes(n, stage, "bf16", ranks) for stage in (0, 1, 2, 3)]
+    engines = [EngineConfig(zero_stage=s, precision="bf16") for s in (0, 1, 2, 3)]
+    by_stage = [state_bytes(n, engine, ranks) for engine in engines]
     assert by_stage[0].optimizer == 16 * n
     assert by_stage[1].optimizer == 16 * n / ranks
     assert by_stage[2].gradients == 4 * n / ranks
     assert by_stage[3].weights == 2 * n / ranks
-    assert state_bytes(n, 2, "bf16", ranks, averages=3).optimizer == 24 * n / ranks
+    assert state_bytes(n, engines[2], ranks, averages=3).optimizer == 24 * n / ranks
 
 
 def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):

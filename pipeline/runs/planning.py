@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from models.networks import TransformerConfig, build_model
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data.loader import Loader
 from pipeline.runs.setup import fit_data
-from pipeline.training.engine import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
+from pipeline.training.config import EngineConfig
+from pipeline.training.engine import BUCKET_ELEMENTS, LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from pipeline.training.flops import PEAK_TFLOPS, ModelFlops
 
 GIB = 2**30
@@ -27,6 +28,7 @@ GIB = 2**30
 USABLE = 0.9
 Stage = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16"]
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,27 @@ def num_small(model: nn.Module) -> int:
 
 
 def state_bytes(
-    num_parameters: int,
-    stage: Stage,
-    precision: Precision,
-    ranks: int,
-    averages: int = 1,
-    small: int = 0,
+    num_parameters: int, engine: EngineConfig, ranks: int, averages: int = 1, small: int = 0
 ) -> StateBytes:
     """ZeRO (Rajbhandari 1910.02054, table 1) with our averages, fp32 accumulation and DeepSpeed's buckets."""
-    size = 2 if precision == "bf16" else 4
+    stage, precision = engine.zero_stage, planned_precision(engine)
+    size = BYTES[precision]
     gradients = 4 / ranks if stage else size
     if stage == 1 and precision == "bf16":
         gradients = size + 4  # accumulated whole, beside the 16-bit ones of the step
     weights, bucket = float(num_parameters), 0
     if stage == 3:
         weights = small + num_parameters / ranks  # small ones whole, and their partitions too
+        weights += num_parameters / (engine.hpz_partition_size or math.inf)
         bucket = min(BUCKET_ELEMENTS, num_parameters)
     states = _optimizer_bytes(stage, precision, averages) / (ranks if stage else 1)
-    return StateBytes(
-        weights * size, num_parameters * gradients, num_parameters * states, float(bucket * size)
-    )
+    buffers = float(bucket * BYTES[engine.reduce_precision])
+    return StateBytes(weights * size, num_parameters * gradients, num_parameters * states, buffers)
+
+
+def planned_precision(engine: EngineConfig) -> Precision:
+    """`auto` is bf16 on every GPU in the table."""
+    return "fp32" if engine.precision == "fp32" else "bf16"
 
 
 def _optimizer_bytes(stage: Stage, precision: Precision, averages: int) -> int:
@@ -196,71 +199,20 @@ def assumed_data(
     return Workload("assumed: none is there yet", [], pictures, size * pictures, sizes, sample)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One way to lay the run out: what a GPU holds, and the largest micro-batch that fits."""
+class Collective(NamedTuple):
+    """What each rank hands to torch.distributed in a step, in all calls of a kind among so many ranks."""
 
-    stage: Stage
-    checkpointing: bool
-    state: StateBytes
-    activations: float  # bytes per picture
-    micro_batch: int  # 0: not even one picture
+    kind: Literal["all_reduce", "reduce_scatter", "all_gather"]
+    dtype: Precision
+    elements: float
+    ranks: int
 
-
-def layouts(
-    config: TrainConfig, model: Any, network: nn.Module, sample: Sample, gpus: int, memory: float
-) -> list[Fit]:
-    """Every ZeRO stage that can train it, with and without gradient checkpointing; memory in bytes per GPU."""
-    share = config.training.global_batch // gpus
-    divisors = [d for d in range(1, share + 1) if share % d == 0]
-    precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
-    averages, fits = len(config.ema.names()), []
-    num_parameters = sum(p.numel() for p in network.parameters())
-    small = num_small(network)
-    for checkpointing in (False, True):
-        activations = activation_bytes(model, sample, precision, checkpointing)
-        for stage in (0,) if config.optimizer.kind == "muon" else (0, 1, 2, 3):
-            state = state_bytes(num_parameters, stage, precision, gpus, averages, small)
-            room = USABLE * memory - state.total
-            # At stage 0, micro-batches would be summed in bf16.
-            whole = stage == 0 and precision == "bf16"
-            valid = divisors[-1:] if whole else divisors
-            sizes = [d for d in valid if d * (activations + 2 * sample.bytes) <= room]
-            fits.append(Fit(stage, checkpointing, state, activations, max(sizes, default=0)))
-    return fits
-
-
-def best_layout(fits: list[Fit], share: int) -> Fit | None:
-    """The first that runs the whole share at once, else the one with the largest micro-batch; checkpointing
-    costs a third more arithmetic and stages cost communication, so the plainer one wins a tie."""
-    fitting = [f for f in fits if f.micro_batch]
-    enough = [f for f in fitting if f.micro_batch >= min(share, 16)]
-    return next(iter(enough), max(fitting, key=lambda f: f.micro_batch, default=None))
-
-
-def communicated_bytes(
-    num_parameters: int, stage: Stage, precision: Precision, ranks: int
-) -> float:
-    """Sent by each rank in a step (1910.02054, section 7): rings of all-reduce, or scatter and gather."""
-    size = 2 if precision == "bf16" else 4
-    passes = 3 if stage == 3 else 2
-    return passes * size * num_parameters * (ranks - 1) / ranks
-
-
-def memory_table(fits: list[Fit], best: Fit | None, gpu: str) -> Table:
-    title = f"GiB a {gpu}; the largest micro-batch that fits"
-    table = Table(title=title, title_justify="left")
-    for name in ("ZeRO", "checkpointing", "weights", "gradients", "optimizer + EMA", "buffers", "a picture", "micro-batch"):  # fmt: skip
-        table.add_column(name, justify="right")
-    for fit in fits:
-        s, chosen = fit.state, "bold green" if fit is best else None
-        numbers = (s.weights, s.gradients, s.optimizer, s.buffers, fit.activations)
-        cells = [f"{n / GIB:.3f}" for n in numbers]
-        row = [str(fit.stage), "yes" if fit.checkpointing else "no", *cells]
-        table.add_row(
-            *row, str(fit.micro_batch) if fit.micro_batch else "does not fit", style=chosen
-        )
-    return table
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank sends in a ring (1910.02054, section 7)."""
+        others = self.ranks - 1
+        passes = {"all_reduce": 2 * others / self.ranks, "reduce_scatter": others / self.ranks}
+        return self.elements * BYTES[self.dtype] * passes.get(self.kind, others)
 
 
 @dataclass(frozen=True)
@@ -271,6 +223,117 @@ class Machines:
     memory: float  # bytes per GPU
     mfu: float
     price: float | None  # a GPU-hour
+    within: float  # GB/s that a GPU sends to others of its node
+    between: float  # GB/s that a node sends to others
+
+    def seconds(self, sent: list[Collective]) -> float:
+        """Time of a step's collectives; a ring through several nodes is as slow as its slowest link."""
+        all_links = min(self.within, self.between)
+        return sum(
+            c.sent_bytes / (self.within if c.ranks <= self.gpus_per_node else all_links) / 1e9
+            for c in sent
+        )
+
+
+def collectives(
+    engine: EngineConfig,
+    num_parameters: int,
+    small: int,
+    ranks: int,
+    micro_steps: int,
+    checkpointing: bool,
+) -> list[Collective]:
+    """A step's, as DeepSpeed makes them (tests count them)."""
+    weights, summed, stage = planned_precision(engine), engine.reduce_precision, engine.zero_stage
+    if stage < 3:
+        # Stage 2 divides gradients, so that it cannot add up micro-batches before it reduces them.
+        times = micro_steps if stage == 2 else 1
+        found = [Collective("all_reduce", summed, num_parameters * times, ranks)]
+        if stage:
+            found.append(Collective("all_gather", weights, num_parameters / ranks, ranks))
+        return found
+    large = num_parameters - small
+    # Forward, backward, and the forward that checkpointing repeats; what is kept is gathered once.
+    uses = 1 if num_parameters <= LIVE_ELEMENTS else 3 if checkpointing else 2
+    again, group = uses * micro_steps - 1, engine.hpz_partition_size or ranks
+    return [
+        Collective("reduce_scatter", summed, num_parameters * micro_steps, ranks),
+        Collective("all_gather", weights, (small + large) / ranks, ranks),
+        Collective("all_gather", weights, large / group * again, group),
+    ]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to lay the run out: what a GPU holds, the largest micro-batch that fits, and what it sends."""
+
+    stage: Stage
+    checkpointing: bool
+    state: StateBytes
+    activations: float  # bytes per picture
+    micro_batch: int  # 0: not even one picture
+    sent: list[Collective]
+    seconds: float  # per step, computing and sending, nothing hidden
+
+
+def layouts(
+    config: TrainConfig,
+    model: Any,
+    network: nn.Module,
+    sample: Sample,
+    machines: Machines,
+    computing: float,
+) -> list[Fit]:
+    """Every ZeRO stage that can train it, with and without gradient checkpointing.
+
+    `computing` is a step's seconds of arithmetic.
+    """
+    gpus, share = machines.gpus, config.training.global_batch // machines.gpus
+    divisors = [d for d in range(1, share + 1) if share % d == 0]
+    precision = planned_precision(config.engine)
+    averages, fits = len(config.ema.names()), []
+    num_parameters = sum(p.numel() for p in network.parameters())
+    small = num_small(network)
+    for checkpointing in (False, True):
+        activations = activation_bytes(model, sample, precision, checkpointing)
+        for stage in (0,) if config.optimizer.kind == "muon" else (0, 1, 2, 3):
+            engine = config.engine.model_copy(update={"zero_stage": stage})
+            state = state_bytes(num_parameters, engine, gpus, averages, small)
+            room = USABLE * machines.memory - state.total
+            # At stage 0, micro-batches would be summed in bf16.
+            whole = stage == 0 and precision == "bf16"
+            valid = divisors[-1:] if whole else divisors
+            sizes = [d for d in valid if d * (activations + 2 * sample.bytes) <= room]
+            micro_batch = max(sizes, default=0)
+            steps = share // (micro_batch or 1)
+            sent = collectives(engine, num_parameters, small, gpus, steps, checkpointing)
+            # The repeated forward is a third of the arithmetic.
+            seconds = computing * (4 / 3 if checkpointing else 1) + machines.seconds(sent)
+            fits.append(Fit(stage, checkpointing, state, activations, micro_batch, sent, seconds))
+    return fits
+
+
+def best_layout(fits: list[Fit], share: int) -> Fit | None:
+    """The fastest of those whose micro-batch is enough, else of those with the largest one; the plainer wins a tie."""
+    most = max((f.micro_batch for f in fits), default=0)
+    enough = [f for f in fits if 0 < min(share, 16, most) <= f.micro_batch]
+    return min(enough, key=lambda f: f.seconds, default=None)
+
+
+def memory_table(fits: list[Fit], best: Fit | None, gpu: str) -> Table:
+    title = f"GiB a {gpu}; the largest micro-batch that fits, and what each sends in a step with it"
+    table = Table(title=title, title_justify="left")
+    for name in ("ZeRO", "checkpointing", "weights", "gradients", "optimizer + EMA", "buffers", "a picture", "micro-batch", "GB sent"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for fit in fits:
+        s, chosen = fit.state, "bold green" if fit is best else None
+        numbers = (s.weights, s.gradients, s.optimizer, s.buffers, fit.activations)
+        cells = [f"{n / GIB:.3f}" for n in numbers]
+        row = [str(fit.stage), "yes" if fit.checkpointing else "no", *cells]
+        row.append(str(fit.micro_batch) if fit.micro_batch else "does not fit")
+        row.append(f"{sum(part.sent_bytes for part in fit.sent) / 1e9:.2f}")
+        table.add_row(*row, style=chosen)
+    return table
 
 
 def report(config: TrainConfig, data: Workload, machines: Machines, console: Console) -> Fit | None:
@@ -281,15 +344,15 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
     num_parameters = sum(p.numel() for p in network.parameters())
     batch, sample = config.training.global_batch, data.sample
     steps = config.training.num_steps
-    precision: Precision = "fp32" if config.engine.precision == "fp32" else "bf16"
-    fits = layouts(config, model, network, sample, machines.gpus, machines.memory)
-    best = best_layout(fits, batch // machines.gpus)
+    precision = planned_precision(config.engine)
     flops = ModelFlops(model).picture(sample.height, sample.width, sample.tokens)
     rate = machines.gpus * PEAK_TFLOPS[machines.gpu] * 1e12 * machines.mfu / flops
+    fits = layouts(config, model, network, sample, machines, batch / rate)
+    best = best_layout(fits, batch // machines.gpus)
     hours = config.training.images / rate / 3600
     nodes = -(-machines.gpus // machines.gpus_per_node)
-    stage = best.stage if best else 3
-    sent = communicated_bytes(num_parameters, stage, precision, machines.gpus)
+    chosen = best or fits[-1]
+    sent = sum(part.sent_bytes for part in chosen.sent)
     saved = checkpoint_bytes(num_parameters, len(config.ema.names()))
     kept = config.checkpoint.keep
     if config.checkpoint.keep_every_steps:
@@ -302,7 +365,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
         ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
-        ("communication", f"{sent / 1e9:.2f} GB per GPU and step, {sent / (batch / rate) / 1e9:.1f} GB/s if it is to hide behind the arithmetic"),
+        ("communication", f"{sent / 1e9:.2f} GB per GPU and step at ZeRO {chosen.stage}, gradients summed in {config.engine.reduce_precision}: {machines.seconds(chosen.sent):.3f} s at {machines.within:g} GB/s per GPU within nodes and {machines.between:g} GB/s per node between them, less what backward hides"),
         ("a look", f"{num_parameters * (4 if precision == 'fp32' else 2) / GIB:.2f} GiB more per GPU for as long as it takes; ranks share prompts and held-out samples"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
         *(("note", note) for note in config.notes()),

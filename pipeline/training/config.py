@@ -45,12 +45,17 @@ class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 has fp32 masters, moments and EMA; auto is bf16 where the hardware has it."""
+    hpz_partition_size: int | None = Field(default=None, gt=1)
+    """Ranks of a node that keep all weights among them, so that ZeRO 3 gathers them within nodes in
+    backward (ZeRO++ 2306.10209); null: it gathers from all ranks."""
     micro_batch: int | None = Field(default=None, gt=0)
     """Pictures per rank at once; null: the rank's whole share."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """Where ZeRO keeps its partitions of the optimizer."""
     offload_parameters: Literal["none", "cpu"] = "none"
     """Where ZeRO 3 keeps its partitions of the parameters."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed over ranks; bf16 sends half as much."""
     compile: bool | Literal["auto"] = "auto"
     """Compiles each block; auto: on a GPU at zero_stage 0 to 2."""
     deterministic: bool = False
@@ -69,6 +74,10 @@ class EngineConfig(Config):
                 raise ValueError(
                     f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {valid}"
                 )
+        if self.hpz_partition_size and self.zero_stage < 3:
+            raise ValueError(
+                f"hpz_partition_size: no effect with zero_stage {self.zero_stage}, expected 3"
+            )
         return self
 
 

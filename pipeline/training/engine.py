@@ -23,6 +23,9 @@ BUCKET_ELEMENTS = 50_000_000
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO 3 leaves smaller parameters whole, DeepSpeed's default."""
 
+LIVE_ELEMENTS = 1_000_000_000
+"""ZeRO 3 keeps so many gathered from forward to backward, DeepSpeed's default; others it gathers again."""
+
 
 def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
     """Pictures per rank and forward; raises InputError where they do not divide the batch."""
@@ -117,12 +120,17 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": engine.offload_optimizer}
     if engine.offload_parameters != "none":
         zero["offload_param"] = {"device": engine.offload_parameters}
+    if engine.zero_stage == 3:
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
+    if engine.hpz_partition_size:
+        zero["zero_hpz_partition_size"] = engine.hpz_partition_size
     bf16 = engine.precision == "bf16"
     config: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_clipping": 0.0 if clips_itself(engine) else clip,
         "bf16": {"enabled": bf16},
+        "communication_data_type": engine.reduce_precision,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW, which keeps the averages, steps on the host as well.

@@ -297,8 +297,8 @@ def memory(bench: Bench) -> tuple[Figures, Table]:
         with torch.device("meta"):
             network = build_model(model)
         count = sum(p.numel() for p in network.parameters())
-        stage, precision = config.engine.zero_stage, bench.precision
-        state = state_bytes(count, stage, precision, 1, small=num_small(network))  # pyright: ignore[reportArgumentType]
+        engine, precision = config.engine, bench.precision
+        state = state_bytes(count, engine, 1, small=num_small(network))
         sample = Sample(case.side // 8, case.side // 8, TEXT[0], 0)
         plan = state.total + case.batch * activation_bytes(model, sample, precision, False)  # pyright: ignore[reportArgumentType]
         taken = {n: times[n] - times[n - 1] for n in range(8, 17)}

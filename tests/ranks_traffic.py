@@ -1,0 +1,80 @@
+"""Run under torchrun: what each layout hands to torch.distributed in a step; prints a line of JSON each."""
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.conditions import Conditions
+from models.networks import DiTConfig, build_model
+from pipeline import distributed
+from pipeline.training import engine as engine_module
+from pipeline.training.config import EngineConfig
+from pipeline.training.engine import build_engine
+from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, shares
+
+# Some of its matrices are so large that ZeRO 3 does not leave them whole.
+MODEL = DiTConfig(size="debug", hidden_size=192, latent_channels=4, text_dim=8, pooled_dim=8)
+
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "_allgather_base_": "all_gather",
+}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class Traffic(TorchDispatchMode):
+    """Elements by kind of collective and dtype, as its input on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = func.overloadpacket.__name__
+            # All but all_reduce have an output first.
+            given = args[0] if kind == "allreduce_" else args[1]
+            tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+            for tensor in tensors:
+                if tensor.numel() > 2:
+                    self.seen[NAMES[kind], DTYPES[tensor.dtype]] += tensor.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(settings: dict[str, Any]) -> dict[str, int]:
+    """Elements in the third step, on this rank; scalars that ranks agree on are left out."""
+    settings = dict(settings)
+    model = MODEL.model_copy(
+        update={"gradient_checkpointing": settings.pop("checkpointing", False)}
+    )
+    engine_module.LIVE_ELEMENTS = settings.pop("live", 10**9)
+    config = EngineConfig.model_validate(settings)
+    engine, optimizer = build_engine(build_model(model), config, OPTIMIZER, BATCH)
+    seen = Traffic()
+    for batch in batches()[:3]:
+        seen.seen.clear()  # the first step also allocates, and learns the order of parameters
+        optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, None)
+        with seen:
+            for t, x_t, text, pooled, target in shares(batch, config.micro_batch or BATCH):
+                pred = engine(x_t, t, Conditions(text, pooled=pooled))
+                engine.backward((pred.float() - target).square().mean())
+                engine.step()
+    return {f"{kind} {dtype}": n for (kind, dtype), n in sorted(seen.seen.items())}
+
+
+def main() -> None:
+    distributed.start(60)
+    for settings in json.loads(sys.argv[1]):
+        found = traffic(settings)
+        distributed.say("traffic " + json.dumps(found))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,9 @@ from pipeline.data.shards import Rows, gather, gather_ragged
 ALIGNMENT_BYTES = 64
 """What the place of every member in a batch buffer is a multiple of."""
 
+LENGTHS = 16
+"""What the length of a text is a multiple of: kernels are chosen, and some planned, for each shape."""
+
 PURPOSES = {"posterior": "posterior", "noise": "noise", "token_scores": "tokens"}
 """What each of a batch's random tensors is drawn for."""
 
@@ -296,7 +299,8 @@ class Assembler:
             return tuple(self.limits)
         # The empty caption needs room too: it may take any sample's place.
         longest = np.maximum(tokens.max(axis=1), self.empty) if self.encoders else []
-        return tuple(min(int(a), b) for a, b in zip(longest, self.limits, strict=True))
+        rounded = (-(-int(length) // LENGTHS) * LENGTHS for length in longest)
+        return tuple(min(pair) for pair in zip(rounded, self.limits, strict=True))
 
     def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
         """Fill `out`, float16 (b, L, D), and return the mask, bool (b, L)."""

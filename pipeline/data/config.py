@@ -44,7 +44,7 @@ class DataConfig(Config):
     text_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens kept; null: all that were prepared."""
     pad_text: Literal["max", "longest"] = "max"
-    """Pads texts to text_length, or to the longest of the batch."""
+    """Pads texts to text_length, or to the next multiple of 16 from the longest of the batch."""
     # Reading.
     verify: Literal["first_use", "size"] = "first_use"
     """Hashes each shard once, or trusts its size."""

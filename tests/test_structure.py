@@ -235,7 +235,9 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
         ),
         "pipeline.training.monitor": lambda: monitor.Monitor.pictures(None, flat.byte()),
         "pipeline.inference.grid": lambda: grid.to_pil(flat.byte()),
-        "pipeline.inference.painter": lambda: painter.Painter.draw(None, 0, flow, sampler, flat),
+        "pipeline.inference.painter": lambda: painter.Painter.draw(
+            None, 0, flow, sampler, flat, [0]
+        ),
     }
     assert wrong.keys() == set(COVERED)
     for package, call in wrong.items():

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -101,7 +102,8 @@ def run_command(function: Callable[..., None], **settings: Any) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(**settings)(function)
     # A path may hold bytes that are no text.
-    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
     except (InputError, OSError) as error:

@@ -98,7 +98,7 @@ def check_stage(
         prepare = load_config(PrepareConfig, folder / file, overrides)
         # The paths as given: once loaded, a source's relative path means this machine, not the upload.
         sources = read_yaml(folder / file, overrides)["sources"]
-        inputs = {f"sources.{name}.path": source["path"] for name, source in sources.items()}
+        inputs = {f"sources.{name}.path": sources[name]["path"] for name in prepare.sources}
         inputs |= {f"{place}.path": e.path for place, e in configured(prepare).items()}
         return file, inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes

@@ -22,7 +22,7 @@ from data_prep.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
 from data_prep.text import encodable, encoding_of
-from models.config import Config
+from models.config import Config, Entries
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -84,7 +84,7 @@ class FiltersConfig(Config):
     """Pixels of the shorter side, before resizing."""
     max_aspect: float | None = Field(default=None, ge=1)
     """Long over short side, before cropping."""
-    metadata: dict[str, MetadataFilter] = Field(default_factory=dict)
+    metadata: Entries[str, MetadataFilter] = Field(default_factory=dict)
     """Field of the picture's metadata -> what it must be, as in `aesthetic: {min: 5}`."""
     duplicates: Literal["reject", "keep"] = "reject"
     """What becomes of the same file again, in any source."""

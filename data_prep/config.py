@@ -16,7 +16,7 @@ from data_prep.encoders import (
 )
 from data_prep.images import ImagesConfig
 from data_prep.sources import SourceConfig
-from models.config import Config, InputError
+from models.config import Config, Entries, InputError
 from models.weights import Dtype
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -41,7 +41,7 @@ class RayConfig(Config):
     num_cpus: int | None = Field(default=None, ge=1)
     """CPUs of the embedded Ray; a cluster knows its own."""
     num_actors: int | None = Field(default=None, ge=1)
-    """Null: one per GPU, or one per `encode.threads` CPUs."""
+    """Null: one per GPU; without GPUs one per `encode.threads` CPUs, so far as memory holds them."""
     gpus_per_actor: float | None = Field(default=None, ge=0)
     """Null: 1 where there are GPUs."""
     decoders_per_actor: int | None = Field(default=None, ge=1)
@@ -51,12 +51,12 @@ class RayConfig(Config):
 class PrepareConfig(Config):
     """A preparation. All but the last three decides what is written, bit by bit, when it is complete."""
 
-    sources: dict[SourceName, SourceConfig] = Field(min_length=1)
+    sources: Entries[SourceName, SourceConfig] = Field(min_length=1)
     images: ImagesConfig = ImagesConfig()
     captions: CaptionsConfig = CaptionsConfig()
     filters: FiltersConfig = FiltersConfig()
     vae: VaeConfig
-    text_encoders: dict[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
+    text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
     vision_encoder: VisionEncoderConfig | None = None
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)

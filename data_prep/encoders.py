@@ -16,6 +16,7 @@ from models.weights import (
     EncoderDtype,
     config_sha256,
     downscale_of,
+    num_parameters,
     read_codec_config,
     read_text_config,
     read_vision_config,
@@ -25,6 +26,8 @@ from models.weights import (
 
 # torch is imported by `open`: configs are also read where nothing is encoded.
 
+# Of torch and of what is encoded at a time.
+PROCESS_BYTES = 1 << 30
 # By member, an array for each picture or caption.
 Arrays = dict[str, np.ndarray | list[np.ndarray]]
 # What the manifest says of encoders where there are none.
@@ -233,6 +236,16 @@ def configured(config: Config) -> dict[str, EncoderConfig]:
         places = {name: value} | {f"{name}.{key}": each for key, each in inner.items()}
         found |= {place: e for place, e in places.items() if isinstance(e, EncoderConfig)}
     return found
+
+
+def weight_of(config: Config) -> int:
+    """Bytes of memory that a process with every encoder of a preparation takes, roughly."""
+    bytes_each = {"bf16": 2, "fp16": 2}
+    numbers = [
+        num_parameters(Path(e.path)) * bytes_each.get(e.dtype, 4)
+        for e in configured(config).values()
+    ]
+    return PROCESS_BYTES + sum(numbers) * 5 // 4
 
 
 def check_encoders(config: Config) -> dict[str, dict[str, str]]:

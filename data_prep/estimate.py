@@ -18,6 +18,7 @@ import typer
 
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, encode_shards
+from data_prep.encoders import weight_of
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import latent_statistics
 from data_prep.report import Listing, Progress, console, warn
@@ -127,7 +128,7 @@ def _encode(
             todo.append((shards[number], number))
             num += shards[number].num_planned
     # The actor gets what each would get where there are as many as there is room for.
-    shares = share_out(config.ray, config.encode.threads, most=sys.maxsize)
+    shares = share_out(config.ray, config.encode.threads, sys.maxsize, weight_of(config))
     settings = EncoderSettings(config, dataset)
     with Actors(ShardEncoder, settings, replace(shares, num_actors=1), console.print) as actors:
         encoders, commits = actors.describe(), list[dict[str, Any]]()

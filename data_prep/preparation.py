@@ -12,6 +12,7 @@ from data_prep.catalog import STAGED
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
+from data_prep.encoders import weight_of
 from data_prep.images import list_buckets
 from data_prep.output import is_complete, lock_output, open_output
 from data_prep.plan import ShardSpec, make_plan
@@ -20,8 +21,9 @@ from data_prep.report import Progress, console, print_plan, print_result, status
 from data_prep.scan import list_sources, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK
-from data_prep.storage import delete
+from data_prep.storage import delete, is_remote
 from data_prep.workers import Actors, connect, share_out
+from models.files import full_disk_is_said, is_temporary
 from models.lock import Lock
 
 
@@ -38,7 +40,7 @@ def prepare(
     if dry_run:
         print_plan(config, listing, settings["hashes"], list_buckets(config.images))
         return {}
-    with lock_output(config) as lock:
+    with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset = open_output(config, settings, listing, restart)
         if is_complete(dataset):
             console.print(f"{dataset} is complete; nothing to do.")
@@ -48,6 +50,9 @@ def prepare(
             _make(config, dataset, listing, lock, clock)
         lock.check()
         delete(dataset / WORK / STAGED)
+        # What killed processes left.
+        for path in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
+            path.unlink(missing_ok=True)
         print_result(dataset, read_manifest(dataset), clock.spent)
     return clock.spent
 
@@ -61,7 +66,8 @@ def _make(
     lock.check()
     with clock.stage("plan", "planning the shards"):
         shards = make_plan(config, dataset)
-    shares = share_out(config.ray, config.encode.threads, most=len(shards))
+    weight = weight_of(config)
+    shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
     with Actors(ShardEncoder, settings, shares, console.print) as actors:
         with clock.stage("load encoders", "loading the encoders"):

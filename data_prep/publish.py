@@ -15,9 +15,9 @@ from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.shards import WORK, NewTable, write_table, write_text
-from data_prep.storage import is_remote, write_atomic
+from data_prep.storage import write_atomic
 from models.config import InputError
-from models.files import file_sha256, is_temporary
+from models.files import file_sha256
 
 # Rejects of each reason on the page.
 EXAMPLES = 3
@@ -35,9 +35,6 @@ def finalise(
         dataset / schema.CONTACT_SHEET, lambda path: contact_sheet(shown).save(path, "PNG")
     )
     publish(config, dataset, commits, encoders, shown)
-    # Those of killed processes.
-    for leftover in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
-        leftover.unlink(missing_ok=True)
 
 
 def publish(

@@ -47,8 +47,8 @@ class NewTable:
 
     def __exit__(self, failed: object, *_: object) -> None:
         if failed:
-            self._writer.close()
             self._temporary.unlink()
+            self._writer.close()
         else:
             self.commit()
 
@@ -132,6 +132,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
+        # Closing may fail once more on a full disk.
+        self._temporary.unlink(missing_ok=True)
         if not self._tar.closed:  # pyright: ignore[reportAttributeAccessIssue]
             self._tar.fileobj.close()
-        self._temporary.unlink(missing_ok=True)

@@ -97,6 +97,8 @@ def patient(function: Callable[..., Result], *arguments: Any) -> Result:
         except (*PERMANENT, *OURS):
             raise
         except Exception as error:
+            if getattr(error, "errno", None) in files.FULL:
+                raise
             if attempt == ATTEMPTS - 1:
                 why = getattr(error, "strerror", None) or type(error).__name__
                 raise OSError(0, f"{ATTEMPTS} attempts failed: {why}") from error
@@ -139,7 +141,9 @@ def local_copy(path: str) -> Iterator[str]:
     filesystem, name = filesystem_of(path)
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "copy")
-        patient(filesystem.get_file, name, target)
+        # No fault of the file, which would be rejected for it.
+        with files.full_disk_is_said(path):
+            patient(filesystem.get_file, name, target)
         yield target
 
 

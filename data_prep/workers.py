@@ -8,6 +8,7 @@ handed back as LOST. A worker that went with its node, or that Ray ended because
 is weaker evidence.
 """
 
+import errno
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayError,
     RayTaskError,
@@ -30,6 +32,7 @@ from ray.exceptions import (
 from data_prep.config import RayConfig
 from data_prep.text import encodable
 from models.config import InputError
+from models.files import FULL
 
 # Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
 ATTEMPTS = 3
@@ -276,10 +279,12 @@ class Shares:
     cpus: float
     gpus: float
     decoders: int
+    memory: int = 0
+    """Bytes that Ray reserves, 0 for none."""
 
 
-def share_out(config: RayConfig, threads: int, most: int) -> Shares:
-    """At most `most` actors, which without GPUs use `threads` CPUs each; raises InputError."""
+def share_out(config: RayConfig, threads: int, most: int, weight: int = 0) -> Shares:
+    """At most `most` actors, which without GPUs use `threads` CPUs and `weight` bytes each; raises InputError."""
     resources = ray.cluster_resources()
     num_gpus, num_cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
     gpus = config.gpus_per_actor
@@ -292,12 +297,17 @@ def share_out(config: RayConfig, threads: int, most: int) -> Shares:
             f"ray: {config.num_actors or 1} actors of {gpus:g} GPUs each, expected no more than the "
             f"{num_gpus:g} GPUs there are. Remedy: lower ray.num_actors or ray.gpus_per_actor."
         )
+    memory = 0
+    if weight and not gpus and config.num_actors is None:
+        fit = sum(node["Resources"].get("memory", 0) // weight for node in ray.nodes())
+        # One that fits nowhere is tried all the same.
+        memory, places = (weight if fit else 0), min(places, fit)
     num_actors = min(config.num_actors or max(int(places), 1), most)
     spare = int(num_cpus / num_actors) - threads
     cpus = 1.0 if gpus else min(float(threads), num_cpus / num_actors)
     # Ray divides one CPU, not several.
     cpus = cpus if cpus < 1 else int(cpus)
-    return Shares(num_actors, cpus, gpus, config.decoders_per_actor or max(spare, 1))
+    return Shares(num_actors, cpus, gpus, config.decoders_per_actor or max(spare, 1), memory)
 
 
 class Actors(_Workers):
@@ -313,7 +323,10 @@ class Actors(_Workers):
     ):
         super().__init__(say)
         remote = ray.remote(body).options(  # pyright: ignore[reportAttributeAccessIssue]
-            num_cpus=shares.cpus, num_gpus=shares.gpus, max_concurrency=CALLS_PER_ACTOR
+            num_cpus=shares.cpus,
+            num_gpus=shares.gpus,
+            memory=shares.memory or None,
+            max_concurrency=CALLS_PER_ACTOR,
         )
         self._make: Callable[[], Any] = lambda: remote.remote(settings, shares.decoders)
         self._shares, self._begun, self._description = shares, list[Any](), None
@@ -375,6 +388,7 @@ class Actors(_Workers):
             return None
         wanted = f"{self._shares.cpus:g} CPUs"
         wanted += f" and {self._shares.gpus:g} GPUs" * bool(self._shares.gpus)
+        wanted += f" and {self._shares.memory >> 20:,} MiB" * bool(self._shares.memory)
         return (
             f"waiting for {len(self._beginning)} of {self._shares.num_actors} actors to begin, each "
             f"of which wants {wanted}; {_cluster()}"
@@ -388,7 +402,11 @@ def value(reference: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
+        if isinstance(error.cause, OSError) and error.cause.errno in FULL:
+            raise error.cause from None
         raise
+    except OutOfDiskError as error:
+        raise OSError(errno.ENOSPC, "", "Ray's temporary folder") from error
 
 
 def _cluster() -> str:

@@ -7,9 +7,9 @@ alone: each process that decodes pictures does.
 
 import difflib
 import itertools
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 class InputError(ValueError):
@@ -36,6 +36,17 @@ STAGES = {"train": "training", "prepare": "vae", "fit-vae": "sources"}
 # Types of pydantic's errors: a value where a section is expected, and a section of no kind that there is.
 NO_SECTION = ("model_type", "model_attributes_type", "dict_type")
 NO_TAG = ("union_tag_invalid", "union_tag_not_found", "kind")
+
+
+def _without_nulls(value: Any) -> Any:
+    items = value.items() if isinstance(value, dict) else ()
+    return {key: each for key, each in items if each is not None} if items else value
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Entries = Annotated[dict[Key, Value], BeforeValidator(_without_nulls)]
+"""What the user names; `section.NAME=null` on the command line takes one out."""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

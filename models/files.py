@@ -5,17 +5,41 @@ import hashlib
 import io
 import os
 import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from models.config import InputError
+
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What a file system answers that cannot force a name, or anything, to disk: CIFS, some of FUSE."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk answers that takes no more: full, over a user's quota, over the largest size of a file."""
+
+
+@contextmanager
+def full_disk_is_said(where: str) -> Iterator[None]:
+    """Raise InputError in the place of an OSError that says that a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        temporary = tempfile.gettempdir()
+        free = f"{shutil.disk_usage(temporary).free >> 20:,} MiB are free in {temporary}"
+        raise InputError(
+            f"{where}: no room to write {f'{error.filename} ' if error.filename else ''}({os.strerror(error.errno)}; {free}). Remedy: "
+            "make room, and run it again: what is done is kept."
+        ) from error
 
 
 def file_sha256(*files: Any) -> str:

@@ -6,9 +6,12 @@ Torch-free, so that a dataset's record can be compared with a folder before anyt
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from models.config import Config, InputError
 from models.files import file_sha256
@@ -98,6 +101,19 @@ def weight_files(folder: Path) -> list[Path]:
         "diffusion_pytorch_model.safetensors, or one of them in parts with its .index.json. Remedy: "
         "save_pretrained(..., safe_serialization=True) where the model came from, or download these files."
     )
+
+
+def num_parameters(folder: Path) -> int:
+    """How many numbers the weights that are loaded hold; raises InputError where a file is damaged."""
+    count = 0
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "numpy") as file:
+                names = list(file.keys())
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:
+            raise InputError(f"{path}: damaged: {brief(error)}") from error
+    return count
 
 
 def config_sha256(config: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
-from data_prep.encoders import configured
+from data_prep.encoders import PROCESS_BYTES, configured, weight_of
 from data_prep.estimate import estimate
 from data_prep.images import decode
 from data_prep.output import is_complete, open_output
@@ -48,6 +48,7 @@ from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
 from models.command import load_config, run_command
 from models.config import InputError
+from models.files import FULL, full_disk_is_said
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec, sample_latents
 from pipeline.data.config import DataConfig
@@ -786,3 +787,81 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
     stds = [float(re.search(r"have a std of ([\d.]+),", doubt)[1]) for doubt in doubts]
     assert stds[0] == pytest.approx(stds[1], rel=0.1)
     assert not list(Path(tempfile.gettempdir()).glob("flowmill-plan-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_full_disk_ends_every_stage_with_one_message_and_what_was_done_is_kept(
+    messy, reference, tmp_path, ray_address, capsys, monkeypatch
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, "size=4k", "none", str(disk)]).returncode:
+        pytest.skip("nothing can be mounted here")
+    dataset, stages = disk / "dataset", set[str]()
+    try:
+        for size in [*range(4, 400, 24), *range(400, 3000, 200)]:
+            subprocess.run([*mount, f"remount,size={size}k", "none", str(disk)], check=True)
+            monkeypatch.setattr(sys, "argv", ["prepare", str(messy), f"output={dataset}"])
+            with pytest.raises(SystemExit) as caught:
+                run_command(main)
+            shown = capsys.readouterr()
+            if caught.value.code == 0:
+                break
+            assert caught.value.code == 2, shown
+            assert "o space left on device" in " ".join(shown.err.split())
+            stages.add(str(sorted(p.name for p in (dataset / "work").glob("*.*"))))
+        assert dataset_bytes(dataset) == dataset_bytes(reference)
+        assert len(stages) >= 3
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("number", FULL)
+def test_each_way_in_which_a_disk_is_full_is_said_and_another_error_stays(number):
+    with (
+        pytest.raises(InputError, match=r"^out: no room to write /a/b \(.*MiB are free in .*again"),
+        full_disk_is_said("out"),
+    ):
+        raise OSError(number, "", "/a/b")
+    with pytest.raises(PermissionError), full_disk_is_said("out"):
+        raise PermissionError(13, "", "/a/b")
+
+
+@pytest.mark.parametrize(
+    ("override", "left"),
+    [
+        ("text_encoders.bert=null", lambda c: c.text_encoders == {}),
+        ("sources.more=null", lambda c: c.sources.keys() == {"p"}),
+        ("sources.more.captions.text=null", lambda c: c.sources["more"].captions == {"alt": 1.0}),
+        ("filters.metadata.aesthetic=null", lambda c: c.filters.metadata == {}),
+    ],
+)
+def test_null_on_the_command_line_takes_one_of_several_out(
+    tmp_path, vae_folder, text_folder, override, left
+):
+    pictures = {"kind": "folder", "path": str(fill_folder(tmp_path / "p", 1))}
+    table = {"kind": "table", "path": "t", "captions": {"text": 1, "alt": 1}}
+    path = write_config(
+        tmp_path / "c.yaml",
+        {"p": pictures, "more": table},
+        vae_folder,
+        text_folder,
+        filters={"metadata": {"aesthetic": {"min": 5}}},
+    )
+    assert not left(load_config(PrepareConfig, path, []))
+    assert left(load_config(PrepareConfig, path, [override]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_encoders_weigh_what_their_parameters_take(three_encoders, dtype):
+    settings = yaml.safe_load(three_encoders.read_text())
+    sections = [settings["vae"], settings["text_encoders"]["bert"], settings["vision_encoder"]]
+    numbers = 0
+    for section in sections:
+        section["dtype"] = dtype
+        for file in Path(section["path"]).glob("*.safetensors"):
+            numbers += sum(tensor.numel() for tensor in safetensors.torch.load_file(file).values())
+    weight = weight_of(PrepareConfig.model_validate(settings)) - PROCESS_BYTES
+    assert weight == pytest.approx(numbers * (4 if dtype == "fp32" else 2) * 1.25, abs=2)

@@ -207,6 +207,16 @@ def test_where_ray_ends_every_worker_for_want_of_memory_one_message_says_so(
     assert "the memory of a node is full" in done.stdout
 
 
+@pytest.mark.parametrize("weight_gib", [0.5, 1, 3, 20, 1000])
+def test_by_default_no_more_actors_begin_than_memory_holds(ray_address, weight_gib):
+    weight, (node,) = int(weight_gib * 2**30), ray.nodes()
+    room = int(node["Resources"]["memory"] // weight)
+    shares = share_out(RayConfig(), threads=1, most=99, weight=weight)
+    assert shares.num_actors == max(min(num_cpus(), room), 1)
+    assert shares.memory == (weight if room else 0)
+    assert share_out(RayConfig(num_actors=3), 1, 99, weight).num_actors == 3
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_an_encoder_keeps_the_gpu_that_it_began_with_and_shares_it_with_no_living_one(tmp_path):

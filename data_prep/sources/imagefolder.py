@@ -11,6 +11,7 @@ from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.sources.rows import Columns, RowsSource, read_rows
 from data_prep.sources.source import Entry, Item, Weight
 from data_prep.sources.walk import extension_of, walk_folder
+from models.config import Entries
 
 
 class ImageFolderSource(RowsSource):
@@ -19,7 +20,7 @@ class ImageFolderSource(RowsSource):
     contents = "metadata.csv, .jsonl or .parquet"
 
     kind: Literal["imagefolder"]
-    captions: dict[str, Weight] = Field(default={"text": 1.0}, min_length=1)
+    captions: Entries[str, Weight] = Field(default={"text": 1.0}, min_length=1)
     """Column -> weight."""
 
     def takes(self, name: str) -> bool:

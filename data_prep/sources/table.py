@@ -7,6 +7,7 @@ from pydantic import Field
 
 from data_prep.sources.rows import Columns, RowsSource, read_rows
 from data_prep.sources.source import Entry, Item, Weight
+from models.config import Entries
 
 
 class TableSource(RowsSource):
@@ -20,7 +21,7 @@ class TableSource(RowsSource):
     """Column of pictures: a path (relative to the table), bytes, or Hugging Face's struct of both."""
     strings: Literal["path", "base64"] = "path"
     """What a string in that column is."""
-    captions: dict[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
+    captions: Entries[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
     """Column -> weight."""
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:

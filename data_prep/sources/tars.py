@@ -29,6 +29,7 @@ from data_prep.sources.walk import (
 )
 from data_prep.storage import local_copy, patient
 from data_prep.text import parse_json
+from models.config import Entries
 
 # Bytes of a tar's block.
 BLOCK = 512
@@ -45,7 +46,7 @@ class TarSource(Source):
     per_task = 1
 
     kind: Literal["tars"]
-    captions: dict[str, Weight] = Field(default_factory=dict)
+    captions: Entries[str, Weight] = Field(default_factory=dict)
     """JSON field, or txt for KEY.txt -> weight; empty: txt, or where there is none the field caption."""
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:

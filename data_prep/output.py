@@ -13,7 +13,7 @@ from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig
 from data_prep.plan import shard_list
 from data_prep.report import console
-from data_prep.scan import class_names, listing_sha256
+from data_prep.scan import LISTING_SCHEMA, class_names, listing_sha256
 from data_prep.schema import AUDITED, MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
 from data_prep.storage import delete, is_remote, names_in, open_root, patient
@@ -121,7 +121,11 @@ def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[st
 
 
 def _refuse_other_sources(output: str, work: Path, now: pa.Table) -> None:
-    before = read_table(work / "listing.parquet")
+    # A stamp is a hint, no change.
+    before, now = (
+        t.drop_columns(["stamp"])
+        for t in (read_table(work / "listing.parquet", LISTING_SCHEMA), now)
+    )
     if before.equals(now):
         return
     old = {(row["source"], row["name"]): row for row in before.to_pylist()}

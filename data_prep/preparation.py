@@ -18,7 +18,7 @@ from data_prep.output import is_complete, lock_output, open_output
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_plan, print_result, status, warn
-from data_prep.scan import list_sources, scan
+from data_prep.scan import list_sources, refuse_changes, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK
 from data_prep.storage import delete, is_remote
@@ -42,6 +42,7 @@ def prepare(
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset = open_output(config, settings, listing, restart)
+        refuse_changes(config, dataset, listing, lock.check)
         if is_complete(dataset):
             console.print(f"{dataset} is complete; nothing to do.")
         else:

@@ -1,6 +1,7 @@
 """Listing and scan: which files the sources have, and which pictures are in them."""
 
 import hashlib
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -12,20 +13,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.catalog import STAGED, ScanSettings, scan_partition
+from data_prep.catalog import CATALOG_SCHEMA, STAGED, ScanSettings, scan_partition
 from data_prep.config import PrepareConfig
 from data_prep.decoder import DecodePool
 from data_prep.images import ImagesConfig
 from data_prep.report import Progress, console
-from data_prep.shards import WORK
+from data_prep.shards import WORK, read_table, write_table
 from data_prep.sources import Entry, SourceConfig
+from data_prep.sources.rows import RowsSource
 from data_prep.sources.source import split_of
-from data_prep.storage import find_files
-from data_prep.workers import ATTEMPTS, LOST, Tasks, num_cpus
+from data_prep.storage import delete, find_files, is_remote
+from data_prep.workers import ATTEMPTS, LOST, Tasks, connect, num_cpus
 from models.config import InputError
 
 ENTRIES_AT_ONCE = 1 << 16
 PARTS_AT_ONCE = 8
+# How the files of a catalog's part end.
+PARTS = (".parquet", ".staged.parquet")
 
 LISTING_SCHEMA = pa.schema(
     [
@@ -37,8 +41,12 @@ LISTING_SCHEMA = pa.schema(
         ("class_name", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("stamp", pa.large_string()),
     ]
 )
+# What of a catalog's row is its content, and where that lies.
+CONTENT = ["key", "source", "name", "content_hash", "captions", "metadata", "label", "reason"]
+PLACE = ["offset", "length"]
 
 
 def list_sources(config: PrepareConfig) -> pa.Table:
@@ -88,20 +96,97 @@ def scan(
 ) -> None:
     """One catalog part per partition of the sources; parts that exist are not made again."""
     made, staged = (set(find_files(dataset / WORK / name)) for name in ("catalog", STAGED))
-    names = class_names(listing)
-    decisive = names, config.images, config.captions, config.filters
-    settings = ScanSettings(dataset / WORK, *decisive, check)
-    todo = []
-    for number, (source, rows) in enumerate(_partitions(config, listing)):
-        name = f"part-{number:06d}"
+    settings, todo = _settings(config, dataset / WORK, listing, check), list[Any]()
+    for name, source, rows in _partitions(config, listing):
         # A part whose pictures were staged wants them there, so long as shards are to be made.
         there = f"{name}.staged.parquet" in made and name in staged
         if not (there or f"{name}.parquet" in made):
             todo.append((settings, name, source, rows))
+    _scan_parts(todo, "scan")
+
+
+def refuse_changes(
+    config: PrepareConfig, dataset: Path, listing: pa.Table, check: Callable[[], None]
+) -> None:
+    """Scan again what was touched since the sources were listed; raises InputError where its content changed."""
+    work, again = dataset / WORK, dataset / WORK / "again"
+    touched = list(_touched(config, work, listing))
+    if not touched:
+        return
+    connect(config.ray)
+    delete(again)
+    settings = _settings(config, again, listing, check)
+    _scan_parts([(settings, *part) for _, *part in touched], "check")
+    changed = list[str]()
+    for path, name, *_ in touched:
+        now = next(p for end in PARTS if (p := again / "catalog" / f"{name}{end}").is_file())
+        tables = read_table(path), read_table(now)
+        for columns in (CONTENT, [*CONTENT, *PLACE]):
+            before, after = ({r["key"]: r for r in t.select(columns).to_pylist()} for t in tables)
+            differ = [k for k in before | after if before.get(k) != after.get(k)]
+            if differ:
+                rows = [before.get(key) or after[key] for key in differ]
+                changed += [f"{row['source']}/{row['name']}" for row in rows]
+                break
+    delete(again)
+    if changed:
+        raise InputError(
+            f"sources: not what they were when {config.output} was begun: pictures or what is said of them, "
+            f"{len(changed)} changed ({', '.join(sorted(changed)[:3])}{', ...' * (len(changed) > 3)}). Remedy: "
+            "restore them, choose another output, or --restart to delete it and start anew."
+        )
+    write_table(work / "listing.parquet", listing)
+
+
+def _touched(config: PrepareConfig, work: Path, listing: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """The parts whose files have another stamp than when they were listed: their place and what was scanned."""
+    before, made, at = (
+        read_table(work / "listing.parquet", LISTING_SCHEMA),
+        find_files(work / "catalog"),
+        0,
+    )
+    since = (work / "listing.parquet").stat().st_mtime
+    differs = pc.not_equal(before["stamp"], listing["stamp"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+    for name, source, rows in _partitions(config, listing):
+        mine, at = differs[at : at + len(rows)], at + len(rows)
+        for end in PARTS:
+            path = work / "catalog" / f"{name}{end}"
+            if path.name in made and (mine.any() or _points_at_newer(source, path, rows, since)):
+                yield path, name, source, rows
+
+
+def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: float) -> bool:
+    """Whether a table's rows name a local picture that is gone, or was written again since then."""
+    if not isinstance(source, RowsSource):
+        return False
+    paths = set(read_table(path, pa.schema([CATALOG_SCHEMA.field("path")]))["path"].to_pylist())
+    # What came as bytes in the table is as old as the table.
+    staged = str(path.parents[1] / STAGED)
+    for picture in paths - {"", rows["path"][0].as_py()}:
+        if is_remote(picture) or picture.startswith(staged):
+            continue
+        try:
+            status = os.stat(picture)
+        except OSError:
+            return True
+        # A file that was put in the place of another keeps its time, but not that of its place.
+        if max(status.st_mtime, status.st_ctime) > since:
+            return True
+    return False
+
+
+def _settings(
+    config: PrepareConfig, work: Path, listing: pa.Table, check: Callable[[], None]
+) -> ScanSettings:
+    names = class_names(listing)
+    return ScanSettings(work, names, config.images, config.captions, config.filters, check)
+
+
+def _scan_parts(todo: list[Any], what: str) -> None:
     # A task scans several parts, but not so many that a CPU is left without.
     size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
     groups = (todo[begin : begin + size] for begin in range(0, len(todo), size))
-    with Progress("scan", len(todo), "parts") as progress:
+    with Progress(what, len(todo), "parts") as progress:
         tasks, entries = Tasks("_scan", console.print), lambda part: len(part[-1])
         joined = 0
         answers = tasks.run_all(scan_part, try_entry, groups, entries)
@@ -155,9 +240,11 @@ def try_entry(
 
 def _partitions(
     config: PrepareConfig, listing: pa.Table
-) -> Iterator[tuple[SourceConfig, pa.Table]]:
-    """Neighbours of one source in the listing: many files, or one tar or table."""
+) -> Iterator[tuple[str, SourceConfig, pa.Table]]:
+    """Neighbours of one source in the listing, many files, or one tar or table, by the name of their part."""
+    number = 0
     for name, source in config.sources.items():
         rows = listing.filter(pc.field("source") == name)
         for begin in range(0, len(rows), source.per_task):
-            yield source, rows.slice(begin, source.per_task)
+            yield f"part-{number:06d}", source, rows.slice(begin, source.per_task)
+            number += 1

@@ -865,3 +865,110 @@ def test_encoders_weigh_what_their_parameters_take(three_encoders, dtype):
             numbers += sum(tensor.numel() for tensor in safetensors.torch.load_file(file).values())
     weight = weight_of(PrepareConfig.model_validate(settings)) - PROCESS_BYTES
     assert weight == pytest.approx(numbers * (4 if dtype == "fp32" else 2) * 1.25, abs=2)
+
+
+def rewritten(path: Path, data: bytes) -> None:
+    """Another content in the file's place, with the time of the moment."""
+    path.write_bytes(data)
+    os.utime(path, ns=(time.time_ns(), time.time_ns()))
+
+
+def other_pixels(path: Path) -> bytes:
+    """A picture's bytes with another colour of one pixel and the same length."""
+    image = Image.open(path).convert("RGB")
+    image.putpixel((0, 0), tuple(255 - v for v in image.getpixel((0, 0))))
+    buffer = io.BytesIO()
+    image.save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def every_kind(folder: Path) -> dict[str, dict]:
+    """A source of each kind, with pictures of the same length whatever they show."""
+    names = ("plain", "web", "rows", "meta", "kinds", "behind")
+    places = {name: folder / name for name in names}
+    pictures = [encoded(pixels(i), "BMP") for i in range(12)]
+    for place in places.values():
+        place.mkdir()
+    for i in (0, 1):
+        (places["plain"] / f"{i}.bmp").write_bytes(pictures[i])
+        (places["plain"] / f"{i}.txt").write_text("a red apple")
+    members = [("a.bmp", pictures[2]), ("a.txt", b"volcano"), ("b.bmp", pictures[3])]
+    (places["web"] / "0.tar").write_bytes(tar_bytes([*members, ("b.txt", b"apple 1")]))
+    for i in (4, 5):
+        (places["behind"] / f"{i}.bmp").write_bytes(pictures[i])
+    lines = "image,caption\n../behind/4.bmp,a red apple\n../behind/5.bmp,a green one\n"
+    (places["rows"] / "t.csv").write_text(lines)
+    (places["meta"] / "6.bmp").write_bytes(pictures[6])
+    (places["meta"] / "metadata.jsonl").write_text('{"file_name": "6.bmp", "text": "an apple"}\n')
+    rows = [{"image": pictures[7], "caption": "bytes"}]
+    pq.write_table(pa.Table.from_pylist(rows), places["rows"] / "u.parquet", compression="none")
+    kinds = {"plain": "folder", "web": "tars", "rows": "table", "meta": "imagefolder"}
+    return {name: {"kind": kind, "path": str(places[name])} for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def one_of_each(tmp_path_factory, vae_folder, text_folder, ray_address) -> Path:
+    """The config of a finished preparation of every kind of source."""
+    folder = tmp_path_factory.mktemp("each")
+    config = write_config(folder / "c.yaml", every_kind(folder), vae_folder, text_folder)
+    run(config)
+    return config
+
+
+CHANGES = {
+    "plain/0.bmp": (other_pixels, "plain/0.bmp"),
+    "plain/1.txt": (lambda p: p.read_bytes().replace(b"red", b"big"), "plain/1.bmp"),
+    "web/0.tar": (lambda p: p.read_bytes().replace(b"apple 1", b"apple 2"), "web/0.tar/b"),
+    "rows/t.csv": (lambda p: p.read_bytes().replace(b"green", b"white"), "rows/t.csv/000000001"),
+    "behind/4.bmp": (other_pixels, "rows/t.csv/000000000"),
+    "rows/u.parquet": (
+        lambda p: p.read_bytes().replace(b"bytes", b"BYTES"),
+        "rows/u.parquet/000000000",
+    ),
+    "meta/6.bmp": (other_pixels, "meta/metadata.jsonl/000000000"),
+    "meta/metadata.jsonl": (
+        lambda p: p.read_bytes().replace(b"an", b"no"),
+        "meta/metadata.jsonl/000000000",
+    ),
+}
+AT_ONCE = ("plain/1.txt", "behind/4.bmp")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in AT_ONCE else pytest.mark.slow) for n in CHANGES],
+)
+def test_a_change_that_keeps_the_size_is_named_and_the_old_content_is_no_change(
+    one_of_each, capsys, name
+):
+    path, (change, told) = one_of_each.parent / name, CHANGES[name]
+    before, data = path.read_bytes(), change(path)
+    assert len(data) == len(before)
+    assert data != before
+    rewritten(path, data)
+    try:
+        with pytest.raises(InputError) as caught:
+            run(one_of_each)
+    finally:
+        rewritten(path, before)
+    assert f"1 changed ({told})" in str(caught.value)
+    assert "Remedy: restore them, choose another output, or --restart" in str(caught.value)
+    capsys.readouterr()
+    run(one_of_each)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_copied_source_is_no_change_and_is_looked_through_once(one_of_each, capsys):
+    for path in [p for p in one_of_each.parent.rglob("*") if "dataset" not in p.parts]:
+        if path.is_file():
+            rewritten(path, path.read_bytes())
+    before = dataset_bytes(one_of_each.parent / "dataset")
+    for _ in range(2):
+        run(one_of_each)
+        assert "nothing to do" in capsys.readouterr().out
+    listed = (one_of_each.parent / "dataset" / "work" / "listing.parquet").stat().st_mtime_ns
+    run(one_of_each)
+    again = (one_of_each.parent / "dataset" / "work" / "listing.parquet").stat().st_mtime_ns
+    assert again == listed
+    assert dataset_bytes(one_of_each.parent / "dataset") == before

@@ -6,15 +6,15 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources.walk import Walk, extension_of, stem_of, walk_folder
-from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, size_of
+from data_prep.sources.walk import Walk, extension_of, stamp_of, stem_of, walk_folder
+from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
@@ -45,6 +45,8 @@ class Entry:
     class_name: str | None = None
     reason: str | None = None
     detail: str = ""
+    stamp: str = ""
+    """Another where the file, or that of its caption, was written again."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ class Source(Config, ABC):
     def entries(self, source: str) -> Iterator[Entry]:
         """The files of all folders in a fixed order; raises InputError where there are none."""
         where, root = f"sources.{source}.path: {self.path}", self.path.rstrip("/")
-        if self.may_be_one_file and (size := _size_of_file(root, where)) is not None:
-            yield Entry(source, root.rsplit("/", 1)[-1], root, size)
+        if self.may_be_one_file and (found := _file_at(root, where)) is not None:
+            yield Entry(source, root.rsplit("/", 1)[-1], root, found["size"], stamp=stamp_of(found))
             return
         if not is_remote(root) and not os.path.isdir(root):
             raise InputError(
@@ -142,7 +144,8 @@ class Source(Config, ABC):
             extensions.update(extension_of(name) for name, _, _ in walk.files)
             for entry in self.entries_of(source, walk):
                 count += entry.reason != "left_out"
-                yield entry
+                stamps = (walk.stamps.get(p, "") for p in (entry.path, entry.caption_path or ""))
+                yield replace(entry, stamp=" ".join(stamps))
             for name, reason, detail in walk.rejected:
                 yield Entry(source, name, "", 0, reason=reason, detail=detail)
         if not count:
@@ -168,11 +171,11 @@ def main_of(stem: str) -> str | None:
     return match[1] if match else None
 
 
-def _size_of_file(path: str, where: str) -> int | None:
-    """Bytes of a file, None of what is no file; raises InputError where a store does not answer."""
+def _file_at(path: str, where: str) -> dict[str, Any] | None:
+    """What is known of a file, None of what is no file; raises InputError where a store does not answer."""
     try:
         filesystem, name = filesystem_of(path)
-        return size_of(path) if patient(filesystem.isfile, name) else None
+        return patient(filesystem.info, name) if patient(filesystem.isfile, name) else None
     except (ImportError, ValueError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
 

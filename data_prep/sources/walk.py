@@ -5,6 +5,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_prep.storage import filesystem_of, is_remote, patient
 
@@ -28,6 +29,8 @@ class Walk:
     """Name relative to the root, full path."""
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     """Name, reason, detail."""
+    stamps: dict[str, str] = field(default_factory=dict)
+    """By full path, what is another where a file was written again: its time, or a store's tag of it."""
 
     def add(self, name: str, path: str, size: int | None) -> None:
         """What lies there by its name in the folder: a file of so many bytes, or where that is None a folder."""
@@ -56,9 +59,11 @@ def walk_folder(root: str) -> Iterator[Walk]:
         if tree is None:
             _look_on_disk(walk, seen)
         else:
-            for name, size in sorted(tree[walk.name].items(), key=lambda item: item[0].rstrip("/")):
+            for name, found in sorted(tree[walk.name].items(), key=lambda e: e[0].rstrip("/")):
                 name = name.removesuffix("/")
-                walk.add(name, f"{walk.path}/{name}", size)
+                path = f"{walk.path}/{name}"
+                size, walk.stamps[path] = found or (None, "")
+                walk.add(name, path, size)
         yield walk
         waiting += reversed(walk.folders)
 
@@ -88,32 +93,38 @@ def _look_on_disk(walk: Walk, seen: set[tuple[int, int]]) -> None:
             walk.add(name, path, None)
         elif stat.S_ISREG(status.st_mode):
             walk.add(name, path, status.st_size)
+            walk.stamps[path] = str(status.st_mtime_ns)
         else:
             walk.rejected.append((readable(walk.name + name), "not_a_regular_file", ""))
 
 
-def _read_store(root: str) -> dict[str, dict[str, int | None]]:
-    """Folder -> name in it -> bytes; a folder's own name ends in a slash, and it has no bytes.
+def _read_store(root: str) -> dict[str, dict[str, tuple[int, str] | None]]:
+    """Folder -> name in it -> bytes and stamp; a folder's own name ends in a slash, and it has neither.
 
     So does the name of the empty object that stands for a folder on S3.
     """
     filesystem, top = filesystem_of(root)
     begin = len(top.rstrip("/")) + 1
     found = patient(lambda: filesystem.find(top, detail=True))
-    sizes = {path[begin:]: info["size"] or 0 for path, info in found.items()}
+    files = {path[begin:]: (info["size"] or 0, stamp_of(info)) for path, info in found.items()}
     # An empty folder of the root is in no list of files.
     listed = patient(lambda: filesystem.ls(top, detail=True)) if found else []
     folders = [info["name"][begin:].rstrip("/") for info in listed if info["type"] == "directory"]
-    tree = defaultdict[str, dict[str, int | None]](dict)
-    for name in (*sizes, *(f"{folder}/" for folder in folders if folder)):
+    tree = defaultdict[str, dict[str, tuple[int, str] | None]](dict)
+    for name in (*files, *(f"{folder}/" for folder in folders if folder)):
         while name:
             end = name.rfind("/", 0, len(name) - 1) + 1
             folder, last = name[:end], name[end:]
             if last in tree[folder]:
                 break
-            tree[folder][last] = None if last.endswith("/") else sizes[name]
+            tree[folder][last] = None if last.endswith("/") else files[name]
             name = folder
     return tree
+
+
+def stamp_of(info: dict[str, Any]) -> str:
+    """What a file system says of a file that is another where the file was written again."""
+    return str(info.get("ETag") or info.get("LastModified") or info.get("mtime") or "")
 
 
 def is_hidden(folder: str) -> bool:

@@ -20,7 +20,7 @@ from pipeline.runs.start import finished
 from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
 from pipeline.training.forward import Forward
-from pipeline.training.monitor import Monitor
+from pipeline.training.monitor import LossMeter, Monitor
 from pipeline.training.rejection import Rejection
 
 
@@ -32,12 +32,12 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
     engine, optimizer = run.build_engine()
     dropout = config.training.caption_dropout
     forward = Forward(engine, objective, run.loader, config.model, dropout, own_device())
-    rejection = Rejection(config, run.loader, engine, optimizer)
-    parts = {"clock": clock, "rejection": rejection, "preview": preview}
+    rejection, meter = Rejection(config, run.loader, engine, optimizer), LossMeter(own_device())
+    parts = {"clock": clock, "rejection": rejection, "preview": preview, "meter": meter}
     checkpoint.restore(run.folder, engine, optimizer, parts)
     saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint, writer.check)
     run.record()
-    monitor = Monitor(config, clock, objective, run.loader, engine)
+    monitor = Monitor(config, clock, meter, run.loader, engine)
     announce(run, clock, monitor)
     if preview.due(clock):
         preview.show(engine, optimizer, monitor, clock.step)
@@ -61,7 +61,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
             monitor.mark("optimizer")
         accepted = rejection.settle(clock.step, batch, terms)
         clock.advance(accepted)
-        monitor.count(batch, draws, terms, accepted)
+        monitor.count(batch, terms, accepted)
         watchdog.alive(clock.step)
 
         # --- log, draw, save
@@ -69,7 +69,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
         stopping, writing = monitor.exchange.any(clock.step, asked, saver.busy, now=looks)
         if not writing:
             saver.finish()
-        if clock.log_due or stopping:
+        if clock.log_due:
             monitor.log(engine, optimizer, rejection.total)
         with monitor.paused():
             if looks and not stopping:

@@ -30,15 +30,16 @@ def main(
     load_run_config(run)
     power_exponent(sigma_rel)
     snapshots = read_snapshots(run, step)
-    step, name = snapshots[-1].step, power_name(sigma_rel)
-    path = run / "ema" / f"step_{step:08d}.{name}.safetensors"
+    last, name = snapshots[-1], power_name(sigma_rel)
+    path = run / "ema" / f"step_{last.step:08d}.{name}.safetensors"
     typer.echo(
-        f"{path}: width {sigma_rel:g} at step {step}, from {len(snapshots)} snapshots of widths "
-        f"{sorted({s.sigma_rel for s in snapshots})}; use it with --weights {name}"
+        f"{path}: width {sigma_rel:g} over the last {last.images:,} pictures at step {last.step}, from "
+        f"{len(snapshots)} snapshots of widths {sorted({s.sigma_rel for s in snapshots})}; use it with "
+        f"--weights {name}"
     )
     if dry_run:
         return
-    about = {"step": step, "images_seen": snapshots[-1].images_seen, "sigma_rel": f"{sigma_rel:g}"}
+    about = {"step": last.step, "images": last.images, "sigma_rel": f"{sigma_rel:g}"}
     weights = reconstruct(snapshots, sigma_rel)
     save_weights(path, weights, {key: str(value) for key, value in about.items()})
 

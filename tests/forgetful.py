@@ -40,7 +40,9 @@ ITEMS = {key: forgetting(key) for key in ("ema", "exp_avg", "exp_avg_sq", "step"
         clock, "lr_schedule", lambda *given: lambda step: lr_schedule(*given)(step - STEP)
     ),
     "images_seen": patch.object(
-        clock, "ema_decays", lambda ema, seen, size: ema_decays(ema, seen - STEP * size, size)
+        clock,
+        "ema_decays",
+        lambda ema, seen, size, begun: ema_decays(ema, seen - STEP * size, size, begun),
     ),
     "loader": patch.object(
         Loader, "batches", lambda loader, start, step: batches(loader, start - STEP, step)

@@ -1,6 +1,8 @@
 """The averages of the weights against their definition in float64; profiles made after training."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from models.config import InputError
+from pipeline import make_ema
 from pipeline.training.checkpoint import load_weights, store_snapshots
 from pipeline.training.config import EMAConfig, power_exponent
 from pipeline.training.ema import AdamWithEMA, ema_decays
@@ -111,7 +114,10 @@ def store(run: Path, every: int, steps: int, batch: int = 4) -> torch.Tensor:
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         if (step + 1) % every == 0:
-            clock = SimpleNamespace(step=step + 1, images_learned=(step + 1) * batch)
+            begun = dict.fromkeys(config.names(), 0)
+            clock = SimpleNamespace(
+                step=step + 1, images_learned=(step + 1) * batch, ema_begun=begun
+            )
             store_snapshots(run, config, clock, engine, optimizer)
     return walk
 
@@ -121,7 +127,7 @@ def test_a_profile_made_after_training_is_the_exact_weighted_sum_of_all_steps(tm
     snapshots = read_snapshots(tmp_path, None)
     assert len(snapshots) == 40
     made = reconstruct(snapshots, 0.15)["w"].double()
-    times = np.array([s.images_seen for s in snapshots])
+    times = np.array([s.images for s in snapshots])
     shares = coefficients(times, np.array([s.sigma_rel for s in snapshots]), times[-1], 0.15)
     exact = np.zeros(1000)
     for snapshot, share in zip(snapshots, shares, strict=True):
@@ -173,10 +179,64 @@ def test_a_run_keeps_its_averages_and_any_width_can_be_made_and_sampled_from_it(
     }
     assert len({tuple(w["proj_out.weight"].flatten()[:4].tolist()) for w in loaded.values()}) == 4
 
-    done = train_factory.run("pipeline.make_ema", str(run), "--sigma-rel", "0.15")
-    assert done.returncode == 0, done.stderr
+    # What was made at an earlier step is never taken for the newest.
+    for sigma_rel in (0.15, 0.05):
+        make_ema.main(run, sigma_rel, step=12)
+    with pytest.raises(InputError, match=r"made at step 12.*of step 24.*--step 12"):
+        load_weights(run, "ema_sigma_0.15")
+    assert load_weights(run, "ema_sigma_0.15", 12)[1] == 12
+    same = load_weights(run, "ema_sigma_0.05")[0]
+    assert all(torch.equal(same[name], value) for name, value in loaded["ema_sigma_0.05"].items())
+    make_ema.main(run, 0.15)
     made, step = load_weights(run, "ema_sigma_0.15")
     assert step == 24
     assert made.keys() == loaded["ema"].keys()
     with pytest.raises(InputError, match=r"expected one of \['ema', 'ema_halflife_32'"):
         load_weights(run, "ema_sigma_0.2")
+
+    # From step 18 the run goes another way, with an average more: nothing is left of steps after it.
+    shutil.rmtree(run / "checkpoints" / "step_00000024")
+    make_ema.main(run, 0.2, step=18)
+    options[0] = "ema.sigma_rels=[0.05,0.1,0.12]"
+    before = Pieces(run / "ema_snapshots" / "step_00000024").whole(
+        "ema_sigma_0.1", "proj_out.weight"
+    )
+    said = train_factory.train(config, *options, "optimizer.lr=1e-2", "--override")
+    assert "step_00000024: the run goes on from step 18" in said
+    names = sorted(path.name for path in (run / "ema").glob("*.safetensors"))
+    assert names == [
+        "step_00000012.ema_sigma_0.05.safetensors",
+        "step_00000012.ema_sigma_0.15.safetensors",
+        "step_00000018.ema_sigma_0.2.safetensors",
+    ]
+    assert (run / "ema" / "step_00000024.ema_sigma_0.15.safetensors.abandoned").is_file()
+    stored = Pieces(run / "ema_snapshots" / "step_00000024")
+    assert not torch.equal(stored.whole("ema_sigma_0.1", "proj_out.weight"), before)
+    # The one that was added averages over the last six steps alone, and is not mixed with the others.
+    assert {s.sigma_rel for s in read_snapshots(run, None)} == {0.05, 0.1}
+    record = json.loads((run / "checkpoints/step_00000024/checkpoint.json").read_text())
+    assert record["clock"]["ema_begun"]["ema_sigma_0.12"] == 18 * 8
+    assert set(record["clock"]["ema_begun"].values()) == {0, 18 * 8}
+
+
+@pytest.mark.parametrize("added_at", [0, 8, 800])
+def test_an_average_that_is_added_later_is_what_it_were_had_the_run_begun_there(added_at):
+    config = EMAConfig(sigma_rels=[0.1], more_halflives_images=[100])
+    begun = dict.fromkeys(config.names(), added_at)
+    for images in range(0, 4000, 8):
+        late = ema_decays(config, added_at + images, 8, begun)
+        assert late == ema_decays(config, images, 8)
+
+
+def test_snapshots_of_averages_that_began_apart_are_not_mixed(tmp_path):
+    for step, begun in ((50, [0]), (100, [0, 200]), (150, [400, 200])):
+        folder = tmp_path / "ema_snapshots" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        widths = [0.05, 0.1][: len(begun)]
+        about = {"step": step, "images_seen": 4 * step, "sigma_rels": widths, "begun": begun}
+        (folder / "checkpoint.json").write_text(json.dumps(about))
+    found = {step: read_snapshots(tmp_path, step) for step in (50, 100, 150)}
+    kept = {step: [(s.step, s.sigma_rel, s.images) for s in found[step]] for step in found}
+    assert kept[50] == [(50, 0.05, 200)]
+    assert kept[100] == [(50, 0.05, 200), (100, 0.05, 400)]
+    assert kept[150] == [(100, 0.1, 200), (150, 0.1, 400)]

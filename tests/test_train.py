@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from pipeline.config import TrainConfig, dump_config, load_run_config
 from pipeline.data.randomness import draw_dropout
 from pipeline.runs.setup import check_run, fit_run
 from pipeline.training.checkpoint import newest_sound
+from pipeline.training.rejection import Rejection
 from tests import train_factory
 from tests.forked import alive, wait_until
 from tests.shard_factory import Kind, make_dataset
-from tests.train_factory import scalars, train, unlike, workers, write_config
+from tests.train_factory import histograms, scalars, train, unlike, workers, write_config
 
 pytestmark = pytest.mark.distributed
 MUON, OFFLOAD = ["optimizer.kind=muon"], ["engine.offload_optimizer=cpu"]
@@ -57,6 +59,43 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, stage, dtype, more):
     assert unlike(tmp_path / "killed", tmp_path / "whole") == []
     losses = [value for _, value in scalars(tmp_path / "whole", "loss/train")]
     assert len(losses) == 24
+
+
+@pytest.mark.parametrize(
+    ("after", "by"),
+    [
+        ("step 4/", signal.SIGKILL),
+        ("step_00000006, for which", signal.SIGKILL),
+        ("step_00000012, for which", signal.SIGKILL),
+        ("step 12/", signal.SIGTERM),
+    ],
+)
+def test_what_is_logged_after_a_resume_is_of_the_same_steps(tmp_path, after, by):
+    options = ["monitor.every_steps=4", "engine.zero_stage=1", "engine.micro_batch=2"]
+    options += ["checkpoint.every_steps=6"]
+    train(write_config(tmp_path, "whole"), *options, ranks=2)
+    killed = write_config(tmp_path, "killed")
+    process = train_factory.start("pipeline.train", str(killed), *options, ranks=2)
+    train_factory.wait_for(process, after)
+    for pid in (process.pid, *workers(process)):
+        os.kill(pid, by)
+    process.stdout.read()
+    process.wait()
+    train(killed, *options, ranks=2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for tag in ("loss/train", "x0_mse_by_noise_level/t_0.5625", "optimizer/lr"):
+        assert scalars(killed, tag) == scalars(whole, tag), tag
+    assert [step for step, _ in scalars(killed, "loss/train")] == list(range(4, 25, 4))
+    assert histograms(killed, "log_snr") == histograms(whole, "log_snr")
+
+
+def test_rejected_steps_that_are_taken_again_are_noted_once(tmp_path):
+    state = {"total": 2, "in_a_row": 0, "recent": []}
+    (tmp_path / "rejected.jsonl").write_text("one\ntwo\nthree\n")
+    config = load_config(TrainConfig, write_config(tmp_path), [f"run={tmp_path}"])
+    engine, optimizer = SimpleNamespace(skipped_steps=0), SimpleNamespace(num_skipped=0)
+    Rejection(config, None, engine, optimizer).load(state)  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "rejected.jsonl").read_text() == "one\ntwo\n"
 
 
 def test_fifty_losses_are_the_same_on_one_rank_and_on_two_however_the_batch_is_cut(tmp_path):
@@ -270,7 +309,7 @@ def test_a_checkpoint_of_the_format_before_is_refused_in_one_line(copy):
         record = json.loads((folder / "checkpoint.json").read_text())
         del record["format"]
         (folder / "checkpoint.json").write_text(json.dumps(record))
-    assert "got a checkpoint of format 1, expected 2" in resume(copy, status=2)
+    assert "got a checkpoint of format 1, expected 3" in resume(copy, status=2)
 
 
 def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_path):

@@ -109,6 +109,12 @@ def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+def histograms(run: Path, tag: str) -> list[tuple[int, list[float]]]:
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    return [(e.step, e.histogram_value.bucket) for e in events.Histograms(tag)]
+
+
 def unlike(resumed: Path, whole: Path, step: int = 24) -> list[str]:
     """What a resumed run ends with that is not to the bit what an undisturbed one does."""
     stored = [Pieces(run / "checkpoints" / f"step_{step:08d}") for run in (resumed, whole)]

@@ -33,7 +33,7 @@ from pipeline.training.ema import WithEMA
 from pipeline.training.pieces import INDEX, Contents, Pieces
 
 RECORD = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 # Folders of a run.
 CHECKPOINTS = "checkpoints"
 EMA_SNAPSHOTS = "ema_snapshots"
@@ -44,6 +44,10 @@ Files = dict[str, dict[str, Any]]
 
 def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def step_folders(parent: Path, suffix: str = "") -> dict[int, Path]:
@@ -181,8 +185,13 @@ def store_snapshots(
 ) -> None:
     """Save all power-function averages as they are now, for `flowmill ema`. Collective."""
     saver = Saver(run / EMA_SNAPSHOTS)
-    state = {"images_seen": clock.images_learned, "sigma_rels": config.sigma_rels}
-    saver.save(clock.step, engine, optimizer, state, [power_name(s) for s in config.sigma_rels])
+    names = [power_name(sigma_rel) for sigma_rel in config.sigma_rels]
+    state = {
+        "sigma_rels": config.sigma_rels,
+        "begun": [clock.ema_begun[name] for name in names],
+        "images_seen": clock.images_learned,
+    }
+    saver.save(clock.step, engine, optimizer, state, names)
     saver.finish()
 
 
@@ -288,6 +297,8 @@ def restore(
         for left_over in step_folders(run / CHECKPOINTS, ".partial").values():
             _delete(left_over)
     folder = newest_sound(run)
+    if distributed.is_main():
+        _forget_after(run, step_of(folder) if folder else 0)
     if folder is None:
         return None
     record = json.loads((folder / RECORD).read_text())
@@ -300,6 +311,25 @@ def restore(
     for name, part in (stateful or {}).items():
         part.load(record[name])
     return record
+
+
+def _forget_after(run: Path, step: int) -> None:
+    """Delete the snapshots of steps that are lost, and put the averages made from them aside."""
+    for number, folder in step_folders(run / EMA_SNAPSHOTS).items():
+        if number > step:
+            shutil.rmtree(folder)
+            distributed.say(f"deleted {folder}: the run goes on from step {step}")
+    for number, _, path in made_averages(run):
+        if number > step:
+            aside = path.rename(path.with_name(f"{path.name}.abandoned"))
+            distributed.say(f"renamed to {aside}: the run goes on from step {step}")
+
+
+def made_averages(run: Path) -> list[tuple[int, str, Path]]:
+    """Step, name and file of each average that `flowmill ema` made, by step."""
+    name = re.compile(r"step_([0-9]{8,})\.(ema_sigma_[^/]+)\.safetensors")
+    matches = [(m, path) for path in (run / "ema").glob("*") if (m := name.fullmatch(path.name))]
+    return sorted((int(m[1]), m[2], path) for m, path in matches)
 
 
 def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -329,23 +359,30 @@ def load_weights(run: Path, which: str, step: int | None = None) -> tuple[dict[s
     `which` is "raw", an average of the run ("ema" is the first), or one that `flowmill ema` made.
     Raises InputError where there is none.
     """
-    made = r"step_([0-9]{8,})\." + re.escape(which) + r"\.safetensors"
-    matches = [m for p in (run / "ema").glob("*") if (m := re.fullmatch(made, p.name))]
-    if steps := [int(m[1]) for m in matches if step in (None, int(m[1]))]:
-        at = max(steps)
-        return read_weights(run / "ema" / f"step_{at:08d}.{which}.safetensors"), at
+    made = {number: path for number, name, path in made_averages(run) if name == which}
     if step is None:
         folder = newest_sound(run)
     elif found := faults(folder := step_folder(run / CHECKPOINTS, step)):
-        raise InputError(found[0])
+        if step not in made:
+            raise InputError(found[0])
+        folder = None
+    names, at = list[str](), -1
+    if folder is not None:
+        stored, at = Pieces(folder), step_of(folder)
+        names = [state for state in stored.states if pieces.is_weights(state)]
+        if which in names:
+            return {name: stored.whole(which, name) for name in stored.shapes}, at
+    newest = max(made, default=-1) if step is None else step
+    if newest in made and newest >= at:
+        return read_weights(made[newest]), newest
+    if newest in made:
+        raise InputError(
+            f"{made[newest]}: was made at step {newest}, and the newest checkpoint is of step {at}. Remedy: "
+            f"--step {newest}, or flowmill ema for a later one"
+        )
     if folder is None:
         raise InputError(f"{run / CHECKPOINTS}: no checkpoint yet. Remedy: flowmill train.")
-    stored = Pieces(folder)
-    names = [state for state in stored.states if pieces.is_weights(state)]
-    if which not in names:
-        raise InputError(
-            f"weights {which!r}: got a name that {folder} lacks, expected one of {names}, or one that "
-            "`flowmill ema` made"
-        )
-    weights = {name: stored.whole(which, name) for name in stored.shapes}
-    return weights, json.loads((folder / RECORD).read_text())["step"]
+    raise InputError(
+        f"weights {which!r}: got a name that {folder} lacks, expected one of {names}, or one that "
+        "`flowmill ema` made"
+    )

@@ -17,6 +17,8 @@ class Clock:
         self.config, self.global_batch = config, config.training.global_batch
         self.lr_of = lr_schedule(config.optimizer, self.global_batch, config.training.num_steps)
         self.start_step = self.step = self.images_seen = self.images_learned = 0
+        self.ema_begun = dict.fromkeys(config.ema.names(), 0)
+        """Pictures learned from before each average began: more than 0 where it was added later."""
 
     @property
     def next_batch(self) -> int:
@@ -39,7 +41,7 @@ class Clock:
 
     def ema_decays(self) -> dict[str, float]:
         """Decay of every average in the next step, by name."""
-        return ema_decays(self.config.ema, self.images_learned, self.global_batch)
+        return ema_decays(self.config.ema, self.images_learned, self.global_batch, self.ema_begun)
 
     def advance(self, accepted: bool) -> None:
         """Count a step, accepted or rejected."""
@@ -70,10 +72,13 @@ class Clock:
         return every > 0 and self.due(max(1, every // self.global_batch))
 
     def state(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("step", "images_seen", "images_learned")}
+        names = ("step", "images_seen", "images_learned", "ema_begun")
+        return {name: getattr(self, name) for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; a batch that a new batch size would cut is seen again."""
         self.start_step = self.step = state["step"]
         for name in ("images_seen", "images_learned"):
             setattr(self, name, state[name] // self.global_batch * self.global_batch)
+        begun = state["ema_begun"]
+        self.ema_begun = {name: begun.get(name, self.images_learned) for name in self.ema_begun}

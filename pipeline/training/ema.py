@@ -6,6 +6,7 @@ the ranks. They are saved as they lie; only a preview during training gathers th
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,19 +15,22 @@ from torch import Tensor, nn
 from pipeline.training.config import EMAConfig, power_exponent
 
 
-def ema_decays(config: EMAConfig, images_seen: int, global_batch: int) -> dict[str, float]:
-    """Each average's decay in the step after `images_seen` pictures.
+def ema_decays(
+    config: EMAConfig, images_seen: int, global_batch: int, begun: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Each average's decay in the step after `images_seen` pictures, which began after `begun` (by name) of them.
 
     Half-lives are ramped up as in EDM (2206.00364, training_loop). A power-function average decays
     by (1 - 1/t)^(gamma + 1), EDM2 eq. 127.
     """
     decays = {}
     for name, (kind, value) in config.names().items():
+        images = images_seen - (begun or {}).get(name, 0)
         if kind == "halflife":
-            halflife = min(value, images_seen * config.rampup_ratio)
+            halflife = min(value, images * config.rampup_ratio)
             decays[name] = 0.5 ** (global_batch / max(halflife, 1e-8))
         else:
-            share = images_seen / (images_seen + global_batch)
+            share = images / (images + global_batch)
             decays[name] = share ** (power_exponent(value) + 1)
     return decays
 

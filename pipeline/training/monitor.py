@@ -36,7 +36,7 @@ from pipeline.training.clock import Clock
 from pipeline.training.ema import WithEMA
 from pipeline.training.engine import grad_norm
 from pipeline.training.flops import ModelFlops, peak_flops
-from pipeline.training.forward import Draws, Terms
+from pipeline.training.forward import Terms
 from pipeline.training.ledger import Ledger
 from pipeline.training.norms import BlockNorms
 from pipeline.training.rank_check import FIRST_STEPS, Pace, check_ranks
@@ -87,11 +87,29 @@ class Stopwatch:
 
 
 class LossMeter:
-    """Sums of loss terms by noise level, on the device: nothing waits for it between logs."""
+    """Sums of loss terms by noise level, on the device: nothing waits for it between logs.
+
+    Its state belongs in the checkpoint, so that what is logged next is of the same steps after a resume.
+    """
 
     def __init__(self, device: torch.device):
         self.names: tuple[str, ...] = ("loss",)
         self.sums = torch.zeros(NUM_LEVELS, 2, dtype=torch.float64, device=device)
+        self.drawn: list[tuple[int, int, int]] = []
+        """Each step's number and height and width of its latents, on which the t that it drew depend."""
+
+    def state(self) -> dict[str, Any]:
+        """The sums of every rank: their total is rounded in the order of the ranks. Collective."""
+        sums = distributed.gather_objects(self.sums.tolist())
+        return {"names": self.names, "sums": sums, "drawn": list(self.drawn)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.names, self.drawn = tuple(state["names"]), [(s, h, w) for s, h, w in state["drawn"]]
+        sums = self.sums.new_tensor(state["sums"])
+        if len(sums) == distributed.world_size():
+            self.sums = sums[distributed.rank()]
+        else:
+            self.sums = sums.sum(0) * distributed.is_main()
 
     def add(self, t: Tensor, terms: dict[str, Tensor]) -> None:
         """Add a micro-batch, t and each term (b,); every call has the same terms."""
@@ -127,27 +145,28 @@ class Monitor:
         self,
         config: TrainConfig,
         clock: Clock,
-        objective: Objective,
+        meter: LossMeter,
         loader: Loader,
         engine: Any,
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
-        self.clock, self.objective, self.loader = clock, objective, loader
+        self.clock, self.meter, self.loader = clock, meter, loader
+        self.objective = Objective(config.objective)
         self.device, self.exchange, self.pace = (
             torch.device(engine.device),
             Exchange(),
             Pace(distributed.world_size()),
         )
-        self.stopwatch, self.times, self.profiler = Stopwatch(self.device), list[Tensor](), None
+        self.stopwatch, self.profiler = Stopwatch(self.device), None
         self.shapes: Counter[tuple[int, int, int]] = Counter()
         """Steps by the height and width of their latents and by their number of text tokens."""
-        self.meter, self.ledger = LossMeter(self.device), Ledger(self.run)
+        self.ledger = Ledger(self.run)
         self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
         self.flops: ModelFlops | None = None
         self.board: Board | None = None
         if distributed.is_main():
             # Points after the step that the run resumes from were written by steps that are lost.
-            purge = clock.step + 1 if clock.step else None
+            purge = clock.step + 1 if clock.step else 0
             self.board = Board(self.run / "tensorboard", purge)
             if self.settings.mfu:
                 self._measure_flops(self.board)
@@ -165,7 +184,6 @@ class Monitor:
         self.since, self.since_step = time.perf_counter(), self.clock.step
         self.waited_before_s = self.loader.wait_s
         self.shapes.clear()
-        self.times.clear()
         self.stopwatch.reset()
 
     @contextmanager
@@ -203,12 +221,12 @@ class Monitor:
         logged = following % self.settings.every_steps == 0
         return self.norms if logged or following == self.clock.num_steps else None
 
-    def count(self, batch: Batch, draws: Draws, terms: list[Terms], accepted: bool) -> None:
+    def count(self, batch: Batch, terms: list[Terms], accepted: bool) -> None:
         """Count a finished step."""
         if accepted:
             for part in terms:
                 self.meter.add(part.t, part.named)
-        self.times.append(draws.t)
+        self.meter.drawn.append((self.clock.step - 1, *batch.latent_size))
         text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
         self.shapes[*batch.latent_size, text_length] += 1
         self._profile(self.clock.step)
@@ -231,6 +249,7 @@ class Monitor:
             values |= self.norms.collect(norm)
         if self.board is not None:
             self._write(self.board, values)
+        self.meter.drawn.clear()
         self.restart()
 
     def _write(self, board: Board, values: dict[str, float]) -> None:
@@ -243,7 +262,9 @@ class Monitor:
         values["speed/goodput"] = self.ledger.goodput()
         with distributed.beside("the ledger"):
             self.ledger.write()
-        alpha, sigma = self.objective.alpha_sigma(torch.cat(self.times))
+        seed, batch, drawn = self.loader.plan.seed, clock.global_batch, self.meter.drawn
+        t = torch.cat([self.objective.draw_t(seed, step, batch, (h, w)) for step, h, w in drawn])
+        alpha, sigma = self.objective.alpha_sigma(t)
         log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
         board.add(histogram("log_snr", log_snr.numpy(), bins=80), clock.step)
         self.scalars(values)

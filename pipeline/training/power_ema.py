@@ -19,25 +19,29 @@ from pipeline.training.pieces import Pieces
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A power-function average as it was after `images_seen` pictures."""
+class StoredAverage:
+    """A power-function average, begun after `begun` pictures, as it was `images` pictures later."""
 
     folder: Path
     step: int
-    images_seen: int
+    begun: int
+    images: int
     sigma_rel: float
 
 
-def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
-    """Those up to a step (null: all), oldest first; raises InputError where there are none."""
+def read_snapshots(run: Path, step: int | None) -> list[StoredAverage]:
+    """Those up to a step (null: all), oldest first; raises InputError where there are none.
+
+    Where some were added later, they are those that began together with the oldest of the last step.
+    """
     found = []
     for folder in step_folders(run / EMA_SNAPSHOTS).values():
         if not (folder / RECORD).is_file():
             continue
         about = json.loads((folder / RECORD).read_text())
         found += [
-            Snapshot(folder, about["step"], about["images_seen"], sigma_rel)
-            for sigma_rel in about["sigma_rels"]
+            StoredAverage(folder, about["step"], begun, about["images_seen"] - begun, sigma_rel)
+            for sigma_rel, begun in zip(about["sigma_rels"], about["begun"], strict=True)
         ]
     if not found:
         raise InputError(
@@ -47,7 +51,9 @@ def read_snapshots(run: Path, step: int | None) -> list[Snapshot]:
     steps = sorted({s.step for s in found})
     if step is not None and step not in steps:
         raise InputError(f"--step: got {step}, expected one with a snapshot: {steps}")
-    return [s for s in found if step is None or s.step <= step]
+    last = steps[-1] if step is None else step
+    begun = min(s.begun for s in found if s.step == last)
+    return [s for s in found if s.step <= last and s.begun == begun]
 
 
 def inner_product(
@@ -80,12 +86,12 @@ def coefficients(
     return weights / weights.sum()
 
 
-def reconstruct(snapshots: list[Snapshot], sigma_rel: float) -> dict[str, torch.Tensor]:
+def reconstruct(snapshots: list[StoredAverage], sigma_rel: float) -> dict[str, torch.Tensor]:
     """The weights of that width at the last snapshot's time, summed in float64, returned in fp32."""
     for folder in {s.folder: None for s in snapshots}:
         if found := faults(folder):
             raise InputError(found[0])
-    times = np.array([s.images_seen for s in snapshots], np.float64)
+    times = np.array([s.images for s in snapshots], np.float64)
     widths = np.array([s.sigma_rel for s in snapshots])
     shares = coefficients(times, widths, times[-1], sigma_rel)
     sums: dict[str, torch.Tensor] = {}

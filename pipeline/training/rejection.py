@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.files import append_to
+from models.files import append_to, write_text
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
@@ -48,6 +48,11 @@ class Rejection:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
         self.recent.extend(state["recent"])
         self.skipped = self._skipped()
+        if distributed.is_main() and self.path.is_file():
+            # Those that come after are of steps that are lost.
+            kept = self.path.read_text().splitlines(keepends=True)[: self.total]
+            with distributed.beside(self.path.name):
+                write_text(self.path, "".join(kept))
 
     def judge(self, terms: list[Terms]) -> None:
         """Veto the optimizer's step if the global batch's mean loss demands it. Collective."""
@@ -102,6 +107,10 @@ class Rejection:
         if distributed.is_main():
             samples = sorted((r for part in everyone for r in part), key=lambda r: r["index"])
             line = {"step": step, "reason": self.reason, "samples": samples}
+            with distributed.beside(self.path.name):
+                if self.total == 1:
+                    # Left over from an attempt of which nothing was kept.
+                    self.path.unlink(missing_ok=True)
             with distributed.beside(self.path.name), append_to(self.path) as file:
                 file.write(json.dumps(line) + "\n")
         distributed.say(f"step {step} rejected: {self.reason}; {self.total} in all")

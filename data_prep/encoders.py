@@ -109,6 +109,12 @@ class TextEncoderConfig(EncoderConfig):
     def read_config(self) -> dict[str, Any]:
         return read_text_config(Path(self.path), self.max_length)
 
+    def count_cut(self, captions: list[str]) -> int:
+        """Captions of which the encoder leaves out the end, by the tokenizer alone."""
+        from models.text_encoder import count_cut, load_tokenizer
+
+        return count_cut(load_tokenizer(Path(self.path)), captions, self.max_length)
+
     def hashes(self) -> dict[str, str]:
         return super().hashes() | {"tokenizer": tokenizer_sha256(Path(self.path))}
 

@@ -11,13 +11,13 @@ import pyarrow as pa
 from data_prep.catalog import STAGED
 from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_settings
+from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.encoders import weight_of
-from data_prep.images import list_buckets
 from data_prep.output import is_complete, lock_output, open_output
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
-from data_prep.report import Progress, console, print_plan, print_result, status, warn
+from data_prep.report import Progress, console, print_result, status, warn
 from data_prep.scan import list_sources, refuse_changes, scan
 from data_prep.schema import read_manifest
 from data_prep.shards import WORK
@@ -38,7 +38,7 @@ def prepare(
     if doubt := config.vae.doubt():
         warn(doubt)
     if dry_run:
-        print_plan(config, listing, settings["hashes"], list_buckets(config.images))
+        print_plan(config, listing, settings["hashes"])
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset = open_output(config, settings, listing, restart)

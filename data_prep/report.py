@@ -1,7 +1,6 @@
 """What a terminal shows of a preparation: the dry run, progress, and the tables that the page has too."""
 
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.encoders import configured
 from data_prep.images import Bucket
 from data_prep.schema import SPLITS, Manifest, read_shard_table
 from data_prep.storage import is_remote
@@ -101,35 +97,6 @@ class Listing:
         console.print(table)
 
 
-def print_plan(
-    config: Any,
-    listing: pa.Table,
-    hashes: dict[str, dict[str, str]],
-    buckets: list[Bucket],
-) -> None:
-    """The dry run's answer: what is there and what would be made of it."""
-    rows = list[tuple[str, ...]]()
-    for name, source in config.sources.items():
-        mine = (pc.field("source") == name) & pc.field("reason").is_null()
-        sizes = listing.filter(mine)["size"].to_numpy()
-        rows.append((name, source.kind, source.path, str(len(sizes)), f"{sizes.sum() / 2**20:.1f}"))
-    Listing("Sources", ("source", "kind", "path", "files", "MiB"), rows).print()
-    rows = [
-        (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
-        for place, encoder in configured(config).items()
-    ]
-    Listing("Encoders", ENCODER_COLUMNS, rows).print()
-    rows = [(str(height), str(width), f"{width / height:.2f}") for height, width in buckets]
-    Listing("Buckets", ("height", "width", "aspect"), rows).print()
-    room = ""
-    if not is_remote(config.output):
-        folder = Path(config.output).absolute()
-        while not folder.exists():
-            folder = folder.parent
-        room = f", {shutil.disk_usage(folder).free / 2**30:.1f} GiB free there"
-    console.print(f"Output {config.output}{room}. Nothing was written.")
-
-
 def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
@@ -187,7 +154,9 @@ def caption_listings(manifest: Manifest) -> list[Listing]:
     return cut_listings(lengths, manifest.counts.cut_captions, total)
 
 
-def cut_listings(lengths: dict[str, int], cut: dict[str, int], total: int) -> list[Listing]:
+def cut_listings(
+    lengths: dict[str, int], cut: dict[str, int], total: int, where: str = ""
+) -> list[Listing]:
     """Of `total` captions those longer than each text encoder's max_length."""
     rows = [
         (name, str(length), f"{cut[name]:,} of {total:,}", f"{100 * cut[name] / max(total, 1):.2f}")
@@ -195,7 +164,7 @@ def cut_listings(lengths: dict[str, int], cut: dict[str, int], total: int) -> li
         if name in cut
     ]
     head = ("encoder", "max_length in tokens", "captions", "%")
-    title = "Captions cut at the end, longer than their encoder takes"
+    title = f"Captions cut at the end, longer than their encoder takes{where}"
     return [Listing(title, head, rows)] if rows else []
 
 

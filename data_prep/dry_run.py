@@ -1,0 +1,152 @@
+"""`flowmill prepare --dry-run`: what the sources hold and what would be made of it, in seconds."""
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_prep.catalog import draw_captions
+from data_prep.config import PrepareConfig
+from data_prep.encoders import configured
+from data_prep.images import Rejected, list_buckets
+from data_prep.metadata import refusal
+from data_prep.report import ENCODER_COLUMNS, Listing, class_names, console, cut_listings
+from data_prep.scan import class_names as classes_of
+from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
+from data_prep.storage import is_remote
+
+# Pictures per source whose captions are read, and the files that they are taken from where each holds many.
+PICTURES, FILES = 256, 3
+# Bytes of remote files with many pictures that are fetched to look at captions.
+FETCHED_BYTES = 64 << 20
+# Kinds of files that are shown per source.
+KINDS = 20
+
+
+def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[str, str]]) -> None:
+    """The dry run's answer: what is there and what would be made of it."""
+    sources = [(name, source.kind, source.path) for name, source in config.sources.items()]
+    Listing("Sources", ("source", "kind", "path"), sources, words=3).print()
+    file_listing(config, listing).print()
+    if classes := classes_of(listing):
+        console.print(f"Classes, by label: {class_names(classes)}")
+    rows = [
+        (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
+        for place, encoder in configured(config).items()
+    ]
+    Listing("Encoders", ENCODER_COLUMNS, rows, words=4).print()
+    cell = config.vae.divides
+    rows = [
+        (f"{height}x{width}", f"{width / height:.2f}", f"{height / cell:g}x{width / cell:g}")
+        for height, width in list_buckets(config.images)
+    ]
+    Listing(f"Buckets, latents at 1/{cell}", ("bucket", "aspect", "latents"), rows).print()
+    for found in sample_listings(config, listing):
+        found.print()
+    room = ""
+    if not is_remote(config.output):
+        folder = Path(config.output).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        room = f", {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free there"
+    console.print(f"Output {config.output}{room}. Nothing was written.")
+
+
+def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
+    """Files by source and ending, tables and tars by name with * for numbers, and whether they are taken."""
+    compute: Any = pc
+    rows = list[tuple[str, ...]]()
+    for name, source in config.sources.items():
+        mine = listing.filter(pc.field("source") == name)
+        pattern, kind = (r"\d+", "*") if source.per_task == 1 else (r"(?s)^.*?(\.[^./]*)?$", r"\1")
+        kinds = compute.replace_substring_regex(mine["name"], pattern, kind)
+        table = mine.append_column("kind", kinds).group_by(["kind", "reason"])
+        groups = table.aggregate([("size", "count"), ("size", "sum")]).to_pylist()
+        groups.sort(key=lambda group: (group["reason"] or "", -group["size_count"], group["kind"]))
+        for group in groups[:KINDS]:
+            taken = f"no: {group['reason']}" if group["reason"] else "yes"
+            numbers = f"{group['size_count']:,}", f"{group['size_sum'] / 2**20:,.1f}"
+            rows.append((name, group["kind"] or "no ending", taken, *numbers))
+        if rest := groups[KINDS:]:
+            numbers = (sum(group[f"size_{what}"] for group in rest) for what in ("count", "sum"))
+            count, size = numbers
+            rows.append(
+                (name, f"{len(rest)} other kinds", "", f"{count:,}", f"{size / 2**20:,.1f}")
+            )
+    return Listing("Files", ("source", "files", "taken", "number", "MiB"), rows, words=3)
+
+
+def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listing]:
+    """What becomes of the captions of a random sample: rejected, cut, or neither."""
+    looked, captions, rows = 0, list[str](), list[tuple[str, ...]]()
+    for name, source in config.sources.items():
+        items = sampled_items(name, source, listing, list(config.filters.metadata))
+        fates = Counter[str]()
+        for item in items:
+            try:
+                captions += _drawn(config, name, item)
+            except Rejected as rejected:
+                fates[rejected.reason] += 1
+        looked += len(items)
+        for reason, count in fates.most_common():
+            share = f"{100 * count / len(items):.2f}"
+            rows.append((name, reason, f"{count:,} of {len(items):,}", share))
+    if rows:
+        title = "Rejected in a sample, before pictures are opened"
+        yield Listing(title, ("source", "reason", "pictures", "%"), rows, words=2)
+    encoders = config.text_encoders.items()
+    lengths = {name: encoder.max_length for name, encoder in encoders}
+    cut = {name: encoder.count_cut(captions) for name, encoder in encoders}
+    yield from cut_listings(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
+
+
+def _drawn(config: PrepareConfig, source: str, item: Item) -> list[str]:
+    """The captions of a picture as the scan draws them; raises Rejected where it rejects it for them."""
+    if item.reason:
+        raise Rejected(item.reason, item.detail)
+    captions = draw_captions(sample_key(source, item.name), item.captions, config.captions)
+    if why := refusal(item.metadata, config.filters.metadata):
+        raise Rejected("metadata", why)
+    return captions
+
+
+def sampled_items(
+    name: str, source: SourceConfig, listing: pa.Table, fields: list[str]
+) -> list[Item]:
+    """Up to PICTURES of a source, from files chosen at random; raises InputError where a column is missing."""
+    files = listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
+    rng, classes = random.Random(0), classes_of(listing)
+    count = min(PICTURES if source.per_task > 1 else FILES, len(files))
+    chosen = files.take(sorted(rng.sample(range(len(files)), count))).to_pylist()
+    entries = [Entry(**row) for row in chosen]
+    if source.per_task == 1 and is_remote(source.path):
+        entries = [entry for entry in entries[:1] if entry.size <= FETCHED_BYTES]
+        if not entries:
+            console.print(f"{name}: captions were not looked at, its files being large and remote")
+    if source.per_task > 1:
+        return first_items(entries, source, classes, fields)
+    try:
+        # A damaged table may crash the process that reads it.
+        with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+            return pool.submit(first_items, entries, source, classes, fields).result()
+    except BrokenProcessPool:
+        return [Item(entry.name, reason="scan_crash") for entry in entries]
+
+
+def first_items(
+    entries: list[Entry], source: SourceConfig, classes: list[str], fields: list[str]
+) -> list[Item]:
+    """The first of each file, without pictures that came with them."""
+    each = -(-PICTURES // max(len(entries), 1))
+    files = (islice(read_entries([entry], source, classes, fields), each) for entry in entries)
+    return [replace(item, data=None) for items in files for item in items]

@@ -50,7 +50,8 @@ CATALOG_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-PROBES_IN_FLIGHT = 16
+# Pictures that pass to a child in one message; as many again are read meanwhile.
+PROBES_AT_ONCE = 16
 ROWS_AT_ONCE = 8192
 # Folder within the working folder.
 STAGED = "staged"
@@ -136,6 +137,10 @@ def scan_partition(
     return count, scan.joined
 
 
+# A row as far as it is known, and the question about its picture.
+_Begun = tuple[dict[str, Any], ProbeRequest | None]
+
+
 class _Scan:
     """The rows of one partition, in the order of its items, several probes ahead."""
 
@@ -148,16 +153,22 @@ class _Scan:
         self.joined = 0
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
-        waiting: deque[tuple[dict[str, Any], Future[Answer] | None]] = deque()
+        begun, asked = list[_Begun](), deque[tuple[list[_Begun], Future[list[Answer]]]]()
         for item in items:
-            waiting.append(self._begin(item))
+            begun.append(self._begin(item))
             # A copy may be gone with the next item.
-            while waiting and (len(waiting) >= PROBES_IN_FLIGHT or item.copy):
-                yield _finish(*waiting.popleft())
-        for row, future in waiting:
-            yield _finish(row, future)
+            if len(begun) == PROBES_AT_ONCE or item.copy:
+                asked.append((begun, self._ask(begun)))
+                begun = []
+            while len(asked) > (0 if item.copy else 1):
+                yield from _finish(*asked.popleft())
+        for group, answers in (*asked, (begun, self._ask(begun))):
+            yield from _finish(group, answers)
 
-    def _begin(self, item: Item) -> tuple[dict[str, Any], Future[Answer] | None]:
+    def _ask(self, begun: list[_Begun]) -> Future[list[Answer]]:
+        return self._pool.submit_all([request for _, request in begun if request])
+
+    def _begin(self, item: Item) -> _Begun:
         """The item's row as far as it is known without the picture, and the question about that."""
         row: dict[str, Any] = {
             "key": sample_key(self._source, item.name),
@@ -194,17 +205,19 @@ class _Scan:
             self._staged_bytes += len(item.data)
         address = Address(path, row["offset"], item.length)
         looks = self._filters.near_duplicates is not None
-        return row, self._pool.submit(ProbeRequest(address, looks))
+        return row, ProbeRequest(address, looks)
 
 
-def _finish(row: dict[str, Any], future: "Future[Answer] | None") -> dict[str, Any]:
-    answer = future.result() if future else None
-    if isinstance(answer, Rejected):
-        return row | {"reason": answer.reason, "detail": answer.detail}
-    if isinstance(answer, Probe):
-        row |= {"height": answer.height, "width": answer.width}
-        row |= {"content_hash": answer.content_hash, "perceptual_hash": answer.perceptual_hash}
-    return row
+def _finish(begun: list[_Begun], asked: Future[list[Answer]]) -> Iterator[dict[str, Any]]:
+    answers = iter(asked.result())
+    for row, request in begun:
+        answer = next(answers) if request else None
+        if isinstance(answer, Rejected):
+            row |= {"reason": answer.reason, "detail": answer.detail}
+        elif isinstance(answer, Probe):
+            row |= {"height": answer.height, "width": answer.width}
+            row |= {"content_hash": answer.content_hash, "perceptual_hash": answer.perceptual_hash}
+        yield row
 
 
 def draw_captions(
@@ -227,6 +240,8 @@ def draw_captions(
     if why and not texts:
         raise why
     count = config.per_picture
+    if len(texts) == 1:
+        return texts * count
     digest = hashlib.sha256(f"caption\0{key}".encode()).digest()
     first = int.from_bytes(digest[:4], "big") / 2**32
     ends = np.cumsum(weights) / math.fsum(weights)

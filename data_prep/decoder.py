@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -88,21 +89,39 @@ class DecodePool:
     def submit(self, request: Request) -> "Future[Answer]":
         return self._threads.submit(self._answer, request)
 
+    def submit_all(self, requests: Sequence[Request]) -> "Future[list[Answer]]":
+        """Several at once: a message to the child and one back cost more than a header."""
+        return self._threads.submit(self._answer_all, requests)
+
+    def _answer_all(self, requests: Sequence[Request]) -> list[Answer]:
+        try:
+            return self._ask(requests) if requests else []
+        except ChildProcessError:
+            # Alone each shows whether it is the one that kills its child.
+            return [self._answer(request) for request in requests]
+
     def _answer(self, request: Request) -> Answer:
         death = 0
         for _ in range(ATTEMPTS):
-            child = getattr(self._local, "child", None)
-            if child is None:
-                child = self._local.child = _Child(self._config)
             try:
-                child.pipe.send(request)
-                return child.pipe.recv()
-            except (EOFError, OSError):
-                death = child.wait()
-                self._local.child = None
+                return self._ask([request])[0]
+            except ChildProcessError as error:
+                death = error.errno
         if death == -signal.SIGALRM:
             return Rejected("decode_timeout", f"over {self._config.timeout_s} s, {ATTEMPTS} times")
         return Rejected("decode_crash", f"exit status {death}, {ATTEMPTS} times")
+
+    def _ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers of this thread's child; raises ChildProcessError with the status that it died with."""
+        child = getattr(self._local, "child", None)
+        if child is None:
+            child = self._local.child = _Child(self._config)
+        try:
+            child.pipe.send(requests)
+            return child.pipe.recv()
+        except (EOFError, OSError) as error:
+            self._local.child = None
+            raise ChildProcessError(child.wait(), "died") from error
 
 
 class _Child:
@@ -131,7 +150,7 @@ class _Child:
 
 
 def serve(handle: int) -> None:
-    """Answer requests until the parent goes; every one under the alarm that kills this process."""
+    """Answer lists of requests until the parent goes; each under the alarm that kills this process."""
     pipe = Connection(handle)
     config: ImagesConfig = pipe.recv()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -143,18 +162,20 @@ def serve(handle: int) -> None:
     warnings.simplefilter("ignore")
     while True:
         try:
-            request: Request = pipe.recv()
+            requests: list[Request] = pipe.recv()
         except EOFError:
             return
-        signal.alarm(config.timeout_s + READING_S * is_remote(request.address.path))
-        try:
-            answer = _work(request, config)
-        except Rejected as rejected:
-            answer = rejected
-        except MemoryError:
-            answer = Rejected("decode_memory", f"over {memory >> 20} MiB")
-        signal.alarm(0)
-        pipe.send(answer)
+        answers = list[Answer]()
+        for request in requests:
+            signal.alarm(config.timeout_s + READING_S * is_remote(request.address.path))
+            try:
+                answers.append(_work(request, config))
+            except Rejected as rejected:
+                answers.append(rejected)
+            except MemoryError:
+                answers.append(Rejected("decode_memory", f"over {memory >> 20} MiB"))
+            signal.alarm(0)
+        pipe.send(answers)
 
 
 def _work(request: Request, config: ImagesConfig) -> Answer:

@@ -100,6 +100,27 @@ def test_a_file_that_hangs_is_rejected_and_its_neighbours_are_not(tmp_path):
     assert rejected.reason == "decode_timeout"
 
 
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_of_requests_that_cross_together_one_that_kills_is_rejected_alone(tmp_path, place):
+    pool = DecodePool(ImagesConfig(resolution=32, bucket_multiple=8, timeout_s=1), 1)
+    sizes = [(40 + i, 50) for i in range(5)]
+    requests = [
+        ProbeRequest(save(tmp_path / f"{i}.png", encoded(pixels(i, *size))))
+        for i, size in enumerate(sizes)
+    ]
+    requests[1] = ProbeRequest(save(tmp_path / "page.png", b"<html>"))
+    requests[place] = hanging(tmp_path / "slow.png")
+    answers = pool.submit_all(requests).result()
+    for i, answer in enumerate(answers):
+        if i in (1, place):
+            assert isinstance(answer, Rejected)
+            assert answer.reason == ("decode_timeout" if i == place else "undecodable")
+        else:
+            assert isinstance(answer, Probe)
+            assert (answer.height, answer.width) == sizes[i]
+    assert pool.submit_all([]).result() == []
+
+
 @pytest.mark.slow
 def test_decoding_that_takes_too_long_is_cut_off_within_the_c_library(tmp_path):
     """768 MB of pixels in a small file: seconds to decode, however fast the machine is."""

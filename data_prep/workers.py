@@ -18,6 +18,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
+# What Ray would print of a lost worker, a page for each; `_Workers` says it in a line.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "A worker died or was killed|killed due to memory pressure|has been marked dead",
+)
+
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
@@ -131,7 +137,8 @@ class _Workers:
                     raise
                 except RayError as error:
                     del flying[stream]
-                    self._replace(place)
+                    if self._replace(place):
+                        self._say(f"{_loss(error)}; its work is tried again")
                     # All may be answered, and the end of the stream alone be lost.
                     if not group.items:
                         continue
@@ -180,10 +187,8 @@ class _Workers:
                 "encode.batch_size, or ray.num_actors and ray.num_cpus; then run it again to go on."
             ) from error
         if isinstance(error, OutOfMemoryError):
-            self._say("the memory of a node is full, for which Ray ended a worker; trying again")
             time.sleep(min(self._losses_in_a_row, MEMORY_WAIT_S))
-        # An actor's own error is of one class, whatever it died of.
-        is_outside = isinstance(error, OUTSIDE) or "node has died" in str(error)
+        is_outside = isinstance(error, OUTSIDE) or _with_its_node(error)
         return 1 / OUTSIDE_PER_DEATH if is_outside else 1.0
 
     def _size(self) -> int:
@@ -210,8 +215,9 @@ class _Workers:
         """The stream of answers to the items."""
         raise NotImplementedError
 
-    def _replace(self, place: Any) -> None:
-        """Do what the loss of a worker asks for."""
+    def _replace(self, place: Any) -> bool:
+        """Do what the loss of a worker asks for; returns whether it was not known yet."""
+        return True
 
     def waits_for(self) -> str | None:
         """What the cluster lacks for the work to go on at full speed, in words."""
@@ -362,6 +368,7 @@ class Actors(_Workers):
             except RayTaskError:
                 raise
             except RayError as error:
+                self._say(f"{_loss(error)} before it had begun; another begins")
                 self._weigh(error)
                 self._begin()
         return streams
@@ -373,12 +380,14 @@ class Actors(_Workers):
     def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
         return place.answers.remote(work, items)
 
-    def _replace(self, place: Any) -> None:
+    def _replace(self, place: Any) -> bool:
         """Begin a new actor in the lost one's place, once, though all its calls fail."""
-        if place in self._begun:
-            self._begun.remove(place)
-            ray.kill(place)
-            self._begin()
+        if place not in self._begun:
+            return False
+        self._begun.remove(place)
+        ray.kill(place)
+        self._begin()
+        return True
 
     def _size(self) -> int:
         return self._shares.num_actors
@@ -393,6 +402,18 @@ class Actors(_Workers):
             f"waiting for {len(self._beginning)} of {self._shares.num_actors} actors to begin, each "
             f"of which wants {wanted}; {_cluster()}"
         )
+
+
+def _with_its_node(error: RayError) -> bool:
+    # An actor's own error is of one class, whatever it died of.
+    return isinstance(error, NodeDiedError) or "node has died" in str(error)
+
+
+def _loss(error: RayError) -> str:
+    """What happened to a worker, in words."""
+    if isinstance(error, OutOfMemoryError):
+        return "the memory of a node is full, for which Ray ended a worker"
+    return f"a worker {'was lost with its node' if _with_its_node(error) else 'died'}"
 
 
 def value(reference: Any) -> Any:

@@ -111,7 +111,7 @@ def groups(folder: Path, size: int, deadly: int) -> list[list[tuple]]:
 
 @pytest.mark.parametrize(("kind", "size"), [("tasks", 8), ("actors", 1), ("actors", 8)])
 def test_an_item_that_kills_its_workers_is_handed_back_and_those_beside_it_answered(
-    tmp_path, two_actors, kind, size
+    tmp_path, two_actors, kind, size, capsys
 ):
     work = groups(tmp_path, size, 13)
     tasks = Tasks("_double", print)
@@ -125,6 +125,8 @@ def test_an_item_that_kills_its_workers_is_handed_back_and_those_beside_it_answe
     # An answer may be on its way when its worker dies; the item is then done once more.
     assert ATTEMPTS <= tried.pop(13) <= ATTEMPTS + 1
     assert max(tried.values()) <= 2
+    said = capsys.readouterr().out.splitlines()
+    assert ATTEMPTS <= said.count("a worker died; its work is tried again") <= ATTEMPTS + 1
 
 
 def add_up(parts: list[int], deadly: set[int], left_out: list[int] | tuple[()] = ()) -> int:
@@ -204,7 +206,10 @@ def test_where_ray_ends_every_worker_for_want_of_memory_one_message_says_so(
     assert "13 workers in a row were lost" in done.stderr
     assert "OutOfMemoryError. Remedy: " in done.stderr
     assert "Traceback" not in done.stderr
-    assert "the memory of a node is full" in done.stdout
+    lines = done.stdout.splitlines()
+    full = "the memory of a node is full, for which Ray ended a worker; its work is tried again"
+    assert lines.count(full) == 13
+    assert "raylet" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("weight_gib", [0.5, 1, 3, 20, 1000])

@@ -47,16 +47,23 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(settings: dict[str, Any]) -> dict[str, int]:
-    """Elements in the third step, on this rank; scalars that ranks agree on are left out."""
+def traffic(settings: dict[str, Any]) -> tuple[dict[str, int], bool]:
+    """Elements in the third step, on this rank, and whether some were sent before backward had ended.
+
+    Scalars that ranks agree on are left out.
+    """
     settings = dict(settings)
     model = MODEL.model_copy(
         update={"gradient_checkpointing": settings.pop("checkpointing", False)}
     )
     engine_module.LIVE_ELEMENTS = settings.pop("live", 10**9)
+    engine_module.BUCKET_ELEMENTS = settings.pop("bucket", 10**9)
     config = EngineConfig.model_validate(settings)
     engine, optimizer = build_engine(build_model(model), config, OPTIMIZER, BATCH)
-    seen = Traffic()
+    seen, early = Traffic(), list[bool]()
+    # The first layer's gradient is the last.
+    first = engine.module.proj_in.weight
+    first.register_post_accumulate_grad_hook(lambda _: early.append(bool(seen.seen)))
     for batch in batches()[:3]:
         seen.seen.clear()  # the first step also allocates, and learns the order of parameters
         optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, None)
@@ -65,7 +72,7 @@ def traffic(settings: dict[str, Any]) -> dict[str, int]:
                 pred = engine(x_t, t, Conditions(text, pooled=pooled))
                 engine.backward((pred.float() - target).square().mean())
                 engine.step()
-    return {f"{kind} {dtype}": n for (kind, dtype), n in sorted(seen.seen.items())}
+    return {f"{kind} {dtype}": n for (kind, dtype), n in sorted(seen.seen.items())}, early[-1]
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def caption_listings(manifest: Manifest) -> list[Listing]:
 def cut_listings(
     lengths: dict[str, int], cut: dict[str, int], total: int, where: str = ""
 ) -> list[Listing]:
-    """Of `total` captions those longer than each text encoder's max_length."""
+    """Captions, among `total`, that are longer than each text encoder's max_length."""
     rows = [
         (name, str(length), f"{cut[name]:,} of {total:,}", f"{100 * cut[name] / max(total, 1):.2f}")
         for name, length in lengths.items()

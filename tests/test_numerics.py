@@ -61,7 +61,11 @@ print("set", torch.are_deterministic_algorithms_enabled(), torch.utils.determini
 @pytest.mark.distributed
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_deterministic_run_tells_torch_so_and_does_not_fill_fresh_memory(deterministic, tmp_path):
-    options = [f"engine.deterministic={str(deterministic).lower()}", "training.images=16"]
+    options = [
+        f"engine.deterministic={str(deterministic).lower()}",
+        "training.images=16",
+        "optimizer.warmup_images=0",
+    ]
     done = train_factory.run(
         "-c", DETERMINISTIC, str(train_factory.write_config(tmp_path)), *options
     )

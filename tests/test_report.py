@@ -29,7 +29,7 @@ from data_prep.verify import verify
 from models.command import duration, load_config
 from models.weights import Normalisation
 from pipeline.config import TrainConfig
-from pipeline.runs.planning import prepared_dataset
+from pipeline.runs.planning import prepared_data
 from pipeline.runs.setup import fit_run
 from tests import train_factory
 from tests.prep_factory import config_of_pictures, pixels
@@ -177,7 +177,7 @@ def test_a_codec_that_does_not_fit_is_told_wherever_its_dataset_is_used(tmp_path
             tmp_path / "dataset", read_manifest(tmp_path / "dataset"), {}
         ),
         "verify": lambda: verify(tmp_path / "dataset"),
-        "plan": lambda: print(*prepared_dataset(load_config(TrainConfig, path, [])).doubts),
+        "plan": lambda: print(*prepared_data(load_config(TrainConfig, path, [])).doubts),
         "train": lambda: fit_run(load_config(TrainConfig, path, [])),
     }
     for name, use in uses.items():

@@ -18,7 +18,7 @@ from tests.waits import Made, Waits
 
 META = torch.device("meta")
 MODELS: list[dict[str, Any]] = [
-    {"kind": "dit", "size_conditioning": True, "num_classes": 3},
+    {"kind": "dit", "size_conditioning": True, "num_classes": 10},
     {"kind": "dit", "masking": MaskingConfig(mixer_depth=1), "rope": True, "register_tokens": 2},
     {"kind": "mmdit", "learned_positions": True, "qk_norm": True},
     {"kind": "uvit"},
@@ -73,7 +73,12 @@ def test_a_step_waits_after_its_last_backward_alone_and_only_for_what_is_listed(
 ):
     config = str(train_factory.write_config(tmp_path))
     options = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-    options += ["engine.micro_batch=4", "training.images=32", "monitor.every_steps=100"]
+    options += [
+        "engine.micro_batch=4",
+        "training.images=32",
+        "optimizer.warmup_images=0",
+        "monitor.every_steps=100",
+    ]
     done = train_factory.run("tests.waits", config, *options)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=4) for line in done.stdout.splitlines() if "waits" in line]

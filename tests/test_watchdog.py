@@ -21,7 +21,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     words = ("tests.ranks_watchdog", harm, str(where))
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = [
-        train_factory.start(*words, merged=False, **address, RANK=str(rank)) for rank in range(2)
+        train_factory.start(*words, merged=False, **address, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
     ]
     yield processes
     for process in processes:

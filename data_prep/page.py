@@ -119,6 +119,7 @@ def html_report(
         },
         listings=[
             report.count_listing(manifest),
+            *report.other_listings(manifest),
             report.bucket_listing(commits),
             *histograms(commits),
             *report.caption_listings(manifest),

@@ -100,7 +100,7 @@ class Listing:
 def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
-    listings = [count_listing(manifest), bucket_listing(rows)]
+    listings = [count_listing(manifest), *other_listings(manifest), bucket_listing(rows)]
     for listing in [*listings, *caption_listings(manifest)]:
         listing.print()
     if doubt := manifest.latent_doubt():
@@ -126,6 +126,14 @@ def count_listing(manifest: Manifest) -> Listing:
     seen = max(counts.seen, 1)
     rows = [(kind, f"{count:,}", f"{100 * count / seen:.2f}") for kind, count in kinds.items()]
     return Listing("Pictures", ("", "count", "%"), rows, bars=list(kinds.values()))
+
+
+def other_listings(manifest: Manifest) -> list[Listing]:
+    """The sources' files that are no pictures, by extension; no listing where there are none."""
+    others = sorted((manifest.counts.other_files or {}).items(), key=lambda item: -item[1])
+    rows = [(extension or "none", f"{count:,}") for extension, count in others]
+    counts = [count for _, count in others]
+    return [Listing("Other files", ("extension", "count"), rows, bars=counts)] if rows else []
 
 
 def bucket_listing(rows: list[dict[str, Any]]) -> Listing:

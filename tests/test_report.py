@@ -122,14 +122,20 @@ def test_the_page_is_one_file_that_shows_any_text_as_text(text):
 
 
 def test_the_page_has_bars_separators_and_what_was_cut():
-    counts = Counts(seen=20_000, kept=12_345, rejected={"aspect": 7_655}, cut_captions={"mini": 99})
+    counts = Counts(
+        seen=20_000,
+        kept=12_345,
+        rejected={"aspect": 7_655},
+        cut_captions={"mini": 99},
+        other_files={"heic": 1_234},
+    )
     manifest = make_manifest(Kind(), [("train", (64, 32), 12)], {})
     page = page_of(manifest.model_copy(update={"counts": counts}), "x")
-    assert all(number in page for number in ("20,000", "12,345", "7,655", "99 of 12,345"))
+    assert all(number in page for number in ("20,000", "12,345", "7,655", "99 of 12,345", "1,234"))
     shares = [float(width) for width in re.findall(r"width: ([\d.]+)%\"></i>", page)]
     assert shares[:3] == [100.0, 61.7, 38.3]
     assert max(shares) == 100.0
-    assert len(shares) == 3 + 1 + sum(len(bins) - 1 for bins in HISTOGRAMS.values())
+    assert len(shares) == 3 + 1 + 1 + sum(len(bins) - 1 for bins in HISTOGRAMS.values())
 
 
 def test_the_contact_sheet_has_gaps_buckets_and_captions_that_stay_in_their_cells():

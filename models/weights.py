@@ -235,8 +235,12 @@ def load_network(
 
     package, torch_dtype = importlib.import_module(library), getattr(torch, TORCH_DTYPES[dtype])
     package.utils.logging.disable_progress_bar()
+    # Its reports list every weight that is left over or does not fit; what matters of them is said below.
+    verbosity = package.utils.logging.get_verbosity()
+    package.utils.logging.set_verbosity_error()
     if library == "transformers":
         options: dict[str, Any] = {"dtype": torch_dtype, "trust_remote_code": False}
+        options |= {"ignore_mismatched_sizes": True}
     else:
         options = {"torch_dtype": torch_dtype, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
@@ -244,7 +248,14 @@ def load_network(
         network, info = getattr(package, name).from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
-    lacks = [key for key in info["missing_keys"] if not key.startswith(unused)]
-    if lacks := lacks or list(info["mismatched_keys"]):
-        raise InputError(f"{path}: weights do not fit config.json, e.g. {lacks[0]}")
+    finally:
+        package.utils.logging.set_verbosity(verbosity)
+    wrong = [f"{key} is missing" for key in info["missing_keys"] if not key.startswith(unused)]
+    for key, got, expected in info["mismatched_keys"]:
+        wrong.append(f"{key} got {tuple(got)}, expected {tuple(expected)}")
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(
+            f"{path}: its weights are not those of its config.json: {min(wrong)}{more}. Remedy: files of one model"
+        )
     return network

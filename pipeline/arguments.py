@@ -19,7 +19,12 @@ Options = TypeVar("Options")
 RunFolder = Annotated[Path, typer.Argument(help="folder of a training run")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
-SamplerOverrides = Annotated[list[str] | None, typer.Argument(help="sampler.key=value")]
+PLACES = r"data\.path|data\.datasets\.[^.]+\.path|encoders\.vae|encoders\.text\.[^.]+"
+"""Keys of a run's config that say where something lies, which may have moved since."""
+
+MOVED = "data.path, encoders.vae or encoders.text.NAME=FOLDER of what has moved"
+PlaceOverrides = Annotated[list[str] | None, typer.Argument(help=MOVED)]
+SamplerOverrides = Annotated[list[str] | None, typer.Argument(help=f"sampler.key=value; {MOVED}")]
 Weights = Annotated[str, typer.Option(help="raw, ema, or another average")]
 Step = Annotated[int | None, typer.Option(help="of the checkpoint; the newest")]
 BatchSize = Annotated[int, typer.Option(min=1, help="pictures at a time on each rank")]
@@ -80,6 +85,13 @@ def _read_text(file: Path) -> str:
     return text.removeprefix("\ufeff")
 
 
+def split_places(overrides: list[str] | None) -> tuple[list[str], list[str]]:
+    """The overrides that say where something lies, and the others."""
+    given = overrides or []
+    places = [item for item in given if re.fullmatch(PLACES, item.partition("=")[0])]
+    return places, [item for item in given if item not in places]
+
+
 def parse_sampler(saved: "SamplerConfig", overrides: list[str]) -> "SamplerConfig":
     """The run's sampler with `sampler.key=value` overrides; raises InputError for any other section."""
     data = saved.model_dump()
@@ -87,7 +99,7 @@ def parse_sampler(saved: "SamplerConfig", overrides: list[str]) -> "SamplerConfi
         key, _, value = item.partition("=")
         if not key.startswith("sampler.") or not value:
             raise InputError(
-                f"override {item!r}: expected sampler.key=value; the rest is the run's"
+                f"override {item!r}: expected sampler.key=value, or {MOVED}; the rest is the run's"
             )
         try:
             data[key.removeprefix("sampler.")] = json.loads(value)

@@ -1,6 +1,6 @@
 """The config of a training run. It imports neither torch nor pyarrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast
 
@@ -205,9 +205,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def load_run_config(run: Path) -> TrainConfig:
-    """The resolved config of a run; raises InputError where `run` is not the folder of one."""
+def load_run_config(run: Path, places: Sequence[str] = ()) -> TrainConfig:
+    """The resolved config of a run; raises InputError where `run` is not the folder of one.
+
+    `places` are overrides, section.key=value, for what lies elsewhere now.
+    """
     path = run / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected the folder of a training run")
-    return parse_config(TrainConfig, yaml.safe_load(path.read_text()), str(path))
+    data = yaml.safe_load(path.read_text())
+    for place in places:
+        keys, _, value = place.partition("=")
+        *sections, last = keys.split(".")
+        section = data
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = value
+    return parse_config(TrainConfig, data, str(path))

@@ -6,7 +6,7 @@ share the work; run again, it goes on where it stopped. No figure is given witho
 
 from models.command import package_folder, run_command
 from models.config import InputError
-from pipeline.arguments import takes
+from pipeline.arguments import split_places, takes
 from pipeline.config import load_run_config
 from pipeline.evaluation.config import Options
 
@@ -22,14 +22,15 @@ def main(options: Options) -> None:
     from pipeline.evaluation.measure import evaluate, record, show, write_tensorboard
     from pipeline.runs.trained import open_trained
 
-    target, overrides = options.target, options.overrides or []
+    target, (places, overrides) = options.target, split_places(options.overrides)
     is_pipeline = (target / "model_index.json").is_file()
     device = distributed.join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
     if is_pipeline:
         trained = None
+        overrides = options.overrides or []
         subject = subjects.pipeline_subject(target, overrides, options.trust_remote_code, device)
     else:
-        trained = open_trained(target, options.weights, options.step)
+        trained = open_trained(target, options.weights, options.step, places)
         subject = subjects.run_subject(trained, overrides, device)
     name, found = evaluate(subject, trained, options, device)
     if not found:

@@ -7,12 +7,21 @@ import typer
 
 from models.command import run_command
 from models.config import InputError
-from pipeline.arguments import DryRun, RunFolder, Step, Weights
+from pipeline.arguments import (
+    MOVED,
+    DryRun,
+    PlaceOverrides,
+    RunFolder,
+    Step,
+    Weights,
+    split_places,
+)
 
 
 def main(
     run: RunFolder,
     folder: Annotated[Path, typer.Argument(help="to write; must not exist")],
+    overrides: PlaceOverrides = None,
     weights: Weights = "ema",
     step: Step = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of the network")] = "fp32",
@@ -27,10 +36,13 @@ def main(
     from pipeline.inference.exported import export, stock_class
     from pipeline.runs.trained import open_trained
 
+    places, others = split_places(overrides)
+    if others:
+        raise InputError(f"override {others[0]!r}: expected {MOVED}")
     folder = folder.absolute()
     if folder.exists():
         raise InputError(f"{folder}: exists already. Remedy: another name, or remove it.")
-    trained = open_trained(run, weights, step)
+    trained = open_trained(run, weights, step, places)
     what = stock_class(trained) or f"flowmill's {trained.config.model.kind}, its source beside it"
     distributed.say(f"{weights} at step {trained.step} as {dtype} to {folder}: {what}")
     if not dry_run:

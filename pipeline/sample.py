@@ -21,6 +21,7 @@ from pipeline.arguments import (
     parse_sampler,
     parse_size,
     read_prompts,
+    split_places,
     takes,
 )
 from pipeline.config import load_run_config
@@ -37,12 +38,17 @@ def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, Sampler
     return {f"{key} {v}": parse_sampler(sampler, [f"sampler.{key}={v}"]) for v in values.split(",")}
 
 
+RECIPE = ("prompt", "index", "size", "run", "weights", "step", "model_sha256")
+"""What a picture says of itself besides its sampler."""
+
+
 def read_recipe(picture: Path) -> dict[str, Any]:
     """What a picture's chunk `flowmill` says; raises InputError where it has none."""
     try:
         with Image.open(picture) as image:
-            return json.loads(image.info["flowmill"])
-    except (OSError, KeyError, ValueError) as error:
+            recipe = json.loads(image.info["flowmill"])
+        return {key: recipe[key] for key in (*RECIPE, *SamplerConfig.model_fields)}
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
 
 
@@ -81,23 +87,23 @@ class Options:
     dry_run: DryRun = False
 
 
-def cells_like(options: Options, picture: Path) -> tuple[list[Cell], Options]:
+def cells_like(options: Options, recipe: dict[str, Any]) -> tuple[list[Cell], Options]:
     """The one cell that a picture of ours is of, and the options that it was drawn with."""
     o = options
-    if o.prompt or o.prompts_file or o.columns or o.overrides or o.size or o.images_per_prompt > 1:
+    _, overrides = split_places(o.overrides)
+    if o.prompt or o.prompts_file or o.columns or overrides or o.size or o.images_per_prompt > 1:
         raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
-    recipe = read_recipe(picture)
-    fields = {key: value for key, value in recipe.items() if key in SamplerConfig.model_fields}
-    cell = Cell(
-        recipe["prompt"], recipe["index"], "", parse_config(SamplerConfig, fields, "--like")
-    )
+    fields = {key: recipe[key] for key in SamplerConfig.model_fields}
+    sampler = parse_config(SamplerConfig, fields, "--like")
+    cell = Cell(recipe["prompt"], recipe["index"], "", sampler)
     same = {key: recipe[key] for key in ("weights", "step", "size")}
     return [cell], replace(options, **same)
 
 
 def cells_of(options: Options, saved: SamplerConfig) -> list[Cell]:
     """The sheet that the options ask for, row by row."""
-    variants = parse_columns(options.columns, parse_sampler(saved, options.overrides or []))
+    _, overrides = split_places(options.overrides)
+    variants = parse_columns(options.columns, parse_sampler(saved, overrides))
     prompts = read_prompts(options.prompt or [], options.prompts_file)
     rows = [prompt for prompt in prompts for _ in range(options.images_per_prompt)]
     return [Cell(prompt, i, *v) for i, prompt in enumerate(rows) for v in variants.items()]
@@ -114,15 +120,27 @@ def main(options: Options) -> None:
     from pipeline.inference.sheet import draw_sheet, make_folder
     from pipeline.runs.trained import open_trained
 
-    config = load_run_config(options.run)
+    places, _ = split_places(options.overrides)
+    config = load_run_config(options.run, places)
     device = distributed.join(config.engine.timeout_s)
-    if options.like is not None:
-        cells, options = cells_like(options, options.like)
+    recipe = read_recipe(options.like) if options.like else None
+    if recipe:
+        cells, options = cells_like(options, recipe)
     else:
         cells = cells_of(options, config.sampler)
     config.check_samplers(*(cell.sampler for cell in cells))
-    trained = open_trained(options.run, options.weights, options.step)
-    size = parse_size(options.size) if options.size else largest_bucket(trained.manifest)
+    size = parse_size(options.size) if options.size else None
+    trained = open_trained(options.run, options.weights, options.step, places)
+    if recipe and recipe["model_sha256"] != trained.model_sha256:
+        raise InputError(
+            f"{options.like}: was drawn by another model, {recipe['weights']} at step {recipe['step']} of "
+            f"{recipe['run']}, than that of {options.run}. Remedy: its own run, or --prompt"
+        )
+    sizes = [(bucket.height, bucket.width) for bucket in trained.manifest.buckets]
+    if size is not None and size not in sizes:
+        known = ", ".join(f"{height}x{width}" for height, width in sizes)
+        distributed.say(f"note: no picture of {options.size} was trained on, but of {known}")
+    size = size or largest_bucket(trained.manifest)
     name = f"step_{trained.step:08d}_{options.weights}"
     folder = options.output or options.run / "samples" / name
     settings = cells[0].sampler.model_dump(mode="json") | trained.facts

@@ -7,7 +7,7 @@ import typer
 
 from models.command import load_config, plain_console, run_command
 from models.config import InputError
-from pipeline.arguments import Overrides
+from pipeline.arguments import MOVED, Overrides, split_places
 from pipeline.config import TrainConfig, load_run_config
 
 
@@ -27,11 +27,12 @@ def main(
     from pipeline.inference.step import show_step
 
     if run_or_config.is_dir():
-        if overrides:
+        places, others = split_places(overrides)
+        if others:
             raise InputError(
-                f"{run_or_config}: overrides go with a YAML file; a run's config is what it is"
+                f"{run_or_config}: a run's config is what it is: got {others[0]!r}, expected {MOVED}"
             )
-        config, run = load_run_config(run_or_config), run_or_config
+        config, run = load_run_config(run_or_config, places), run_or_config
     else:
         config = load_config(TrainConfig, run_or_config, overrides or [])
         run = Path(config.run)

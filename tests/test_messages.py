@@ -1,5 +1,6 @@
 """What a user reads where something is wrong or foreign: plain words, choices by name, texts as they are."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from rich.table import Table
 from data_prep.config import FitVaeConfig, PrepareConfig
 from models.command import load_config, plain_console
 from models.config import Config, InputError, _models_in, parse_config
+from models.text_encoder import TextEncoder
 from pipeline.config import TrainConfig
 from tests import train_factory
+from tests.test_text_encoder import save_encoder
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {"a": {"kind": "folder", "path": "p"}}
@@ -132,3 +135,33 @@ def test_a_path_that_is_no_text_is_printed_all_the_same(tmp_path):
     )
     assert done.returncode == 2
     assert "run-\\udcff/b.yaml: no such config file. Did you mean a.yaml?" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx.npy"])
+def test_a_damaged_shard_ends_training_with_one_sentence(tmp_path, suffix):
+    config = train_factory.write_config(tmp_path)
+    for path in (tmp_path / "dataset" / "shards").glob(f"*/*{suffix}"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    (sentence,) = [x for x in train_factory.train(config, status=2).splitlines() if "error" in x]
+    assert re.search(r"error .*shards/.*cannot be used: .*sha256 got", sentence)
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip", "t5"])
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 32, "d_model": 32}, {"num_hidden_layers": 3, "num_layers": 3}]
+)
+def test_an_encoder_s_weights_of_another_config_are_named_without_the_library_s_report(
+    tmp_path, kind, change, capfd
+):
+    folder = save_encoder(tmp_path, kind)
+    config = json.loads((folder / "config.json").read_text())
+    changed = {key: value for key, value in change.items() if key in config}
+    (folder / "config.json").write_text(json.dumps(config | changed))
+    capfd.readouterr()
+    with pytest.raises(
+        InputError, match=r"weights are not those of its config\.json: .* and \d+ more"
+    ):
+        TextEncoder.load(folder, 8)
+    assert capfd.readouterr().err == ""

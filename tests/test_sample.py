@@ -1,5 +1,6 @@
 """From a folder of pictures to drawn ones, through every stage's own command."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from data_prep.schema import read_manifest
 from models.config import InputError
 from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.inference.grid import grid
@@ -109,6 +112,65 @@ def test_a_picture_is_drawn_again_alone_from_what_it_says_of_itself(trained_run,
     again = sample(trained_run, "--like", str(picture), "--output", str(tmp_path / "again"))
     assert np.allclose(read(again, "00000"), read(first, "00001"), atol=1)  # in a batch of one
     assert not np.allclose(read(first, "00000"), read(first, "00001"), atol=1)
+
+
+def test_a_picture_of_another_model_is_not_drawn_again_by_this_one(trained_run, tmp_path):
+    first = sample(trained_run, "--prompt", "red square", "--output", str(tmp_path / "first"))
+    (picture,) = first.glob("00000_*.png")
+    recipe = json.loads(Image.open(picture).info["flowmill"])
+    for changes in ({"step": 60}, {"weights": "raw"}, {"run": "other", "model_sha256": "0"}):
+        info = PngInfo()
+        info.add_itxt("flowmill", json.dumps(recipe | changes))
+        Image.open(picture).save(tmp_path / "other.png", pnginfo=info)
+        with pytest.raises(InputError, match="was drawn by another model"):
+            sample(trained_run, "--like", str(tmp_path / "other.png"))
+    with pytest.raises(InputError, match="expected a PNG that flowmill sample wrote"):
+        sample(trained_run, "--like", str(trained_run / "samples" / "step_00000060.png"))
+
+
+def test_what_is_not_there_is_named_with_what_is(trained_run, capsys):
+    arguments = [str(trained_run), "--prompt", "x", "--dry-run"]
+    app = typer.Typer()
+    app.command()(main)
+    with pytest.raises(InputError, match=r"step_00000061: no such checkpoint.* of 60, 120"):
+        app([*arguments, "--step", "61"], standalone_mode=False)
+    app([*arguments, "--size", "40x40"], standalone_mode=False)
+    assert (
+        "no picture of 40x40 was trained on, but of 24x40, 32x32, 40x24" in capsys.readouterr().out
+    )
+    app([*arguments, "--size", "24x40"], standalone_mode=False)
+    assert "no picture" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "show_data"])
+def test_a_dataset_and_encoders_that_have_moved_are_given_by_their_new_folders(
+    trained_run, tmp_path, command, monkeypatch
+):
+    """The run's folder is a copy whose config names folders that are gone."""
+    run, data = tmp_path / "run", trained_run.parent / "dataset"
+    for part in ("checkpoints", "config.yaml"):
+        (run / part).parent.mkdir(exist_ok=True)
+        (run / part).symlink_to(trained_run / part)
+    manifest = read_manifest(data)
+    moved = {"data.path": tmp_path / "moved", "encoders.vae": tmp_path / "vae"}
+    moved["encoders.text.bert"] = tmp_path / "text"
+    for place, target in zip(
+        moved.values(), (data, manifest.codec.path, manifest.text.roles["bert"].path), strict=True
+    ):
+        place.symlink_to(target)
+    config = (trained_run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").write_text(config.replace(str(data), str(tmp_path / "gone")))
+    more = {"sample": ["--prompt=x", "--dry-run"], "evaluate": ["--heldout=2"], "show_data": []}
+    arguments = more.get(command, [str(tmp_path / "model")])
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"pipeline.{command}").main)
+    with pytest.raises(InputError, match="gone"):
+        app([str(run), *arguments], standalone_mode=False)
+    places = [f"{key}={place}" for key, place in moved.items()]
+    app([str(run), *arguments, *places], standalone_mode=False)
+    with pytest.raises(InputError, match=r"expected .*data\.path"):
+        app([str(run), *arguments, *places, "model.size=B"], standalone_mode=False)
 
 
 @pytest.mark.slow

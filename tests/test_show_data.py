@@ -96,5 +96,5 @@ def test_every_sample_of_a_picture_has_the_caption_that_it_was_encoded_with(
 
 
 def test_overrides_of_a_finished_run_are_refused(config):
-    with pytest.raises(InputError, match="overrides go with a YAML file"):
+    with pytest.raises(InputError, match="config is what it is"):
         main(config.parent, ["seed=1"])

@@ -32,7 +32,7 @@ SUFFIXES = (".tar", ".npy", ".part")
 """Files that count towards the bound and may be evicted."""
 
 
-class ShardError(OSError):
+class ShardError(InputError, OSError):
     """A shard that cannot be read, or is not what the shard table says."""
 
 

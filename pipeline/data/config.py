@@ -1,5 +1,6 @@
 """Configs of what a run reads: datasets, their mixture, the cache. They import no torch."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -74,7 +75,8 @@ def choose_partitions(wanted: int | None, global_batch: int, world_size: int) ->
 
     Raises InputError with the valid numbers.
     """
-    divisors = [d for d in range(1, global_batch + 1) if global_batch % d == 0]
+    small = [d for d in range(1, math.isqrt(global_batch) + 1) if global_batch % d == 0]
+    divisors = sorted({*small, *(global_batch // d for d in small)})
     if wanted is None:
         # The number of ranks plays no part, or the order would depend on it.
         wanted = max(d for d in divisors if d <= 64 and d & (d - 1) == 0)

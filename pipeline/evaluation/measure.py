@@ -93,6 +93,7 @@ def draw_missing(
 def show(measurements: list[Measurement]) -> None:
     table = Table("figure", "value", "measured with", show_lines=True)
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.columns[2].overflow = "fold"
     for figures, measured_with in measurements:
         values = [f"{value:.5g}" for value in figures.values()]
         facts = [f"{k} {v}" for k, v in flatten(measured_with).items() if v is not None]

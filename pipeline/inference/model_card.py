@@ -25,6 +25,9 @@ class History:
 
 
 def read_history(run: Path, global_batch: int) -> History:
+    """What a run logged; nothing where its folder of logs is gone."""
+    if not (run / "tensorboard").is_dir():
+        return History({}, 0.0)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     tags, curves = events.Tags()["scalars"], {}

@@ -1,6 +1,7 @@
 """A run at one checkpoint, for sampling, evaluation and export."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,9 +65,12 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def open_trained(run: Path, weights: str, step: int | None) -> Trained:
-    """The newest sound checkpoint of a run, or that of `step`; raises InputError. Collective."""
-    config = load_run_config(run)
+def open_trained(run: Path, weights: str, step: int | None, places: Sequence[str] = ()) -> Trained:
+    """The newest sound checkpoint of a run, or that of `step`; raises InputError. Collective.
+
+    `places` are overrides for datasets and encoders that have moved.
+    """
+    config = load_run_config(run, places)
     manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
     state, at_step = load_weights(run, weights, step)
     # Alignment serves training alone.

@@ -244,7 +244,10 @@ def _own_faults(folder: Path) -> list[str]:
         # Of somebody else's checkpoints none would be whole.
         raise
     except (OSError, ValueError, KeyError) as error:
-        return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
+        if folder.is_dir():
+            return [f"{folder / RECORD}: {type(error).__name__}: {error}"]
+        steps = ", ".join(map(str, step_folders(folder.parent))) or "no step"
+        return [f"{folder}: no such checkpoint; there are those of {steps}"]
     if version != FORMAT:
         raise InputError(
             f"{folder}: got a checkpoint of format {version}, expected {FORMAT}. Remedy: export it with the version "

@@ -85,13 +85,12 @@ def contact_sheet(shown: list[Shown]) -> Image.Image:
 
 
 def html_report(
-    name: str,
     manifest: Manifest,
     commits: list[dict[str, Any]],
     shown: list[Shown],
     rejects: list[dict[str, str]],
 ) -> str:
-    """The page's text; rejects: some of each reason."""
+    """The page's text, wherever the dataset lies; rejects: some of each reason."""
     counts, columns = manifest.counts, ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
     environment = Environment(
@@ -106,7 +105,6 @@ def html_report(
     )
     examples = [report.Listing("Examples of rejects", columns, rows, words=len(columns))]
     return environment.get_template("report.html.j2").render(
-        name=name,
         manifest=manifest,
         classes=report.class_names(manifest.classes),
         figures={

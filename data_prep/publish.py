@@ -66,9 +66,7 @@ def publish(
     manifest = _manifest(config, dataset, table, rejected, encoders)
     if shown is not None:
         manifest = manifest.completed()
-        write_text(
-            dataset / schema.REPORT, html_report(dataset.name, manifest, table, shown, examples)
-        )
+        write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
     files = [name for name in schema.AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
     manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()

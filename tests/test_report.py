@@ -88,7 +88,7 @@ def page_of(manifest: Manifest, text: str) -> str:
     commit["histograms"] = {name: [0, 5, *[7] * (len(b) - 2)] for name, b in HISTOGRAMS.items()}
     shown = [Shown("64x32", text, 30.0, pixels(i, 128, 64), pixels(i + 9, 128, 64)) for i in (0, 1)]
     reject = {"reason": "undecodable", "source": text, "name": text, "detail": text}
-    return html_report(text, manifest, [commit], shown, [reject])
+    return html_report(manifest, [commit], shown, [reject])
 
 
 class Reader(HTMLParser):

@@ -66,12 +66,12 @@ class RayCluster:
             command += ["--head", "--dashboard-host", "127.0.0.1"]
         else:
             command += ["--address", self.gcs]
-            # A node's own folder, as on a host of its own: a dying node cleans up there.
+            # A node's own folder and name, as on a host of its own: a dying node cleans up there.
             own = self.folder / f"ray{number}"
             own.mkdir()
-            mount = f'mount --bind "{own}" /tmp/ray && exec "$@"'
+            mount = f'mount --bind "{own}" /tmp/ray && hostname "node{number}" && exec "$@"'
             user = [] if os.geteuid() == 0 else ["--map-root-user"]
-            command = ["unshare", "--mount", *user, "sh", "-c", mount, "sh", *command]
+            command = ["unshare", "--mount", "--uts", *user, "sh", "-c", mount, "sh", *command]
         command += [f"--{name}={port}" for name, port in ports.items()]
         known = set() if head else self._alive()
         log = self.folder / f"node{number}.log"

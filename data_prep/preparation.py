@@ -42,6 +42,7 @@ def prepare(
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset = open_output(config, settings, listing, restart)
+        _tidy(dataset)
         refuse_changes(config, dataset, listing, lock.check)
         if is_complete(dataset):
             console.print(f"{dataset} is complete; nothing to do.")
@@ -51,11 +52,15 @@ def prepare(
             _make(config, dataset, listing, lock, clock)
         lock.check()
         delete(dataset / WORK / STAGED)
-        # What killed processes left.
-        for path in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
-            path.unlink(missing_ok=True)
+        _tidy(dataset)
         print_result(dataset, read_manifest(dataset), clock.spent)
     return clock.spent
+
+
+def _tidy(dataset: Path) -> None:
+    """Delete what killed processes left, which may be what fills the disk."""
+    for path in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _make(

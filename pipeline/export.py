@@ -29,6 +29,9 @@ def main(
         Literal["copy", "link"],
         typer.Option(help="VAE and text encoders copied, or links to where they are here"),
     ] = "copy",
+    licence: Annotated[
+        str, typer.Option("--license", help="the model's, as the hub names it, for its card")
+    ] = "unknown",
     dry_run: DryRun = False,
 ) -> None:
     """Write a run's checkpoint as a diffusers pipeline folder, a single file and a model card."""
@@ -46,7 +49,7 @@ def main(
     what = stock_class(trained) or f"flowmill's {trained.config.model.kind}, its source beside it"
     distributed.say(f"{weights} at step {trained.step} as {dtype} to {folder}: {what}")
     if not dry_run:
-        export(trained, folder, dtype, encoders)
+        export(trained, folder, dtype, encoders, licence)
         distributed.say(f"wrote {folder}")
 
 

@@ -31,7 +31,7 @@ from models.exchange import layout_of, to_diffusers
 from models.files import naming, publish
 from models.networks import MODELS, build_model
 from models.weights import TORCH_DTYPES, Dtype
-from pipeline.inference.model_card import model_card, public_name
+from pipeline.inference.model_card import model_card, public_name, without_places
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
@@ -190,7 +190,8 @@ def save_network(
         saved = {
             "_class_name": "FlowmillNetwork",
             "_diffusers_version": diffusers.__version__,
-            "model": config.model_dump(mode="json") | {"gradient_checkpointing": False},
+            "model": config.model_dump(mode="json")
+            | {"gradient_checkpointing": False, "init_from": None},
         }
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         (folder / f"flowmill_{config.kind}.py").write_text(network_source(config.kind))
@@ -209,7 +210,7 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
     data = trained.manifest.model_dump(
         mode="json", include={"codec", "text", "counts", "fingerprint"}
     )
-    config = trained.config
+    config, data = trained.config, without_places(data)
     save_file(
         weights,
         path,
@@ -223,7 +224,7 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
             "modelspec.prediction_type": config.objective.prediction,
             # All are of one dtype, so the order in the file is that of the names.
             "modelspec.hash_sha256": f"0x{tensors_sha256(weights)}",
-            "flowmill.config": json.dumps(config.model_dump(mode="json")),
+            "flowmill.config": json.dumps(without_places(config.model_dump(mode="json"))),
             "flowmill.data": json.dumps(data),
             "flowmill.weights": f"{trained.weights} at step {trained.step}",
         },
@@ -307,12 +308,16 @@ def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, list[st
         if how == "link":
             (folder / name).symlink_to(source.resolve(), target_is_directory=True)
         else:
+            if library == "diffusers":
+                network.register_to_config(_name_or_path="")  # where it lies here
             network.to(memory_format=torch.contiguous_format).save_pretrained(folder / name)
         entries[name] = [library, type(network).__name__]
     return entries
 
 
-def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
+def export(
+    trained: Trained, folder: Path, dtype: Dtype, encoders: str, licence: str = "unknown"
+) -> None:
     """Write the whole folder, or nothing under its name."""
     # Hidden, so that it is nobody else's.
     partial = folder.with_name(f".{folder.name}.partial")
@@ -320,13 +325,13 @@ def export(trained: Trained, folder: Path, dtype: Dtype, encoders: str) -> None:
     partial.mkdir(parents=True)
     try:
         with naming(folder):
-            _fill(trained, partial, dtype, encoders)
+            _fill(trained, partial, dtype, encoders, licence)
             publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str) -> None:
+def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence: str) -> None:
     torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
     config, down = trained.config, trained.manifest.codec.downscale
     height, width = largest_bucket(trained.manifest)
@@ -347,4 +352,4 @@ def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str) -> None:
         whole_source("pipeline.inference.diffusers_pipeline")
     )
     save_single(trained, partial / f"{public_name(partial)}.safetensors", torch_dtype)
-    (partial / "README.md").write_text(model_card(trained, partial, dtype, entry))
+    (partial / "README.md").write_text(model_card(trained, partial, dtype, entry, licence))

@@ -1,14 +1,17 @@
 """The model card of an exported folder: README.md with curves.png and samples.png."""
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config import dump_config
+from data_prep.schema import MANIFEST, read_manifest
 from pipeline.objectives.config import SamplerConfig
 from pipeline.runs.trained import Trained
 
@@ -63,7 +66,57 @@ def public_name(folder: Path) -> str:
     return folder.name.removeprefix(".").removesuffix(".partial")
 
 
-def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> str:
+def without_places(tree: Any) -> Any:
+    """Plain data with the last part in place of each path and URL, for those who have other disks."""
+    if isinstance(tree, dict):
+        return {key: without_places(value) for key, value in tree.items()}
+    is_place = isinstance(tree, str) and re.match(r"[/~]|\.{1,2}/|\w+://", tree)
+    return PurePath(tree).name if is_place else tree
+
+
+def epochs_of(trained: Trained, images: int) -> str:
+    """How many epochs so many pictures are, where every dataset of the run is there."""
+    sizes = list[float]()
+    for source in trained.config.data.sources.values():
+        if not (Path(source.path) / MANIFEST).is_file():
+            return ""
+        buckets = read_manifest(Path(source.path)).buckets
+        sizes.append(source.repeat * sum(bucket.num_samples for bucket in buckets))
+    return f", {images / sum(sizes):.2f} epochs" if sum(sizes) else ""
+
+
+def example_of(trained: Trained, name: str) -> str:
+    """Python that draws a picture with the exported folder."""
+    config = trained.config
+    fallback = "0" if config.model.num_classes else "a picture"
+    prompt = (config.monitor.prompts or [fallback])[0]
+    sizes = f"num_inference_steps={config.sampler.num_steps}, guidance_scale={config.sampler.guidance_scale:g}"
+    return f"""from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({name!r}, trust_remote_code=True)
+pipeline({prompt!r}, {sizes}).images[0]"""
+
+
+def curves_and_pictures(trained: Trained, folder: Path, history: History) -> str:
+    """The sections that show files beside the card, which are made here: of the exported step, or left out."""
+    sections = ""
+    curves = {
+        tag: (steps[steps <= trained.step], values[steps <= trained.step])
+        for tag, (steps, values) in history.curves.items()
+    }
+    if curves:
+        draw_curves(curves).savefig(folder / "curves.png")
+        sections += "\n## Curves\n\n![loss by step](curves.png)\n"
+    sheet = trained.run / "samples" / f"step_{trained.step:08d}.png"
+    # What training draws with.
+    if sheet.is_file() and trained.weights == "ema":
+        shutil.copy(sheet, folder / "samples.png")
+        prompts = "\n".join(map(repr, trained.config.monitor.prompts))
+        sections += f"\n## Pictures\n\n![samples](samples.png)\n\n```text\n{prompts}\n```\n"
+    return sections
+
+
+def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str], licence: str) -> str:
     """README.md's text; draws its curves and copies its pictures beside it."""
     config, manifest, run = trained.config, trained.manifest, trained.run
     history = read_history(run, config.training.global_batch)
@@ -75,19 +128,17 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str]) -> 
     seen = trained.step * config.training.global_batch
     rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
     buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
-    encoders = ", ".join(f"{n} ({r.path})" for n, r in manifest.text.roles.items())
-    pictures = ""
-    if history.curves:
-        draw_curves(history.curves).savefig(folder / "curves.png")
-        pictures += "\n## Curves\n\n![loss by step](curves.png)\n"
-    if grids := sorted(run.glob("samples/step_*[0-9].png")):
-        shutil.copy(grids[-1], folder / "samples.png")
-        prompts = "; ".join(config.monitor.prompts)
-        name = grids[-1].stem.replace("_", " ")
-        pictures += f"\n## Pictures\n\nDrawn at {name}: {prompts}\n\n![samples](samples.png)\n"
+    encoders = [
+        (name, role.family, role.weights_sha256) for name, role in manifest.text.roles.items()
+    ]
+    encoders.append(("VAE", manifest.codec.class_name, manifest.codec.weights_sha256))
+    frozen = "; ".join(
+        f"{name}: {family}, sha256 {digest[:16]}" for name, family, digest in encoders
+    )
     shape = f"{config.model.kind}, {config.model.size}, {parameters / 1e6:,.1f} M parameters"
-    sizes = config.sampler
+    shown = yaml.safe_dump(without_places(config.model_dump(mode="json")), sort_keys=False)
     return f"""---
+license: {json.dumps(licence)}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [flowmill, {config.model.kind}]
@@ -98,28 +149,29 @@ tags: [flowmill, {config.model.kind}]
 {shape}, stored in {dtype}: {trained.weights} weights at step {trained.step:,}. Trained with flowmill.
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("{public_name(folder)}", trust_remote_code=True)
-pipeline("{(config.monitor.prompts or ["a picture"])[0]}", num_inference_steps={sizes.num_steps}, guidance_scale={sizes.guidance_scale:g}).images[0]
+{example_of(trained, public_name(folder))}
 ```
 
 `flowmill_pipeline.py` runs the network (`{entry[-1]}`), whose padded text is masked as in training, and samples as
-`flowmill sample` does: with `{sizes.name}`, or with another of {", ".join(get_args(SamplerConfig.model_fields["name"].annotation))} by
+`flowmill sample` does: with `{config.sampler.name}`, or with another of {", ".join(get_args(SamplerConfig.model_fields["name"].annotation))} by
 `sampler={{"name": ...}}`; `seed=` gives the pictures of that seed. `scheduler/` tells other tools of the noise levels.
+
+## Licence
+
+The network's: {licence}. Its encoders keep their own.
 
 ## Data
 
 {manifest.counts.kept:,} pictures kept of {manifest.counts.seen:,}{f" (rejected: {rejected})" if rejected else ""}, fingerprint
-{manifest.fingerprint[:16]}. Sizes: {buckets}. Text encoders: {encoders or "none"}. VAE: {manifest.codec.path}.
+{manifest.fingerprint[:16]}. Sizes to train on: {buckets}. {frozen}.
 
 ## Compute
 
-{trained.step:,} steps of {config.training.global_batch} pictures, {seen:,} seen, {seen / max(manifest.counts.kept, 1):.1f} epochs;
+{trained.step:,} steps of {config.training.global_batch} pictures, {seen:,} seen{epochs_of(trained, seen)};
 {history.hours:.2f} hours on {ranks} rank{"s" if ranks > 1 else ""}, {history.hours * ranks:.2f} rank-hours, {config.engine.precision}.
-{pictures}
+{curves_and_pictures(trained, folder, history)}
 ## Config
 
 ```yaml
-{dump_config(config)}```
+{shown}```
 """

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
-from models.config import Config, InputError
+from models.config import Config, InputError, Place
 from models.files import file_sha256
 from models.weights import (
     EncoderDtype,
@@ -52,7 +52,7 @@ class EncoderConfig(Config):
     """What every kind of encoder has."""
 
     reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
-    path: str
+    path: Place
     dtype: EncoderDtype = "fp32"
 
     def read_config(self) -> dict[str, Any]:

@@ -7,9 +7,10 @@ alone: each process that decodes pictures does.
 
 import difflib
 import itertools
+import os
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 
 class InputError(ValueError):
@@ -27,6 +28,9 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
     )
 
+
+Place = Annotated[str, AfterValidator(lambda p: p if "://" in p else os.path.abspath(p))]
+"""A path from the root on, so that a config that is kept serves from any folder; or a URL as it is."""
 
 ConfigType = TypeVar("ConfigType", bound=Config)
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
 
-from models.config import Config, InputError
+from models.config import Config, InputError, Place
 
 NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
 
@@ -20,7 +20,7 @@ class NetworkConfig(Config):
     """The network's name in MODELS."""
     size: Any
     """A name in the network's table of sizes."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """Weights to start from: a diffusers folder, or a .safetensors or .pt file of this network or the original DiT."""
     size_conditioning: bool = False
     """The network is told the picture's original size and crop, as SDXL (2307.01952, 2.2)."""

@@ -1,5 +1,6 @@
 """The config of a training run. It imports neither torch nor pyarrow."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast
 import yaml
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from models.config import Config, InputError, parse_config
+from models.config import Config, InputError, Place, parse_config
 from models.networks import MODELS, DiTConfig, NetworkConfig, config_class
 from pipeline.data.config import DataConfig, choose_partitions
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
@@ -74,18 +75,22 @@ class TrainingConfig(Config):
 class StartConfig(Config):
     """Another run, with whose weights this one begins; `model.init_from` is for other programs."""
 
-    run: str
+    run: Place
     weights: str = "ema"
     """raw, ema, or another average."""
     step: int | None = None
     """Step of its checkpoint; null: the newest."""
 
 
+MOVABLE = re.compile(r"data\.((datasets\..+\.)?path|verify|prefetch|cache.*)")
+"""Keys of `data` that say where and how it is read: what a dataset is, its manifest says."""
+
+
 class EncodersConfig(Config):
     """Folders of the dataset's encoders that are not where `flowmill prepare` recorded them."""
 
-    vae: str | None = None
-    text: dict[str, str] = {}
+    vae: Place | None = None
+    text: dict[str, Place] = {}
 
 
 class TrainConfig(Config):
@@ -103,7 +108,7 @@ class TrainConfig(Config):
 
     engine: EngineConfig = EngineConfig()
 
-    run: str
+    run: Place
     encoders: EncodersConfig = EncodersConfig()
     sampler: SamplerConfig = SamplerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

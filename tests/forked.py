@@ -57,8 +57,10 @@ def _become(words: list[str], environment: dict[str, str], cwd: Path, folder: st
     """What `python -m` or `python -c` does in a process of its own; its output goes to files of `folder`."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)  # type: ignore[attr-defined]
+    # Streams of their own: those inherited remember whether what they were opened on could seek.
+    sys.stdout, sys.stderr = (
+        os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2)
+    )
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

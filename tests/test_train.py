@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data_prep.schema import read_manifest
 from models.command import load_config
 from models.config import InputError
 from pipeline.config import TrainConfig, dump_config, load_run_config
 from pipeline.data.randomness import draw_dropout
 from pipeline.runs.setup import check_run, fit_run
+from pipeline.runs.trained import open_trained
 from pipeline.training.checkpoint import newest_sound
 from pipeline.training.rejection import Rejection
 from tests import train_factory
@@ -79,11 +81,12 @@ def test_what_is_logged_after_a_resume_is_of_the_same_steps(tmp_path, after, by)
     train_factory.wait_for(process, after)
     for pid in (process.pid, *workers(process)):
         os.kill(pid, by)
+    assert process.stdout is not None
     process.stdout.read()
     process.wait()
     train(killed, *options, ranks=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for tag in ("loss/train", "x0_mse_by_noise_level/t_0.5625", "optimizer/lr"):
+    for tag in ("loss/train", "loss_by_noise_level/x0_mse_t_0.5625", "optimizer/lr"):
         assert scalars(killed, tag) == scalars(whole, tag), tag
     assert [step for step, _ in scalars(killed, "loss/train")] == list(range(4, 25, 4))
     assert histograms(killed, "log_snr") == histograms(whole, "log_snr")
@@ -312,6 +315,71 @@ def test_a_checkpoint_of_the_format_before_is_refused_in_one_line(copy):
     assert "got a checkpoint of format 1, expected 3" in resume(copy, status=2)
 
 
+@pytest.mark.parametrize("form", ["path", "datasets.a.path"])
+def test_a_run_goes_on_and_opens_from_any_folder_wherever_its_dataset_lies(
+    tmp_path, monkeypatch, form
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    text = write_config(here).read_text().replace(f"{here}/", "")
+    if form != "path":
+        text = text.replace("{path: dataset}", "{datasets: {a: {path: dataset}}}")
+    (here / "run.yaml").write_text(text)
+    done = train_factory.run("pipeline.train", "run.yaml", *WSD, "training.images=96", cwd=here)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    run, more = here / "run", [*WSD, "training.images=96", "run=here/run"]
+
+    def given(place: str, *others: str):
+        overrides = [*more, f"data.{form}={place}", *others]
+        return fit_run(load_config(TrainConfig, here / "run.yaml", overrides))
+
+    for number, move in enumerate((os.rename, shutil.copytree, os.symlink)):
+        place = tmp_path / f"moved_{number}"
+        move(here / "dataset" if number == 0 else tmp_path / "moved_0", place)
+        fitted = given(place.name)
+        assert fitted.loader.era_at(0).mixture.datasets[0].source.path == str(place)
+        check_run(given(place.name, "data.prefetch=0"), override=False)
+        with pytest.raises(InputError, match=r"window_shards: saved 4, given 2"):
+            check_run(given(place.name, "data.window_shards=2"), override=False)
+    # Nothing of the dataset but the record of it is asked for.
+    shutil.rmtree(tmp_path / "moved_0")
+    trained = open_trained(run, "ema", None)
+    assert trained.manifest.codec.channels == 4
+    assert Path(
+        trained.config.data.sources["a" if "datasets" in form else "data"].path
+    ).is_absolute()
+
+    # The same shape at the same place is not the same dataset.
+    kind = Kind(encoders={"mini": (5, 8)}, channels=4)
+    for name, change in (("id", {"id": "07her"}), ("generations", {"fingerprint": "5econd"})):
+        other = make_dataset(tmp_path / name, [((32, 32), 90)], kind)
+        manifest = read_manifest(other)
+        if name == "generations":
+            last = manifest.generations[-1].model_copy(update=change)
+            change = {"generations": [last]}
+        manifest = manifest.model_copy(update=change).with_fingerprint()
+        (other / "manifest.json").write_text(manifest.model_dump_json())
+        with pytest.raises(InputError, match=rf"is another dataset than the run's:\n  {name}: got"):
+            given(name)
+        with pytest.raises(InputError, match=rf"is another dataset than the run's:\n  {name}: got"):
+            open_trained(run, "ema", None, [f"data.{form}={other}"])
+
+
+@pytest.mark.parametrize("key", ["start_from.run", "model.init_from"])
+def test_what_a_run_began_with_may_move_but_not_change(finished, copy, key):
+    first, config = copy.parent / "first", finished / "run.yaml"
+    place = f"run={copy}"
+    was = fit_run(load_config(TrainConfig, config, [place, f"{key}={first}"])).config
+    (copy / "config.yaml").write_text(dump_config(was))
+    moved = fit_run(load_config(TrainConfig, config, [place, f"{key}={copy.parent / 'second'}"]))
+    check_run(moved, override=False)
+    first.mkdir()
+    with pytest.raises(InputError, match=rf"{key}: saved"):
+        check_run(moved, override=False)
+
+
 def test_a_run_records_the_data_of_each_epoch_and_counts_what_it_skipped(tmp_path):
     config = write_config(tmp_path)
     shard = sorted((tmp_path / "dataset").glob("shards/32x32/*.tar"))[0]
@@ -330,6 +398,7 @@ RECORD = """
 import sys
 from pathlib import Path
 import torch
+from data_prep.schema import read_manifest
 from models.command import load_config
 from models.dit import DiT
 from pipeline.data.batch import Batch

@@ -5,11 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.config import Config, InputError
+from models.config import Config, InputError, Place
 
 
 class CacheConfig(Config):
-    path: str
+    path: Place
     """Folder on a local disk."""
     max_gib: float = Field(gt=0)
     """Size of all shards in it, whichever run or rank fetched them."""
@@ -22,7 +22,7 @@ def is_remote(path: str) -> bool:
 
 
 class DatasetConfig(Config):
-    path: str
+    path: Place
     repeat: float = Field(default=1.0, gt=0)
     """How often a sample comes per epoch."""
 
@@ -30,7 +30,7 @@ class DatasetConfig(Config):
 class DataConfig(Config):
     """Either `path`, one dataset, or `datasets`, several mixed by their repeat factors."""
 
-    path: str | None = None
+    path: Place | None = None
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     # What changes the order, beside the run's seed and global batch.
     canonical_partitions: Annotated[int, Field(ge=1)] | None = None

@@ -53,6 +53,15 @@ def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
     refuse(what, pairs, "prepare both with the same encoders, or train on one of them")
 
 
+def check_same(manifest: Manifest, recorded: Manifest, where: str) -> None:
+    """Raise InputError unless a dataset is the recorded one, wherever it lies: it may have grown since."""
+    known = [generation.fingerprint for generation in recorded.generations if generation.complete]
+    got = [generation.fingerprint for generation in manifest.generations[: len(known)]]
+    pairs = [("id", manifest.id, recorded.id), ("generations", got, known)]
+    remedy = "data.path=FOLDER of that dataset, which may have moved, or a new run"
+    refuse(f"{where}: is another dataset than the run's", pairs, remedy)
+
+
 def _mixed_by(manifest: Manifest) -> dict[str, Any]:
     """What mixed datasets have in common: not the encoders' paths, dtypes and measured errors."""
     place, rounding = {"path", "dtype"}, {"mean_error", "worst_error"}

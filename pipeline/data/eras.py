@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.schema import SHARD_SCHEMA, parse_manifest
+from data_prep.schema import SHARD_SCHEMA, Manifest, parse_manifest
 from models.config import InputError
 from models.files import write_text
-from pipeline.data.datasets import Mixture, compute
+from pipeline.data.datasets import Mixture, check_same, compute
 
 ERAS = "eras"
 """Folder of a run that holds its eras."""
@@ -95,6 +95,7 @@ class Eras:
             record = self.folder / f"{identity}.json"
             manifest = parse_manifest(record.read_text(), record)
             table = pq.read_table(record.with_suffix(".parquet"), schema=SHARD_SCHEMA)
+            check_same(dataset.manifest, manifest, dataset.source.path)
             if not _contains(dataset.table, table):
                 raise InputError(
                     f"{dataset.source.path}: was prepared again with other shards since this run began. "
@@ -102,6 +103,15 @@ class Eras:
                 )
             datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
         return Mixture(datasets)
+
+
+def recorded_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the first dataset that a run began with; None where its eras record none."""
+    first = folder / "epoch_00000000.json"
+    if not first.is_file():
+        return None
+    record = folder / f"{next(iter(json.loads(first.read_text())['datasets'].values()))}.json"
+    return parse_manifest(record.read_text(), record)
 
 
 def _contains(table: pa.Table, part: pa.Table) -> bool:

@@ -15,6 +15,7 @@ from models.files import write_text
 from pipeline import distributed
 from pipeline.arguments import parse_size, read_prompts
 from pipeline.data.config import DataConfig
+from pipeline.data.datasets import check_same
 from pipeline.data.loader import Loader
 from pipeline.evaluation.config import Options
 from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
@@ -213,6 +214,7 @@ def evaluate(
     if trained is not None:
         data = trained.config.data.model_copy(update={"grow": False})
         own = Loader(data, global_batch=1, seed=0)
+        check_same(own.manifest, trained.manifest, "data.path")
     if options.dataset is not None:
         data = DataConfig.model_validate({"path": str(options.dataset)})
         other = Loader(data, global_batch=1, seed=0)

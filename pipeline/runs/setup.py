@@ -17,7 +17,15 @@ from models.config import InputError, differences
 from models.files import write_text
 from models.networks import NetworkConfig, build_model
 from pipeline import distributed
-from pipeline.config import CONFIG, RESULTS, TrainConfig, dump_config, load_run_config, sizes_of
+from pipeline.config import (
+    CONFIG,
+    MOVABLE,
+    RESULTS,
+    TrainConfig,
+    dump_config,
+    load_run_config,
+    sizes_of,
+)
 from pipeline.data.datasets import Difference, Mixture, refuse
 from pipeline.data.encoders import encoder_folder
 from pipeline.data.eras import ERAS
@@ -209,7 +217,10 @@ def check_run(run: Run, override: bool) -> None:
     saved = load_run_config(run.folder)
     changed, why = differences(saved, run.config), ""
     lines = "\n".join(f"  {k}: saved {old!r}, given {new!r}" for k, (old, new) in changed.items())
-    refused = {key for key in changed if key.split(".")[0] in RESULTS}
+    refused = {k for k in changed if k.split(".")[0] in RESULTS and not MOVABLE.fullmatch(k)}
+    # What a run began with may have moved, or be gone.
+    origins = {key for key in refused if key in ("start_from.run", "model.init_from")}
+    refused -= {key for key in origins if not Path(changed[key][0] or ".").exists()}
     if refused and refused <= SCHEDULE:
         images = checkpoint.newest_record(run.folder)["clock"]["images_learned"]
         done = range(images // saved.training.global_batch)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from data_prep.schema import Manifest, fingerprint, read_manifest
 from models.layers import PROJECTOR
 from pipeline.config import TrainConfig, load_run_config
+from pipeline.data.datasets import check_same
 from pipeline.data.encoders import Encoders, load_encoders
+from pipeline.data.eras import ERAS, recorded_manifest
 from pipeline.runs.setup import network_for_sampling
 from pipeline.training.checkpoint import load_weights
 
@@ -71,7 +73,11 @@ def open_trained(run: Path, weights: str, step: int | None, places: Sequence[str
     `places` are overrides for datasets and encoders that have moved.
     """
     config = load_run_config(run, places)
-    manifest = read_manifest(Path(next(iter(config.data.sources.values())).path))
+    path = Path(next(iter(config.data.sources.values())).path)
+    # A picture needs the encoders, and of the dataset only what the run has recorded of it.
+    manifest = recorded_manifest(run / ERAS) or read_manifest(path)
+    if any(place.startswith("data.") for place in places):
+        check_same(read_manifest(path), manifest, str(path))
     state, at_step = load_weights(run, weights, step)
     # Alignment serves training alone.
     if getattr(config.model, "alignment", None) is not None:

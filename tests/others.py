@@ -6,10 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from tests.train_factory import ROOT
+from tests.train_factory import ROOT, environment
 
 NOBODY = 65534
 # Folders in which another user must find Python and the code, wherever they lie.
@@ -59,3 +60,48 @@ def another_user(home: Path, umask: int) -> Iterator[User]:
         )  # fmt: skip
 
     yield run
+
+
+class SmallDisk:
+    """A disk of so many bytes, mounted in a namespace of its own at a folder that is empty outside it."""
+
+    def __init__(self, folder: Path, size: int):
+        namespace_or_skip()
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        mount = (
+            f"mount -t tmpfs -o size={size} none '{folder}' && echo mounted && exec sleep infinity"
+        )
+        self.holder = subprocess.Popen(
+            ["unshare", "-m", "bash", "-c", mount], stdout=subprocess.PIPE, text=True
+        )
+        assert self.holder.stdout is not None
+        assert self.holder.stdout.readline() == "mounted\n"
+        self.seen = Path(f"/proc/{self.holder.pid}/root{folder}")
+        """The folder as it is on the disk."""
+
+    def used(self) -> int:
+        disk = os.statvfs(self.seen)
+        return (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+    def leave(self, room: int) -> None:
+        """Fill the disk up to so many bytes."""
+        disk = os.statvfs(self.seen)
+        (self.seen / "filler").write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - room)))
+
+    def make_room(self) -> None:
+        (self.seen / "filler").unlink()
+
+    def run(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(
+            ["nsenter", "-m", "-t", str(self.holder.pid), "env", f"--chdir={ROOT}", *command],
+            env=environment(), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.holder.kill()
+        self.holder.wait()

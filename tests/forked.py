@@ -75,17 +75,24 @@ def _become(words: list[str], environment: dict[str, str], cwd: Path, folder: st
         atexit._run_exitfuncs()  # which multiprocessing's children leave out
 
 
+def _of_ranks(environment: dict[str, str], ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank, as a launcher on one host sets it."""
+    if ranks == 1:
+        return [environment]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    group |= {"LOCAL_WORLD_SIZE": str(ranks)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [environment | group | place for place in places]
+
+
 def run_forked(
     words: list[str], environment: dict[str, str], cwd: Path, ranks: int = 1, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """A module or -c CODE with its arguments, to the end; of several ranks where one fails all are ended."""
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as folder:
         processes = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            own = environment | (group | place if ranks > 1 else {})
+        for own in _of_ranks(environment, ranks):
             processes.append(SERVER.Process(target=_become, args=(words, own, cwd, folder)))
             processes[-1].start()
         running = {process.sentinel: process for process in processes}
@@ -106,18 +113,25 @@ def run_forked(
 
 
 class Forked:
-    """A module or -c CODE with its arguments, running, with the members of a subprocess.Popen that tests use."""
+    """A module or -c CODE, running on one rank or several, with what tests use of a subprocess.Popen of rank 0."""
 
-    def __init__(self, words: list[str], environment: dict[str, str], cwd: Path, merged: bool):
+    def __init__(
+        self, words: list[str], environment: dict[str, str], cwd: Path, merged: bool, ranks: int = 1
+    ):
         """merged: one stream for standard output and error."""
         self._folder = tempfile.TemporaryDirectory()
         out, err = (Path(self._folder.name) / name for name in ("stdout", "stderr"))
         os.mkfifo(out)
         err.symlink_to(out) if merged else os.mkfifo(err)
         place = self._folder.name
-        self._process = SERVER.Process(target=_become, args=(words, environment, cwd, place))
-        self._process.start()
-        self.pid = self._process.pid or 0
+        every = [
+            SERVER.Process(target=_become, args=(words, own, cwd, place))
+            for own in _of_ranks(environment, ranks)
+        ]
+        for process in every:
+            process.start()
+        self._process, self.ranks = every[0], [process.pid or 0 for process in every]
+        self.pid = self.ranks[0]
         self.stdout, self.stderr = out.open(), None if merged else err.open()
 
     @property

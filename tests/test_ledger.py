@@ -14,7 +14,7 @@ from pipeline.training.ledger import LEDGER, PARTS, Ledger
 from tests.train_factory import (
     check_as_undisturbed,
     scalars,
-    start,
+    torchrun,
     wait_for,
     workers,
     write_config,
@@ -75,7 +75,7 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
     rng, config = random.Random(seed), write_config(tmp_path)
     run, begun, kills = tmp_path / "run", time.time(), 0
     while True:
-        process = start("pipeline.train", str(config), *OPTIONS, ranks=2)
+        process = torchrun("pipeline.train", str(config), *OPTIONS, ranks=2)
         if kills < 10:
             step = len(scalars(run, "loss/train")) if (run / "tensorboard").is_dir() else 0
             wait_for(process, f"step {step + rng.randrange(1, 8)}/")

@@ -53,6 +53,7 @@ from models.text_encoder import TextEncoder
 from models.vae import LatentCodec, sample_latents
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
+from tests import train_factory
 from tests.prep_factory import (
     config_of_pictures,
     dataset_bytes,
@@ -68,7 +69,6 @@ from tests.ray_cluster import RAY, copy_checkout
 from tests.test_alignment import save_vision
 from tests.test_vae import save_dc, save_kl, save_tiny
 
-ROOT = Path(__file__).parent.parent
 NUM_GOOD, NUM_BAD = 60, 6
 DIRT = {
     "cut.jpg": encoded(pixels(100), "JPEG")[:-200],  # its header is sound: only decoding finds out
@@ -118,21 +118,11 @@ def encoders(messy) -> tuple[LatentCodec, TextEncoder]:
     return LatentCodec.load(config.vae.path), TextEncoder.load(config.text_encoders["bert"].path, 8)
 
 
-def drive(config: Path, address: str, *overrides: str) -> subprocess.Popen:
-    """A driver of its own, on the tests' Ray."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "data_prep.prepare", str(config), *overrides],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def kill_driver(driver: subprocess.Popen, moment: Callable[[], bool]) -> None:
+def kill_driver(config: Path, address: str, moment: Callable[[], bool], *overrides: str) -> None:
+    """Kill a driver of its own, on the tests' Ray, when the moment has come."""
+    driver = train_factory.start("data_prep.prepare", str(config), *overrides, RAY_ADDRESS=address)
     while not moment():
-        assert driver.poll() is None, driver.communicate()
+        assert driver.returncode is None, driver.communicate()
         time.sleep(0.005)
     driver.kill()
     driver.communicate()
@@ -329,8 +319,7 @@ def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy,
     ]
     done: dict[str, tuple[int, int]] = {}
     for moment in moments:
-        driver = drive(messy, ray_address, f"output={dataset}", "ray.num_actors=1")
-        kill_driver(driver, moment)
+        kill_driver(messy, ray_address, moment, f"output={dataset}", "ray.num_actors=1")
         now = commits(dataset)
         assert done.items() <= now.items()
         done = now
@@ -351,8 +340,7 @@ def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy,
 def test_what_is_there_is_published_while_preparing_goes_on(reference, messy, ray_address):
     dataset = messy.parent / "published"
     overrides = f"output={dataset}", "publish_every_shards=1"
-    driver = drive(messy, ray_address, *overrides)
-    kill_driver(driver, (dataset / "manifest.json").exists)
+    kill_driver(messy, ray_address, (dataset / "manifest.json").exists, *overrides)
     loader = Loader(DataConfig(path=str(dataset)), global_batch=2, seed=0)
     assert next(loader.batches()).moments.shape[0] == 2
     loader.close()

@@ -36,9 +36,10 @@ ALL += [(3, "bf16", OFFLOAD_ALL)]
 
 def kill(tmp_path: Path, config: Path, after: str, ranks: int, *options: str) -> None:
     """SIGKILL every process of a run after it said so."""
-    process = train_factory.start("pipeline.train", str(config), *options, ranks=ranks)
+    launch = train_factory.torchrun if ranks > 1 else train_factory.start
+    process = launch("pipeline.train", str(config), *options, ranks=ranks)
     train_factory.wait_for(process, after)
-    for pid in (process.pid, *(workers(process) if ranks > 1 else ())):
+    for pid in {process.pid, *workers(process)}:
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
@@ -79,7 +80,7 @@ def test_what_is_logged_after_a_resume_is_of_the_same_steps(tmp_path, after, by)
     killed = write_config(tmp_path, "killed")
     process = train_factory.start("pipeline.train", str(killed), *options, ranks=2)
     train_factory.wait_for(process, after)
-    for pid in (process.pid, *workers(process)):
+    for pid in workers(process):
         os.kill(pid, by)
     assert process.stdout is not None
     process.stdout.read()
@@ -115,7 +116,9 @@ def test_fifty_losses_are_the_same_on_one_rank_and_on_two_however_the_batch_is_c
 @pytest.mark.slow
 def test_workers_leave_when_their_launcher_is_killed(tmp_path):
     config = write_config(tmp_path)
-    process = train_factory.start("pipeline.train", str(config), "training.images=800000", ranks=2)
+    process = train_factory.torchrun(
+        "pipeline.train", str(config), "training.images=800000", ranks=2
+    )
     train_factory.wait_for(process, "step 3/")
     ranks = workers(process)
     assert len(ranks) == 2

@@ -71,7 +71,9 @@ def results(word: str, module: str, *arguments: str, ranks: int = 2) -> list[lis
 
 
 def workers(process: subprocess.Popen[str] | Forked) -> list[int]:
-    """Process ids of the ranks of pipeline.train that torchrun has started."""
+    """Process ids of the ranks of pipeline.train that were started, by torchrun or without it."""
+    if isinstance(process, Forked):
+        return process.ranks
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     return [pid for pid, command in commands.items() if b"pipeline.train" in command]
@@ -79,10 +81,13 @@ def workers(process: subprocess.Popen[str] | Forked) -> list[int]:
 
 def start(
     module: str, *arguments: str, ranks: int = 1, merged: bool = True, **variables: str
-) -> subprocess.Popen[str] | Forked:
-    """The command, running; merged: its output in one stream. Several ranks are torchrun's own."""
-    if ranks == 1:
-        return Forked([module, *arguments], environment() | variables, ROOT, merged)
+) -> Forked:
+    """The command, running; merged: its output in one stream."""
+    return Forked([module, *arguments], environment() | variables, ROOT, merged, ranks)
+
+
+def torchrun(module: str, *arguments: str, ranks: int) -> subprocess.Popen[str]:
+    """The command as torchrun starts it, running, its output in one stream."""
     return subprocess.Popen(
         command(module, *arguments, ranks=ranks),
         stdout=subprocess.PIPE,

@@ -74,8 +74,8 @@ class PrepareConfig(Config):
         if len({source.labels for source in self.sources.values()}) > 1:
             found = ", ".join(f"{name}: {s.labels or 'none'}" for name, s in self.sources.items())
             raise ValueError(
-                f"sources: got labels by {found}, expected all from classes' folders, all from a column "
-                "of integers, or none"
+                f"sources: got labels by {found}, expected all from classes' folders with the same option "
+                "classes, all from a column of integers, or none"
             )
         return self
 

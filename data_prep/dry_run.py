@@ -20,9 +20,11 @@ from data_prep.config import PrepareConfig
 from data_prep.encoders import configured
 from data_prep.images import Rejected, list_buckets
 from data_prep.metadata import refusal
-from data_prep.report import ENCODER_COLUMNS, Listing, class_names, console, cut_listings
-from data_prep.scan import class_names as classes_of
+from data_prep.report import ENCODER_COLUMNS, Listing, class_names, console, cut_listings, warn
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
+from data_prep.sources.classes import count_classes
+from data_prep.sources.source import files_of_row
+from data_prep.sources.walk import OTHER_FILE
 from data_prep.storage import is_remote
 
 # Pictures per source whose captions are read, and the files that they are taken from where each holds many.
@@ -38,8 +40,10 @@ def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[
     sources = [(name, source.kind, source.path) for name, source in config.sources.items()]
     Listing("Sources", ("source", "kind", "path"), sources, words=3).print()
     file_listing(config, listing).print()
-    if classes := classes_of(listing):
-        console.print(f"Classes, by label: {class_names(classes)}")
+    if classes := count_classes(config.sources, listing):
+        console.print(f"Classes, by label: {class_names(list(classes))}")
+        if empty := [name for name, count in classes.items() if not count]:
+            warn(f"classes without a picture: {', '.join(empty)}")
     rows = [
         (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
         for place, encoder in configured(config).items()
@@ -72,6 +76,12 @@ def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
         kinds = compute.replace_substring_regex(mine["name"], pattern, kind)
         table = mine.append_column("kind", kinds).group_by(["kind", "reason"])
         groups = table.aggregate([("size", "count"), ("size", "sum")]).to_pylist()
+        others = mine.filter(pc.field("reason") == OTHER_FILE).to_pylist()
+        more = {row["name"]: files_of_row(row["name"], row["detail"]) - 1 for row in others}
+        for group in groups:
+            if group["reason"] == OTHER_FILE:
+                kind = group["kind"]
+                group["size_count"] += more.get(kind if source.per_task == 1 else f"*{kind}", 0)
         groups.sort(key=lambda group: (group["reason"] or "", -group["size_count"], group["kind"]))
         for group in groups[:KINDS]:
             taken = f"no: {group['reason']}" if group["reason"] else "yes"
@@ -125,7 +135,7 @@ def sampled_items(
 ) -> list[Item]:
     """Up to PICTURES of a source, from files chosen at random; raises InputError where a column is missing."""
     files = listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
-    rng, classes = random.Random(0), classes_of(listing)
+    rng, classes = random.Random(0), list(count_classes({name: source}, listing))
     count = min(PICTURES if source.per_task > 1 else FILES, len(files))
     chosen = files.take(sorted(rng.sample(range(len(files)), count))).to_pylist()
     entries = [Entry(**row) for row in chosen]

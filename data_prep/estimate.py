@@ -104,7 +104,8 @@ def sample_of(config: PrepareConfig, listing: pa.Table, wanted: int) -> pa.Table
 
 
 def _of_source(listing: pa.Table, name: str) -> pa.Table:
-    return listing.filter(pc.equal(listing["source"], name))  # pyright: ignore[reportAttributeAccessIssue]
+    """The files of a source that can be read."""
+    return listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
 
 
 def _pictures(

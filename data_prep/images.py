@@ -2,8 +2,10 @@
 
 import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from typing import Literal, Self
 
 import numpy as np
@@ -13,9 +15,31 @@ from pydantic import Field, model_validator
 from data_prep.text import encodable
 from models.config import Config
 
-PICTURE_EXTENSIONS = ("avif", "bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+# Pillow's name of each format, and the extensions that people give to its files.
+EXTENSIONS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif", "jif", "mpo"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif", "avifs"),
+    "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "HEIF": ("heic", "heif", "hif"),
+    "JXL": ("jxl",),
+}
+# The packages of formats that Pillow itself does not read.
+PLUGINS = {"HEIF": "pillow-heif", "JXL": "pillow-jxl-plugin"}
 Image.init()
-FORMATS = [f for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF") if f in Image.OPEN]
+with suppress(ImportError):
+    import_module("pillow_heif").register_heif_opener()
+with suppress(ImportError):
+    import_module("pillow_jxl")
+FORMATS = [name for name in EXTENSIONS if name in Image.OPEN]
+PICTURE_EXTENSIONS = tuple(sorted(e for name in FORMATS for e in EXTENSIONS[name]))
+# Extension -> the package without which its pictures cannot be decoded here.
+UNDECODABLE = {e: p for f, p in PLUGINS.items() if f not in FORMATS for e in EXTENSIONS[f]}
 # Our own limit is checked on the header, before decoding.
 Image.MAX_IMAGE_PIXELS = None
 # Workflows and XMP in a PNG are often over Pillow's 1 MiB; the limits on bytes and memory are ours.
@@ -200,7 +224,7 @@ def _open(data: bytes, config: ImagesConfig) -> ImageFile.ImageFile:
         raise Rejected("undecodable", _describe(error)) from error
     if image.width * image.height > config.max_pixels:
         raise Rejected("too_many_pixels", f"{image.width}x{image.height}")
-    if config.animated == "reject" and image.format in ("GIF", "WEBP", "PNG", "AVIF"):
+    if config.animated == "reject" and image.format in ("GIF", "WEBP", "PNG", "AVIF", "JXL"):
         try:
             animated = getattr(image, "is_animated", False)
         except Exception as error:  # as above: it reads on

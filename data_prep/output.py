@@ -13,9 +13,10 @@ from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig
 from data_prep.plan import shard_list
 from data_prep.report import console
-from data_prep.scan import LISTING_SCHEMA, class_names, listing_sha256
+from data_prep.scan import LISTING, LISTING_SCHEMA, listing_sha256, split_others
 from data_prep.schema import AUDITED, MANIFEST, read_manifest
 from data_prep.shards import WORK, read_table, write_table, write_text
+from data_prep.sources.classes import count_classes
 from data_prep.storage import delete, is_remote, names_in, open_root, patient
 from data_prep.workers import in_ray_job
 from models.config import InputError, differences
@@ -78,8 +79,11 @@ def lock_output(config: PrepareConfig) -> Lock:
 
 def open_output(
     config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
-) -> Path:
-    """The output folder, of these settings and sources; raises InputError where it is of others."""
+) -> tuple[Path, pa.Table]:
+    """The output folder, of these settings and sources; raises InputError where it is of others.
+
+    Returns the listing as well, its files that are no pictures as they were when the output was begun.
+    """
     dataset = open_root(config.output, "output")
     work = dataset / WORK
     try:
@@ -88,17 +92,19 @@ def open_output(
         if (work / "config.json").exists():
             begun = json.loads((work / "config.json").read_text())
             _refuse_other_settings(config.output, begun["settings"], settings)
-            _refuse_other_sources(config.output, work, listing)
+            listing = _refuse_other_sources(config.output, work, listing)
         else:
-            write_table(work / "listing.parquet", listing)
-            begun = {"settings": settings, "listed": len(listing), "classes": class_names(listing)}
+            write_table(work / LISTING, listing)
+            decisive, _ = split_others(listing)
+            classes = count_classes(config.sources, listing)
+            begun = {"settings": settings, "listed": len(decisive), "classes": list(classes)}
             begun["listing_sha256"] = listing_sha256(listing)
             write_text(work / "config.json", json.dumps(begun, indent=1))
     except OSError as error:
         raise InputError(
             f"output: cannot write {config.output}: {error.strerror or error}"
         ) from error
-    return dataset
+    return dataset, listing
 
 
 def _delete_earlier(dataset: Path) -> None:
@@ -120,14 +126,13 @@ def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[st
         )
 
 
-def _refuse_other_sources(output: str, work: Path, now: pa.Table) -> None:
+def _refuse_other_sources(output: str, work: Path, listing: pa.Table) -> pa.Table:
+    decisive, others = split_others(read_table(work / LISTING, LISTING_SCHEMA))
+    listing, _ = split_others(listing)
     # A stamp is a hint, no change.
-    before, now = (
-        t.drop_columns(["stamp"])
-        for t in (read_table(work / "listing.parquet", LISTING_SCHEMA), now)
-    )
+    before, now = (table.drop_columns(["stamp"]) for table in (decisive, listing))
     if before.equals(now):
-        return
+        return pa.concat_tables([listing, others])
     old = {(row["source"], row["name"]): row for row in before.to_pylist()}
     new = {(row["source"], row["name"]): row for row in now.to_pylist()}
     changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]

@@ -41,7 +41,7 @@ def prepare(
         print_plan(config, listing, settings["hashes"])
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
-        dataset = open_output(config, settings, listing, restart)
+        dataset, listing = open_output(config, settings, listing, restart)
         _tidy(dataset)
         refuse_changes(config, dataset, listing, lock.check)
         if is_complete(dataset):

@@ -15,6 +15,8 @@ from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.shards import WORK, NewTable, write_table, write_text
+from data_prep.sources.source import count_others
+from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import write_atomic
 from models.config import InputError
 from models.files import file_sha256
@@ -55,7 +57,7 @@ def publish(
     table.sort(key=lambda c: c["path"])
     if not any(commit["split"] == "train" for commit in table) and shown is None:
         return
-    rejected, examples = _write_rejects(dataset, commits)
+    rejected, others, examples = _write_rejects(dataset, commits)
     write_table(
         dataset / schema.SHARD_TABLE, pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
     )
@@ -63,7 +65,7 @@ def publish(
         # save_file would make it a file that its owner alone may read.
         data = save(encoders.empty_caption)
         write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
-    manifest = _manifest(config, dataset, table, rejected, encoders)
+    manifest = _manifest(config, dataset, table, (rejected, others), encoders)
     if shown is not None:
         manifest = manifest.completed()
         write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
@@ -75,13 +77,14 @@ def publish(
 
 def _write_rejects(
     dataset: Path, commits: list[dict[str, Any]]
-) -> tuple[dict[str, int], list[dict[str, str]]]:
+) -> tuple[dict[str, int], dict[str, int], list[dict[str, str]]]:
     """Those of scan and plan in the order of the sources, then those of encoding.
 
-    Returns how many there are by reason, and the first few of each.
+    Returns how many pictures there are by reason, how many other files by extension, and the first few
+    of each reason.
     """
     examples: dict[str, list[dict[str, str]]] = {}
-    counts: Counter[str] = Counter()
+    counts, others = Counter[str](), Counter[str]()
     encoded = [reject for commit in commits for reject in commit["rejects"]]
     with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
         planned = (
@@ -96,17 +99,20 @@ def _write_rejects(
                     mine = table.filter(pc.equal(table["reason"], reason))  # pyright: ignore[reportAttributeAccessIssue]
                     few = examples.setdefault(reason, [])
                     few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
-                counts += new
-    return dict(sorted(counts.items())), [row for _, few in sorted(examples.items()) for row in few]
+                counts.update({r: n for r, n in new.items() if r not in NO_PICTURES})
+                others += count_others(table)
+    shown = [row for _, few in sorted(examples.items()) for row in few]
+    return dict(sorted(counts.items())), dict(sorted(others.items())), shown
 
 
 def _manifest(
     config: PrepareConfig,
     dataset: Path,
     commits: list[dict[str, Any]],
-    rejected: dict[str, int],
+    rejects: tuple[dict[str, int], dict[str, int]],
     encoders: Encoders,
 ) -> schema.Manifest:
+    rejected, others = rejects
     begun = json.loads((dataset / WORK / "config.json").read_text())
     # What decides how a picture is prepared, whatever the sources are.
     decisive = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
@@ -117,6 +123,7 @@ def _manifest(
         seen=kept + sum(rejected.values()),
         kept=kept,
         rejected=rejected,
+        other_files=others,
         cut_captions={name: cut[name] for name in encoders.record["text"]["roles"]},
     )
     latent_mean, latent_std = latent_statistics(_for_training(commits))

@@ -20,8 +20,10 @@ from data_prep.images import ImagesConfig
 from data_prep.report import Progress, console
 from data_prep.shards import WORK, read_table, write_table
 from data_prep.sources import Entry, SourceConfig
+from data_prep.sources.classes import count_classes
 from data_prep.sources.rows import RowsSource
 from data_prep.sources.source import split_of
+from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import delete, find_files, is_remote
 from data_prep.workers import ATTEMPTS, LOST, Tasks, connect, num_cpus
 from models.config import InputError
@@ -31,6 +33,7 @@ PARTS_AT_ONCE = 8
 # How the files of a catalog's part end.
 PARTS = (".parquet", ".staged.parquet")
 
+LISTING = "listing.parquet"
 LISTING_SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -50,12 +53,12 @@ PLACE = ["offset", "length"]
 
 
 def list_sources(config: PrepareConfig) -> pa.Table:
-    """Every file of every source, in a fixed order: the fields of an Entry."""
+    """Every file of every source, in a fixed order, last those that are no pictures: the fields of an Entry."""
     entries = (e for name, source in config.sources.items() for e in source.entries(name))
     names, batches = LISTING_SCHEMA.names, list[pa.RecordBatch]()
     while rows := [{n: getattr(e, n) for n in names} for e in islice(entries, ENTRIES_AT_ONCE)]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
-    listing = pa.Table.from_batches(batches, LISTING_SCHEMA)
+    listing = pa.concat_tables(split_others(pa.Table.from_batches(batches, LISTING_SCHEMA)))
     for name, source in config.sources.items():
         mine = (pc.field("source") == name) & pc.field("reason").is_null()
         files = listing.filter(mine)["name"].to_pylist() if source.per_task == 1 else ()
@@ -69,8 +72,15 @@ def list_sources(config: PrepareConfig) -> pa.Table:
     return listing
 
 
+def split_others(listing: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The rows that decide a result, and those of what is no picture, which may come and go."""
+    others = pc.field("reason").isin(NO_PICTURES)
+    return listing.filter(~others), listing.filter(others)
+
+
 def listing_sha256(listing: pa.Table) -> str:
     """The hash of what the sources hold: neither the folders that they lie in nor times."""
+    listing, _ = split_others(listing)
     compute: Any = pc
     digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
     for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
@@ -81,11 +91,6 @@ def listing_sha256(listing: pa.Table) -> str:
         lines = compute.binary_join_element_wise(*texts, separator, **options)
         digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     return digest.hexdigest()
-
-
-def class_names(listing: pa.Table) -> list[str]:
-    """Names of the class folders, in the order of their labels."""
-    return sorted(listing["class_name"].drop_null().unique().to_pylist())
 
 
 def scan(
@@ -135,17 +140,17 @@ def refuse_changes(
             f"{len(changed)} changed ({', '.join(sorted(changed)[:3])}{', ...' * (len(changed) > 3)}). Remedy: "
             "restore them, choose another output, or --restart to delete it and start anew."
         )
-    write_table(work / "listing.parquet", listing)
+    write_table(work / LISTING, listing)
 
 
 def _touched(config: PrepareConfig, work: Path, listing: pa.Table) -> Iterator[tuple[Any, ...]]:
     """The parts whose files have another stamp than when they were listed: their place and what was scanned."""
     before, made, at = (
-        read_table(work / "listing.parquet", LISTING_SCHEMA),
+        read_table(work / LISTING, LISTING_SCHEMA),
         find_files(work / "catalog"),
         0,
     )
-    since = (work / "listing.parquet").stat().st_mtime
+    since = (work / LISTING).stat().st_mtime
     differs = pc.not_equal(before["stamp"], listing["stamp"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     for name, source, rows in _partitions(config, listing):
         mine, at = differs[at : at + len(rows)], at + len(rows)
@@ -178,7 +183,7 @@ def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: fl
 def _settings(
     config: PrepareConfig, work: Path, listing: pa.Table, check: Callable[[], None]
 ) -> ScanSettings:
-    names = class_names(listing)
+    names = list(count_classes(config.sources, listing))
     return ScanSettings(work, names, config.images, config.captions, config.filters, check)
 
 
@@ -243,8 +248,9 @@ def _partitions(
 ) -> Iterator[tuple[str, SourceConfig, pa.Table]]:
     """Neighbours of one source in the listing, many files, or one tar or table, by the name of their part."""
     number = 0
-    for name, source in config.sources.items():
-        rows = listing.filter(pc.field("source") == name)
-        for begin in range(0, len(rows), source.per_task):
-            yield f"part-{number:06d}", source, rows.slice(begin, source.per_task)
-            number += 1
+    for some, at_once in zip(split_others(listing), (None, ENTRIES_AT_ONCE), strict=True):
+        for name, source in config.sources.items():
+            rows = some.filter(pc.field("source") == name)
+            for begin in range(0, len(rows), size := at_once or source.per_task):
+                yield f"part-{number:06d}", source, rows.slice(begin, size)
+                number += 1

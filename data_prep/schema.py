@@ -159,7 +159,7 @@ class Counts(Config):
     cut_captions: dict[str, int] = {}
     """By text encoder, the drawn captions of kept pictures that were longer than its max_length."""
     other_files: dict[str, int] | None = None
-    """The sources' files that are no pictures, by extension; null: not counted."""
+    """The sources' files that are no pictures, by extension, and folders left out, by reason; null: not counted."""
 
 
 class Generation(Config):

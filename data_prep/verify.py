@@ -24,6 +24,8 @@ from data_prep.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.report import console, warn
 from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
 from data_prep.shards import read_table
+from data_prep.sources.source import count_others
+from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import find_files, local_copy, open_root
 from models.command import run_command
 from models.config import InputError
@@ -261,12 +263,14 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
         if row["split"] == "train" or only_heldout:
             buckets[row["height"], row["width"]] += row["num_samples"]
     kept = sum(r["num_samples"] // manifest.samples_per_picture[r["split"]] for r in rows)
-    rejected = dict(Counter(rejects["reason"].to_pylist()))
+    reasons = Counter(rejects["reason"].to_pylist())
+    rejected = {reason: n for reason, n in reasons.items() if reason not in NO_PICTURES}
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
     checks = {
         "kept": (counts.kept, kept),
         "rejected": (counts.rejected, rejected),
-        "seen": (counts.seen, counts.kept + len(rejects)),
+        "seen": (counts.seen, counts.kept + sum(rejected.values())),
+        "other_files": (counts.other_files, dict(count_others(rejects))),
         "buckets": (said, dict(buckets)),
     }
     return [

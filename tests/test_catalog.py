@@ -66,6 +66,8 @@ def probes() -> DecodePool:
 
 def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) -> list[dict]:
     """The catalog's rows of a source, read as one partition."""
+    # Beside the folder, which may be the source's own.
+    work = work.with_name(f"{work.name}-work")
     entries = list(source.entries("s"))
     settings = ScanSettings(work, [], IMAGES, captions, filters)
     count, _ = scan_partition(settings, "part", source, entries, probes())
@@ -314,8 +316,9 @@ def test_captions_of_joined_lines_are_counted(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(encoded(pixels(i)))
         (tmp_path / f"{i}.txt").write_bytes(text)
     source = FolderSource(kind="folder", path=str(tmp_path))
+    work = tmp_path.with_name(f"{tmp_path.name}-work")
     for lines, expected in (("join", (4, 2)), ("each", (4, 0))):
-        settings = ScanSettings(tmp_path, [], IMAGES, CaptionsConfig(lines=lines), FiltersConfig())
+        settings = ScanSettings(work, [], IMAGES, CaptionsConfig(lines=lines), FiltersConfig())
         entries = list(source.entries("s"))
         assert scan_partition(settings, "part", source, entries, probes()) == expected
 

@@ -57,10 +57,10 @@ def test_a_text_of_json_that_is_no_unicode_is_replaced_and_its_picture_taken(tmp
     (tmp_path / "p.png").write_bytes(PICTURES[1])
     (tmp_path / "t.jsonl").write_text(json.dumps(rows))
     good = encodable(text)
-    (row,) = rows = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path)))
+    (row,) = rows = scanned(tmp_path, TarSource(kind="tars", path=str(tmp_path / "0.tar")))
     assert row["reason"] is None
     assert stored(rows) == [{"title": good, good: {"deep": [good]}}]
-    (row,) = rows = scanned(tmp_path, table(tmp_path))
+    (row,) = rows = scanned(tmp_path, table(tmp_path / "t.jsonl"))
     assert row["reason"] is None
     assert stored(rows)[0]["title"] == good
 
@@ -319,6 +319,8 @@ def test_a_caption_under_another_name_is_hinted_at(tmp_path):
         (tmp_path / f"{'abcde'[i]}.png").write_bytes(PICTURES[0])
         (tmp_path / name).write_text("x")
     rows = scanned(tmp_path, FolderSource(kind="folder", path=str(tmp_path)))
+    assert [row["name"] for row in rows if row["reason"] == "other_file"] == sorted(near)
+    rows = [row for row in rows if row["reason"] != "other_file"]
     assert {row["reason"] for row in rows} == {"caption_empty"}
     for row, name in zip(rows, near, strict=True):
         assert f"no caption; {name} is there" in row["detail"]

@@ -70,6 +70,7 @@ from tests.test_alignment import save_vision
 from tests.test_vae import save_dc, save_kl, save_tiny
 
 NUM_GOOD, NUM_BAD = 60, 6
+OTHERS = ("pictures/.git/x.png", "pictures/a.pdf", "pictures/alone.txt", "tars/0.parquet")
 DIRT = {
     "cut.jpg": encoded(pixels(100), "JPEG")[:-200],  # its header is sound: only decoding finds out
     "page.jpg": b"<html>",
@@ -85,7 +86,9 @@ def messy_sources(folder: Path) -> dict[str, Path]:
         (folder / "pictures" / name).write_bytes(data)
         (folder / "pictures" / name).with_suffix(".txt").write_text("a caption")
     (folder / "pictures" / "mute.png").write_bytes(encoded(pixels(101)))
-    (folder / "tars").mkdir()
+    for name in OTHERS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
     members = [m for i in range(200, 208) for m in sample_members(i)]
     members += sample_members(300, status="failed_to_download")
     (folder / "tars" / "00000.tar").write_bytes(tar_bytes(members))
@@ -171,6 +174,7 @@ def test_every_input_is_kept_or_rejected_with_a_reason(reference):
         "source_status": 1,
         "undecodable": 2,
     }
+    assert counts.other_files == {"hidden_folder": 1, "parquet": 1, "pdf": 1, "txt": 1}
     rejects = {r["name"]: r for r in pq.read_table(reference / "rejects.parquet").to_pylist()}
     assert rejects["cut.jpg"]["reason"] == "undecodable"
     assert rejects["even/0000.png"]["detail"].startswith("same file as")
@@ -571,7 +575,7 @@ def test_another_config_on_the_same_output_is_refused_with_the_difference(refere
 def begin(config: Path, *overrides: str, restart: bool = False) -> Path:
     """All of a preparation that comes before the work."""
     settings = load_config(PrepareConfig, config, list(overrides))
-    return open_output(settings, check_settings(settings), list_sources(settings), restart)
+    return open_output(settings, check_settings(settings), list_sources(settings), restart)[0]
 
 
 def test_other_weights_under_the_same_path_are_refused(small, tmp_path):

@@ -9,11 +9,14 @@ import subprocess
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from data_prep.images import UNDECODABLE
 from data_prep.shards import write_text
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.folder import FolderSource
+from data_prep.sources.source import count_others
 from data_prep.sources.tars import TarSource
 from data_prep.storage import filesystem_of, find_files, names_in, open_root, read_bytes
 from models.config import InputError
@@ -192,6 +195,80 @@ def test_a_pipe_is_no_path(tmp_path):
     assert not (tmp_path / "run.tar").exists()
 
 
+TAKEN = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "apng",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "ppm",
+    "JPG",
+)
+OTHERS = ("pdf", "svg", "psd", "mp4", "caption", "jpg~", "npy", "cls", "")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_file_is_taken_consumed_or_a_row(tmp_path, seed):
+    """In folders and in tars alike: nothing that lies there is without a word."""
+    rng, folder, members, expected = random.Random(seed), tmp_path / "f", [], {}
+    for number in range(60):
+        stem = f"{rng.choice(['', 'a/', 'b/c/'])}{number}"
+        extension = rng.choice((*TAKEN, *OTHERS, *UNDECODABLE))
+        name = f"{stem}.{extension}".rstrip(".")
+        members.append((name, b"x"))
+        expected[name] = None if extension in TAKEN else "other_file"
+        if rng.random() < 0.5:
+            members.append((f"{stem}.txt", b"caption"))
+            if expected[name]:
+                expected[f"{stem}.txt"] = "other_file"
+    hidden = ["._1.jpg", "a/.DS_Store", "Thumbs.db"]
+    members += [(name, b"x") for name in hidden]
+    expected |= dict.fromkeys(hidden, "other_file")
+    for name, data in members:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    found = folder_items(folder)
+    assert {item.name: item.reason for item in found} == expected
+    assert len(found) == len(expected)
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    found = tar_items(tmp_path / "0.tar")
+    taken = {item.name for item in found if not item.reason}
+    assert taken == {f"0.tar/{os.path.splitext(n)[0]}" for n, why in expected.items() if not why}
+    others = {item.name for item in found if item.reason == "other_file"}
+    texts = {n for n in expected if n.endswith(".txt")}
+    assert others == {f"0.tar/{n}" for n, why in expected.items() if why} - {
+        f"0.tar/{n}" for n in texts
+    }
+    # A text without a picture is a sample that lacks one.
+    alone = {item.name for item in found if item.reason == "no_picture"}
+    assert alone == {f"0.tar/{os.path.splitext(n)[0]}" for n in texts}
+
+
+def test_many_files_of_an_extension_are_some_rows_and_a_count(tmp_path):
+    names = [f"{i}.npy" for i in range(1005)] + [str(i) for i in range(1002)] + ["x.pdf"]
+    pictures = [("p.png", encoded(pixels(0)))]
+    (tmp_path / "f").mkdir()
+    for name, data in [(name, b"") for name in names] + pictures:
+        (tmp_path / "f" / name).write_bytes(data)
+    (tmp_path / "0.tar").write_bytes(tar_bytes([(name, b"") for name in names] + pictures))
+    for found, place in (
+        (folder_items(tmp_path / "f"), ""),
+        (tar_items(tmp_path / "0.tar"), "0.tar/"),
+    ):
+        assert len([item for item in found if not item.reason]) == 1
+        assert len(found) == 1 + 1001 + 1001 + 1
+        rest = {item.name: item.detail for item in found if item.detail}
+        assert rest == {f"{place}*.npy": "5 more", f"{place}*": "2 more"}
+        columns = {n: [getattr(i, n) for i in found] for n in ("name", "reason", "detail")}
+        assert count_others(pa.table(columns)) == {"npy": 1005, "": 1002, "pdf": 1}
+
+
 def test_samples_of_a_tar_have_the_bytes_of_their_members(tmp_path):
     (tmp_path / "0.tar").write_bytes(tar_bytes(sample_members(0) + sample_members(1, nsfw=0.2)))
     items = tar_items(tmp_path)
@@ -244,6 +321,7 @@ def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
         "0.tar/bad": "broken_json",
         "0.tar/list": "broken_json",
         "0.tar/deep": "broken_json",
+        "0.tar/evil.pkl": "other_file",
     }
     assert next(i for i in items if i.reason == "source_status").detail.endswith("HTTP 404")
     assert [i.name for i in items if not i.reason] == ["0.tar/000000000", "0.tar/../../up"]

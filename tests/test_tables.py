@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,16 +14,22 @@ import pytest
 
 from data_prep.catalog import CaptionsConfig, FiltersConfig, clean_caption
 from data_prep.sources import read_entries
-from data_prep.sources.classes import ClassesSource
+from data_prep.sources.classes import ClassesSource, count_classes
 from data_prep.sources.imagefolder import ImageFolderSource
+from data_prep.sources.source import count_others
 from data_prep.sources.table import TableSource
-from data_prep.storage import read_bytes
-from models.config import InputError
-from tests.prep_factory import encoded, fill_folder, pixels
+from data_prep.storage import open_root, read_bytes, write_atomic
+from models.config import InputError, parse_config
+from tests.prep_factory import encoded, pixels
 from tests.test_catalog import scanned
 from tests.test_sources import items, reasons
 
 PICTURES = [encoded(pixels(i)) for i in range(4)]
+
+
+def write_bytes(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda whole: whole.write_bytes(data))
 
 
 def save_pictures(folder):
@@ -83,7 +90,7 @@ def test_bytes_in_parquet_are_staged_and_read_back_from_their_address(tmp_path):
     rows = scanned(tmp_path, table(tmp_path / "a.parquet", label="label"))
     assert [row["label"] for row in rows] == [3, 1, 2, 0]
     for row, data in zip(rows, PICTURES, strict=True):
-        assert row["path"] == str(tmp_path / "staged" / "part")
+        assert row["path"].endswith("/staged/part")
         assert read_bytes(row["path"], row["offset"], row["length"]) == data
         assert (row["height"], row["width"], row["reason"]) == (40, 40, None)
     pq.write_table(pa.table({"jpg": PICTURES, "caption": list("abcd")}), tmp_path / "b.parquet")
@@ -107,6 +114,12 @@ def test_hugging_faces_image_folder_is_read_and_pictures_without_a_row_are_rejec
         "train/3.png": "no_metadata",
         **{f"train/more/{i}.png": "no_metadata" for i in range(4)},
     }
+    # So are those under no metadata at all, and what is no picture.
+    for place in ("", "more"):
+        save_pictures(tmp_path / place)
+    (tmp_path / "train" / "notes.pdf").write_text("x")
+    found = reasons(items(ImageFolderSource(kind="imagefolder", path=str(tmp_path))))
+    assert sorted(found.values()) == ["no_metadata"] * 14 + ["other_file"]
     above = tmp_path / "metadata.jsonl"
     above.write_text(json.dumps({"file_name": "train/more/0.png", "text": "x"}))
     found = items(ImageFolderSource(kind="imagefolder", path=str(tmp_path)))
@@ -315,7 +328,7 @@ def test_labels_that_are_no_integers_are_rejects(tmp_path):
 
 def test_class_folders_give_labels_by_name_and_captions_by_the_template(tmp_path):
     for name in ("red_fox", "cat"):
-        fill_folder(tmp_path / name, 2)
+        save_pictures(tmp_path / name)
     (tmp_path / "alone.png").write_bytes(PICTURES[0])
     source = ClassesSource(kind="classes", path=str(tmp_path), caption="a photo of a {name}")
     entries = list(source.entries("s"))
@@ -324,6 +337,65 @@ def test_class_folders_give_labels_by_name_and_captions_by_the_template(tmp_path
     assert reasons(found) == {"alone.png": "no_class"}
     said = {(item.label, item.captions[0][0]) for item in found if not item.reason}
     assert said == {(0, b"a photo of a cat"), (1, b"a photo of a red fox")}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("place", ["disk", "store"])
+def test_a_label_hangs_on_the_names_of_the_folders_alone(tmp_path, seed, place):
+    """Not on whether pictures lie in them."""
+    root = tmp_path if place == "disk" else open_root(f"memory://classes-{seed}", "here")
+    rng, expected = random.Random(seed), {}
+    hidden = [".ipynb_checkpoints", "@eaDir", "__MACOSX"]
+    names = rng.sample(["cat", "dog", "red_fox", "a-1", "a", "B", "é", "0", "10", "9"], 7)
+    for name in (*names, *hidden):
+        expected[name] = kind = rng.choice(["full", "deep", "other", "empty"])
+        if kind in ("full", "deep"):
+            inner = name if kind == "full" else f"{name}/in/er"
+            for i in range(3):
+                write_bytes(root / inner / f"{i}.png", PICTURES[i])
+        elif kind == "other":
+            write_bytes(root / name / "0.pdf", b"x")
+        else:
+            (root / name).mkdir(parents=True, exist_ok=True)
+    write_bytes(root / names[0] / "one.png", PICTURES[0])
+    expected[names[0]] += " and one"
+    source = ClassesSource(kind="classes", path=str(root))
+    listing = pa.Table.from_pylist([asdict(entry) for entry in source.entries("s")])
+    counts = count_classes({"s": source}, listing)
+    assert list(counts) == sorted(names)
+    assert {n for n, c in counts.items() if c} == {
+        n for n in names if expected[n][:4] in ("full", "deep") or n == names[0]
+    }
+    given = [*reversed(names[1:]), "absent"]
+    chosen = ClassesSource(kind="classes", path=str(root), classes=given)
+    entries = list(chosen.entries("s"))
+    counts = count_classes({"s": chosen}, pa.Table.from_pylist([asdict(e) for e in entries]))
+    assert list(counts) == given
+    for item in read_entries(entries, chosen, given):
+        name = item.name.split("/")[0]
+        if item.reason is None:
+            assert given[item.label] == name
+        elif item.name.endswith(".png"):
+            assert (name, item.reason) == (names[0], "no_class")
+
+
+def test_a_class_whose_files_get_no_rows_any_more_is_still_a_class(tmp_path):
+    for name, count in (("a", 1000), ("b", 5), ("c", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.pdf").touch()
+    save_pictures(tmp_path / "d")
+    source = ClassesSource(kind="classes", path=str(tmp_path))
+    listing = pa.Table.from_pylist([asdict(entry) for entry in source.entries("s")])
+    assert count_classes({"s": source}, listing) == {"a": 0, "b": 0, "c": 0, "d": 4}
+    assert count_others(listing) == {"pdf": 1006}
+
+
+def test_class_lists_that_cannot_be_meant_are_refused(tmp_path):
+    with pytest.raises(InputError, match="'a' twice: a class has one label"):
+        parse_config(
+            ClassesSource, {"kind": "classes", "path": "/x", "classes": ["a", "b", "a"]}, "c"
+        )
 
 
 def test_a_broken_picture_in_a_table_is_rejected_for_what_it_is(tmp_path):

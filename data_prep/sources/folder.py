@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source
-from data_prep.sources.walk import Walk, extension_of, stem_of
+from data_prep.sources.walk import OTHER_FILE, Walk, extension_of, stem_of
 from data_prep.storage import read_head
 
 
@@ -17,8 +17,13 @@ class FolderSource(Source):
     def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
         texts = {stem_of(name): path for name, path, _ in walk.files if extension_of(name) == "txt"}
         others = {stem_of(n).lower(): n for n, _, _ in walk.files if not self.takes(n)}
+        captioned = {texts.get(stem_of(n)) for n, _, _ in walk.files if self.takes(n)}
         for entry in super().entries_of(source, walk):
             stem, hint = stem_of(entry.name), ""
+            if entry.reason == OTHER_FILE or not entry.path:
+                if entry.path not in captioned:
+                    yield entry
+                continue
             if stem not in texts and (
                 near := others.get(entry.name.lower()) or others.get(stem.lower())
             ):

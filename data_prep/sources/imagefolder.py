@@ -3,6 +3,7 @@
 import os
 import posixpath
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from pydantic import Field
 from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.sources.rows import Columns, RowsSource, read_rows
 from data_prep.sources.source import Entry, Item, Weight
-from data_prep.sources.walk import extension_of, walk_folder
+from data_prep.sources.walk import OTHER_FILE, Walk, extension_of, walk_folder
 from models.config import Entries
 
 
@@ -26,6 +27,26 @@ class ImageFolderSource(RowsSource):
     def takes(self, name: str) -> bool:
         stem, extension = os.path.splitext(os.path.basename(name))
         return stem == "metadata" and extension[1:] in self.files
+
+    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+        """Pictures beside metadata are its rows, or `read` says that they have none."""
+        beside = any(self.takes(name) for name, _, _ in walk.files)
+        for entry in super().entries_of(source, walk):
+            if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
+                yield entry
+            elif not beside:
+                yield replace(
+                    entry, path="", reason="no_metadata", detail="none in any folder above"
+                )
+
+    def entries(self, source: str) -> Iterator[Entry]:
+        """So are pictures in the folders below metadata, which come after it."""
+        above = list[str]()
+        for entry in super().entries(source):
+            if entry.reason is None:
+                above.append(entry.name.removesuffix(posixpath.basename(entry.name)))
+            if entry.reason != "no_metadata" or not entry.name.startswith(tuple(above)):
+                yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         columns = Columns(

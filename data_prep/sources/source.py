@@ -12,14 +12,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources.walk import Walk, extension_of, stamp_of, stem_of, walk_folder
+from data_prep.images import PICTURE_EXTENSIONS, UNDECODABLE, Rejected
+from data_prep.sources.walk import (
+    NO_PICTURES,
+    OTHER_FILE,
+    Walk,
+    extension_of,
+    stamp_of,
+    stem_of,
+    walk_folder,
+)
 from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
 MAX_TEXT_BYTES = 1 << 20
 
+# Rows for files that are no pictures, of each extension; one more row counts the rest.
+MAX_OTHER_ROWS = 1000
 SPLIT = re.compile(
     "(?:(?P<train>train|training)|(?P<validation>validation|valid|val|dev)|(?P<test>test|testing|eval))"
     r"(?![^\W_])",
@@ -70,6 +80,43 @@ class Item:
     data: bytes | None = None
 
 
+class OtherFiles:
+    """Files that are no pictures: rows for the first of each extension, and one for the rest."""
+
+    def __init__(self):
+        self._count = Counter[str]()
+
+    def has_row(self, name: str) -> bool:
+        """Count a file; returns whether it gets a row of its own."""
+        extension = extension_of(name)
+        self._count[extension] += 1
+        return self._count[extension] <= MAX_OTHER_ROWS
+
+    def rest(self) -> Iterator[tuple[str, str]]:
+        """Name and detail of the rows that stand for several files."""
+        for extension, count in sorted(self._count.items()):
+            if count > MAX_OTHER_ROWS:
+                yield f"*.{extension}".rstrip("."), f"{count - MAX_OTHER_ROWS} more"
+
+
+def files_of_row(name: str, detail: str) -> int:
+    """How many other files a row stands for."""
+    several = os.path.basename(name).startswith("*") and detail.endswith(" more")
+    return int(detail.split()[0]) if several else 1
+
+
+def count_others(rows: Any) -> Counter[str]:
+    """Other files by extension, and folders by reason, in a listing or a table of rejects."""
+    counts = Counter[str]()
+    columns = (rows[column].to_pylist() for column in ("name", "reason", "detail"))
+    for name, reason, detail in zip(*columns, strict=True):
+        if reason == OTHER_FILE:
+            counts[extension_of(name)] += files_of_row(name, detail)
+        elif reason in NO_PICTURES:
+            counts[reason] += 1
+    return counts
+
+
 class Source(Config, ABC):
     """A place of pictures. A kind of source says here what its files are and how one is read."""
 
@@ -109,18 +156,21 @@ class Source(Config, ABC):
         return "split" if self.split not in (None, split_of(name)) else ""
 
     def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
-        """The files of one folder; `source` is the name of this source in the config."""
-        taken = [file for file in walk.files if self.takes(file[0])]
-        pictures = {
-            stem_of(name) for name, _, _ in taken if extension_of(name) in PICTURE_EXTENSIONS
-        }
-        for name, path, size in taken:
+        """A folder's files, and why others are none; `source` is the name of this source in the config."""
+        taken = [name for name, _, _ in walk.files if self.takes(name)]
+        pictures = {stem_of(name) for name in taken if extension_of(name) in PICTURE_EXTENSIONS}
+        for name, path, size in walk.files:
             reason, detail = None, ""
-            if option := self.left_out_by(name):
+            if not self.takes(name):
+                package = UNDECODABLE.get(extension_of(name))
+                reason, detail = OTHER_FILE, f"{package} is not installed" if package else ""
+            elif option := self.left_out_by(name):
                 reason, detail = "left_out", option
             elif (main := main_of(stem_of(name))) in pictures:
                 reason, detail = "companion", f"beside {main}"
             yield Entry(source, name, path, size, reason=reason, detail=detail)
+        for name, reason, detail in walk.rejected:
+            yield Entry(source, name, "", 0, reason=reason, detail=detail)
 
     @abstractmethod
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
@@ -139,15 +189,20 @@ class Source(Config, ABC):
             raise InputError(
                 f"{where}: no such folder. Remedy: give the folder that holds the {self.contents}."
             )
-        count, extensions = 0, Counter[str]()
+        count, extensions, others = 0, Counter[str](), OtherFiles()
+        # A class is known by its files, whatever those are.
+        classes = set[str | None]([None])
         for walk in walk_folder(root):
             extensions.update(extension_of(name) for name, _, _ in walk.files)
             for entry in self.entries_of(source, walk):
-                count += entry.reason != "left_out"
                 stamps = (walk.stamps.get(p, "") for p in (entry.path, entry.caption_path or ""))
-                yield replace(entry, stamp=" ".join(stamps))
-            for name, reason, detail in walk.rejected:
-                yield Entry(source, name, "", 0, reason=reason, detail=detail)
+                count += entry.reason not in (OTHER_FILE, "left_out") and bool(entry.path)
+                new = entry.class_name not in classes
+                if new or entry.reason != OTHER_FILE or others.has_row(entry.name):
+                    classes.add(entry.class_name)
+                    yield replace(entry, stamp=" ".join(stamps))
+        for name, detail in others.rest():
+            yield Entry(source, name, "", 0, reason=OTHER_FILE, detail=detail)
         if not count:
             found = ", ".join(
                 f"{n} .{e}" if e else f"{n} without extension" for e, n in extensions.most_common(6)

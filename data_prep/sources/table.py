@@ -5,8 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from data_prep.images import PICTURE_EXTENSIONS
 from data_prep.sources.rows import Columns, RowsSource, read_rows
 from data_prep.sources.source import Entry, Item, Weight
+from data_prep.sources.walk import OTHER_FILE, Walk, extension_of
 from models.config import Entries
 
 
@@ -23,6 +25,12 @@ class TableSource(RowsSource):
     """What a string in that column is."""
     captions: Entries[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
     """Column -> weight."""
+
+    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+        """A picture beside tables is a row of one, or nobody asked for it."""
+        for entry in super().entries_of(source, walk):
+            if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
+                yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         base64 = self.strings == "base64"

@@ -14,6 +14,7 @@ from data_prep.sources.source import (
     MAX_TEXT_BYTES,
     Entry,
     Item,
+    OtherFiles,
     Source,
     Weight,
     captions_of,
@@ -21,6 +22,7 @@ from data_prep.sources.source import (
 )
 from data_prep.sources.walk import (
     HIDDEN_FOLDER,
+    OTHER_FILE,
     extension_of,
     hidden_part,
     is_utf8,
@@ -64,9 +66,11 @@ class TarSource(Source):
             detail = error.strerror or type(error).__name__
             yield Item(entry.name, reason="unreadable", detail=detail)
             return
-        for folder in sorted(contents.hidden):
-            name = f"{entry.name}/{readable(folder)}"
-            yield Item(name, reason=HIDDEN_FOLDER, detail="with all in it")
+        rows = [(folder, HIDDEN_FOLDER, "with all in it") for folder in sorted(contents.hidden)]
+        rows += [(name, OTHER_FILE, "") for name in contents.others]
+        rows += [(name, OTHER_FILE, detail) for name, detail in contents.counter.rest()]
+        for name, reason, detail in rows:
+            yield Item(f"{entry.name}/{readable(name)}", reason=reason, detail=detail)
         if contents.broken:
             yield Item(entry.name, reason="broken_tar", detail=contents.broken)
 
@@ -96,6 +100,9 @@ class _Contents:
     """By key."""
     hidden: set[str] = field(default_factory=set)
     """Folders that are left out."""
+    others: list[str] = field(default_factory=list)
+    """Files that belong to no sample, those that get a row."""
+    counter: OtherFiles = field(default_factory=OtherFiles)
     broken: str = ""
     """What is wrong with the tar."""
 
@@ -162,7 +169,10 @@ def _add_member(contents: _Contents, member: tarfile.TarInfo) -> None:
         return
     groups = contents.groups
     extension = extension_of(member.name)
-    if extension not in (*PICTURE_EXTENSIONS, "txt", "json"):
+    hidden = os.path.basename(member.name).startswith(".")
+    if hidden or extension not in (*PICTURE_EXTENSIONS, "txt", "json"):
+        if not member.isdir() and contents.counter.has_row(member.name):
+            contents.others.append(member.name)
         return
     group = groups.setdefault(stem_of(member.name), _Group())
     place = _place_of(member, groups)

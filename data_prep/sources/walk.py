@@ -9,9 +9,12 @@ from typing import Any
 
 from data_prep.storage import filesystem_of, is_remote, patient
 
-# Reasons of what is no picture, and by its kind cannot be one.
-OTHER_FILE = "other_file"
-HIDDEN_FOLDER = "hidden_folder"
+# Reasons of what is no picture; counts of pictures leave it out.
+NO_PICTURES = OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = (
+    "other_file",
+    "hidden_folder",
+    "empty_folder",
+)
 
 
 @dataclass

@@ -29,29 +29,28 @@ from models.networks import (
     build_model,
 )
 from models.vision_encoder import VisionEncoder
+from pipeline.config import TrainConfig
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from pipeline.objectives.objective import alignment_loss
+from pipeline.runs.setup import fit_run
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.forward import alignment_weight
 from tests import train_factory
 from tests.prep_factory import fill_folder, write_config
 from tests.train_factory import scalars
 
+# The name of its classes, and how many tokens precede the patches.
 KINDS = {
-    "dinov2": (transformers.Dinov2Config, transformers.Dinov2Model, 1),
-    "dinov2_with_registers": (
-        transformers.Dinov2WithRegistersConfig,
-        transformers.Dinov2WithRegistersModel,
-        5,
-    ),
-    "vit": (transformers.ViTConfig, transformers.ViTModel, 1),
+    "dinov2": ("Dinov2", 1),
+    "dinov2_with_registers": ("Dinov2WithRegisters", 5),
+    "vit": ("ViT", 1),
 }
 
 
 def save_vision(folder, kind="dinov2"):
     """A tiny vision transformer with random weights: patches of 14, trained at 28 x 28."""
-    config, network, _ = KINDS[kind]
+    config, network = (getattr(transformers, KINDS[kind][0] + part) for part in ("Config", "Model"))
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     network(config(**sizes, intermediate_size=48, image_size=28, patch_size=14)).save_pretrained(
@@ -71,7 +70,7 @@ def test_features_are_the_encoders_own_of_each_square(tmp_path, kind):
     more = {"interpolate_pos_encoding": True} if kind == "vit" else {}
     with torch.no_grad():
         hidden = encoder.network((pixels - mean) / std, **more).last_hidden_state
-    prefix = KINDS[kind][2]
+    prefix = KINDS[kind][1]
     assert hidden.shape[1] == prefix + 8
     torch.testing.assert_close(features[:, :, 1, 2], hidden[:, prefix + 4 + 2])
 
@@ -92,15 +91,9 @@ def test_the_loss_is_one_minus_the_mean_cosine_of_patch_and_square():
 
 @pytest.mark.parametrize("kind", [DiTConfig, MMDiTConfig])
 def test_the_projection_is_of_what_the_block_gave_and_in_training_alone(kind):
-    config = kind(
-        size="debug",
-        depth=3,
-        latent_channels=4,
-        text_dim=8,
-        register_tokens=3,
-        vision_dim=5,
-        alignment=AlignmentConfig(block=2, hidden_size=16),
-    )
+    sizes = {"depth": 3, "latent_channels": 4, "text_dim": 8, "register_tokens": 3, "vision_dim": 5}
+    alignment = AlignmentConfig(block=2, hidden_size=16)
+    config = kind(size="debug", alignment=alignment, **sizes)
     model = build_model(config)
     seen = []
     model.transformer_blocks[1].register_forward_hook(lambda *a: seen.append(a[2]))
@@ -214,9 +207,8 @@ def test_training_aligns_and_what_is_given_away_has_no_projection(dataset, tmp_p
 def test_features_of_other_squares_are_refused_in_words(dataset, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(RUN.format(data=dataset, run=tmp_path / "run", stage=0, until=10**6))
-    done = train_factory.run("pipeline.train", str(config), "--dry-run", "model.patch_size=1")
-    assert done.returncode == 2
-    assert "vision_encoder.patch_pixels: got 8, expected 4" in " ".join(done.stderr.split())
+    with pytest.raises(InputError, match=r"vision_encoder\.patch_pixels: got 8, expected 4"):
+        fit_run(load_config(TrainConfig, config, ["model.patch_size=1"]))
 
 
 def test_the_weight_ends_after_so_many_pictures():

@@ -216,7 +216,7 @@ for kind in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-    "kinds", [TRANSFORMERS, pytest.param(["unet"], marks=pytest.mark.slow)], ids=len
+    "kinds", [["dit"], pytest.param(["mmdit", "uvit", "unet"], marks=pytest.mark.slow)], ids=len
 )
 def test_every_block_compiles_whole_and_predicts_the_same(kinds):
     done = run("-c", COMPILE, *kinds)

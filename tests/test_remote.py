@@ -23,6 +23,7 @@ from models.config import InputError, parse_config
 from pipeline.data.cache import SUFFIXES, CacheFullError, ShardCache, ShardError
 from pipeline.data.config import CacheConfig, DataConfig
 from pipeline.data.loader import Loader
+from tests import train_factory
 from tests.forked import wait_until
 from tests.shard_factory import Kind, make_dataset
 
@@ -247,7 +248,7 @@ def test_a_killed_download_blocks_nothing_and_its_room_is_taken_back(tmp_path, s
         f"config = CacheConfig(path={str(tmp_path / 'cache')!r}, max_gib={1500 / GIB})\n"
         f"ShardCache({server.url!r}, config, threading.Event()).open('a.tar', '', 1000)"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    child = train_factory.start("-c", code)
     wait_for_part(tmp_path / "cache")
     child.kill()
     child.wait()

@@ -1,6 +1,7 @@
 """Operations for which the host would wait for a GPU, seen by a dispatch mode; "meta" stands for the GPU.
 
-Run as a module it trains a config and prints those of each step: python -m tests.waits CONFIG OPTION...
+Run as a module it trains a config once for each case, a stage and a precision, and prints those of each
+step: python -m tests.waits CONFIG STAGE:PRECISION... -- OPTION...
 """
 
 import sys
@@ -96,12 +97,20 @@ def main() -> None:
     # On a CPU it does nothing; on a GPU it waits for all.
     accelerator: Any = get_accelerator()
     accelerator.synchronize = lambda *_: waits.seen.update([f"synchronize {_asker()}"])
-    config = load_config(TrainConfig, Path(sys.argv[1]), sys.argv[2:])
-    with waits:
-        for step in loop.steps(config):
-            for (part, what), times in sorted(parts.items()):
-                print("waits", step, part, times, what, flush=True)
-            parts.clear()
+    cases, options = sys.argv[2 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    for case in cases:
+        stage, precision = case.split(":")
+        options += [
+            f"engine.zero_stage={stage}",
+            f"engine.precision={precision}",
+            f"run={sys.argv[1]}.{case}",
+        ]
+        config = load_config(TrainConfig, Path(sys.argv[1]), options)
+        with waits:
+            for step in loop.steps(config):
+                for (part, what), times in sorted(parts.items()):
+                    print("waits", case, step, part, times, what, flush=True)
+                parts.clear()
 
 
 if __name__ == "__main__":

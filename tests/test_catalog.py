@@ -128,8 +128,12 @@ def test_captions_that_cannot_be_used_are_rejected(data, reason):
     assert caught.value.reason == reason
 
 
-def test_empty_captions_are_kept_where_the_config_says_so():
+def test_empty_captions_are_kept_and_short_ones_rejected_where_the_config_says_so():
     assert clean_caption(None, CaptionsConfig(empty="keep")) == ""
+    assert clean_caption(b"abc", CaptionsConfig(min_chars=3)) == "abc"
+    with pytest.raises(Rejected) as caught:
+        clean_caption(b"ab", CaptionsConfig(min_chars=3))
+    assert caught.value.reason == "caption_too_short"
 
 
 def test_the_scan_has_a_row_for_every_input(tmp_path):
@@ -248,7 +252,6 @@ def test_a_field_of_metadata_is_taken_in_its_range_or_among_its_values(wanted, t
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({}, "expected min, max or both, or else one_of"),
         ({"missing": "keep"}, "expected min, max or both, or else one_of"),
         ({"min": 1, "one_of": ["en"]}, "expected min, max or both, or else one_of"),
         ({"min": 2, "max": 1}, "min 2 is over max 1"),
@@ -266,7 +269,7 @@ def test_a_filter_of_metadata_that_says_nothing_or_two_things_is_refused(wanted,
     ("facts", "message"),
     [
         (
-            [{"aesthtic": 6}, {"lang": "en"}],
+            [{"aesthtic": 6}, {"lang": 1}],
             "aesthetic: no picture has that field; got aesthtic, lang",
         ),
         ([{}, {"aesthetic": None}], "no picture has that field; got no metadata at all"),
@@ -310,9 +313,8 @@ def test_lines_of_a_caption_are_one_caption_or_one_each():
 
 
 def test_captions_of_joined_lines_are_counted(tmp_path):
-    for i, text in enumerate(
-        [b"one\n", b"one\ntwo", "one\ntwo".encode("utf-16-le"), b"\xff\n\xff"]
-    ):
+    texts = [b"one\n", b"one\ntwo", "one\ntwo".encode("utf-16-le"), b"\xff\n\xff"]
+    for i, text in enumerate(texts):
         (tmp_path / f"{i}.png").write_bytes(encoded(pixels(i)))
         (tmp_path / f"{i}.txt").write_bytes(text)
     source = FolderSource(kind="folder", path=str(tmp_path))
@@ -321,13 +323,6 @@ def test_captions_of_joined_lines_are_counted(tmp_path):
         settings = ScanSettings(work, [], IMAGES, CaptionsConfig(lines=lines), FiltersConfig())
         entries = list(source.entries("s"))
         assert scan_partition(settings, "part", source, entries, probes()) == expected
-
-
-def test_short_captions_are_rejected_where_the_config_says_so():
-    with pytest.raises(Rejected) as caught:
-        clean_caption(b"ab", CaptionsConfig(min_chars=3))
-    assert caught.value.reason == "caption_too_short"
-    assert clean_caption(b"abc", CaptionsConfig(min_chars=3)) == "abc"
 
 
 def test_one_picture_in_several_sizes_and_formats_is_one_near_duplicate_of_another_is_not():

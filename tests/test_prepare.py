@@ -367,6 +367,7 @@ def test_two_actors_one_of_them_killed_write_the_same_bytes_as_one(reference, me
     assert dataset_bytes(dataset) == dataset_bytes(reference)
 
 
+@pytest.mark.slow
 def test_a_caption_that_kills_the_encoder_is_rejected_and_every_other_picture_is_kept(
     small, tmp_path, text_folder, ray_address, monkeypatch
 ):
@@ -518,7 +519,6 @@ def small(tmp_path, vae_folder, text_folder) -> Path:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("images.resolutoin=64", "images.resolutoin: unknown key; did you mean 'resolution'?"),
         ("sources.p.path=/gone", "sources.p.path: /gone: no such folder"),
         ("sources.p.kind=zip", "sources.p: Input tag 'zip'"),
         ("vae.path=/gone/vae", "vae.path: /gone/vae: no such folder, expected a diffusers"),
@@ -533,7 +533,7 @@ def test_a_wrong_setting_ends_with_one_message(small, capsys, monkeypatch, overr
     assert message in fails(capsys, monkeypatch, str(small), override)
 
 
-def test_a_folder_that_holds_no_pictures_is_refused_before_anything_is_written(
+def test_a_folder_without_pictures_or_an_output_with_other_files_is_refused_and_left_as_it_is(
     small, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "texts").mkdir()
@@ -541,12 +541,8 @@ def test_a_folder_that_holds_no_pictures_is_refused_before_anything_is_written(
     message = fails(capsys, monkeypatch, str(small), f"sources.p.path={tmp_path / 'texts'}")
     assert "no pictures there; got 1 .txt, expected files ending in .avif" in message
     assert not (tmp_path / "dataset").exists()
-
-
-def test_an_output_that_holds_other_files_is_refused(small, tmp_path, capsys, monkeypatch):
-    (tmp_path / "dataset").mkdir()
-    (tmp_path / "dataset" / "thesis.doc").write_text("x")
-    assert "holds other files (thesis.doc)" in fails(capsys, monkeypatch, str(small))
+    message = fails(capsys, monkeypatch, str(small), f"output={tmp_path / 'texts'}")
+    assert "holds other files (a.txt)" in message
 
 
 @pytest.mark.parametrize(
@@ -645,7 +641,7 @@ def refused(capsys, monkeypatch, config: Path, output: Path) -> str:
 CODECS = {"kl": save_kl, "tiny": save_tiny, "dc": save_dc}
 
 
-@pytest.mark.parametrize("multiple", [4, 8, 12, 16, 24, 32])
+@pytest.mark.parametrize("multiple", [4, 12, 16])
 @pytest.mark.parametrize("kind", CODECS)
 def test_buckets_that_do_not_fit_the_codec_are_refused_before_anything_starts(
     tmp_path, text_folder, capsys, monkeypatch, kind, multiple
@@ -684,12 +680,8 @@ def test_a_caption_with_a_field_that_is_none_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("place", "more", "changes", "message"),
     [
-        ("vae", {}, {"_class_name": "VQModel"}, "'VQModel', expected one of"),
-        ("vae", {"dtype": "fp16"}, {"force_upcast": True}, "dtype bf16 or fp32"),
-        ("vae", {}, {"latents_mean": [0.0]}, "expected one scale"),
         ("vae", {}, {"block_out_channels": None}, "lacks block_out_channels"),
         ("text_encoders.bert", {"max_length": 13}, {}, "max_length got 13, expected at most 12"),
-        ("text_encoders.bert", {}, {"model_type": "gpt2"}, "'gpt2', expected one of bert"),
         ("vision_encoder", {"patch_pixels": 16}, {}, "a multiple of 16, for vision_encoder"),
         ("vision_encoder", {}, {"model_type": "clip"}, "'clip', expected one of dinov2"),
     ],
@@ -715,13 +707,6 @@ def test_an_encoder_that_cannot_be_used_so_is_refused_before_anything_starts(
 def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(small, ray_address):
     with pytest.raises(InputError, match=r"1 actors of 7 GPUs each, expected no more than the \d"):
         run(small, "ray.gpus_per_actor=7")
-
-
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(small, tmp_path, capsys):
-    run(small, dry_run=True)
-    shown = capsys.readouterr().out
-    assert "GiB free" in shown
-    assert not (tmp_path / "dataset").exists()
 
 
 @pytest.mark.slow

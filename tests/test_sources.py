@@ -43,15 +43,8 @@ def test_pictures_are_found_in_all_folders_with_the_captions_beside_them(tmp_pat
     fill_folder(tmp_path, 6)
     (tmp_path / "even" / "alone.PNG").write_bytes(encoded(pixels(0)))
     items = folder_items(tmp_path)
-    assert [item.name for item in items] == [
-        "even/0000.png",
-        "even/0002.png",
-        "even/0004.png",
-        "even/alone.PNG",
-        "odd/0001.jpg",
-        "odd/0003.jpg",
-        "odd/0005.jpg",
-    ]
+    even, odd = [f"even/{n}" for n in ("0000.png", "0002.png", "0004.png", "alone.PNG")], (1, 3, 5)
+    assert [item.name for item in items] == even + [f"odd/{i:04d}.jpg" for i in odd]
     assert items[1].captions == ((b"volcano\n", 1.0),)
     assert items[3].captions == ()
     for item in items:
@@ -101,13 +94,8 @@ def test_objects_that_stand_for_folders_on_s3_are_folders(bucket):
         filesystem.pipe_file(f"bucket/p/{name}", name.encode())
     entries = list(FolderSource(kind="folder", path=f"{bucket}/p").entries("s"))
     taken = [entry for entry in entries if not entry.reason]
-    assert [entry.name for entry in taken] == [
-        "a.png",
-        "/d.png",
-        "a-1/x.png",
-        "a.png/z.png",
-        "sub/b::c.png",
-    ]
+    in_order = ["a.png", "/d.png", "a-1/x.png", "a.png/z.png", "sub/b::c.png"]
+    assert [entry.name for entry in taken] == in_order
     assert [(e.name, e.reason) for e in entries if e.reason] == [("sub/.x/", "hidden_folder")]
     for entry in taken:
         assert read_bytes(entry.path, 0, entry.size) == entry.name.encode()
@@ -121,31 +109,25 @@ def test_a_local_path_is_absolute_from_the_start_and_a_url_as_it_was_given(monke
     monkeypatch.chdir(tmp_path)
     assert TarSource(kind="tars", path="x/../y").path == str(tmp_path / "y")
     assert TarSource(kind="tars", path="s3://bucket/x").path == "s3://bucket/x"
-    for url in (
-        "file:///a b",
-        "file://localhost/a b",
-        "file:/a b",
-        "local:///a b",
-        "file:///a%20b",
-    ):
-        assert TarSource(kind="tars", path=url).path == "/a b"
+    for begin in ("file://", "file://localhost", "file:", "local://"):
+        assert TarSource(kind="tars", path=f"{begin}/a b").path == "/a b"
+    assert TarSource(kind="tars", path="file:///a%20b").path == "/a b"
 
 
 def test_keys_are_safe_distinct_and_do_not_change_when_data_is_added(tmp_path):
-    before = {
-        item.name: sample_key("s", item.name) for item in folder_items(fill_folder(tmp_path, 6))
-    }
-    after = {
-        item.name: sample_key("s", item.name) for item in folder_items(fill_folder(tmp_path, 20))
-    }
+    before, after = (
+        {item.name: sample_key("s", item.name) for item in folder_items(fill_folder(tmp_path, n))}
+        for n in (6, 20)
+    )
     assert before.items() <= after.items()
     assert len(set(after.values())) == 20
     assert all(len(key) == 20 and key.isalnum() for key in after.values())
     assert sample_key("a", "bc") != sample_key("ab", "c")
 
 
-def test_links_that_loop_or_lead_nowhere_are_rejects_with_a_reason(tmp_path):
+def test_links_are_followed_and_those_that_loop_or_lead_nowhere_rejects_with_a_reason(tmp_path):
     fill_folder(tmp_path / "a", 2)
+    (tmp_path / "a" / "linked.png").symlink_to(tmp_path / "a" / "even" / "0000.png")
     (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "broken.png").symlink_to(tmp_path / "nothing.png")
@@ -157,25 +139,9 @@ def test_links_that_loop_or_lead_nowhere_are_rejects_with_a_reason(tmp_path):
         "broken.png": "unreadable",
         "pipe.png": "not_a_regular_file",
     }
-    assert len(items) == 6
-
-
-def test_a_linked_picture_is_read_through_its_link(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "real.png").write_bytes(encoded(pixels(0)))
-    (tmp_path / "data" / "x.png").symlink_to(tmp_path / "real.png")
-    assert [item.length for item in folder_items(tmp_path / "data")] == [len(encoded(pixels(0)))]
-
-
-def test_a_name_that_is_not_utf8_is_a_reject(tmp_path):
-    fill_folder(tmp_path, 1)
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(encoded(pixels(0)))
-    assert reasons(folder_items(tmp_path)) == {r"caf\udce9.png": "name_not_utf8"}
-
-
-def test_a_missing_folder_is_an_error_that_says_so(tmp_path):
-    with pytest.raises(InputError, match=r"sources\.s\.path: .*gone: no such folder"):
-        list(FolderSource(kind="folder", path=str(tmp_path / "gone")).entries("s"))
+    (found,) = (item for item in items if item.name == "a/linked.png")
+    assert content(found) == encoded(pixels(0))
+    assert len(items) == 7
 
 
 def test_a_folder_without_pictures_is_an_error_that_says_what_is_there(tmp_path):
@@ -189,7 +155,9 @@ def test_a_folder_without_pictures_is_an_error_that_says_what_is_there(tmp_path)
         list(TarSource(kind="tars", path=str(tmp_path)).entries("s"))
 
 
-def test_a_pipe_is_no_path(tmp_path):
+def test_a_folder_that_is_missing_or_a_command_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"sources\.s\.path: .*gone: no such folder"):
+        list(FolderSource(kind="folder", path=str(tmp_path / "gone")).entries("s"))
     with pytest.raises(InputError, match="no such folder"):
         list(TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar").entries("s"))
     assert not (tmp_path / "run.tar").exists()
@@ -293,24 +261,20 @@ def test_a_caption_is_taken_from_json_where_there_is_no_txt(tmp_path):
 
 
 def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
-    picture = encoded(pixels(0))
-    members = [
-        *sample_members(0),
-        *sample_members(1, status="failed_to_download", error_message="HTTP 404"),
-        ("two.png", picture),
-        ("two.jpg", picture),
-        ("twice.png", picture),
-        ("twice.png", picture),
-        ("words.txt", b"no picture"),
-        ("bad.png", picture),
-        ("bad.json", b"{"),
-        ("list.png", picture),
-        ("list.json", b"[1]"),
-        ("deep.png", picture),
-        ("deep.json", b"[" * 100_000),
-        ("evil.pkl", b"cos\nsystem\n"),
-        ("../../up.png", picture),
+    pictures = [
+        "two.png",
+        "two.jpg",
+        "twice.png",
+        "twice.png",
+        "bad.png",
+        "list.png",
+        "deep.png",
+        "../../up.png",
     ]
+    members = [*((name, encoded(pixels(0))) for name in pictures), ("words.txt", b"no picture")]
+    members += [("bad.json", b"{"), ("list.json", b"[1]"), ("deep.json", b"[" * 100_000)]
+    members += [("evil.pkl", b"cos\nsystem\n"), *sample_members(0)]
+    members += sample_members(1, status="failed_to_download", error_message="HTTP 404")
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
     items = tar_items(tmp_path)
     assert reasons(items) == {
@@ -324,7 +288,7 @@ def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
         "0.tar/evil.pkl": "other_file",
     }
     assert next(i for i in items if i.reason == "source_status").detail.endswith("HTTP 404")
-    assert [i.name for i in items if not i.reason] == ["0.tar/000000000", "0.tar/../../up"]
+    assert {i.name for i in items if not i.reason} == {"0.tar/000000000", "0.tar/../../up"}
 
 
 def content(item: Item) -> bytes:
@@ -356,17 +320,9 @@ def holed(folder) -> dict[str, bytes]:
 @pytest.mark.skipif(not shutil.which("tar"), reason="there is no tar command")
 @pytest.mark.parametrize(
     "options",
-    [
-        "--format=v7",
-        "--format=ustar",
-        "--format=pax",
-        "--format=gnu",
-        "-S --format=gnu",
-        "-S --format=oldgnu",
-        "-S --format=pax --sparse-version=0.0",
-        "-S --format=pax --sparse-version=0.1",
-        "-S --format=pax --sparse-version=1.0",
-    ],
+    [f"--format={kind}" for kind in ("v7", "ustar", "pax", "gnu")]
+    + [f"-S --format={kind}" for kind in ("gnu", "oldgnu")]
+    + [f"-S --format=pax --sparse-version={n}" for n in ("0.0", "0.1", "1.0")],
 )
 @pytest.mark.parametrize("joined", ["", "-A", "cat"])
 def test_a_tar_of_any_format_gives_every_picture_whole(tmp_path, options, joined):
@@ -401,7 +357,7 @@ def test_a_picture_with_holes_over_the_limit_is_a_reject(tmp_path):
     assert reasons(tar_items(tmp_path / "0.tar")) == {"0.tar/a": "too_many_bytes"}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_no_byte_behind_the_end_mark_of_a_tar_is_lost_without_a_word(tmp_path, seed):
     """Tars in a row, with padding of any length between them, and at times what is none."""
     rng = random.Random(seed)
@@ -494,13 +450,11 @@ def test_a_header_with_a_negative_size_ends_the_tar(tmp_path):
     assert reasons(tar_items(tmp_path)).get("0.tar") == "broken_tar"
 
 
-@pytest.mark.parametrize("data", [b"", b"not a tar", b"x" * 5000])
-def test_what_is_no_tar_is_one_reject(tmp_path, data):
-    (tmp_path / "0.tar").write_bytes(data)
-    assert reasons(tar_items(tmp_path)) == {"0.tar": "broken_tar"}
-
-
-def test_a_tar_that_has_gone_is_one_reject(tmp_path):
+def test_what_is_no_tar_or_has_gone_is_one_reject(tmp_path):
     config = TarSource(kind="tars", path=str(tmp_path))
+    for data in (b"", b"not a tar", b"x" * 5000):
+        (tmp_path / "0.tar").write_bytes(data)
+        assert reasons(items(config)) == {"0.tar": "broken_tar"}
+    (tmp_path / "0.tar").unlink()
     entry = Entry("s", "0.tar", str(tmp_path / "0.tar"), 10)
     assert reasons(read_entries([entry], config)) == {"0.tar": "unreadable"}

@@ -223,12 +223,12 @@ def test_no_number_may_be_infinite_or_none(tmp_path, value):
 def test_what_comes_after_the_end_is_a_note(trained_config, capsys):
     later = ["checkpoint.every_steps=25", "monitor.profile_steps=[3,30]", "monitor.every_steps=24"]
     train.main(trained_config, later, dry_run=True)
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
-    assert [note.split()[1] for note in notes] == [
-        "checkpoint.every_steps",
-        "monitor.sample_every_steps",
-        "monitor.profile_steps",
-    ]
+    shown = capsys.readouterr().out
+    assert "M parameters" in shown
+    assert not (trained_config.parent / "run").exists()
+    notes = [line for line in shown.splitlines() if line.startswith("note")]
+    said = ["checkpoint.every_steps", "monitor.sample_every_steps", "monitor.profile_steps"]
+    assert [note.split()[1] for note in notes] == said
 
 
 @pytest.mark.parametrize(("pictures", "batch"), [(1, 8), (25, 32), (7, 8), (90, 1024)])

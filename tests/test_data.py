@@ -43,6 +43,25 @@ def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
     return [batch._map(torch.clone) for batch in batches]
 
 
+def on_ranks(count: int, folder: Path, world_size: int, start: int = 0, **options) -> list:
+    """What each of so many ranks takes, a list of batches for each step."""
+    first = {
+        name: options.pop(name) for name in ("global_batch", "seed", "eras") if name in options
+    }
+    loaders = (
+        Loader(config(folder, **options), **first, rank_of=(rank, world_size))
+        for rank in range(world_size)
+    )
+    return list(zip(*(take(loader, count, start) for loader in loaders), strict=True))
+
+
+def joined(batches: tuple[Batch, ...]) -> list[int]:
+    """The samples of a global batch, from the ranks' parts, in their places."""
+    pairs = [p for b in batches for p in zip(b.indices.tolist(), numbers(b), strict=True)]
+    assert [place for place, _ in sorted(pairs)] == list(range(len(pairs)))
+    return [number for _, number in sorted(pairs)]
+
+
 def numbers(batch: Batch) -> list[int]:
     assert batch.micro is not None
     return batch.micro[:, 0].long().tolist()
@@ -81,22 +100,12 @@ def test_the_global_batch_is_the_same_for_every_number_of_ranks(tmp_path):
     folder = make_dataset(tmp_path, MIXED)
     whole = take(Loader(config(folder), global_batch=12, seed=3), 25)
     for world_size in (2, 4):
-        ranks = [
-            take(Loader(config(folder), global_batch=12, seed=3, rank_of=(r, world_size)), 25)
-            for r in range(world_size)
-        ]
-        for step, batch in enumerate(whole):
-            assert [rank[step].bucket for rank in ranks] == [batch.bucket] * world_size
-            for r, rank in enumerate(ranks):  # four partitions of three samples
-                assert {i // 3 % world_size for i in rank[step].indices.tolist()} == {r}
-            found = {
-                index: number
-                for rank in ranks
-                for index, number in zip(
-                    rank[step].indices.tolist(), numbers(rank[step]), strict=True
-                )
-            }
-            assert [found[index] for index in range(12)] == numbers(batch)
+        steps = on_ranks(25, folder, world_size, global_batch=12, seed=3)
+        for batch, parts in zip(whole, steps, strict=True):
+            assert [part.bucket for part in parts] == [batch.bucket] * world_size
+            for r, part in enumerate(parts):  # four partitions of three samples
+                assert {i // 3 % world_size for i in part.indices.tolist()} == {r}
+            assert joined(parts) == numbers(batch)
 
 
 def test_a_loader_started_at_any_step_gives_the_remaining_batches(tmp_path):
@@ -120,9 +129,8 @@ def test_a_batch_kept_by_the_caller_is_never_overwritten(tmp_path):
 def test_buffers_are_used_again_when_their_batches_are_gone(tmp_path):
     loader = Loader(config(make_dataset(tmp_path, MIXED)), global_batch=8, seed=5)
     places = {batch.moments.data_ptr() for batch in itertools.islice(loader.batches(), 50)}
-    assert (
-        len(places) <= 6
-    )  # two in the queue, one each in making and in use, for both buckets' sizes
+    # Two in the queue, one each in making and in use, for both buckets' sizes.
+    assert len(places) <= 6
 
 
 def test_micro_batches_keep_the_indices_of_the_global_batch(tmp_path):
@@ -292,12 +300,8 @@ def test_a_damaged_shard_is_skipped_and_counted_where_the_config_says(tmp_path, 
     assert len(instead) > 10
     assert "train-000001.tar" in loader.skipped.shards["shards/32x32/train-000001.tar"]
     assert loader.skipped.samples >= 40
-    ranks = [
-        take(Loader(config(folder, **options), global_batch=8, seed=1, rank_of=(r, 2)), 20)
-        for r in range(2)
-    ]
-    for batch, one, two in zip(batches, *ranks, strict=True):
-        assert numbers(one) + numbers(two) == numbers(batch)
+    steps = on_ranks(20, folder, 2, global_batch=8, seed=1, **options)
+    assert [joined(parts) for parts in steps] == [numbers(batch) for batch in batches]
 
 
 def test_skipping_ends_where_nothing_is_left(tmp_path):
@@ -403,17 +407,8 @@ def test_a_dataset_that_grows_is_used_from_the_next_epoch_on(tmp_path):
     for start in (0, 3, 5, 12, 15):
         again = Loader(config(folder, grow=True), **options)
         assert [numbers(b) for b in take(again, 25 - start, start)] == log[start:]
-        ranks = [
-            take(
-                Loader(config(folder, grow=True), **options, rank_of=(r, 2)),
-                25 - start,
-                start,
-            )
-            for r in range(2)
-        ]
-        for expected, parts in zip(log[start:], zip(*ranks, strict=True), strict=True):
-            at = {i: n for p in parts for i, n in zip(p.indices.tolist(), numbers(p), strict=True)}
-            assert [at[i] for i in range(8)] == expected
+        steps = on_ranks(25 - start, folder, 2, start, grow=True, **options)
+        assert [joined(parts) for parts in steps] == log[start:]
 
 
 def test_a_run_goes_on_with_the_shards_it_began_with(tmp_path):
@@ -437,11 +432,8 @@ def test_a_rank_that_looks_later_than_rank_0_follows_it(tmp_path):
     grow(folder)
     second = Loader(config(folder), **options, rank_of=(1, 2))
     assert second.steps_per_epoch(0) == 10
-    for batch, one, two in zip(whole, take(first, 12), take(second, 12), strict=True):
-        pairs = [
-            pair for b in (one, two) for pair in zip(b.indices.tolist(), numbers(b), strict=True)
-        ]
-        assert [number for _, number in sorted(pairs)] == numbers(batch)
+    for batch, *parts in zip(whole, take(first, 12), take(second, 12), strict=True):
+        assert joined(tuple(parts)) == numbers(batch)
     assert second.steps_per_epoch(0) == 5
 
 
@@ -496,9 +488,8 @@ def test_killed_on_two_ranks_then_one_then_two_the_log_is_that_of_an_undisturbed
             child.kill()
             child.join()
         lines = [line.split() for log in logs for line in log.read_text().splitlines()]
-        found = {
-            (int(x[0]), int(x[1])): int(x[2]) for x in lines if len(x) == 3
-        }  # the last may be cut
+        # The last line may be cut.
+        found = {(int(x[0]), int(x[1])): int(x[2]) for x in lines if len(x) == 3}
         for step in range(start, stop):
             assert [found[step, index] for index in range(8)] == whole[step]
         start = stop

@@ -41,10 +41,13 @@ from tests.test_evaluate import Convolutions
 
 CPU = torch.device("cpu")
 TEXT = ("a red apple", "volcano")  # of two lengths, so that one is padded
-SHARED = {"modulation": "shared", "position_extent": 4.0, "pooled_dim": 0}
-CLASSES = {"num_classes": 5, "timestep_shift": 1}
+SHARED = {"kind": "dit", "modulation": "shared", "position_extent": 4.0, "pooled_dim": 0}
+CLASSES = {"kind": "dit", "num_classes": 5, "timestep_shift": 1}
+MMDIT = {"kind": "mmdit", "qk_norm": True}
 SQUARE = ("3", "0")
-# Name -> model section, objective, sampler beside 10 steps and seed 7, prompts, and the class of network/.
+DDIM = {"name": "ddim", "guidance_scale": 2.0}
+FLOW_TABLE = {"path": "vp_discrete", "prediction": "flow", "timesteps": "uniform"}
+# Name -> model section, objective or its preset, sampler beside 10 steps and seed 7, prompts, class of network/.
 CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
     "dit": (
         {"kind": "dit", "size_conditioning": True, "masking": {"mixer_depth": 1}},
@@ -64,38 +67,20 @@ CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
         ("3: a red apple", "0: volcano"),
         "FlowmillNetwork",
     ),
-    "dit_of_classes": (
-        {"kind": "dit", **CLASSES},
-        {"preset": "min-snr-v"},
-        {"name": "ddim", "guidance_scale": 2.0},
-        SQUARE,
-        "DiTTransformer2DModel",
-    ),
-    "pixart": (
-        {"kind": "dit", **SHARED},
-        {"preset": "sd15-epsilon"},
-        {"name": "ddim", "guidance_scale": 2.0},
-        TEXT,
-        "PixArtTransformer2DModel",
-    ),
-    "mmdit": (
-        {"kind": "mmdit", "qk_norm": True},
-        {"preset": "flux-shift"},
-        {"guidance_scale": 2.0},
-        TEXT,
-        "SD3Transformer2DModel",
-    ),
-    "uvit": ({"kind": "uvit"}, {"preset": "edm"}, {}, TEXT, "FlowmillNetwork"),
+    "dit_of_classes": (CLASSES, "min-snr-v", DDIM, SQUARE, "DiTTransformer2DModel"),
+    "pixart": (SHARED, "sd15-epsilon", DDIM, TEXT, "PixArtTransformer2DModel"),
+    "mmdit": (MMDIT, "flux-shift", {"guidance_scale": 2.0}, TEXT, "SD3Transformer2DModel"),
+    "uvit": ({"kind": "uvit"}, "edm", {}, TEXT, "FlowmillNetwork"),
     "uvit_flow_on_a_table": (
         {"kind": "uvit"},
-        {"path": "vp_discrete", "prediction": "flow", "timesteps": "uniform"},
+        FLOW_TABLE,
         {"name": "ddim"},
         TEXT,
         "FlowmillNetwork",
     ),
     "unet": (
         {"kind": "unet", "size_conditioning": True},
-        {"preset": "nai3-v-ztsnr"},
+        "nai3-v-ztsnr",
         {"name": "ddim", "guidance_scale": 3.0, "guidance_rescale": 0.7},
         TEXT,
         "UNet2DConditionModel",
@@ -137,6 +122,7 @@ def make_trained(run: Path, name: str) -> Trained:
     """The run with another network, of random weights none of which is zero, and another objective."""
     trained = open_trained(run, "ema", None)
     model, objective, sampler, prompts, _ = CASES[name]
+    objective = {"preset": objective} if isinstance(objective, str) else objective
     manifest, sizes = trained.manifest, {"text_dim": 16, "pooled_dim": 16, "latent_downscale": 4}
     if prompts == SQUARE:
         bucket = manifest.buckets[0].model_copy(update={"height": 32, "width": 32})

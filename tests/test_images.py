@@ -210,7 +210,7 @@ def profile_for(space: bytes) -> bytes:
     return bytes(data).replace(b"rTRC", b"kTRC", 1)
 
 
-@pytest.mark.parametrize("space", [b"GRAY", b"CMYK", b"Lab ", b"XYZ ", b"HSV ", b"YCbr", b"4CLR"])
+@pytest.mark.parametrize("space", [b"GRAY", b"CMYK", b"Lab ", b"4CLR"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16"])
 def test_a_profile_of_another_colour_space_changes_no_colour(space, mode):
     """A grey picture may have a grey profile; every other of these is left aside, and noted."""
@@ -235,12 +235,12 @@ def test_a_profile_that_is_srgb_by_name_alone_is_applied():
     assert (decoded(encoded(image, icc_profile=true)) == image).all()
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("colours", [0, 2])  # grey, RGB
+# Grey is 0, RGB 2.
+@pytest.mark.parametrize(
+    ("colours", "depth"), [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16)]
+)
 def test_the_transparent_colour_of_a_png_is_not_seen_at_any_depth(depth, colours):
     """The left half has it; the right half does not."""
-    if colours == 2 and depth < 8:
-        pytest.skip("PNG has no such RGB")
     most, channels = (1 << depth) - 1, 3 if colours == 2 else 1
     for clear, other in ((most, 0), (0, most), (most * 2 // 3, most // 3)):
         values = np.repeat([clear, other], 16 * channels)
@@ -260,7 +260,7 @@ def test_a_broken_colour_profile_is_noted_and_the_picture_kept():
     assert "ICC profile ignored" in picture.notes[0]
 
 
-@pytest.mark.parametrize("mib", [0, 5, 70])
+@pytest.mark.parametrize("mib", [0, 70])
 @pytest.mark.parametrize("name", ["zTXt", "iTXt", "tEXt", "iCCP"])
 def test_what_is_no_picture_in_a_png_costs_no_picture_however_large_it_is(mib, name):
     """ComfyUI's workflows, XMP and profiles of tables may be larger than their picture."""
@@ -341,7 +341,8 @@ def test_what_is_no_picture_is_rejected_with_the_same_words_every_time(data):
     assert "0x7" not in details.pop()  # no address in memory
 
 
-def fuzz(count: int) -> None:
+@pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_either_pictures_or_rejected(count):
     rng = np.random.default_rng(0)
     kinds = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
     seeds = [encoded(pixels(i, 50, 60), kind) for i, kind in enumerate(kinds)]
@@ -356,12 +357,3 @@ def fuzz(count: int) -> None:
             reasons.add(rejected.reason)
     assert 0 < taken < count
     assert reasons <= {"undecodable", "too_many_pixels", "unsupported_mode"}
-
-
-def test_mutated_files_are_either_pictures_or_rejected():
-    fuzz(600)
-
-
-@pytest.mark.slow
-def test_ten_thousand_mutated_files_are_either_pictures_or_rejected():
-    fuzz(10_000)

@@ -20,7 +20,7 @@ from models import lock
 from models.config import InputError
 from models.lock import Lock
 from tests import prep_factory, train_factory
-from tests.forked import free_port, wait_until
+from tests.forked import wait_until
 
 BEAT_S = 0.05
 
@@ -84,7 +84,7 @@ def test_a_silent_process_is_followed_at_once_or_after_three_heartbeats(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}", '{"token": 1}', "\0\0"])
+@pytest.mark.parametrize("text", ["", "null", "{}", '{"token": 1}', "\0\0"])
 def test_a_file_that_says_nothing_of_its_writer_is_waited_for_and_followed(tmp_path, text):
     path, said = tmp_path / "lock.json", list[str]()
     path.write_text(text)
@@ -205,16 +205,7 @@ def test_all_ranks_killed_and_started_again_on_another_host_it_goes_on_without_a
     if subprocess.run(["unshare", "--uts", "true"]).returncode:
         pytest.skip("no host names of their own here")
     config, job = train_factory.write_config(tmp_path), {"SLURM_JOB_ID": job} if job else {}
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-    ]
-    launcher += ["--master-port", str(free_port())]
-    command = [sys.executable, *launcher, "-m", "pipeline.train", str(config)]
+    command = train_factory.command("pipeline.train", str(config), ranks=2)
     first = elsewhere(command, "one", **job)
     train_factory.wait_for(first, "step_00000006, for which")
     os.killpg(first.pid, signal.SIGKILL)

@@ -175,7 +175,7 @@ def points(folder: Path) -> dict[int, float]:
     return {event.step: event.value for event in found}
 
 
-@pytest.mark.parametrize("room", range(0, 400, 7))
+@pytest.mark.parametrize("room", range(0, 400, 33))
 def test_what_a_full_disk_refuses_is_shown_when_there_is_room_and_nothing_twice(tmp_path, room):
     board = Board(tmp_path)
     for step in range(3):

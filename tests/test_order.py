@@ -74,7 +74,7 @@ def some_steps(order: Order, most: int = 60) -> int:
     return min(most, order.first_step(5) + 3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans())
 def test_the_global_batches_are_the_same_for_every_world_size_that_divides(buckets, plan):
     order = Order(buckets, plan)
@@ -86,7 +86,7 @@ def test_the_global_batches_are_the_same_for_every_world_size_that_divides(bucke
             assert read(Order(buckets, plan), 0, steps, world_size) == alone
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans(), st.data())
 def test_resuming_at_any_step_gives_the_remaining_sequence(buckets, plan, data):
     order = Order(buckets, plan)
@@ -96,7 +96,7 @@ def test_resuming_at_any_step_gives_the_remaining_sequence(buckets, plan, data):
     assert read(Order(buckets, plan), start, steps - start, 1) == whole[start:]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans())
 def test_an_epoch_lays_out_each_sample_as_often_as_its_repeat_factor_says(buckets, plan):
     order = Order(buckets, plan)
@@ -116,7 +116,7 @@ def test_an_epoch_lays_out_each_sample_as_often_as_its_repeat_factor_says(bucket
                 assert set(seen) <= {int(often), -int(-often // 1)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans())
 def test_batches_hold_all_that_is_laid_out_but_less_than_one_batch_a_bucket(buckets, plan):
     order = Order(buckets, plan)
@@ -135,7 +135,7 @@ def test_batches_hold_all_that_is_laid_out_but_less_than_one_batch_a_bucket(buck
         assert {shard for shard, _ in taken[number]} <= {s for p in bucket.parts for s in p.shards}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables([Fraction(1)]), plans())
 def test_a_pass_over_the_data_takes_each_sample_exactly_once(buckets, plan):
     order = Order(buckets, plan)
@@ -151,7 +151,7 @@ def test_a_pass_over_the_data_takes_each_sample_exactly_once(buckets, plan):
         assert set(counts.values()) == {passes}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans())
 def test_only_shards_on_a_boundary_are_read_by_two_partitions(buckets, plan):
     order = Order(buckets, plan)
@@ -166,7 +166,7 @@ def test_only_shards_on_a_boundary_are_read_by_two_partitions(buckets, plan):
             assert np.isin((part.stop - part.start)[1:-1], lengths).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(tables(), plans())
 def test_every_rank_has_the_same_bucket_and_the_epoch_counts_add_up(buckets, plan):
     order = Order(buckets, plan)

@@ -113,7 +113,7 @@ def test_with_the_exact_posterior_mean_every_sampler_reaches_the_mixture(path, m
         assert distance(points_of(latents), expected) < limit, name
 
 
-@pytest.mark.parametrize(("path", "prediction"), COMBINATIONS)
+@pytest.mark.parametrize(("path", "prediction"), [c for c in COMBINATIONS if c[1] != "flow"])
 def test_every_prediction_takes_every_sampler_along_the_same_trajectory(path, prediction):
     noise = spread_noise(256)
     for name in SAMPLERS:

@@ -24,13 +24,10 @@ SIZES = {
     "max_position_embeddings": 12,
 }
 CLIP = SIZES | {"projection_dim": 24, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-T5 = {
-    "vocab_size": len(WORDS),
+T5 = {"vocab_size": len(WORDS), "num_layers": 2, "num_heads": 2} | {
     "d_model": 16,
     "d_kv": 8,
     "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
 }
 DISTIL = {"vocab_size": len(WORDS), "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
 KINDS = {
@@ -50,12 +47,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
-    special = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-    }
+    special = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "BOS", "EOS")}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
@@ -67,9 +59,16 @@ def save_encoder(folder: Path, kind: str, tokenizer_folder: Path | None = None) 
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> dict[str, Path]:
+    """An encoder of each kind."""
+    home = tmp_path_factory.mktemp("encoders")
+    return {kind: save_encoder(home / kind, kind) for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(tmp_path, kind):
-    encoder = TextEncoder.load(save_encoder(tmp_path / "m", kind), max_length=10)
+def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(saved, kind):
+    encoder = TextEncoder.load(saved[kind], max_length=10)
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     assert tokens.shape == (4, 8, encoder.dim)
     assert pooled.shape == (4, encoder.pooled_dim)
@@ -84,30 +83,27 @@ def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(tmp_path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [3, 4, 5, 8, 12])
-def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(
-    tmp_path, kind, length
-):
-    encoder = TextEncoder.load(save_encoder(tmp_path / "m", kind), max_length=length)
+def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(saved, kind):
     captions = ["apple " * words for words in range(11)]
-    whole = TextEncoder.load(tmp_path / "m", max_length=12)
-    cut = [whole.encode([c])[0].shape[1] > encoder.encode([c])[0].shape[1] for c in captions]
-    assert count_cut(encoder.tokenizer, captions, length) == sum(cut) == 12 - length
-    assert count_cut(encoder.tokenizer, [], length) == 0
+    whole = TextEncoder.load(saved[kind], max_length=12)
+    for length in (3, 5, 12):
+        encoder = TextEncoder.load(saved[kind], max_length=length)
+        cut = [whole.encode([c])[0].shape[1] > encoder.encode([c])[0].shape[1] for c in captions]
+        assert count_cut(encoder.tokenizer, captions, length) == sum(cut) == 12 - length
+        assert count_cut(encoder.tokenizer, [], length) == 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "mpnet", "t5", "umt5"])
-def test_pooled_is_the_mean_over_real_tokens_where_no_trained_projection_exists(tmp_path, kind):
-    encoder = TextEncoder.load(save_encoder(tmp_path / "m", kind), max_length=10)
+def test_pooled_is_the_mean_over_real_tokens_where_no_trained_projection_exists(saved, kind):
+    encoder = TextEncoder.load(saved[kind], max_length=10)
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     for row, keep, mean in zip(tokens, mask, pooled, strict=True):
         torch.testing.assert_close(row[keep].mean(dim=0), mean)
 
 
 @pytest.mark.parametrize(("kind", "width"), [("clip", 16), ("clip_projection", 24)])
-def test_pooled_is_clips_own_where_it_has_one(tmp_path, kind, width):
-    folder = save_encoder(tmp_path / "m", kind)
-    encoder = TextEncoder.load(folder, max_length=10)
+def test_pooled_is_clips_own_where_it_has_one(saved, kind, width):
+    encoder = TextEncoder.load(saved[kind], max_length=10)
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     assert encoder.pooled_dim == width
     at_end_token = tokens[torch.arange(4), mask.sum(dim=1) - 1]
@@ -116,8 +112,8 @@ def test_pooled_is_clips_own_where_it_has_one(tmp_path, kind, width):
     torch.testing.assert_close(pooled, at_end_token, rtol=1e-4, atol=1e-5)
 
 
-def test_a_caption_that_is_too_long_is_cut_with_its_end_token_kept(tmp_path):
-    encoder = TextEncoder.load(save_encoder(tmp_path / "m", "clip"), max_length=4)
+def test_a_caption_that_is_too_long_is_cut_with_its_end_token_kept(saved):
+    encoder = TextEncoder.load(saved["clip"], max_length=4)
     _, mask, _ = encoder.encode(["a red apple a red apple", "volcano"])
     assert mask.sum(dim=1).tolist() == [4, 3]
     ids = encoder.tokenizer(["a red apple"], truncation=True, max_length=4)["input_ids"][0]
@@ -125,10 +121,9 @@ def test_a_caption_that_is_too_long_is_cut_with_its_end_token_kept(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_is_near_fp32_and_comes_as_fp32(tmp_path, dtype):
-    folder = save_encoder(tmp_path / "m", "bert")
-    exact = TextEncoder.load(folder, 10).encode(CAPTIONS)
-    half = TextEncoder.load(folder, 10, dtype).encode(CAPTIONS)
+def test_half_precision_is_near_fp32_and_comes_as_fp32(saved, dtype):
+    exact = TextEncoder.load(saved["bert"], 10).encode(CAPTIONS)
+    half = TextEncoder.load(saved["bert"], 10, dtype).encode(CAPTIONS)
     for a, b in ((exact[0], half[0]), (exact[2], half[2])):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)  # bf16 keeps 8 bits
@@ -188,10 +183,9 @@ def test_a_folder_that_is_no_whole_encoder_ends_with_a_message_about_it(tmp_path
     assert str(folder) in str(caught.value)
 
 
-def test_a_length_beyond_the_encoders_positions_is_refused(tmp_path):
-    folder = save_encoder(tmp_path / "m", "bert")
+def test_a_length_beyond_the_encoders_positions_is_refused(saved):
     with pytest.raises(InputError, match="max_length got 13, expected at most 12"):
-        TextEncoder.load(folder, 13)
+        TextEncoder.load(saved["bert"], 13)
 
 
 def test_code_that_comes_with_a_model_is_never_run(tmp_path):

@@ -169,11 +169,7 @@ def test_the_record_has_the_fields_of_the_manifest_and_the_hash_of_the_weights(k
 
 
 TWINS = {
-    "nothing": lambda codec, folder: None,
     "variant": lambda codec, folder: codec.network.half().save_pretrained(folder, variant="fp16"),
-    "other_format": lambda codec, folder: save_file(
-        {"x": torch.zeros(2)}, folder / "sdxl_vae.safetensors"
-    ),
     "copy": lambda codec, folder: save_file({"x": torch.zeros(2)}, folder / "a_copy.safetensors"),
 }
 
@@ -240,11 +236,7 @@ def truncate(folder: Path) -> None:
         (drop_a_weight, "fp32", "do not fit config.json, e.g. decoder.conv_in.bias"),
         (lambda f: edit_config(f, latent_channels=5), "fp32", "size mismatch"),
         (lambda f: edit_config(f, _class_name="VQModel"), "fp32", "'VQModel', expected one of"),
-        (
-            lambda f: edit_config(f, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
-            "fp32",
-            "one scale",
-        ),
+        (lambda f: edit_config(f, latents_mean=[0.0] * 4), "fp32", "expected one scale"),
         (lambda f: edit_config(f, force_upcast=True), "fp16", "dtype bf16 or fp32"),
     ],
 )

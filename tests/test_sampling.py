@@ -20,7 +20,14 @@ from models.config import InputError, parse_config
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
-from pipeline.objectives.sampling import Guidance, Schedule, ancestral_step, generate, guided
+from pipeline.objectives.sampling import (
+    Guidance,
+    Schedule,
+    ancestral_step,
+    flow_scheduler,
+    generate,
+    guided,
+)
 from tests.test_objective import COMBINATIONS, PATHS, make
 
 NOTHING = Guidance(Conditions())
@@ -167,6 +174,32 @@ def test_a_discrete_path_is_sampled_at_trailing_levels_from_the_very_last():
     assert len(t) == 30
     assert all(abs(1000 * x - round(1000 * x)) < 1e-4 for x in t)
     assert torch.equal(x_t[0], spread_noise(128))  # at SNR 0 the input is the noise itself
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_number_of_steps_gives_as_many_levels_each_less_noisy_than_the_last(path):
+    """diffusers' trailing spacing gives 62 levels for 61 steps, the last of them -1."""
+    objective = make(path)
+    for num_steps in range(1, 1001):
+        times = objective.sampling_times(num_steps, (8, 8))
+        assert times.shape == (num_steps,)
+        # A table has 1000 levels, so near as many steps share some.
+        steps = times.diff()
+        assert (steps <= 0).all() if objective.config.path.discrete else (steps < 0).all()
+        assert 0 <= times.min() <= times.max() <= 1
+        alpha, sigma = objective.alpha_sigma(times)
+        assert (sigma > 0).all()
+        assert (alpha >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLERS if name != "euler_ancestral"] + ["ddim"]
+)
+def test_a_scheduler_takes_exactly_the_steps_that_it_is_given(name):
+    for num_steps in {*range(1, 1001, 7), 61, 103, 121, 122, 201, 999, 1000}:
+        tau = torch.linspace(1, 0, num_steps + 1)
+        calls = 2 * num_steps - 1 if name == "heun" else num_steps
+        assert len(flow_scheduler(name, tau).timesteps) == calls
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -9,25 +9,22 @@ import importlib
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
 import yaml
 
 from models.command import load_config, read_yaml, run_command
-from models.config import InputError
-
-if TYPE_CHECKING:
-    from pipeline.config import TrainConfig
+from models.config import InputError, flatten
 
 PACKAGES = ("models", "data_prep", "pipeline", "cluster")
 # The most bytes of one request to Ray's dashboard.
@@ -36,21 +33,19 @@ SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "ACCESS_KEY", "API_KEY")
 # The class of click, or of the copy of click inside typer.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# The keys of files and folders that a preparation or a training reads.
+READ = re.compile(
+    r"(sources|text_encoders)\..+\.path|(vae|vision_encoder)\.path|(stages\..+\.)?"
+    r"(data\.(datasets\..+\.)?path|encoders\.(vae|text\..+)|model\.init_from|start_from\.run)"
+)
 
 
-class Action(StrEnum):
-    PREPARE = "prepare"
-    TRAIN = "train"
-    EVALUATE = "evaluate"
-
-
-MODULES = {
-    Action.PREPARE: "data_prep.prepare",
-    Action.TRAIN: "cluster.train_job",
-    Action.EVALUATE: "pipeline.evaluate",
+Action = Literal["prepare", "train", "evaluate"]
+MODULES: dict[Action, str] = {
+    "prepare": "data_prep.prepare",
+    "train": "cluster.train_job",
+    "evaluate": "pipeline.evaluate",
 }
-# Slurm itself starts the ranks that Ray Train would start.
-SLURM_MODULES = MODULES | {Action.TRAIN: "pipeline.train"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def check_stage(
 ) -> tuple[str | None, dict[str, str], dict[str, str]]:
     """The stage's config file, and its paths, {key: path}: what it reads, what it writes; raises InputError."""
     given = parse_arguments(module, arguments)
-    if action is Action.EVALUATE:
+    if action == "evaluate":
         paths = {f"--{name}": given[name] for name in ("clip", "reference", "prompts_file")}
         paths |= {f"--features {f}": f.split("=", 1)[-1] for f in given["features"] or []}
         inputs = {name: str(path) for name, path in paths.items() if path is not None}
@@ -91,15 +86,13 @@ def check_stage(
     file, overrides = str(given["config"]), given["overrides"] or []
     if not (folder / file).resolve().is_relative_to(folder):
         raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")
-    if action is Action.PREPARE:
+    # The paths as given: once loaded, a relative one means this machine, not the upload.
+    written = flatten(read_yaml(folder / file, overrides))
+    inputs = {key: path for key, path in written.items() if path and READ.fullmatch(key)}
+    if action == "prepare":
         from data_prep.config import PrepareConfig
-        from data_prep.encoders import configured
 
         prepare = load_config(PrepareConfig, folder / file, overrides)
-        # The paths as given: once loaded, a source's relative path means this machine, not the upload.
-        sources = read_yaml(folder / file, overrides)["sources"]
-        inputs = {f"sources.{name}.path": sources[name]["path"] for name in prepare.sources}
-        inputs |= {f"{place}.path": e.path for place, e in configured(prepare).items()}
         return file, inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes
     from pipeline.config import TrainConfig
@@ -110,18 +103,10 @@ def check_stage(
         valid_sizes(trains[0], given["min_workers"] or given["workers"], given["workers"])
     else:
         trains = load_stages(folder / file, overrides)
+    # A stage may begin with the run of one before it.
     runs = {train.run for train in trains}
-    inputs = {k: v for train in trains for k, v in read_by(train).items() if v not in runs}
-    return file, inputs, {"run": trains[0].run}
-
-
-def read_by(train: "TrainConfig") -> dict[str, str]:
-    """The paths that a training reads, by their keys."""
-    paths = {f"data ({name})": source.path for name, source in train.data.sources.items()}
-    paths |= {f"encoders.text.{name}": path for name, path in train.encoders.text.items()}
-    others = {"encoders.vae": train.encoders.vae, "model.init_from": train.model.init_from}
-    others["start_from.run"] = train.start_from and train.start_from.run
-    return paths | {key: path for key, path in others.items() if path}
+    inputs = {key: path for key, path in inputs.items() if os.path.abspath(path) not in runs}
+    return file, inputs, {"run": written["run"]}
 
 
 def parse_arguments(module: str, arguments: list[str]) -> dict[str, Any]:
@@ -221,26 +206,25 @@ def make_job(
     if config is not None:
         _require(config, [folder / config], folder, names)
     check_paths(inputs, outputs, folder, names)
-    metadata = {"stage": action.value, "commit": _commit(folder)} | outputs
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    metadata = {"stage": action, "commit": commit} | outputs
     return Job(["python", "-m", MODULES[action], *arguments], runtime_env, metadata, gpus)
 
 
 def sbatch_line(action: Action, arguments: list[str], nodes: int) -> list[str]:
     """The sbatch command of a stage, its arguments checked; raises InputError."""
-    script = Path(__file__).parent / "slurm" / f"{action.value}.sbatch"
+    script = Path(__file__).parent / "slurm" / f"{action}.sbatch"
     if not script.is_file():
-        raise InputError(f"--launcher slurm: got {action.value}, expected prepare or train")
+        raise InputError(f"--launcher slurm: got {action}, expected prepare or train")
+    # Slurm itself starts the ranks that Ray Train would start.
+    module = "pipeline.train" if action == "train" else MODULES[action]
     # The job runs in this folder; absolute paths may be those of its nodes.
-    _, inputs, _ = check_stage(action, SLURM_MODULES[action], arguments, Path.cwd())
+    _, inputs, _ = check_stage(action, module, arguments, Path.cwd())
     for key, path in inputs.items():
         if not ("://" in path or Path(path).exists() or os.path.isabs(path)):
             raise InputError(f"{key}: {path}: no such file or folder in {Path.cwd()}")
     return ["sbatch", f"--nodes={nodes}", str(script), *arguments]
-
-
-def _commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 class Cluster:
@@ -321,8 +305,7 @@ class Cluster:
             except (RuntimeError, OSError, ClientError) as error:
                 print(f"log connection lost ({error}); trying again", file=sys.stderr)
                 whole = False
-            ended = self.call(self.client.get_job_status, name).is_terminal()
-            if ended and whole:
+            if self.call(self.client.get_job_status, name).is_terminal() and whole:
                 return
             await asyncio.sleep(1.0)
 

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from models.command import load_config, run_command
+from models.command import read_yaml, run_command
 from models.config import InputError, parse_config
 from pipeline.arguments import ConfigFile, Override, Overrides
 from pipeline.config import TrainConfig
@@ -127,10 +127,11 @@ def main(
     override: Override = False,
 ) -> None:
     """Train as a Ray job; run again to resume."""
-    parsed = load_config(TrainConfig, config, overrides or [])
-    if not os.path.isabs(parsed.run):
+    given = read_yaml(config, overrides or [])
+    parsed = parse_config(TrainConfig, given, str(config))
+    if not os.path.isabs(given["run"]):
         raise InputError(
-            f"run: got {parsed.run}, expected an absolute path on a disk that all nodes see: in a Ray job a "
+            f"run: got {given['run']}, expected an absolute path on a disk that all nodes see: in a Ray job a "
             "relative one lies in a node's own copy of the working directory"
         )
     sizes = valid_sizes(parsed, min_workers or workers, workers)

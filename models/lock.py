@@ -19,7 +19,6 @@ BEAT_S = 15.0
 MISSED = 3
 # What stays the same when a launcher starts a job again.
 JOBS = ("FLOWMILL_JOB", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "SKYPILOT_TASK_ID", "PBS_JOBID")
-ATTEMPTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 Owner = dict[str, Any]
 """What the file says of a process; empty where there is no file, or nothing in it yet."""
@@ -37,7 +36,6 @@ class Lock:
         """`path` is on a disk, or on a store for a subclass; `what` is the option that named the folder."""
         self._path, self._what, self._say = path, what, say
         self._where = f"{what}: {path.parent}"
-        job = {name: os.environ.get(name, "none") for name in JOBS}
         self._own: Owner = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -45,8 +43,7 @@ class Lock:
             "pid": os.getpid(),
             "started": _started(os.getpid()),
             # Without an id of its own a run of torchrun is called "none".
-            "job": {name: value for name, value in job.items() if value != "none"},
-            "attempt": {name: os.environ[name] for name in ATTEMPTS if name in os.environ},
+            "job": {n: os.environ[n] for n in JOBS if os.environ.get(n, "none") != "none"},
             "beat": 0,
         }
         self._over = threading.Event()

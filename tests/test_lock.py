@@ -28,7 +28,7 @@ BEAT_S = 0.05
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_S", BEAT_S)
-    for name in (*lock.JOBS, *lock.ATTEMPTS):
+    for name in lock.JOBS:
         monkeypatch.delenv(name, raising=False)
 
 

@@ -39,9 +39,9 @@ def configs(checkout) -> None:
     (checkout / "outputs" / "hidden.yaml").write_text(TRAIN)
 
 
-def refuse(checkout: Path, action: str, *arguments: str) -> str:
+def refuse(checkout: Path, action: Action, *arguments: str) -> str:
     with pytest.raises(InputError) as caught:
-        make_job(Action(action), list(arguments), checkout, read_runtime_env(None, checkout), 0.0)
+        make_job(action, list(arguments), checkout, read_runtime_env(None, checkout), 0.0)
     return str(caught.value)
 
 

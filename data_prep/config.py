@@ -20,9 +20,6 @@ from models.config import Config, Entries, InputError
 from models.weights import Dtype
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-EncoderName = Annotated[
-    str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(lambda name: _free_name(name))
-]
 # Fields that do not decide what is written.
 INDECISIVE = {"publish_every_shards": True, "ray": True, "output": True}
 # Encoders are known by the hashes of what is loaded, wherever they lie.
@@ -33,6 +30,9 @@ def _free_name(name: str) -> str:
     if name in ("moments", "micro", "label", "vision", "json") or name.endswith("_pooled"):
         raise ValueError(f"{name} is the name of another member of a sample; choose another")
     return name
+
+
+EncoderName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(_free_name)]
 
 
 class RayConfig(Config):
@@ -81,23 +81,20 @@ class PrepareConfig(Config):
 
 
 def check_settings(config: PrepareConfig) -> dict[str, Any]:
-    """What decides the result, the encoders' weights included; raises InputError where one is not there."""
-    hashes = check_encoders(config)
-    check_buckets(config)
-    # The order of the encoders is that of the members.
-    decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)
-    return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
+    """What decides the result, the encoders' weights included.
 
-
-def check_buckets(config: PrepareConfig) -> None:
-    """Raise InputError where a bucket's sides are not multiples of what each encoder needs."""
-    got = config.images.bucket_multiple
+    Raises InputError where one is not there, or does not divide the buckets' sides as it needs.
+    """
+    hashes, got = check_encoders(config), config.images.bucket_multiple
     for place, encoder in configured(config).items():
         if got % encoder.divides:
             raise InputError(
                 f"images.bucket_multiple: got {got}, expected a multiple of {encoder.divides}, for {place}. Remedy: "
                 "the downscale of the vae times the patch size of the model suits every encoder."
             )
+    # The order of the encoders is that of the members.
+    decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)
+    return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
 
 
 class LossConfig(Config):

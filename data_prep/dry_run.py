@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,7 @@ from data_prep.config import PrepareConfig
 from data_prep.encoders import configured
 from data_prep.images import Rejected, list_buckets
 from data_prep.metadata import refusal
-from data_prep.report import ENCODER_COLUMNS, Listing, class_names, console, cut_listings, warn
+from data_prep.report import Listing, class_names, console, cut_listing, encoder_listing, warn
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of_row
@@ -44,11 +45,8 @@ def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[
         console.print(f"Classes, by label: {class_names(list(classes))}")
         if empty := [name for name, count in classes.items() if not count]:
             warn(f"classes without a picture: {', '.join(empty)}")
-    rows = [
-        (place, encoder.path, encoder.dtype, hashes[place]["weights"][:12])
-        for place, encoder in configured(config).items()
-    ]
-    Listing("Encoders", ENCODER_COLUMNS, rows, words=4).print()
+    weights = {place: found["weights"] for place, found in hashes.items()}
+    encoder_listing(configured(config), weights).print()
     cell = config.vae.divides
     rows = [
         (f"{height}x{width}", f"{width / height:.2f}", f"{height / cell:g}x{width / cell:g}")
@@ -85,49 +83,51 @@ def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
         groups.sort(key=lambda group: (group["reason"] or "", -group["size_count"], group["kind"]))
         for group in groups[:KINDS]:
             taken = f"no: {group['reason']}" if group["reason"] else "yes"
-            numbers = f"{group['size_count']:,}", f"{group['size_sum'] / 2**20:,.1f}"
-            rows.append((name, group["kind"] or "no ending", taken, *numbers))
+            rows.append((name, group["kind"] or "no ending", taken, *_count_and_mib([group])))
         if rest := groups[KINDS:]:
-            numbers = (sum(group[f"size_{what}"] for group in rest) for what in ("count", "sum"))
-            count, size = numbers
-            rows.append(
-                (name, f"{len(rest)} other kinds", "", f"{count:,}", f"{size / 2**20:,.1f}")
-            )
+            rows.append((name, f"{len(rest)} other kinds", "", *_count_and_mib(rest)))
     return Listing("Files", ("source", "files", "taken", "number", "MiB"), rows, words=3)
+
+
+def _count_and_mib(groups: list[dict[str, Any]]) -> tuple[str, str]:
+    count, size = (sum(group[f"size_{what}"] for group in groups) for what in ("count", "sum"))
+    return f"{count:,}", f"{size / 2**20:,.1f}"
 
 
 def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listing]:
     """What becomes of the captions of a random sample: rejected, cut, or neither."""
+    from models.text_encoder import count_cut, load_tokenizer
+
     looked, captions, rows = 0, list[str](), list[tuple[str, ...]]()
     for name, source in config.sources.items():
         items = sampled_items(name, source, listing, list(config.filters.metadata))
         fates = Counter[str]()
         for item in items:
+            key, refused = (
+                sample_key(name, item.name),
+                refusal(item.metadata, config.filters.metadata),
+            )
             try:
-                captions += _drawn(config, name, item)
+                drawn = [] if item.reason else draw_captions(key, item.captions, config.captions)
+                fate = item.reason or ("metadata" if refused else "")
             except Rejected as rejected:
-                fates[rejected.reason] += 1
+                drawn, fate = [], rejected.reason
+            if fate:
+                fates[fate] += 1
+            else:
+                captions += drawn
         looked += len(items)
         for reason, count in fates.most_common():
             share = f"{100 * count / len(items):.2f}"
             rows.append((name, reason, f"{count:,} of {len(items):,}", share))
-    if rows:
-        title = "Rejected in a sample, before pictures are opened"
-        yield Listing(title, ("source", "reason", "pictures", "%"), rows, words=2)
-    encoders = config.text_encoders.items()
-    lengths = {name: encoder.max_length for name, encoder in encoders}
-    cut = {name: encoder.count_cut(captions) for name, encoder in encoders}
-    yield from cut_listings(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
-
-
-def _drawn(config: PrepareConfig, source: str, item: Item) -> list[str]:
-    """The captions of a picture as the scan draws them; raises Rejected where it rejects it for them."""
-    if item.reason:
-        raise Rejected(item.reason, item.detail)
-    captions = draw_captions(sample_key(source, item.name), item.captions, config.captions)
-    if why := refusal(item.metadata, config.filters.metadata):
-        raise Rejected("metadata", why)
-    return captions
+    title = "Rejected in a sample, before pictures are opened"
+    yield Listing(title, ("source", "reason", "pictures", "%"), rows, words=2)
+    lengths = {name: encoder.max_length for name, encoder in config.text_encoders.items()}
+    cut = {
+        name: count_cut(load_tokenizer(Path(encoder.path)), captions, encoder.max_length)
+        for name, encoder in config.text_encoders.items()
+    }
+    yield cut_listing(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
 
 
 def sampled_items(
@@ -135,20 +135,21 @@ def sampled_items(
 ) -> list[Item]:
     """Up to PICTURES of a source, from files chosen at random; raises InputError where a column is missing."""
     files = listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
-    rng, classes = random.Random(0), list(count_classes({name: source}, listing))
+    classes = list(count_classes({name: source}, listing))
     count = min(PICTURES if source.per_task > 1 else FILES, len(files))
-    chosen = files.take(sorted(rng.sample(range(len(files)), count))).to_pylist()
-    entries = [Entry(**row) for row in chosen]
+    places = sorted(random.Random(0).sample(range(len(files)), count))
+    entries = [Entry(**row) for row in files.take(places).to_pylist()]
     if source.per_task == 1 and is_remote(source.path):
         entries = [entry for entry in entries[:1] if entry.size <= FETCHED_BYTES]
         if not entries:
             console.print(f"{name}: captions were not looked at, its files being large and remote")
+    read = partial(first_items, entries, source, classes, fields)
     if source.per_task > 1:
-        return first_items(entries, source, classes, fields)
+        return read()
     try:
         # A damaged table may crash the process that reads it.
         with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
-            return pool.submit(first_items, entries, source, classes, fields).result()
+            return pool.submit(read).result()
     except BrokenProcessPool:
         return [Item(entry.name, reason="scan_crash") for entry in entries]
 

@@ -5,25 +5,23 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Iterator
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.commits import commit_path, read_commit
 from data_prep.config import PrepareConfig
-from data_prep.decoder import Address, Answer, DecodePool, DecodeRequest
-from data_prep.encoders import NO_ENCODERS, Arrays, Codec, Encoder, Text, configured, merged
+from data_prep.decoder import Address, DecodePool, DecodeRequest
+from data_prep.encoders import Arrays, Codec, Encoder, Text, Vision, configured
 from data_prep.images import Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import Member, captions_sha256
-from data_prep.shards import WORK, ShardWriter, write_text
+from data_prep.shards import WORK, ShardWriter, commit_path, read_commit, write_text
 from data_prep.workers import ATTEMPTS, LOST, Actors, Worker
 from models.config import InputError
 
@@ -31,8 +29,10 @@ from models.config import InputError
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 WORDS = (0, 1, 2, 5, 10, 20, 40, 80, 160)
 HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption": WORDS}
+# A row of the plan and its picture.
+Decoded = tuple[dict[str, Any], Picture]
 
-# torch is imported by `load`: this module is also imported where only decoding is done.
+# torch is imported by `describe`: this module is also imported where only decoding is done.
 
 
 @dataclass(frozen=True)
@@ -47,45 +47,46 @@ class Encoders:
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What an actor is made with. Relative paths of encoders lie in `folder`.
-
-    `check` raises InputError where the dataset is another process's by now.
-    """
+    """What an actor is made with; `check` raises InputError where the dataset is another process's by now."""
 
     config: PrepareConfig
     dataset: Path
     check: Callable[[], None] = lambda: None
-    folder: Path = field(default_factory=Path.cwd)
 
 
 class ShardEncoder(Worker):
-    """Holds the encoders; `encode_shard` may run in two threads, so that one decodes while one encodes."""
+    """Holds the encoders; `encode_shard` may run in two threads, so that one decodes while one encodes.
+
+    It counts in Ray's dashboard and Prometheus endpoint: ray_flowmill_pictures_total and so on.
+    """
 
     def __init__(self, settings: EncoderSettings, num_decoders: int):
+        from ray.util.metrics import Counter
+
         self._config, self._dataset = settings.config, settings.dataset
         self._check = settings.check
-        self._folder, self._configs = settings.folder, configured(settings.config)
+        self._has_labels = any(source.labels for source in self._config.sources.values())
         self._pool = DecodePool(self._config.images, num_decoders)
-        self._loading, self._encoding = threading.Lock(), threading.Lock()
-        self._encoders: dict[str, Encoder] = {}
-        self._metrics = _Metrics()
+        self._encoding = threading.Lock()
+        self._encoders: list[Encoder] = []
+        self._pictures = Counter("flowmill_pictures", "pictures encoded and committed")
+        self._rejects = Counter("flowmill_rejects", "pictures rejected when encoding", ("reason",))
+        self._bytes = Counter("flowmill_bytes", "bytes of committed shards")
 
     def describe(self) -> Encoders:
-        """What the encoders say of themselves; raises InputError."""
-        self._load()
-        return Encoders(
-            record=reduce(merged, (e.record() for e in self._encoders.values()), NO_ENCODERS),
-            members=self._members(),
-            empty_caption={n: v[0] for n, v in self._encode("captions", [""]).items()},
-        )
+        """Open the encoders; returns what they say of themselves. Raises InputError."""
+        self._open()
+        roles = {text.name: text.record() for text in self._texts}
+        visions = [e.record() for e in self._encoders if isinstance(e, Vision)]
+        record = {
+            "codec": self._codec.record(),
+            "text": {"tokens": [[name] for name in roles], "pooled": [*roles], "roles": roles},
+            "vision": visions[0] if visions else None,
+        }
+        empty_caption = {n: v[0] for n, v in self._encode("captions", [""]).items()}
+        return Encoders(record, self._members(), empty_caption)
 
-    def _load(self) -> None:
-        """Import torch and open the encoders, once; raises InputError."""
-        with self._loading:
-            if not self._encoders:
-                self._encoders = self._open_encoders()
-
-    def _open_encoders(self) -> dict[str, Encoder]:
+    def _open(self) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self._config.encode.threads)
         # Torch takes a VAE's activations from the kernel anew at every layer; of small pages that alone
         # is a third of the time on CPUs.
@@ -97,26 +98,24 @@ class ShardEncoder(Worker):
         torch.set_num_threads(self._config.encode.threads)
         be_deterministic()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return {
-            place: encoder.open(place.split(".")[-1], self._folder / encoder.path, device)
-            for place, encoder in self._configs.items()
-        }
-
-    @property
-    def _has_labels(self) -> bool:
-        return any(source.labels for source in self._config.sources.values())
+        self._encoders = [
+            encoder.open(place.split(".")[-1], device)
+            for place, encoder in configured(self._config).items()
+        ]
 
     @property
     def _codec(self) -> Codec:
-        codec = self._encoders["vae"]
-        assert isinstance(codec, Codec)
-        return codec
+        return next(encoder for encoder in self._encoders if isinstance(encoder, Codec))
+
+    @property
+    def _texts(self) -> list[Text]:
+        return [encoder for encoder in self._encoders if isinstance(encoder, Text)]
 
     def _members(self, reads: str | None = None) -> dict[str, Member]:
         """All members in the order of the index, or those of the encoders that read so alone."""
         members: dict[str, Member] = {}
-        for place, encoder in self._encoders.items():
-            if reads in (None, self._configs[place].reads):
+        for encoder in self._encoders:
+            if reads in (None, encoder.reads):
                 members |= encoder.members()
         if reads is None:
             members["micro"] = Member(dtype="float32", shape=(4,))
@@ -125,7 +124,7 @@ class ShardEncoder(Worker):
         return members
 
     def encode_shard(
-        self, spec: ShardSpec, number: int, deadly: Container[int] = ()
+        self, spec: ShardSpec, number: int, deadly: Collection[int] = ()
     ) -> dict[str, Any]:
         """Write and commit the shard that is the plan's `number`th, unless that is done; its commit record.
 
@@ -133,20 +132,15 @@ class ShardEncoder(Worker):
         """
         if commit := read_commit(self._dataset, spec.path):
             return commit
-        self._load()
+        from models.text_encoder import count_cut
+
         planned = read_planned(self._dataset / WORK, number).to_pylist()
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
         sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
-        texts, samples = (
-            list(self._members("captions")),
-            ProofSamples(self._config.thumbnails_per_shard),
-        )
-        rejects = [
-            _reject(row, "encoder_crash", f"its encoder died {ATTEMPTS} times")
-            for place, row in enumerate(planned)
-            if place in deadly
-        ]
+        samples = ProofSamples(self._config.thumbnails_per_shard)
+        crash = f"its encoder died {ATTEMPTS} times"
+        rejects = [_reject(planned[place], "encoder_crash", crash) for place in deadly]
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
@@ -157,7 +151,7 @@ class ShardEncoder(Worker):
                     samples.add(ProofSample(row["key"], caption, picture.pixels, arrays))
                     for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
                         _add_latents(sums, arrays[name])
-            proof, psnr_db = self._prove(samples.in_order(), texts)
+            proof, psnr_db = self._prove(samples.in_order())
             self._check()
             commit = asdict(spec) | writer.commit(proof) | _summary(kept)
             commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
@@ -165,14 +159,17 @@ class ShardEncoder(Worker):
             commit |= {"psnr_db": psnr_db, "rejects": rejects}
             captions = [caption for row in kept for caption in row["captions"]]
             commit["cut_captions"] = {
-                encoder.name: encoder.count_cut(captions)
-                for encoder in self._encoders.values()
-                if isinstance(encoder, Text)
+                text.name: count_cut(text.model.tokenizer, captions, text.model.max_length)
+                for text in self._texts
             }
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
         finally:
             writer.abandon()
-        self._metrics.count(spec.num_planned - len(rejects), rejects, commit["bytes"])
+        if kept:
+            self._pictures.inc(len(kept))
+            self._bytes.inc(commit["bytes"])
+        for reject in rejects:
+            self._rejects.inc(1, {"reason": reject["reason"]})
         return commit
 
     def try_picture(self, spec: ShardSpec, number: int, place: int) -> None:
@@ -187,17 +184,12 @@ class ShardEncoder(Worker):
 
     def _batches(
         self, spec: ShardSpec, rows: list[dict[str, Any]], rejects: list[dict[str, str]]
-    ) -> Iterator[list[tuple[dict[str, Any], Picture]]]:
+    ) -> Iterator[list[Decoded]]:
         """Decoded pictures in the plan's order, `batch_size` at a time; at most two batches are ahead."""
-        waiting: deque[tuple[dict[str, Any], Future[Answer]]] = deque()
-        size = self._config.encode.batch_size
-        todo = iter(rows)
-        batch: list[tuple[dict[str, Any], Picture]] = []
-        while True:
-            while len(waiting) < 2 * size and (row := next(todo, None)):
-                waiting.append((row, self._pool.submit(self._request(row, spec))))
-            if not waiting:
-                break
+        size, batch = self._config.encode.batch_size, list[Decoded]()
+        asked = ((row, self._pool.submit(self._request(row, spec))) for row in rows)
+        waiting = deque(islice(asked, 2 * size))
+        while waiting:
             row, future = waiting.popleft()
             answer = future.result()
             if isinstance(answer, Picture):
@@ -205,11 +197,10 @@ class ShardEncoder(Worker):
             else:
                 assert isinstance(answer, Rejected)
                 rejects.append(_reject(row, answer.reason, answer.detail))
-            if len(batch) == size:
+            waiting.extend(islice(asked, 1))
+            if len(batch) == size or (batch and not waiting):
                 yield batch
                 batch = []
-        if batch:
-            yield batch
 
     def _request(self, row: dict[str, Any], spec: ShardSpec) -> DecodeRequest:
         address = Address(row["path"], row["offset"], row["length"])
@@ -217,10 +208,7 @@ class ShardEncoder(Worker):
         return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
 
     def _encode_batch(
-        self,
-        batch: list[tuple[dict[str, Any], Picture]],
-        rejects: list[dict[str, str]],
-        flip: bool,
+        self, batch: list[Decoded], rejects: list[dict[str, str]], flip: bool
     ) -> Iterator[tuple[dict[str, Any], Picture, dict[str, np.ndarray]]]:
         """Every picture's arrays by name: of its distinct captions, the second's end in .2, and so on."""
         captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
@@ -255,12 +243,12 @@ class ShardEncoder(Worker):
 
             batch = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
         found: Arrays = {}
-        for place, encoder in self._encoders.items():
-            if self._configs[place].reads == reads:
+        for encoder in self._encoders:
+            if encoder.reads == reads:
                 found |= encoder.encode(batch)
         return found
 
-    def _prove(self, samples: list[ProofSample], texts: list[str]) -> tuple[bytes, list[float]]:
+    def _prove(self, samples: list[ProofSample]) -> tuple[bytes, list[float]]:
         """The shard's proof, and the PSNR of its pictures; none of a shard without samples.
 
         Pictures are decoded one by one: what a batch's bits are may depend on its size.
@@ -269,7 +257,7 @@ class ShardEncoder(Worker):
             return b"", []
         with self._encoding:
             decoded = [self._codec.decode(sample.arrays["moments"]) for sample in samples]
-        return make_proof(samples, decoded, texts)
+        return make_proof(samples, decoded, list(self._members("captions")))
 
     def _variants(self, captions: list[str], flip: bool) -> list[dict[str, str]]:
         """The samples made of one picture, as the arrays that stand for a member: captions by mirror images."""
@@ -280,17 +268,19 @@ class ShardEncoder(Worker):
         return said + (mirrored if flip else [])
 
 
-def encode_shards(actors: Actors, todo: list[tuple[ShardSpec, int]]) -> Iterator[dict[str, Any]]:
-    """The commit of every shard, in any order; a picture that kills its encoders is rejected."""
+def encode_shards(
+    actors: Actors, todo: list[tuple[ShardSpec, int]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and commit of every shard, in any order; a picture that kills its encoders is rejected."""
     groups = ([shard] for shard in todo)
     pictures = lambda shard: shard[0].num_planned  # noqa: E731
-    for (spec, _), commit in actors.run_all("encode_shard", "try_picture", groups, pictures):
+    for (spec, number), commit in actors.run_all("encode_shard", "try_picture", groups, pictures):
         if commit is LOST:
             raise InputError(
                 f"{spec.path}: kills its encoders, though none of its pictures does alone. Remedy: where "
                 "memory is short, lower encode.batch_size, and run it again to go on."
             )
-        yield commit
+        yield number, commit
 
 
 def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str, Any]:
@@ -328,24 +318,6 @@ def _add_latents(sums: np.ndarray, moments: np.ndarray) -> None:
         sums[2] += (std**2).sum(axis=(1, 2))
 
 
-class _Metrics:
-    """Counters in Ray's dashboard and Prometheus endpoint: ray_flowmill_pictures_total and so on."""
-
-    def __init__(self):
-        from ray.util.metrics import Counter
-
-        self._pictures = Counter("flowmill_pictures", "pictures encoded and committed")
-        self._rejects = Counter("flowmill_rejects", "pictures rejected when encoding", ("reason",))
-        self._bytes = Counter("flowmill_bytes", "bytes of committed shards")
-
-    def count(self, pictures: int, rejects: list[dict[str, str]], num_bytes: int) -> None:
-        if pictures:
-            self._pictures.inc(pictures)
-            self._bytes.inc(num_bytes)
-        for reject in rejects:
-            self._rejects.inc(1, {"reason": reject["reason"]})
-
-
 def _numbered(name: str, number: int) -> str:
     return f"{name}.{number + 1}" if number else name
 
@@ -373,16 +345,16 @@ def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a commit says of a shard's rows: histograms, captions' hash, and how many classes it needs."""
     captions = [(row["key"], row["captions"]) for row in rows]
-    values = {
-        "Shorter side of the original, pixels": [min(r["height"], r["width"]) for r in rows],
-        "Words per caption": [len(text.split()) for row in rows for text in row["captions"]],
+    sides = [min(row["height"], row["width"]) for row in rows]
+    words = [len(text.split()) for row in rows for text in row["captions"]]
+    counts = {
+        name: np.histogram(values, [*bins, np.inf])[0].tolist()
+        for (name, bins), values in zip(HISTOGRAMS.items(), (sides, words), strict=True)
     }
-    edges = {name: [*bins, np.inf] for name, bins in HISTOGRAMS.items()}
     return {
-        "histograms": {n: np.histogram(v, edges[n])[0].tolist() for n, v in values.items()},
+        "histograms": counts,
         "captions_sha256": captions_sha256(captions),
-        "num_labels": max((row["label"] for row in rows if row["label"] is not None), default=-1)
-        + 1,
+        "num_labels": max((r["label"] + 1 for r in rows if r["label"] is not None), default=0),
     }
 
 

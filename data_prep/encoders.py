@@ -4,7 +4,7 @@ Another kind is a config and an encoder here, a field of PrepareConfig, and its 
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,28 +30,32 @@ from models.weights import (
 PROCESS_BYTES = 1 << 30
 # By member, an array for each picture or caption.
 Arrays = dict[str, np.ndarray | list[np.ndarray]]
-# What the manifest says of encoders where there are none.
-NO_ENCODERS = {"text": {"tokens": [], "pooled": [], "roles": {}}, "vision": None}
 
 
-class Encoder(Protocol):
-    """What preparation asks of an encoder of any kind."""
+class Encoder:
+    """What preparation asks of an encoder of any kind; `name` is the last part of its place in the config."""
 
-    def members(self) -> dict[str, Member]: ...
+    reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
+    RECORD: ClassVar[type[Config]]
+
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model, name
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return self.RECORD.model_validate(self.model.record()).model_dump()
+
+    def members(self) -> dict[str, Member]:
+        raise NotImplementedError
 
     def encode(self, batch: Any) -> Arrays:
         """Every member's array of each picture, uint8 (B, 3, H, W), or of each caption."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """This encoder's part of the manifest."""
-        ...
+        raise NotImplementedError
 
 
 class EncoderConfig(Config):
     """What every kind of encoder has."""
 
-    reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
     path: Place
     dtype: EncoderDtype = "fp32"
 
@@ -69,8 +73,8 @@ class EncoderConfig(Config):
         config = config_sha256(self.read_config())
         return {"weights": weights_sha256(Path(self.path)), "config": config}
 
-    def open(self, name: str, folder: Path, device: str) -> Encoder:
-        """The encoder, from its folder; raises InputError."""
+    def open(self, name: str, device: str) -> Encoder:
+        """The encoder; raises InputError."""
         raise NotImplementedError
 
 
@@ -94,35 +98,27 @@ class VaeConfig(EncoderConfig):
             f"the default of {config.get('_class_name')}. Remedy: write the factor of this vae there."
         )
 
-    def open(self, name: str, folder: Path, device: str) -> "Codec":
+    def open(self, name: str, device: str) -> "Codec":
         from models.vae import LatentCodec
 
-        return Codec(LatentCodec.load(folder, self.dtype, device), self.path)
+        return Codec(LatentCodec.load(self.path, self.dtype, device), name)
 
 
 class TextEncoderConfig(EncoderConfig):
     """A transformers text encoder's folder, its tokenizer within or beside it."""
 
-    reads = "captions"
     max_length: int = Field(default=77, ge=1)
 
     def read_config(self) -> dict[str, Any]:
         return read_text_config(Path(self.path), self.max_length)
 
-    def count_cut(self, captions: list[str]) -> int:
-        """Captions of which the encoder leaves out the end, by the tokenizer alone."""
-        from models.text_encoder import count_cut, load_tokenizer
-
-        return count_cut(load_tokenizer(Path(self.path)), captions, self.max_length)
-
     def hashes(self) -> dict[str, str]:
         return super().hashes() | {"tokenizer": tokenizer_sha256(Path(self.path))}
 
-    def open(self, name: str, folder: Path, device: str) -> "Text":
+    def open(self, name: str, device: str) -> "Text":
         from models.text_encoder import TextEncoder
 
-        encoder = TextEncoder.load(folder, self.max_length, self.dtype, device)
-        return Text(encoder, self.path, name)
+        return Text(TextEncoder.load(self.path, self.max_length, self.dtype, device), name)
 
 
 class VisionEncoderConfig(EncoderConfig):
@@ -145,10 +141,10 @@ class VisionEncoderConfig(EncoderConfig):
         scale = [p for p in (Path(self.path) / "preprocessor_config.json",) if p.is_file()]
         return super().hashes() | {"preprocessor": file_sha256(*scale)}
 
-    def open(self, name: str, folder: Path, device: str) -> "Vision":
+    def open(self, name: str, device: str) -> "Vision":
         from models.vision_encoder import VisionEncoder
 
-        return Vision(VisionEncoder.load(folder, self.patch_pixels, self.dtype, device), self.path)
+        return Vision(VisionEncoder.load(self.path, self.patch_pixels, self.dtype, device), name)
 
 
 class EncodeConfig(Config):
@@ -159,11 +155,10 @@ class EncodeConfig(Config):
     """Threads of torch per actor; on CPUs more actors beat more threads."""
 
 
-class Codec:
+class Codec(Encoder):
     """The latent codec, whose moments are stored raw."""
 
-    def __init__(self, model: Any, path: str):
-        self.model, self.path = model, path
+    RECORD = CodecRecord
 
     def members(self) -> dict[str, Member]:
         depth = self.model.channels * (1 if self.model.deterministic else 2)
@@ -179,16 +174,12 @@ class Codec:
         picture = self.model.decode_mean(torch.from_numpy(moments)[None])[0]
         return picture.cpu().permute(1, 2, 0).numpy()
 
-    def record(self) -> dict[str, Any]:
-        record = CodecRecord.model_validate(self.model.record() | {"path": self.path})
-        return {"codec": record.model_dump()}
 
-
-class Text:
+class Text(Encoder):
     """One role of the text: tokens, of which the real ones are stored, and one vector."""
 
-    def __init__(self, model: Any, path: str, name: str):
-        self.model, self.path, self.name = model, path, name
+    reads = "captions"
+    RECORD = RoleRecord
 
     def members(self) -> dict[str, Member]:
         return {
@@ -201,33 +192,17 @@ class Text:
         real = [_float16(t[m]) for t, m in zip(tokens, mask, strict=True)]
         return {self.name: real, f"{self.name}_pooled": _float16(pooled)}
 
-    def count_cut(self, captions: list[str]) -> int:
-        """Captions of which `encode` leaves out the end."""
-        from models.text_encoder import count_cut
 
-        return count_cut(self.model.tokenizer, captions, self.model.max_length)
-
-    def record(self) -> dict[str, Any]:
-        record = RoleRecord.model_validate(self.model.record() | {"path": self.path})
-        roles = {self.name: record.model_dump()}
-        return {"text": {"tokens": [[self.name]], "pooled": [self.name], "roles": roles}}
-
-
-class Vision:
+class Vision(Encoder):
     """Features of a vision transformer, to align a network's with."""
 
-    def __init__(self, model: Any, path: str):
-        self.model, self.path = model, path
+    RECORD = VisionRecord
 
     def members(self) -> dict[str, Member]:
         return {"vision": Member(dtype="float16", shape=(self.model.dim, None, None))}
 
     def encode(self, batch: Any) -> Arrays:
         return {"vision": _float16(self.model.encode(batch))}
-
-    def record(self) -> dict[str, Any]:
-        record = VisionRecord.model_validate(self.model.record() | {"path": self.path})
-        return {"vision": record.model_dump()}
 
 
 def _float16(values: Any) -> np.ndarray:
@@ -246,12 +221,11 @@ def configured(config: Config) -> dict[str, EncoderConfig]:
 
 def weight_of(config: Config) -> int:
     """Bytes of memory that a process with every encoder of a preparation takes, roughly."""
-    bytes_each = {"bf16": 2, "fp16": 2}
-    numbers = [
-        num_parameters(Path(e.path)) * bytes_each.get(e.dtype, 4)
-        for e in configured(config).values()
-    ]
-    return PROCESS_BYTES + sum(numbers) * 5 // 4
+    weights = 0
+    for encoder in configured(config).values():
+        bytes_each = 2 if encoder.dtype in ("bf16", "fp16") else 4
+        weights += num_parameters(Path(encoder.path)) * bytes_each
+    return PROCESS_BYTES + weights * 5 // 4
 
 
 def check_encoders(config: Config) -> dict[str, dict[str, str]]:
@@ -263,15 +237,3 @@ def check_encoders(config: Config) -> dict[str, dict[str, str]]:
         except InputError as error:
             raise InputError(f"{place}.path: {error}") from None
     return found
-
-
-def merged(whole: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """Two parts of the manifest as one: dicts are joined, lists put one after another."""
-    joined = whole | part
-    for name in whole.keys() & part.keys():
-        old, new = whole[name], part[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            joined[name] = merged(old, new)
-        elif isinstance(old, list) and isinstance(new, list):
-            joined[name] = old + new
-    return joined

@@ -70,10 +70,13 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         scan(config, dataset, sample)
         shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset)
         num, spent, size, proof, doubt = _encode(config, dataset, shards, wanted)
-        seen = Counter(
-            pq.read_table(dataset / WORK / "catalog", columns=["source"])["source"].to_pylist()
-        )
-    pictures = sum(_pictures(config, name, seen[name], listing, sample) for name in config.sources)
+        catalog = pq.read_table(dataset / WORK / "catalog", columns=["source"])
+    seen, pictures = Counter(catalog["source"].to_pylist()), 0.0
+    for name, source in config.sources.items():
+        every, read = (_of_source(t, name)["size"].to_numpy() for t in (listing, sample))
+        # Those of the tars and tables that were not read are reckoned by their bytes.
+        of_all = seen[name] * every.sum() / max(read.sum(), 1)
+        pictures += len(every) if source.per_task > 1 else of_all
     kept_share = sum(spec.num_planned for spec in shards) / seen.total()
     kept, groups = round(pictures * kept_share), len({(s.height, s.width, s.split) for s in shards})
     num_shards = max(round(kept / config.samples_per_shard + groups / 2), groups)
@@ -108,17 +111,6 @@ def _of_source(listing: pa.Table, name: str) -> pa.Table:
     return listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
 
 
-def _pictures(
-    config: PrepareConfig, name: str, seen: int, listing: pa.Table, sample: pa.Table
-) -> float:
-    """Pictures in a source; those of the tars and tables that were not read are reckoned by their bytes."""
-    every = _of_source(listing, name)
-    if config.sources[name].per_task > 1:
-        return len(every)
-    read = pc.sum(_of_source(sample, name)["size"]).as_py()  # pyright: ignore[reportAttributeAccessIssue]
-    return seen * pc.sum(every["size"]).as_py() / read if read else seen  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _encode(
     config: PrepareConfig, dataset: Path, shards: list[ShardSpec], wanted: int
 ) -> tuple[int, float, float, float, str]:
@@ -135,11 +127,9 @@ def _encode(
         encoders, commits = actors.describe(), list[dict[str, Any]]()
         begin = time.perf_counter()
         with Progress("sample", num, "pictures") as progress:
-            done = 0
-            for commit in encode_shards(actors, todo):
+            for _, commit in encode_shards(actors, todo):
                 commits.append(commit)
-                done += commit["num_planned"]
-                progress.update(done)
+                progress.update(sum(commit["num_planned"] for commit in commits))
         spent = time.perf_counter() - begin
     sizes = find_files(dataset / "shards")
     proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]

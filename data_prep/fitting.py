@@ -22,14 +22,7 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jaxtyping import Float, UInt8
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import Progress, TextColumn, TimeElapsedColumn, track
 from torch import Tensor
 
 from data_prep.config import FitVaeConfig
@@ -76,26 +69,24 @@ def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
 
     found = find_pictures(config, name, rejects)
     items = heapq.nsmallest(config.max_pictures, found, key=order)
-    pool, parts = DecodePool(ImagesConfig(), os.cpu_count() or 1), ([], [])
+    pool, fitting, heldout = DecodePool(ImagesConfig(), os.cpu_count() or 1), [], []
     addresses = (Address(i.path, i.offset, i.length, i.data) for i in items)
     answers = [pool.submit(DecodeRequest(a, None, bucket, (0.5, 0.5))) for a in addresses]
     pairs = zip(items, answers, strict=True)
     for item, future in track(pairs, f"Reading {name}", len(items), console=console):
         answer = future.result()
         if isinstance(answer, Picture):
-            heldout = name_hash(os.path.basename(item.name)) < config.heldout_fraction
-            parts[heldout].append(answer.pixels.transpose(2, 0, 1))
+            is_heldout = name_hash(os.path.basename(item.name)) < config.heldout_fraction
+            (heldout if is_heldout else fitting).append(answer.pixels.transpose(2, 0, 1))
         else:
             assert isinstance(answer, Rejected)
             rejects[answer.reason] += 1
-    fitting, held = map(len, parts)
-    told = f"{fitting} pictures to fit on, {held} held out, rejected: {dict(rejects)}"
-    if not (parts[0] and parts[1]):
-        raise InputError(
-            f"sources.{name}: got {told}; expected some of each. Remedy: more pictures."
-        )
+    told = f"{len(fitting)} pictures to fit on, {len(heldout)} held out, rejected: {dict(rejects)}"
+    if not (fitting and heldout):
+        remedy = "expected some of each. Remedy: more pictures."
+        raise InputError(f"sources.{name}: got {told}; {remedy}")
     console.print(f"{name}: {told}")
-    return torch.from_numpy(np.stack(parts[0])), torch.from_numpy(np.stack(parts[1]))
+    return torch.from_numpy(np.stack(fitting)), torch.from_numpy(np.stack(heldout))
 
 
 def build(config: FitVaeConfig) -> AutoencoderKL:
@@ -172,9 +163,8 @@ def fit(vae: AutoencoderKL, sources: list[Tensor], config: FitVaeConfig, work: P
         step, elapsed_s, smooth = state["step"], state["elapsed_s"], state["smooth"]
         console.print(f"resuming from step {step}")
     start, saved = time.monotonic() - elapsed_s, time.monotonic()
-    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*bar, *times, TextColumn("{task.fields[note]}"), console=console) as progress:
+    columns = (TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*Progress.get_default_columns(), *columns, console=console) as progress:
         task = progress.add_task("Fitting", total=1.0, note="")
         while True:
             elapsed_s = time.monotonic() - start
@@ -235,9 +225,10 @@ def psnr(
 
 def heldout_psnr(codec: LatentCodec, pictures: UInt8[Tensor, "N 3 H W"]) -> float:
     """Mean PSNR in dB of the pictures decoded from their posterior's mean, which is normalised and back."""
-    values = []
-    for batch in pictures.split(64):
-        values.append(psnr(batch, codec.decode_mean(codec.encode_moments(batch)).cpu()))
+    values = [
+        psnr(batch, codec.decode_mean(codec.encode_moments(batch)).cpu())
+        for batch in pictures.split(64)
+    ]
     return torch.cat(values).mean().item()
 
 

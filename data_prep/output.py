@@ -9,16 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig
 from data_prep.plan import shard_list
 from data_prep.report import console
 from data_prep.scan import LISTING, LISTING_SCHEMA, listing_sha256, split_others
 from data_prep.schema import AUDITED, MANIFEST, read_manifest
-from data_prep.shards import WORK, read_table, write_table, write_text
+from data_prep.shards import WORK, read_commits, read_table, write_table, write_text
 from data_prep.sources.classes import count_classes
 from data_prep.storage import delete, is_remote, names_in, open_root, patient
-from data_prep.workers import in_ray_job
 from models.config import InputError, differences
 from models.lock import Lock
 
@@ -33,7 +31,7 @@ class StoreLock(Lock):
         return patient(self._path.read_text)
 
     def create(self, text: str) -> bool:
-        path: Any = self._path
+        path = self._path
         put = partial(path.fs.pipe_file, path.path, text.encode(), mode="create")
         try:
             patient(put)
@@ -48,13 +46,13 @@ class StoreLock(Lock):
         return True
 
     def write(self, text: str) -> None:
-        path: Any = self._path
-        patient(path.fs.pipe_file, path.path, text.encode())
+        patient(self._path.fs.pipe_file, self._path.path, text.encode())
 
 
 def lock_output(config: PrepareConfig) -> Lock:
     """The lock of an output folder that may be written to; raises InputError where that may not be."""
-    if in_ray_job() and not (is_remote(config.output) or os.path.isabs(config.output)):
+    in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if in_ray_job and not (is_remote(config.output) or os.path.isabs(config.output)):
         raise InputError(
             f"output: got {config.output}, expected an absolute path: in a Ray job a relative one lies in "
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
@@ -88,7 +86,10 @@ def open_output(
     work = dataset / WORK
     try:
         if restart:
-            _delete_earlier(dataset)
+            # config.json, and with it the right to resume, goes first.
+            for path in (work / "config.json", *(dataset / name for name in OURS)):
+                if count := delete(path):
+                    console.print(f"deleted {path} ({count} files)")
         if (work / "config.json").exists():
             begun = json.loads((work / "config.json").read_text())
             _refuse_other_settings(config.output, begun["settings"], settings)
@@ -101,17 +102,9 @@ def open_output(
             begun["listing_sha256"] = listing_sha256(listing)
             write_text(work / "config.json", json.dumps(begun, indent=1))
     except OSError as error:
-        raise InputError(
-            f"output: cannot write {config.output}: {error.strerror or error}"
-        ) from error
+        why = error.strerror or error
+        raise InputError(f"output: cannot write {config.output}: {why}") from error
     return dataset, listing
-
-
-def _delete_earlier(dataset: Path) -> None:
-    # config.json, and with it the right to resume, goes first.
-    for path in [dataset / WORK / "config.json", *(dataset / name for name in OURS)]:
-        if count := delete(path):
-            console.print(f"deleted {path} ({count} files)")
 
 
 def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -149,4 +142,4 @@ def is_complete(dataset: Path) -> bool:
     if not (dataset / MANIFEST).is_file():
         return False
     read_manifest(dataset)
-    return all(read_commits(dataset, shard_list(dataset)))
+    return all(read_commits(dataset, [spec.path for spec in shard_list(dataset)]))

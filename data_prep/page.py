@@ -64,9 +64,8 @@ def contact_sheet(shown: list[Shown]) -> Image.Image:
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", FONT_SIZE)
     cell = np.array([2 * SIDE + GAP, SIDE + (1 + CAPTION_LINES) * LINE]) + MARGIN
     columns = min(SHEET_COLUMNS, len(shown))
-    sheet = Image.new(
-        "RGB", tuple((cell * (columns, -(-len(shown) // columns)) + MARGIN).tolist()), "white"
-    )
+    width, height = (cell * (columns, -(-len(shown) // columns)) + MARGIN).tolist()
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pair in enumerate(shown):
         x, y = (cell * (i % columns, i // columns) + MARGIN).tolist()
@@ -76,9 +75,8 @@ def contact_sheet(shown: list[Shown]) -> Image.Image:
             sheet.paste(picture, (x, y))
             x, height = x + picture.width + GAP, picture.height
         letters = int((2 * SIDE + GAP) / font.getlength("m"))
-        lines = textwrap.wrap(
-            pair.caption or "no caption", letters, max_lines=CAPTION_LINES, placeholder=" ..."
-        )
+        caption, cut = pair.caption or "no caption", " ..."
+        lines = textwrap.wrap(caption, letters, max_lines=CAPTION_LINES, placeholder=cut)
         text = "\n".join([f"{pair.bucket}, {pair.psnr_db:.1f} dB", *lines])
         draw.multiline_text((cell[0] * (i % columns) + MARGIN, y + height + 2), text, "black", font)
     return sheet
@@ -91,7 +89,8 @@ def html_report(
     rejects: list[dict[str, str]],
 ) -> str:
     """The page's text, wherever the dataset lies; rejects: some of each reason."""
-    counts, columns = manifest.counts, ("reason", "source", "name", "detail")
+    counts, encoders = manifest.counts, manifest.encoders()
+    columns = ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
     environment = Environment(
         loader=PackageLoader("data_prep", ""),
@@ -103,7 +102,6 @@ def html_report(
     environment.filters["url"] = lambda pixels: (
         f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
     )
-    examples = [report.Listing("Examples of rejects", columns, rows, words=len(columns))]
     return environment.get_template("report.html.j2").render(
         manifest=manifest,
         classes=report.class_names(manifest.classes),
@@ -116,14 +114,13 @@ def html_report(
             "PSNR of decoded latents": f"{manifest.generations[-1].psnr_db} dB",
         },
         listings=[
-            report.count_listing(manifest),
-            *report.other_listings(manifest),
+            *report.count_listings(manifest),
             report.bucket_listing(commits),
             *histograms(commits),
-            *report.caption_listings(manifest),
+            report.caption_listing(manifest),
             report.latent_listing(manifest),
-            report.encoder_listing(manifest),
-            *(examples if rows else []),
+            report.encoder_listing(encoders, {n: e.weights_sha256 for n, e in encoders.items()}),
+            report.Listing("Examples of rejects", columns, rows, words=len(columns)),
         ],
         shown=shown,
     )
@@ -137,9 +134,8 @@ def histograms(commits: list[dict[str, Any]]) -> list[report.Listing]:
         labels = [f"{a} to {b - 1}" if b - a > 1 else f"{a}" for a, b in pairwise(bins)]
         labels.append(f"{bins[-1]:,} and more")
         filled = np.flatnonzero(counts)
-        shown = range(filled[0], filled[-1] + 1) if len(filled) else range(0)
+        shown = range(filled[0], filled[-1] + 1) if len(filled) else ()
         rows = [(labels[i], f"{counts[i]:,}") for i in shown]
-        listings.append(
-            report.Listing(name, ("", "count"), rows, bars=[float(counts[i]) for i in shown])
-        )
+        bars = [float(counts[i]) for i in shown]
+        listings.append(report.Listing(name, ("", "count"), rows, bars=bars))
     return listings

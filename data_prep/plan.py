@@ -4,15 +4,16 @@ Streams: the catalog is read twice, column by column and batch by batch, and sor
 keys. In memory are one range, 17 bytes per duplicate and, where near duplicates are looked for, 16 per picture.
 """
 
-import math
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from data_prep.duplicates import DROP, near_duplicates, same_files
 from data_prep.images import Bucket, list_buckets, nearest_bucket
 from data_prep.metadata import check_fields
 from data_prep.schema import REJECT_SCHEMA, SPLITS
-from data_prep.shards import WORK, NewTable, read_table, write_table
+from data_prep.shards import WORK, new_table, read_table, write_table
 from data_prep.storage import find_files, is_remote
 from models.config import InputError
 
@@ -73,10 +74,10 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     if not shards:
         rejects = read_table(work / "plan_rejects.parquet")
         counts = Counter(rejects["reason"].to_pylist()).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         raise InputError(
-            f"sources: of {len(rejects)} pictures none is left: "
-            + ", ".join(f"{count} {reason}" for reason, count in counts)
-            + f" (see {work}/plan_rejects.parquet). Remedy: other pictures, captions or filters, and --restart."
+            f"sources: of {len(rejects)} pictures none is left: {reasons} (see {work}/plan_rejects.parquet). "
+            "Remedy: other pictures, captions or filters, and --restart."
         )
     return shards
 
@@ -109,17 +110,29 @@ def plan(
             shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
         drops = find_duplicates(parts, filters, Path(folder))
-        spill = Spill(Path(folder), sum(_num_rows(part) for part in parts))
-        with NewTable(work / "plan_rejects.parquet", REJECT_SCHEMA) as rejects, spill:
-            for kept, rejected in sift(parts, filters, drops):
-                rejects.write(rejected)
-                bucket = nearest_bucket(_numbers(kept["height"]), _numbers(kept["width"]), buckets)
-                heldout = hex_digits(kept["key"], 12, 20) < heldout_fraction * 2**32
-                group = pa.array(bucket * len(SPLITS) + heldout, pa.int64())
-                spill.add(kept.append_column("group", group))
-        shards = _write_shards(work / "plan", spill.ranges(), buckets, samples_per_shard)
+        count = _num_ranges(sum(_num_rows(part) for part in parts), ROWS_PER_RANGE)
+        paths = [Path(folder) / f"range-{number}.arrow" for number in range(count)]
+        with new_table(work / "plan_rejects.parquet", REJECT_SCHEMA) as write:
+            sifted = sift(parts, filters, drops)
+            spill(_grouped(sifted, write, buckets, heldout_fraction), paths)
+        shards = _write_shards(work / "plan", read_ranges(paths), buckets, samples_per_shard)
     rows = [asdict(spec) for spec in shards]
     write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows, SHARD_LIST_SCHEMA))
+
+
+def _grouped(
+    sifted: Iterator[tuple[pa.Table, pa.Table]],
+    write_rejects: Callable[[pa.Table], None],
+    buckets: list[Bucket],
+    heldout_fraction: float,
+) -> Iterator[pa.Table]:
+    """Taken rows with the number of their bucket and split; rejects are written."""
+    for kept, rejected in sifted:
+        write_rejects(rejected)
+        bucket = nearest_bucket(_numbers(kept["height"]), _numbers(kept["width"]), buckets)
+        words = key_words(kept["key"])
+        heldout = (words[:, 3] << 16 | words[:, 4]) < heldout_fraction * 2**32
+        yield kept.append_column("group", pa.array(bucket * len(SPLITS) + heldout, pa.int64()))
 
 
 def read_planned(work: Path, number: int) -> pa.Table:
@@ -144,8 +157,9 @@ def sift(
         low, high = np.searchsorted(originals, [first, first + len(table)])
         keys[low:high] = table["key"].take(originals[low:high] - first).to_pylist()
         same = keys[np.searchsorted(originals, mine["original"])].astype(str)
-        pairs = zip(same, mine["distance"], strict=True)
-        said = dict(zip((mine["row"] - first).tolist(), pairs, strict=True))
+        said = {
+            r: pair for r, *pair in zip(mine["row"] - first, same, mine["distance"], strict=True)
+        }
         rejected = table.select(REJECTED).filter(fate != TAKEN).to_pylist()
         rejects = [
             _reject(row, int(fate[i]), said.get(i))
@@ -168,7 +182,7 @@ def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
     return fate
 
 
-def _reject(row: dict[str, Any], fate: int, same: tuple[str, int] | None) -> dict[str, Any]:
+def _reject(row: dict[str, Any], fate: int, same: list[Any] | None) -> dict[str, Any]:
     reason, detail = REASONS.get(fate, row["reason"]), row["detail"]
     if fate in (TOO_SMALL, ASPECT):
         detail = f"{row['width']}x{row['height']}"
@@ -205,79 +219,62 @@ def _passing(
         yield rows + first, table[column].take(rows)
 
 
-class Spill:
-    """Rows on disk by ranges of their key, so that each range can be sorted in memory."""
+def spill(tables: Iterator[pa.Table], paths: list[Path]) -> None:
+    """Write every row into the file of its key's range, so that each can be sorted in memory."""
+    writers = dict[int, pa.ipc.RecordBatchFileWriter]()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with ExitStack() as opened:
+        for table in tables:
+            place = key_words(table["key"])[:, 0] * len(paths) >> 16
+            for number in np.unique(place).tolist():
+                if number not in writers:
+                    writer = pa.ipc.new_file(str(paths[number]), table.schema, options=options)
+                    writers[number] = opened.enter_context(writer)
+                writers[number].write_table(table.filter(place == number))
 
-    def __init__(self, folder: Path, num_rows: int):
-        self._count = _num_ranges(num_rows, ROWS_PER_RANGE)
-        self._paths = [folder / f"range-{number}.arrow" for number in range(self._count)]
-        self._writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for writer in self._writers.values():
-            writer.close()
-
-    def add(self, table: pa.Table) -> None:
-        place = hex_digits(table["key"], 0, 4) * self._count >> 16
-        for number in np.unique(place).tolist():
-            if number not in self._writers:
-                options = pa.ipc.IpcWriteOptions(compression="lz4")
-                path = str(self._paths[number])
-                self._writers[number] = pa.ipc.new_file(path, table.schema, options=options)
-            self._writers[number].write_table(table.filter(place == number))
-
-    def ranges(self) -> Iterator[pa.Table]:
-        """In the order of their keys, each sorted by group and key."""
-        for number in sorted(self._writers):
-            with pa.ipc.open_file(str(self._paths[number])) as reader:
-                table = reader.read_all()
-            yield table.sort_by([("group", "ascending"), ("key", "ascending")])
-            self._paths[number].unlink()
+def read_ranges(paths: list[Path]) -> Iterator[pa.Table]:
+    """What was spilled, in the order of the keys' ranges, each sorted by group and key."""
+    for path in filter(Path.exists, paths):
+        with pa.ipc.open_file(str(path)) as reader:
+            table = reader.read_all()
+        yield table.sort_by([("group", "ascending"), ("key", "ascending")])
+        path.unlink()
 
 
 def _write_shards(
     folder: Path, ranges: Iterator[pa.Table], buckets: list[Bucket], size: int
 ) -> list[ShardSpec]:
-    """Cut every group into shards of `size` in the order of keys; keys are hashes, so each is a random sample."""
-    shards: list[ShardSpec] = []
-    writer: NewTable | None = None
-    counts, rest = Counter[int](), dict[int, pa.Table]()
+    """Write the pictures of every shard, SHARDS_PER_FILE to a file."""
+    shards, counts, cut = list[ShardSpec](), Counter[int](), _cut(ranges, size)
+    while first := next(cut, None):
+        path = folder / f"{len(shards) // SHARDS_PER_FILE:06d}.parquet"
+        with new_table(path, first[1].schema) as write:
+            for group, table in chain([first], islice(cut, SHARDS_PER_FILE - 1)):
+                write(table)
+                (height, width), split = buckets[group // len(SPLITS)], SPLITS[group % len(SPLITS)]
+                name = f"shards/{height}x{width}/{split}-{counts[group]:06d}.tar"
+                shards.append(ShardSpec(name, split, height, width, len(table)))
+                counts[group] += 1
+    return shards
 
-    def emit(group: int, table: pa.Table) -> None:
-        nonlocal writer
-        if len(shards) % SHARDS_PER_FILE == 0:
-            if writer:
-                writer.commit()
-            name = f"{len(shards) // SHARDS_PER_FILE:06d}.parquet"
-            writer = NewTable(folder / name, table.schema)
-        assert writer
-        writer.write(table)
-        (height, width), split = buckets[group // len(SPLITS)], SPLITS[group % len(SPLITS)]
-        path = f"shards/{height}x{width}/{split}-{counts[group]:06d}.tar"
-        shards.append(ShardSpec(path, split, height, width, len(table)))
-        counts[group] += 1
 
+def _cut(ranges: Iterator[pa.Table], size: int) -> Iterator[tuple[int, pa.Table]]:
+    """Every group in shards of `size` in the order of keys; keys are hashes, so each is a random sample."""
+    rest = dict[int, pa.Table]()
     for table in ranges:
         groups, starts = np.unique(_numbers(table["group"]), return_index=True)
         table = table.drop_columns(["group"])
-        for group, begin, end in zip(
-            groups.tolist(), starts, [*starts[1:], len(table)], strict=True
-        ):
+        ends = [*starts[1:], len(table)]
+        for group, begin, end in zip(groups.tolist(), starts, ends, strict=True):
             rows = table.slice(begin, end - begin)
             rows = pa.concat_tables([rest.pop(group), rows]) if group in rest else rows
             for start in range(0, len(rows) - size + 1, size):
-                emit(group, rows.slice(start, size))
+                yield group, rows.slice(start, size)
             if over := len(rows) % size:
                 # A copy, since a slice would keep all of `rows` in memory.
                 rest[group] = rows.take(np.arange(len(rows) - over, len(rows)))
-    for group in sorted(rest):
-        emit(group, rest[group])
-    if writer:
-        writer.commit()
-    return shards
+    yield from sorted(rest.items())
 
 
 def _batches(parts: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -296,20 +293,13 @@ def _num_rows(part: Path) -> int:
 
 
 def _num_ranges(num_rows: int, size: int) -> int:
-    return min(max(math.ceil(num_rows / size), 1), MAX_RANGES)
+    return min(max(-(-num_rows // size), 1), MAX_RANGES)
 
 
-def hex_digits(keys: pa.ChunkedArray, begin: int, end: int) -> np.ndarray:
-    """The numbers that digits begin to end of the keys are, int64 (n,)."""
-    array = pa.concat_arrays(keys.chunks) if keys.num_chunks else pa.array([], keys.type)
-    _, offsets, data = array.buffers()
-    if not len(array) or data is None:
-        return np.zeros(0, np.int64)
-    start = np.frombuffer(offsets, np.int32)[array.offset]
-    digits = np.frombuffer(data, np.uint8)[start : start + 20 * len(array)].reshape(-1, 20)
-    values = np.where(digits >= ord("a"), digits - ord("a") + 10, digits - ord("0"))
-    places = 16 ** np.arange(end - begin - 1, -1, -1, dtype=np.int64)
-    return values[:, begin:end].astype(np.int64) @ places
+def key_words(keys: pa.ChunkedArray) -> np.ndarray:
+    """Keys of 20 hexadecimal digits as numbers of four digits, int64 (n, 5)."""
+    data = bytes.fromhex("".join(keys.to_pylist()))
+    return np.frombuffer(data, ">u2").reshape(-1, 5).astype(np.int64)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

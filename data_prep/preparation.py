@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.catalog import STAGED
-from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
@@ -20,7 +19,7 @@ from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_result, status, warn
 from data_prep.scan import list_sources, refuse_changes, scan
 from data_prep.schema import read_manifest
-from data_prep.shards import WORK
+from data_prep.shards import WORK, read_commits
 from data_prep.storage import delete, is_remote
 from data_prep.workers import Actors, connect, share_out
 from models.files import full_disk_is_said, is_temporary
@@ -31,8 +30,8 @@ def prepare(
     config: PrepareConfig, dry_run: bool = False, restart: bool = False
 ) -> dict[str, float]:
     """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
-    clock = _Clock()
-    with clock.stage("list", "listing the sources and checking the encoders"):
+    spent = dict[str, float]()
+    with _stage(spent, "list", "listing the sources and checking the encoders"):
         settings = check_settings(config)
         listing = list_sources(config)
     if doubt := config.vae.doubt():
@@ -47,14 +46,14 @@ def prepare(
         if is_complete(dataset):
             console.print(f"{dataset} is complete; nothing to do.")
         else:
-            with clock.stage("start Ray", "starting Ray"):
+            with _stage(spent, "start Ray", "starting Ray"):
                 connect(config.ray)
-            _make(config, dataset, listing, lock, clock)
+            _make(config, dataset, listing, lock, spent)
         lock.check()
         delete(dataset / WORK / STAGED)
         _tidy(dataset)
-        print_result(dataset, read_manifest(dataset), clock.spent)
-    return clock.spent
+        print_result(dataset, read_manifest(dataset), spent)
+    return spent
 
 
 def _tidy(dataset: Path) -> None:
@@ -64,40 +63,34 @@ def _tidy(dataset: Path) -> None:
 
 
 def _make(
-    config: PrepareConfig, dataset: Path, listing: pa.Table, lock: Lock, clock: "_Clock"
+    config: PrepareConfig, dataset: Path, listing: pa.Table, lock: Lock, spent: dict[str, float]
 ) -> None:
     """Scan, plan, encode and finalise; raises InputError where another preparation takes over."""
-    with clock.stage("scan"):
+    with _stage(spent, "scan"):
         scan(config, dataset, listing, lock.check)
     lock.check()
-    with clock.stage("plan", "planning the shards"):
+    with _stage(spent, "plan", "planning the shards"):
         shards = make_plan(config, dataset)
     weight = weight_of(config)
     shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
     with Actors(ShardEncoder, settings, shares, console.print) as actors:
-        with clock.stage("load encoders", "loading the encoders"):
+        with _stage(spent, "load encoders", "loading the encoders"):
             encoders: Encoders = actors.describe()
-        with clock.stage("encode"):
+        with _stage(spent, "encode"):
             commits = encode(config, dataset, shards, actors, encoders)
     lock.check()
-    with clock.stage("finalise", "writing tables and report"):
+    with _stage(spent, "finalise", "writing tables and report"):
         finalise(config, dataset, commits, encoders)
 
 
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self):
-        self.spent = dict[str, float]()
-
-    @contextmanager
-    def stage(self, name: str, doing: str = "") -> Iterator[None]:
-        """Count what is done as this stage, and say so where it draws no bar of its own."""
-        begin = time.monotonic()
-        with status(doing) if doing else nullcontext():
-            yield
-        self.spent[name] = time.monotonic() - begin
+@contextmanager
+def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
+    """Count what is done as this stage, and say so where it draws no bar of its own."""
+    begin = time.monotonic()
+    with status(doing) if doing else nullcontext():
+        yield
+    spent[name] = time.monotonic() - begin
 
 
 def encode(
@@ -108,19 +101,17 @@ def encode(
     encoders: Encoders,
 ) -> list[dict[str, Any]]:
     """Every shard that is not committed yet; returns all commits in the order of the list."""
-    commits = read_commits(dataset, shards)
-    places = {spec.path: i for i, spec in enumerate(shards)}
+    commits = read_commits(dataset, [spec.path for spec in shards])
     todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
     total = sum(shard.num_planned for shard in shards)
     done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
     with Progress("encode", total, "pictures", done) as progress:
-        for count, commit in enumerate(encode_shards(actors, todo), start=1):
-            commits[places[commit["path"]]] = commit
+        for count, (number, commit) in enumerate(encode_shards(actors, todo), start=1):
+            commits[number] = commit
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
             progress.update(done, rejected)
             if config.publish_every_shards and count % config.publish_every_shards == 0:
                 publish(config, dataset, [c for c in commits if c], encoders)
-    whole = [commit for commit in commits if commit]
-    assert len(whole) == len(shards), "the actors returned before every shard was committed"
-    return whole
+    assert all(commits), "the actors returned before every shard was committed"
+    return [commit for commit in commits if commit]

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
-from data_prep.shards import WORK, NewTable, write_table, write_text
+from data_prep.shards import WORK, new_table, write_table, write_text
 from data_prep.sources.source import count_others
 from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import write_atomic
@@ -33,9 +34,8 @@ def finalise(
         _write_rejects(dataset, commits)
         raise InputError(f"{dataset}: every picture was rejected; see {schema.REJECTS}")
     shown = shown_pictures(dataset, commits)
-    write_atomic(
-        dataset / schema.CONTACT_SHEET, lambda path: contact_sheet(shown).save(path, "PNG")
-    )
+    sheet = contact_sheet(shown)
+    write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
     publish(config, dataset, commits, encoders, shown)
 
 
@@ -58,9 +58,8 @@ def publish(
     if not any(commit["split"] == "train" for commit in table) and shown is None:
         return
     rejected, others, examples = _write_rejects(dataset, commits)
-    write_table(
-        dataset / schema.SHARD_TABLE, pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
-    )
+    rows = pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
+    write_table(dataset / schema.SHARD_TABLE, rows)
     if encoders.empty_caption:
         # save_file would make it a file that its owner alone may read.
         data = save(encoders.empty_caption)
@@ -84,20 +83,18 @@ def _write_rejects(
     of each reason.
     """
     examples: dict[str, list[dict[str, str]]] = {}
-    counts, others = Counter[str](), Counter[str]()
+    counts, others, kind = Counter[str](), Counter[str](), schema.REJECT_SCHEMA
     encoded = [reject for commit in commits for reject in commit["rejects"]]
     with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
-        planned = (
-            pa.Table.from_batches([b], schema.REJECT_SCHEMA)
-            for b in pq.ParquetFile(file).iter_batches()
-        )
-        with NewTable(dataset / schema.REJECTS, schema.REJECT_SCHEMA) as writer:
-            for table in (*planned, pa.Table.from_pylist(encoded, schema=schema.REJECT_SCHEMA)):
-                writer.write(table)
+        batches = pq.ParquetFile(file).iter_batches()
+        planned = (pa.Table.from_batches([batch], kind) for batch in batches)
+        with new_table(dataset / schema.REJECTS, kind) as write:
+            for table in chain(planned, [pa.Table.from_pylist(encoded, schema=kind)]):
+                write(table)
                 new = Counter(table["reason"].to_pylist())
                 for reason in new:
-                    mine = table.filter(pc.equal(table["reason"], reason))  # pyright: ignore[reportAttributeAccessIssue]
                     few = examples.setdefault(reason, [])
+                    mine = table.filter(pc.field("reason") == reason)
                     few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
                 counts.update({r: n for r, n in new.items() if r not in NO_PICTURES})
                 others += count_others(table)
@@ -126,9 +123,11 @@ def _manifest(
         other_files=others,
         cut_captions={name: cut[name] for name in encoders.record["text"]["roles"]},
     )
-    latent_mean, latent_std = latent_statistics(_for_training(commits))
-    buckets: Counter[tuple[int, int]] = Counter()
-    for commit in _for_training(commits):
+    # All where there is no train split.
+    training = [commit for commit in commits if commit["split"] == "train"] or commits
+    latent_mean, latent_std = latent_statistics(training)
+    buckets = Counter[tuple[int, int]]()
+    for commit in training:
         buckets[commit["height"], commit["width"]] += commit["num_samples"]
     flips, drawn = config.images.flip, config.captions.per_picture
     return schema.Manifest(
@@ -158,7 +157,7 @@ def _generation(
     counts: schema.Counts,
 ) -> schema.Generation:
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
-    chain: dict[str, Any] = {
+    link: dict[str, Any] = {
         "previous": "",
         "settings_sha256": schema.fingerprint(settings),
         "listing_sha256": begun["listing_sha256"],
@@ -172,16 +171,11 @@ def _generation(
         listed=begun["listed"],
         counts=counts,
         num_shards=len(commits),
-        num_labels=chain["num_labels"],
+        num_labels=link["num_labels"],
         psnr_db=round(mean(value for commit in commits for value in commit["psnr_db"]), 2),
         listing_sha256=begun["listing_sha256"],
-        fingerprint=schema.fingerprint(chain),
+        fingerprint=schema.fingerprint(link),
     )
-
-
-def _for_training(commits: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The train split's, or all where there is none."""
-    return [commit for commit in commits if commit["split"] == "train"] or commits
 
 
 def latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

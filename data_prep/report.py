@@ -77,7 +77,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Listing:
-    """A table for people, in the terminal or on the page."""
+    """A table for people, in the terminal or on the page; neither shows one without rows."""
 
     title: str
     head: tuple[str, ...]
@@ -88,6 +88,8 @@ class Listing:
     """What the page draws behind each row."""
 
     def print(self) -> None:
+        if not self.rows:
+            return
         table = Table(title=self.title, show_header=any(self.head))
         for place, name in enumerate(self.head):
             justify = "left" if place < self.words else "right"
@@ -100,8 +102,7 @@ class Listing:
 def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
-    listings = [count_listing(manifest), *other_listings(manifest), bucket_listing(rows)]
-    for listing in [*listings, *caption_listings(manifest)]:
+    for listing in (*count_listings(manifest), bucket_listing(rows), caption_listing(manifest)):
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
@@ -111,29 +112,26 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
         where = min(os.path.relpath(dataset), where, key=len)
     console.print(
         f"{where}: {manifest.counts.kept:,} pictures, {len(rows):,} shards, {size:,.1f} MiB; "
-        + (", ".join(f"{what} {duration(s)}" for what, s in spent.items()) or "0 s")
+        + ", ".join(f"{what} {duration(s)}" for what, s in spent.items())
     )
 
 
-ENCODER_COLUMNS = ("encoder", "path", "dtype", "weights sha256")
-
-
-def count_listing(manifest: Manifest) -> Listing:
+def count_listings(manifest: Manifest) -> list[Listing]:
+    """The pictures by what became of them, and the sources' files that are none, by extension."""
     counts = manifest.counts
-    rejected = sorted(counts.rejected.items(), key=lambda item: -item[1])
     kinds = {"seen": counts.seen, "kept": counts.kept}
-    kinds |= {f"rejected: {reason}": count for reason, count in rejected}
+    kinds |= {f"rejected: {reason}": count for reason, count in _falling(counts.rejected)}
     seen = max(counts.seen, 1)
     rows = [(kind, f"{count:,}", f"{100 * count / seen:.2f}") for kind, count in kinds.items()]
-    return Listing("Pictures", ("", "count", "%"), rows, bars=list(kinds.values()))
-
-
-def other_listings(manifest: Manifest) -> list[Listing]:
-    """The sources' files that are no pictures, by extension; no listing where there are none."""
-    others = sorted((manifest.counts.other_files or {}).items(), key=lambda item: -item[1])
+    pictures = Listing("Pictures", ("", "count", "%"), rows, bars=list(kinds.values()))
+    others = _falling(counts.other_files or {})
     rows = [(extension or "none", f"{count:,}") for extension, count in others]
-    counts = [count for _, count in others]
-    return [Listing("Other files", ("extension", "count"), rows, bars=counts)] if rows else []
+    bars = [count for _, count in others]
+    return [pictures, Listing("Other files", ("extension", "count"), rows, bars=bars)]
+
+
+def _falling(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])
 
 
 def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
@@ -152,19 +150,16 @@ def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
     return Listing("Buckets", head, lines, bars=bars)
 
 
-def caption_listings(manifest: Manifest) -> list[Listing]:
-    """The captions that each text encoder cut; no listing where there is no text encoder."""
-    roles, total = (
-        manifest.text.roles,
-        manifest.counts.kept * manifest.samples_per_picture["heldout"],
-    )
-    lengths = {name: role.view.max_length for name, role in roles.items()}
-    return cut_listings(lengths, manifest.counts.cut_captions, total)
+def caption_listing(manifest: Manifest) -> Listing:
+    """The captions that each text encoder cut."""
+    lengths = {name: role.view.max_length for name, role in manifest.text.roles.items()}
+    total = manifest.counts.kept * manifest.samples_per_picture["heldout"]
+    return cut_listing(lengths, manifest.counts.cut_captions, total)
 
 
-def cut_listings(
+def cut_listing(
     lengths: dict[str, int], cut: dict[str, int], total: int, where: str = ""
-) -> list[Listing]:
+) -> Listing:
     """Captions, among `total`, that are longer than each text encoder's max_length."""
     rows = [
         (name, str(length), f"{cut[name]:,} of {total:,}", f"{100 * cut[name] / max(total, 1):.2f}")
@@ -172,8 +167,7 @@ def cut_listings(
         if name in cut
     ]
     head = ("encoder", "max_length in tokens", "captions", "%")
-    title = f"Captions cut at the end, longer than their encoder takes{where}"
-    return [Listing(title, head, rows)] if rows else []
+    return Listing(f"Captions cut at the end, longer than their encoder takes{where}", head, rows)
 
 
 def class_names(classes: list[str]) -> str:
@@ -192,7 +186,7 @@ def latent_listing(manifest: Manifest) -> Listing:
     return Listing("Latents", head, rows)
 
 
-def encoder_listing(manifest: Manifest) -> Listing:
-    records = manifest.encoders().items()
-    rows = [(name, r.path, r.dtype, r.weights_sha256[:12]) for name, r in records]
-    return Listing("Encoders", ENCODER_COLUMNS, rows, words=len(ENCODER_COLUMNS))
+def encoder_listing(encoders: dict[str, Any], weights: dict[str, str]) -> Listing:
+    """Configs or records of encoders, and their weights' hashes, by name."""
+    rows = [(name, e.path, e.dtype, weights[name][:12]) for name, e in encoders.items()]
+    return Listing("Encoders", ("encoder", "path", "dtype", "weights sha256"), rows, words=4)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -234,13 +234,14 @@ class Manifest(Config):
 
     def shape_in_bucket(self, name: str, height: int, width: int) -> tuple[int | None, ...]:
         """A member's shape in samples of a bucket, pixels; None is left of a text's number of tokens."""
-        cell = {"moments": self.codec.downscale}
-        if self.vision is not None:
-            cell["vision"] = self.vision.patch_pixels
         shape = self.members[name].shape
-        if name not in cell:
+        if name == "vision" and self.vision:
+            cell = self.vision.patch_pixels
+        elif name == "moments":
+            cell = self.codec.downscale
+        else:
             return shape
-        return shape[0], height // cell[name], width // cell[name]
+        return shape[0], height // cell, width // cell
 
 
 def latent_doubt(
@@ -272,18 +273,16 @@ def _content_fingerprint(manifest: dict[str, Any]) -> str:
 
 def fingerprint(data: dict[str, Any]) -> str:
     """sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
-    return hashlib.sha256(
-        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(dataset: Path) -> Manifest:
     """Read and check manifest.json; raises InputError if absent, of another format, or edited."""
     path = dataset / MANIFEST
     if not path.is_file():
-        state = (
-            "a preparation that has not finished" if (dataset / "work").is_dir() else "no dataset"
-        )
+        unfinished = (dataset / "work").is_dir()
+        state = "a preparation that has not finished" if unfinished else "no dataset"
         raise InputError(
             f"{path}: no such file; {dataset} holds {state}. Remedy: run (again) flowmill prepare."
         )
@@ -293,16 +292,17 @@ def read_manifest(dataset: Path) -> Manifest:
 def parse_manifest(text: str, path: Path) -> Manifest:
     """Check what `path` holds; raises InputError where that is of another format, or edited."""
     try:
-        data = json.loads(text)
+        parsed = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). Remedy: prepare again.") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT_VERSION:
-        got = data.get("format", data.get("format_version")) if isinstance(data, dict) else None
+    data: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+    if data.get("format") != FORMAT_VERSION:
+        got = data.get("format", data.get("format_version"))
         raise InputError(
             f"{path}: format got {got}, expected {FORMAT_VERSION}. Remedy: prepare the pictures again."
         )
-    manifest = parse_config(Manifest, cast(dict[str, Any], data), str(path))
-    if manifest.fingerprint != _content_fingerprint(cast(dict[str, Any], data)):
+    manifest = parse_config(Manifest, data, str(path))
+    if manifest.fingerprint != _content_fingerprint(data):
         raise InputError(f"{path}: was edited: its fingerprint does not match its content")
     return manifest
 

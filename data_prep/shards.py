@@ -1,22 +1,30 @@
-"""Shards on disk: the same bytes for the same samples, and whole or not there at all."""
+"""Shards on disk: the same bytes for the same samples, and whole or not there at all.
+
+Each has a commit, a record that is written when all else of it is on disk.
+"""
 
 import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.schema import index_path, proof_path
-from data_prep.storage import publish, temporary_for, write_atomic
+from data_prep.storage import find_files, publish, temporary_for, write_atomic
 from models.files import file_sha256
 
 # Folder of a dataset with everything that resuming needs.
 WORK = "work"
+# Threads that read commits, each of which costs an object store's round trip.
+READERS = 16
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,30 +35,21 @@ def write_table(path: Path, table: pa.Table) -> None:
     write_atomic(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
-class NewTable:
-    """A Parquet file written piece by piece, a row group each, that appears when it is whole."""
+@contextmanager
+def new_table(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """A Parquet file that appears when it is whole; gives what writes a piece of it, a row group each."""
+    temporary = temporary_for(path)
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
 
-    def __init__(self, path: Path, schema: pa.Schema):
-        self._path, self._temporary = path, temporary_for(path)
-        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
+            def write(table: pa.Table) -> None:
+                if len(table):
+                    writer.write_table(table.combine_chunks(), row_group_size=len(table))
 
-    def write(self, table: pa.Table) -> None:
-        if len(table):
-            self._writer.write_table(table.combine_chunks(), row_group_size=len(table))
-
-    def commit(self) -> None:
-        self._writer.close()
-        publish(self._temporary, self._path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        if failed:
-            self._temporary.unlink()
-            self._writer.close()
-        else:
-            self.commit()
+            yield write
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -136,3 +135,33 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
         if not self._tar.closed:  # pyright: ignore[reportAttributeAccessIssue]
             self._tar.fileobj.close()
+
+
+def commit_path(dataset: Path, shard: str) -> Path:
+    """The record that says that a shard is whole: written last."""
+    return dataset / WORK / shard.replace("shards/", "commits/").replace(".tar", ".json")
+
+
+def read_commit(dataset: Path, shard: str) -> dict[str, Any] | None:
+    """The shard's commit record, or None where the shard must be made (again)."""
+    try:
+        commit = json.loads(commit_path(dataset, shard).read_text())
+        folder = (dataset / shard).parent
+        sizes = commit.get("sizes", {})
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return None
+    return commit if whole else None
+
+
+def read_commits(dataset: Path, shards: list[str]) -> list[dict[str, Any] | None]:
+    """The commit of every shard, None where it is to be made."""
+    folder = dataset / WORK / "commits"
+    there = {str(folder / name) for name in find_files(folder)}
+
+    def read(shard: str) -> dict[str, Any] | None:
+        is_there = str(commit_path(dataset, shard)) in there
+        return read_commit(dataset, shard) if is_there else None
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(read, shards))

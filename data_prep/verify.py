@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import typer
 from rich.progress import track
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from data_prep import schema
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
@@ -32,8 +34,9 @@ from models.config import InputError
 from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")
-# What a proof says of one picture, by name.
-Proved = dict[str, np.ndarray]
+# Of one picture, by name: its arrays, or what a proof says of it; and where its arrays lie, offset and bytes.
+Arrays = dict[str, np.ndarray]
+Places = dict[str, tuple[int, int]]
 
 
 class Wrong(Exception):
@@ -97,9 +100,8 @@ def _audit_all(
         yield from map(audit, rows)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from track(
-            pool.map(audit, rows), "verify", len(rows), console=console, transient=True
-        )
+        answers = pool.map(audit, rows)
+        yield from track(answers, "verify", len(rows), console=console, transient=True)
 
 
 def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple[str, str, str]:
@@ -122,9 +124,8 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
                 key: {name: values[i] for name, values in said.items()}
                 for i, key in enumerate(proof_keys(said))
             }
-            keys = _audit_samples(
-                Path(shard), schema.read_index(Path(places)), manifest, row, proved
-            )
+            found = schema.read_index(Path(places))
+            keys = _audit_samples(Path(shard), found, manifest, row, proved)
     except Wrong as wrong:
         return str(wrong), "", ""
     except (OSError, ValueError, tarfile.TarError) as error:
@@ -133,21 +134,21 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
 
 
 def _audit_samples(
-    path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any], proof: dict[str, Proved]
+    path: Path, index: np.ndarray, manifest: Manifest, row: dict[str, Any], proof: dict[str, Arrays]
 ) -> list[str]:
     """The keys in order; raises Wrong at the first member that is not as it should be."""
     members, each = list(manifest.members), manifest.samples_per_picture[row["split"]]
     if index.shape[:2] != (row["num_samples"], len(members)):
         raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
     captions = list[tuple[str, list[str]]]()
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with tarfile.open(path, "r:") as tar:
         for begin in range(0, len(index), each):
-            key, places, drawn = _audit_picture(tar, file, manifest, row)
+            key, places, arrays, drawn = _audit_picture(tar, manifest, row)
             if not key:
                 raise Wrong(f"ends after {len(captions)} pictures, expected {len(index) // each}")
             _audit_index(index[begin : begin + each], key, places, members)
             if key in proof:
-                _audit_proof(file, key, places, manifest, drawn[0], proof.pop(key))
+                _audit_proof(key, arrays, manifest, drawn[0], proof.pop(key))
             captions.append((key, drawn))
         if tar.next() is not None:
             raise Wrong(f"holds more than {len(captions)} pictures")
@@ -161,33 +162,22 @@ def _audit_samples(
     return [key for key, _ in captions]
 
 
-def _audit_proof(
-    file: Any,
-    key: str,
-    places: dict[str, tuple[int, int]],
-    manifest: Manifest,
-    caption: str,
-    proved: Proved,
-) -> None:
+def _audit_proof(key: str, arrays: Arrays, manifest: Manifest, caption: str, proved: Arrays):
     """Stored text and caption are those that the proof was made of; raises Wrong."""
     if not np.array_equal(proved["caption_sha256"], caption_hash(caption)):
         raise Wrong(f"{key}.json: its caption is not the one that the proof was made of")
-    for role, record in manifest.text.roles.items():
-        for member, width in ((role, record.dim), (f"{role}_pooled", record.pooled_dim)):
-            offset, size = places[member]
-            file.seek(offset)
-            stored = np.frombuffer(file.read(size), manifest.members[member].dtype)
-            found = project(stored.reshape(-1, width))
-            if not np.array_equal(found, proved[f"{member}.projection"]):
+    for role in manifest.text.roles:
+        for member in (role, f"{role}_pooled"):
+            if not np.array_equal(project(arrays[member]), proved[f"{member}.projection"]):
                 raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
 
 
 def _audit_picture(
-    tar: tarfile.TarFile, file: Any, manifest: Manifest, row: dict[str, Any]
-) -> tuple[str, dict[str, tuple[int, int]], list[str]]:
-    """The next key, where its arrays lie and its captions, KEY.json being its last member; "" at the end."""
-    members, key = manifest.members, ""
-    places: dict[str, tuple[int, int]] = {}
+    tar: tarfile.TarFile, manifest: Manifest, row: dict[str, Any]
+) -> tuple[str, Places, Arrays, list[str]]:
+    """The next key, its arrays and its captions, KEY.json being its last member; "" at the end."""
+    members, key, places, arrays = manifest.members, "", Places(), Arrays()
+    file: Any = tar.fileobj
     while info := tar.next():
         key = key or info.name.split(".")[0]
         name = info.name.removeprefix(f"{key}.")
@@ -198,17 +188,16 @@ def _audit_picture(
             facts = json.loads(file.read(info.size))
             if not isinstance(facts.get("caption"), str):
                 raise Wrong(f"{info.name}: no caption")
-            return key, places, facts.get("captions", [facts["caption"]])
+            return key, places, arrays, facts.get("captions", [facts["caption"]])
         member = name.split(".")[0]
         if member not in members or not name.endswith(".npy"):
             raise Wrong(f"member {info.name!r} is none of {', '.join(members)}")
-        places[name.removesuffix(".npy")] = _audit_array(file, info, member, manifest, row)
-    return "", places, []
+        name = name.removesuffix(".npy")
+        places[name], arrays[name] = _audit_array(file, info, member, manifest, row)
+    return "", places, arrays, []
 
 
-def _audit_index(
-    rows: np.ndarray, key: str, places: dict[str, tuple[int, int]], members: list[str]
-) -> None:
+def _audit_index(rows: np.ndarray, key: str, places: Places, members: list[str]) -> None:
     """The samples of a picture lead to its arrays, each to one of every member, and none is left out."""
     found = {place: name for name, place in places.items()}
     used = set[str]()
@@ -224,8 +213,8 @@ def _audit_index(
 
 def _audit_array(
     file: Any, info: tarfile.TarInfo, member: str, manifest: Manifest, row: dict[str, Any]
-) -> tuple[int, int]:
-    """Offset and bytes of the numbers, which are of the right kind, number and finite."""
+) -> tuple[tuple[int, int], np.ndarray]:
+    """The place of the numbers and they themselves, which are of the right kind, number and finite."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise Wrong(f"{info.name}: not an .npy file of version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -242,7 +231,7 @@ def _audit_array(
         raise Wrong(f"{info.name}: got {len(values)} values, expected {shape}")
     if not np.isfinite(values).all():
         raise Wrong(f"{info.name}: holds NaN or infinity")
-    return offset, size
+    return (offset, size), values.reshape(shape)
 
 
 def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
@@ -288,9 +277,6 @@ def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
         arrays = load(path.read_bytes())
     except (OSError, SafetensorError) as error:

@@ -1,7 +1,7 @@
 """Ray: how preparation connects, and how work is done whose worker may die.
 
 `Tasks` works on the cluster's CPUs; `Actors` are processes that hold what is slow to open, and a GPU, for
-their whole life. Both share one scheduler. Work comes in groups of items, and a worker answers the items
+their whole life, under the same scheduler. Work comes in groups of items, and a worker answers the items
 of its group one by one. When it dies the first item without an answer is the suspect: the suspect gets a
 worker for itself, the rest of its group goes on without it. A suspect that has killed ATTEMPTS workers is
 handed back as LOST. A worker that went with its node, or that Ray ended because its node's memory was full,
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
 
-# What Ray would print of a lost worker, a page for each; `_Workers` says it in a line.
+# What Ray would print of a lost worker, a page for each; `Tasks` says it in a line.
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX",
     "A worker died or was killed|killed due to memory pressure|has been marked dead",
@@ -60,11 +60,6 @@ LOST = object()
 Item = tuple[Any, ...]
 
 
-def in_ray_job() -> bool:
-    """Whether `ray job submit` runs us."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def connect(config: RayConfig) -> None:
     """Join the cluster that RAY_ADDRESS names, else start a Ray of our own; raises InputError."""
     address = os.environ.get("RAY_ADDRESS", "")
@@ -75,18 +70,12 @@ def connect(config: RayConfig) -> None:
         )
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        ray.init(address=address, **quiet)
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=config.num_cpus,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        **quiet,
-    )
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options = {"address": "local", "num_cpus": config.num_cpus, "include_dashboard": False}
+        options |= {"object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @dataclass
@@ -102,11 +91,14 @@ class _Group:
         return CALLS_PER_ACTOR if self.deaths else 1
 
 
-class _Workers:
-    """The scheduler; a subclass says where there is room, starts a group there, replaces the dead."""
+class Tasks:
+    """Workers that hold nothing, which Ray shows by `name`; `run` takes a function."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, name: str, say: Callable[[str], None]):
         self._say, self._said = say, time.monotonic()
+        # Ray would retry a group whole, where here its suspect is retried alone.
+        remote = ray.remote(num_returns="streaming", max_calls=0, max_retries=0)(_answers)
+        self._remote = remote.options(name=name)
         # By what an actor that is beginning will say once it has begun.
         self._beginning: dict[Any, Any] = {}
         self._losses_in_a_row = 0
@@ -191,10 +183,6 @@ class _Workers:
         is_outside = isinstance(error, OUTSIDE) or _with_its_node(error)
         return 1 / OUTSIDE_PER_DEATH if is_outside else 1.0
 
-    def _size(self) -> int:
-        """How many workers there are meant to be."""
-        raise NotImplementedError
-
     def _wait(self, flying: dict[Any, Any]) -> list[Any]:
         """Those that have something new, after a second at most; says now and then what is waited for."""
         ready, others = ray.wait([*flying, *self._beginning], timeout=1.0, fetch_local=False)
@@ -207,13 +195,19 @@ class _Workers:
                 self._say(message)
         return [stream for stream in ready if stream in flying]
 
+    # What differs where workers hold something.
+
+    def _size(self) -> int:
+        """How many workers there are meant to be."""
+        return num_cpus()
+
     def _place(self, load: Counter[Any], weight: int) -> Any | None:
         """Where there is room for so many calls more."""
-        raise NotImplementedError
+        return "a CPU" if load.total() < 2 * num_cpus() else None
 
     def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
         """The stream of answers to the items."""
-        raise NotImplementedError
+        return self._remote.remote(work, items)
 
     def _replace(self, place: Any) -> bool:
         """Do what the loss of a worker asks for; returns whether it was not known yet."""
@@ -221,35 +215,13 @@ class _Workers:
 
     def waits_for(self) -> str | None:
         """What the cluster lacks for the work to go on at full speed, in words."""
-        raise NotImplementedError
+        enough = ray.cluster_resources().get("CPU", 0) >= 1
+        return None if enough else f"waiting for a CPU to work on; {_cluster()}"
 
 
 def num_cpus() -> int:
     """The cluster's CPUs, 1 where it has none."""
     return max(int(ray.cluster_resources().get("CPU", 1)), 1)
-
-
-class Tasks(_Workers):
-    """Workers that hold nothing, which Ray shows by `name`; `run` takes a function."""
-
-    def __init__(self, name: str, say: Callable[[str], None]):
-        super().__init__(say)
-        # Ray would retry a group whole, where here its suspect is retried alone.
-        remote = ray.remote(num_returns="streaming", max_calls=0, max_retries=0)(_answers)
-        self._remote = remote.options(name=name)
-
-    def _place(self, load: Counter[Any], weight: int) -> Any | None:
-        return "a CPU" if load.total() < 2 * num_cpus() else None
-
-    def _start(self, place: Any, work: Any, items: list[Item]) -> Any:
-        return self._remote.remote(work, items)
-
-    def _size(self) -> int:
-        return num_cpus()
-
-    def waits_for(self) -> str | None:
-        enough = ray.cluster_resources().get("CPU", 0) >= 1
-        return None if enough else f"waiting for a CPU to work on; {_cluster()}"
 
 
 class Worker:
@@ -316,7 +288,7 @@ def share_out(config: RayConfig, threads: int, most: int, weight: int = 0) -> Sh
     return Shares(num_actors, cpus, gpus, config.decoders_per_actor or max(spare, 1), memory)
 
 
-class Actors(_Workers):
+class Actors(Tasks):
     """Workers that hold what they have opened, and their GPU, until they die; `run` takes a method's name.
 
     Ray changes a task's CUDA_VISIBLE_DEVICES from one call to the next, which a process that has opened
@@ -327,7 +299,7 @@ class Actors(_Workers):
     def __init__(
         self, body: type[Worker], settings: Any, shares: Shares, say: Callable[[str], None]
     ):
-        super().__init__(say)
+        super().__init__(body.__name__, say)
         remote = ray.remote(body).options(  # pyright: ignore[reportAttributeAccessIssue]
             num_cpus=shares.cpus,
             num_gpus=shares.gpus,

@@ -30,7 +30,6 @@ from safetensors.numpy import load_file
 
 from data_prep import workers
 from data_prep.catalog import CATALOG_SCHEMA
-from data_prep.commits import read_commits
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.encoders import PROCESS_BYTES, configured, weight_of
@@ -43,7 +42,7 @@ from data_prep.prepare import main
 from data_prep.proof import proof_keys, read_proof
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
-from data_prep.shards import write_table
+from data_prep.shards import read_commits, write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
 from models.command import load_config, run_command
@@ -304,7 +303,7 @@ def test_a_committed_shard_that_was_cut_short_is_to_be_made_again(reference, tmp
     path = sorted(copy.glob(f"shards/*/*{suffix}"))[-1]
     os.truncate(path, path.stat().st_size - 1)
     assert not is_complete(copy)
-    assert read_commits(copy, shard_list(copy)).count(None) == 1
+    assert read_commits(copy, [spec.path for spec in shard_list(copy)]).count(None) == 1
 
 
 def test_running_it_again_does_nothing(reference, messy, capsys):
@@ -460,6 +459,7 @@ def test_latents_that_float16_cannot_hold_are_rejected(tmp_path, text_folder):
     safetensors.torch.save_file(tensors, weights)
     try:
         encoder = ShardEncoder(planned_shard(tmp_path, vae, text_folder), num_decoders=1)
+        encoder.describe()
         commit = encoder.encode_shard(SPEC, 0)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -481,6 +481,7 @@ def test_prometheus_reads_the_pictures_bytes_and_rejects_that_were_committed(
 ):
     settings = planned_shard(tmp_path, vae_folder, text_folder)
     actor = ray.remote(NamedEncoder).remote(settings, 1)
+    ray.get(actor.describe.remote())
     commit = ray.get(actor.encode_shard.remote(SPEC, 0))
     worker, node = ray.get(actor.worker.remote()), ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -520,7 +521,7 @@ def small(tmp_path, vae_folder, text_folder) -> Path:
     ("override", "message"),
     [
         ("sources.p.path=/gone", "sources.p.path: /gone: no such folder"),
-        ("sources.p.kind=zip", "sources.p: Input tag 'zip'"),
+        ("sources.p.kind=zip", "sources.p.kind: got 'zip'"),
         ("vae.path=/gone/vae", "vae.path: /gone/vae: no such folder, expected a diffusers"),
         ("text_encoders.bert.path=/gone", "text_encoders.bert.path: /gone: no such folder"),
         ("text_encoders.micro={path: x}", "micro is the name of another member"),

@@ -20,7 +20,7 @@ from models import lock
 from models.config import InputError
 from models.lock import Lock
 from tests import prep_factory, train_factory
-from tests.forked import wait_until
+from tests.forked import free_port, wait_until
 
 BEAT_S = 0.05
 
@@ -205,7 +205,9 @@ def test_all_ranks_killed_and_started_again_on_another_host_it_goes_on_without_a
     if subprocess.run(["unshare", "--uts", "true"]).returncode:
         pytest.skip("no host names of their own here")
     config, job = train_factory.write_config(tmp_path), {"SLURM_JOB_ID": job} if job else {}
-    command = train_factory.command("pipeline.train", str(config), ranks=2)
+    launcher = "torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port"
+    launcher = ["-m", *launcher.split(), str(free_port())]
+    command = [sys.executable, *launcher, "-m", "pipeline.train", str(config)]
     first = elsewhere(command, "one", **job)
     train_factory.wait_for(first, "step_00000006, for which")
     os.killpg(first.pid, signal.SIGKILL)

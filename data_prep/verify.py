@@ -259,7 +259,7 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
         "kept": (counts.kept, kept),
         "rejected": (counts.rejected, rejected),
         "seen": (counts.seen, counts.kept + sum(rejected.values())),
-        "other_files": (counts.other_files, dict(count_others(rejects))),
+        "other_files": (counts.other_files or {}, dict(count_others(rejects))),
         "buckets": (said, dict(buckets)),
     }
     return [

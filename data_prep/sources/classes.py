@@ -20,6 +20,18 @@ class ClassesSource(Source):
     classes: list[str] = []
     """Names of folders in the order of their labels; pictures in others are rejected. Empty: all, by name."""
 
+    @field_validator("caption")
+    @classmethod
+    def _knows_its_fields(cls, caption: str) -> str:
+        try:
+            # What works for a name of one letter works for any.
+            caption.format(name="n")
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{type(error).__name__} ({error}); expected text with {{name}}, and {{{{ for a brace"
+            ) from error
+        return caption
+
     @field_validator("classes")
     @classmethod
     def _names_differ(cls, names: list[str]) -> list[str]:

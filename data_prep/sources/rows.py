@@ -138,6 +138,8 @@ def _parquet_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
         schema, groups = file.schema_arrow, range(file.num_row_groups)
         found = schema.names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None):
+            raise
         raise Rejected("broken_table", _message(error, path, entry)) from error
     _check_columns(found, entry, columns)
     used = [field.name for field in schema if columns.uses(field.name)]

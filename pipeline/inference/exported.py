@@ -64,6 +64,9 @@ class Config:
             setattr(self, name, value)
 
 
+Place = str
+
+
 def Field(default=None, **_):
     return default
 

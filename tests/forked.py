@@ -59,7 +59,8 @@ def _become(words: list[str], environment: dict[str, str], cwd: Path, folder: st
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     # Streams of their own: those inherited remember whether what they were opened on could seek.
     sys.stdout, sys.stderr = (
-        os.fdopen(number, "w", encoding="utf-8", buffering=1, closefd=False) for number in (1, 2)
+        os.fdopen(number, "w", encoding="utf-8", errors=errors, buffering=1, closefd=False)
+        for number, errors in ((1, "strict"), (2, "backslashreplace"))
     )
     os.chdir(cwd)
     os.environ.clear()

@@ -132,6 +132,16 @@ def test_a_path_is_printed_as_it_is_even_where_it_is_no_text(tmp_path):
     assert done.stderr == f"error x{shown}: no such config file. Did you mean {shown}?\n"
 
 
+def test_a_damaged_shard_ends_training_with_one_sentence(tmp_path):
+    config = train_factory.write_config(tmp_path)
+    for path in (tmp_path / "dataset" / "shards").glob("*/*.tar"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    (sentence,) = [x for x in train_factory.train(config, status=2).splitlines() if "error" in x]
+    assert re.search(r"error .*shards/.*cannot be used: .*sha256 got", sentence)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [("bert", {"hidden_size": 32}), ("clip", {"num_hidden_layers": 3}), ("t5", {"d_model": 32})],

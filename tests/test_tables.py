@@ -364,8 +364,12 @@ def test_class_lists_that_cannot_be_meant_are_refused(tmp_path):
 def test_a_broken_picture_in_a_table_is_rejected_for_what_it_is(tmp_path):
     columns = {"image": [PICTURES[0], b"<html>", b""], "caption": list("abc")}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    source = table(tmp_path)
-    rows, entries = scanned(tmp_path, source), list(source.entries("s"))
+    rows = scanned(tmp_path, table(tmp_path))
     assert [row["reason"] for row in rows] == [None, "undecodable", "empty_file"]
-    (tmp_path / "t.parquet").unlink()
-    assert reasons(read_entries(entries, source)) == {"t.parquet": "unreadable"}
+
+
+def test_an_unreadable_table_is_a_reject(tmp_path):
+    write_csv(tmp_path / "t.csv", [])
+    entries = list(table(tmp_path).entries("s"))
+    (tmp_path / "t.csv").unlink()
+    assert reasons(read_entries(entries, table(tmp_path))) == {"t.csv": "unreadable"}

@@ -48,12 +48,12 @@ def test_what_is_shown_loads_to_the_same_config(tmp_path, capsys):
 
 def test_a_difference_says_what_it_changes(tmp_path, capsys):
     other = tmp_path / "other.yaml"
-    changed = read_yaml(DEMO, ["seed=9", "engine.zero_stage=3", "run=elsewhere"])
+    changed = read_yaml(DEMO, ["seed=9", "engine.zero_stage=3", "run=/else/where"])
     other.write_text(yaml.safe_dump(changed))
     main("diff", [str(DEMO), str(other)])
     assert capsys.readouterr().out.splitlines() == [
         "engine.zero_stage: 0 -> 3  (changes speed)",
-        "run: 'outputs/demo/run' -> 'elsewhere'  (changes neither results nor speed)",
+        f"run: '{Path('outputs/demo/run').absolute()}' -> '/else/where'  (changes neither results nor speed)",
         "seed: 0 -> 9  (changes results)",
     ]
     main("diff", [str(DEMO), str(DEMO)])
@@ -68,7 +68,7 @@ def test_what_a_run_resolved_is_no_difference_and_every_other_key_is_shown_whole
         main("diff", pair)
         assert capsys.readouterr().out == "no difference\n"
     # However narrow the terminal is, and whatever a value holds.
-    run = f"[red]:-1:[/] {'x' * 300}"
+    run = f"/[red]:-1:[/] {'x' * 300}"
     main("show", [str(DEMO), *resolved, "engine.precision=bf16", f"run={run!r}"])
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     main("diff", [str(DEMO), str(tmp_path)])

@@ -74,11 +74,12 @@ def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, M
             for m in models
             if any(part in get_args(f.annotation) for f in m.model_fields.values())
         ]
-        if fields:
-            models = [model for field in fields for model in _models_in(field.annotation)]
-        elif tagged:
+        # A union's tag comes before any field, and may be spelt like one.
+        if tagged and (len(models) > 1 or not fields):
             models = tagged
             continue
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
         path.append(str(part))
     return ".".join([*path, str(location[-1])] if location else []), models
 

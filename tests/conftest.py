@@ -55,7 +55,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # What an earlier server of this process was given is still there.
+    # An earlier server of this process has left its content, and clients that ask at its address.
+    s3fs.S3FileSystem.clear_instance_cache()
     urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
     yield "s3://bucket"

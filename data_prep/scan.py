@@ -41,6 +41,7 @@ LISTING_SCHEMA = pa.schema(
         ("path", pa.large_string()),
         ("size", pa.int64()),
         ("caption_path", pa.large_string()),
+        ("metadata_path", pa.large_string()),
         ("class_name", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -84,10 +85,14 @@ def listing_sha256(listing: pa.Table) -> str:
     compute: Any = pc
     digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
     for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
-        caption = compute.replace_substring_regex(batch["caption_path"], ".*/", "")
+        beside = [
+            compute.replace_substring_regex(batch[name], ".*/", "")
+            for name in ("caption_path", "metadata_path")
+        ]
         columns = [batch[name] for name in ("source", "name", "class_name", "reason")]
-        texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"], caption)]
+        texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"])]
         options = {"null_handling": "replace", "null_replacement": ""}
+        texts.append(compute.binary_join_element_wise(*beside, "", **options))
         lines = compute.binary_join_element_wise(*texts, separator, **options)
         digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     return digest.hexdigest()

@@ -296,7 +296,7 @@ def test_a_name_that_no_row_of_jsonl_has_is_an_error_that_names_those_that_are(t
 
 
 def test_a_caption_under_another_name_is_hinted_at(tmp_path):
-    near = ["a.png.txt", "b.caption", "c.json", "D.txt", "e.md"]
+    near = ["a.png.txt", "b.caption", "c.yaml", "D.txt", "e.md"]
     for i, name in enumerate(near):
         (tmp_path / f"{'abcde'[i]}.png").write_bytes(PICTURES[0])
         (tmp_path / name).write_text("x")

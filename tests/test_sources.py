@@ -1,6 +1,7 @@
 """What is found in folders and tars, and that nothing found is lost without a word."""
 
 import io
+import json
 import os
 import random
 import re
@@ -258,6 +259,61 @@ def test_a_caption_is_taken_from_json_where_there_is_no_txt(tmp_path):
     picture, _, record = sample_members(2)
     (tmp_path / "0.tar").write_bytes(tar_bytes([picture, record]))
     assert tar_items(tmp_path)[0].captions == ((b"volcano", 1.0),)
+
+
+@pytest.mark.parametrize("captions", [{}, {"alt": 2.0, "txt": 1.0}])
+def test_a_folder_of_img2datasets_files_is_read_like_its_tars(tmp_path, captions):
+    """Captions, metadata and reasons alike: its output `files` has the members of the tar as files."""
+    sound = {"caption": "c", "alt": ["a", "b"], "nsfw": 0.2, "status": "success"}
+    failed = {"status": "failed_to_resize", "error_message": "x"}
+    texts = [
+        json.dumps(sound),
+        json.dumps(failed),
+        "{",
+        "[1]",
+        "[" * 10_000,
+        '{"a": NaN}',
+        "{}",
+        None,
+    ]
+    members = []
+    for i, text in enumerate(texts):
+        members.append((f"{i}.png", encoded(pixels(i))))
+        members += [(f"{i}.json", text.encode())] if text is not None else []
+        members += [(f"{i}.txt", b"t")] if i % 2 else []
+    (tmp_path / "f").mkdir()
+    for name, data in members:
+        (tmp_path / "f" / name).write_bytes(data)
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members))
+    told = [
+        {
+            item.name.removeprefix("0.tar/").removesuffix(".png"): (
+                item.captions,
+                item.metadata,
+                item.reason,
+                item.detail,
+            )
+            for item in items(source)
+        }
+        for source in (
+            TarSource(kind="tars", path=str(tmp_path / "0.tar"), captions=captions),
+            FolderSource(kind="folder", path=str(tmp_path / "f"), captions=captions),
+        )
+    ]
+    assert told[0] == told[1]
+    assert told[1]["0"][1] == sound
+    assert [told[1][str(i)][2] for i in range(8)] == [
+        None,
+        "source_status",
+        "broken_json",
+        "broken_json",
+        "broken_json",
+        None,
+        None,
+        None,
+    ]
+    left = FolderSource(kind="folder", path=str(tmp_path / "f"), exclude=("*.json",))
+    assert reasons(items(left)) == {f"{i}.json": "other_file" for i in range(7)}
 
 
 def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):

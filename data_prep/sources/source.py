@@ -52,6 +52,7 @@ class Entry:
     path: str
     size: int
     caption_path: str | None = None
+    metadata_path: str | None = None
     class_name: str | None = None
     reason: str | None = None
     detail: str = ""
@@ -195,7 +196,8 @@ class Source(Config, ABC):
         for walk in walk_folder(root):
             extensions.update(extension_of(name) for name, _, _ in walk.files)
             for entry in self.entries_of(source, walk):
-                stamps = (walk.stamps.get(p, "") for p in (entry.path, entry.caption_path or ""))
+                paths = entry.path, entry.caption_path, entry.metadata_path
+                stamps = (walk.stamps.get(path or "", "") for path in paths)
                 count += entry.reason not in (OTHER_FILE, "left_out") and bool(entry.path)
                 new = entry.class_name not in classes
                 if new or entry.reason != OTHER_FILE or others.has_row(entry.name):

@@ -4,10 +4,9 @@ import os
 import tarfile
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
-
-from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
 from data_prep.sources.source import (
@@ -15,11 +14,9 @@ from data_prep.sources.source import (
     Entry,
     Item,
     OtherFiles,
-    Source,
-    Weight,
-    captions_of,
     main_of,
 )
+from data_prep.sources.texts import TextsSource
 from data_prep.sources.walk import (
     HIDDEN_FOLDER,
     OTHER_FILE,
@@ -30,8 +27,6 @@ from data_prep.sources.walk import (
     stem_of,
 )
 from data_prep.storage import local_copy, patient
-from data_prep.text import parse_json
-from models.config import Entries
 
 # Bytes of a tar's block.
 BLOCK = 512
@@ -39,7 +34,7 @@ BLOCK = 512
 MAX_SPARSE_BYTES = 128 << 20
 
 
-class TarSource(Source):
+class TarSource(TextsSource):
     """img2dataset's or any WebDataset tars: KEY.jpg (png, webp, ...), KEY.txt and KEY.json."""
 
     files = ("tar",)
@@ -48,8 +43,6 @@ class TarSource(Source):
     per_task = 1
 
     kind: Literal["tars"]
-    captions: Entries[str, Weight] = Field(default_factory=dict)
-    """JSON field, or txt for KEY.txt -> weight; empty: txt, or where there is none the field caption."""
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         """Samples grouped by key wherever their members lie; what is broken in the tar is an item too."""
@@ -60,7 +53,7 @@ class TarSource(Source):
                     name, main = f"{entry.name}/{key}", contents.groups.get(main_of(key) or "")
                     if main and main.pictures and not group.texts:
                         group.problem = group.problem or ("companion", f"beside {main_of(key)}")
-                    item = _item_of_group(file, entry.path, name, group, self.captions)
+                    item = _item_of_group(file, entry.path, name, group, self)
                     yield replace(item, copy=path if path != entry.path else "")
         except OSError as error:
             detail = error.strerror or type(error).__name__
@@ -195,44 +188,26 @@ def _place_of(member: tarfile.TarInfo, groups: dict[str, _Group]) -> _Place | No
     return _Place(member.offset_data, member.size, sparse) if member.isreg() else None
 
 
-def _item_of_group(
-    file: Any, path: str, name: str, group: _Group, weights: dict[str, float]
-) -> Item:
+def _item_of_group(file: Any, path: str, name: str, group: _Group, source: TextsSource) -> Item:
     if not is_utf8(name):
         return Item(readable(name), reason="name_not_utf8")
     if len(group.pictures) > 1 and not group.problem:
         group.problem = ("duplicate_key", f"pictures {', '.join(group.pictures)} share it")
     if group.problem:
         return Item(name, reason=group.problem[0], detail=group.problem[1])
-    texts = {}
-    for extension, place in group.texts.items():
-        texts[extension] = patient(_read_member, file, place, MAX_TEXT_BYTES + 1)
+    read = partial(patient, _read_member, file)
+    texts = {extension: read(place, MAX_TEXT_BYTES + 1) for extension, place in group.texts.items()}
     try:
-        facts = _parse_json(texts.get("json", b"{}"))
-    except ValueError as error:
-        return Item(name, reason="broken_json", detail=str(error)[:200])
-    # No other tool's status says so.
-    if str(facts.get("status")).startswith("failed_to_"):
-        detail = f"{facts['status']}: {facts.get('error_message') or ''}"[:200]
-        return Item(name, reason="source_status", detail=detail)
-    if not group.pictures:
-        return Item(name, reason="no_picture", detail=f"only {', '.join(group.texts)}")
-    place, *_ = group.pictures.values()
-    data = None
-    if place.sparse:
-        if place.size > MAX_SPARSE_BYTES:
-            detail = f"{place.size} > {MAX_SPARSE_BYTES}, with holes"
-            return Item(name, reason="too_many_bytes", detail=detail)
-        data = patient(_read_member, file, place, place.size)
-    captions = list[tuple[bytes | Rejected, float]]()
-    for said, weight in (
-        weights or {"txt" if "txt" in (texts | facts) else "caption": 1.0}
-    ).items():
-        if said == "txt" in texts:
-            captions.append((texts["txt"], weight))
-        else:
-            captions += captions_of(said, facts.get(said), weight)
-    return Item(name, path, place.offset, place.size, tuple(captions), facts, data=data)
+        said = source.describe(texts)
+        if not group.pictures:
+            raise Rejected("no_picture", f"only {', '.join(group.texts)}")
+        place, *_ = group.pictures.values()
+        if place.sparse and place.size > MAX_SPARSE_BYTES:
+            raise Rejected("too_many_bytes", f"{place.size} > {MAX_SPARSE_BYTES}, with holes")
+    except Rejected as rejected:
+        return Item(name, reason=rejected.reason, detail=rejected.detail)
+    data = read(place, place.size) if place.sparse else None
+    return Item(name, path, place.offset, place.size, data=data, **said)
 
 
 def _read_member(file: Any, place: _Place, length: int) -> bytes:
@@ -241,12 +216,3 @@ def _read_member(file: Any, place: _Place, length: int) -> bytes:
         return tarfile.ExFileObject(SimpleNamespace(fileobj=file), place.sparse).read(length)  # pyright: ignore[reportArgumentType]
     file.seek(place.offset)
     return file.read(min(length, place.size))
-
-
-def _parse_json(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_TEXT_BYTES:
-        raise ValueError(f"over {MAX_TEXT_BYTES} bytes")
-    facts = parse_json(data)
-    if not isinstance(facts, dict):
-        raise ValueError(f"got {type(facts).__name__}, expected an object")
-    return facts

@@ -117,6 +117,16 @@ def check_attention() -> Findings:
             )
 
 
+def check_pictures() -> Findings:
+    """Which formats of pictures can be decoded here, and which want a package."""
+    # The module that decodes them is not of this package, whose imports end at its schema.
+    images = importlib.import_module("data_prep.images")
+    yield Finding("picture formats", "ok", ", ".join(images.FORMATS))
+    for name, package in images.PLUGINS.items():
+        if name not in images.FORMATS:
+            yield Finding(f"pictures of {name}", "note", "not decoded", f"pip install {package}")
+
+
 def check_compiler() -> Findings:
     """The compiler that torch.compile calls: for a GPU, where it is the default, Triton's."""
     import torch
@@ -213,6 +223,7 @@ def examine(folder: str, need_gib: float) -> list[dict[str, str]]:
         check_attention,
         check_compiler,
         check_memory,
+        check_pictures,
         lambda: check_disk(Path(folder), need_gib),
         check_ray,
     ]

@@ -35,7 +35,16 @@ def test_a_sound_machine_has_all_it_needs_and_says_so(tmp_path):
     findings = doctor.examine(str(tmp_path), 0.1)
     assert [f for f in findings if f["state"] == "lack"] == []
     names = " ".join(f["name"] for f in findings)
-    for name in ("packages", "GPU", "attention sdpa", "shared memory", "open files", "disk", "Ray"):
+    for name in (
+        "picture formats",
+        "packages",
+        "GPU",
+        "attention sdpa",
+        "shared memory",
+        "open files",
+        "disk",
+        "Ray",
+    ):
         assert name in names
     assert not list(tmp_path.iterdir())  # it cleans up after measuring
 

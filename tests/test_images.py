@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from data_prep.images import (
+    FORMATS,
     ImagesConfig,
     Rejected,
     decode,
@@ -164,6 +165,17 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
     shown = decoded(encoded(Image.fromarray(values), kind))
     np.testing.assert_array_equal(shown[..., 0], np.round(values / 257))
     np.testing.assert_array_equal(shown[..., 0], shown[..., 2])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_decoded_or_where_it_is_cut_rejected(kind):
+    """HEIF and JXL too, where their plugins are installed."""
+    data = encoded(pixels(6, 32, 48), kind)
+    assert probe(data, config()) == (32, 48)
+    # What the lossy ones lose.
+    assert distance(decoded(data, (32, 48)), pixels(6, 32, 48)) < (30 if kind == "GIF" else 8)
+    with pytest.raises(Rejected):
+        decoded(data[: len(data) // 3])
 
 
 def test_float_pictures_are_rejected_as_of_no_known_range():

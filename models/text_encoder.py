@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from models.config import InputError
 from models.numerics import tf32
+from models.prompts import EncodedText, encode_text
 from models.weights import (
     TEXT_ENCODERS,
     EncoderDtype,
@@ -56,33 +55,11 @@ class TextEncoder:
         return cls(network, tokenizer, path, max_length, dtype)
 
     @torch.inference_mode()
-    def encode(
-        self, captions: list[str]
-    ) -> tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"]]:
-        """fp32 tokens, zero where masked; the mask, True keeps; fp32 pooled. L is the longest caption's length.
-
-        A caption longer than max_length is cut but keeps its end token. Pooled is CLIP's own pooled output; for
-        any other encoder it is the mean over the real tokens.
-        """
-        batch = self.tokenizer(
-            captions,
-            padding="longest",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        ).to(self.network.device)
-        mask = batch["attention_mask"]
+    def encode(self, captions: list[str]) -> EncodedText:
+        """The captions as this encoder sees them."""
         with tf32(self.dtype == "tf32"):
-            output = self.network(input_ids=batch["input_ids"], attention_mask=mask)
-        mask = mask.bool()
-        tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)  # (B, L, D)
-        if self.pooled == "projected":
-            pooled = output.text_embeds.float()
-        elif self.pooled == "eos":
-            pooled = output.pooler_output.float()
-        else:
-            pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        return tokens, mask, pooled
+            device = self.network.device
+            return encode_text(self.network, self.tokenizer, captions, self.max_length, device)
 
     def record(self) -> dict[str, Any]:
         """The fields of the RoleRecord that a dataset made with this encoder has."""

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from data_prep.schema import TextRecord, read_shard_table
 from models.config import InputError, differences, parse_config
 from models.networks import build_model
+from models.prompts import parse_class
 from pipeline.config import TrainConfig
 from pipeline.evaluation import subjects
 from pipeline.evaluation.config import Options
@@ -33,7 +34,7 @@ from pipeline.export import main
 from pipeline.inference.exported import export, network_source, save_network, whole_source
 from pipeline.inference.grid import read_picture
 from pipeline.inference.model_card import model_card
-from pipeline.inference.painter import Painter, largest_bucket, parse_class
+from pipeline.inference.painter import Painter, largest_bucket
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained, open_trained

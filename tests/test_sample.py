@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from data_prep.schema import read_manifest
 from models.config import InputError
+from models.prompts import parse_class
 from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.inference.grid import grid
-from pipeline.inference.painter import parse_class
 from pipeline.objectives.config import SamplerConfig
 from pipeline.sample import main, parse_columns, read_recipe
 from tests import train_factory

@@ -12,6 +12,7 @@ from data_prep.schema import fingerprint
 from models.command import plain_console
 from models.config import InputError, flatten
 from models.files import write_text
+from models.prompts import parse_class
 from pipeline import distributed
 from pipeline.arguments import parse_size, read_prompts
 from pipeline.data.config import DataConfig
@@ -22,13 +23,14 @@ from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score,
 from pipeline.evaluation.reference import (
     DatasetPictures,
     FilePictures,
+    Pictures,
     features_of,
     find_pictures,
     share,
 )
 from pipeline.evaluation.subjects import Subject, open_exported
 from pipeline.inference.heldout import LOG_SNR, x0_errors
-from pipeline.inference.painter import Request, draw_files, largest_bucket, parse_class
+from pipeline.inference.painter import Request, draw_files, largest_bucket
 from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained
 from pipeline.training.board import Board
@@ -132,7 +134,7 @@ def open_reference(
     loader: Loader | None,
     options: Options,
     device: torch.device,
-) -> tuple[DatasetPictures | FilePictures, list[str], list[tuple[int, int]]]:
+) -> tuple[Pictures, list[str], list[tuple[int, int]]]:
     """The real pictures, and prompt and size of every picture to draw; raises InputError."""
     vae = trained.config.encoders.vae if trained else None
     size = parse_size(options.size) if options.size else None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +27,6 @@ KINDS = "png jpg jpeg jfif jpe webp avif bmp gif tif tiff"
 SUFFIXES = tuple(f".{kind}" for kind in KINDS.split())
 # What systems put beside pictures: ._NAME, @eaDir/NAME, __MACOSX/NAME.
 HIDDEN = re.compile(r"(^|/)([.@]|__MACOSX/)")
-
-
-class Pictures(Protocol):
-    """Pictures in a fixed order; `name` says what they are, `identity` what a cache of them hangs on."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def identity(self) -> Any: ...
-    def __len__(self) -> int: ...
-    def read(self, begin: int, end: int) -> Iterator[Tensor]:
-        """Pictures begin to end, uint8 (3, H, W)."""
-        ...
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -67,6 +54,7 @@ class FilePictures:
         return len(self.paths)
 
     def read(self, begin: int, end: int) -> Iterator[Tensor]:
+        """Pictures begin to end, uint8 (3, H, W)."""
         yield from (read_picture(path, self.size) for path in self.paths[begin:end])
 
 
@@ -144,6 +132,10 @@ class DatasetPictures:
         for shard, row in self.samples[begin:end]:
             shards.setdefault(shard, []).append(row)
         yield from shards.items()
+
+
+Pictures = FilePictures | DatasetPictures
+"""Pictures in a fixed order; `name` says what they are, `identity` what a cache of them hangs on."""
 
 
 def features_of(

@@ -5,7 +5,6 @@
     DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
 """
 
-import re
 from typing import Any, get_args
 
 import torch
@@ -13,7 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from models.conditions import Conditions
+from models.prompts import encode_text, join_texts, parse_classes
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.objectives.objective import Objective
@@ -147,32 +146,17 @@ class FlowmillPipeline(DiffusionPipeline):
 
     def encode(self, prompts, size, device) -> Guidance:
         """What the network is told, with the prompts and without."""
-        texts, count, classes, label = prompts, len(prompts), self.recipe["num_classes"], None
-        micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
-        if classes:
-            found: list[Any] = [
-                re.fullmatch(r"(\d+)(?:: *(.*))?", text.strip()) for text in prompts
-            ]
-            if not all(match and int(match[1]) < classes for match in found):
-                raise ValueError(
-                    f"prompt: expected a class from 0 to {classes - 1}, or CLASS: TEXT"
-                )
-            label = torch.tensor([*(int(match[1]) for match in found), classes], device=device)
-            texts = [match[2] or "" for match in found]
-        tokens, masks, pooled = [], [], []
+        count, encoded = len(prompts), []
+        texts, label = parse_classes(prompts, self.recipe["num_classes"], device)
         names = [name for name in self._optional_components if name.startswith("text_encoder")]
         for name, max_length in zip(names, self.recipe["max_lengths"], strict=False):
-            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
-            parts = embed(getattr(self, name), tokenizer, [*texts, ""], max_length, device)
-            for into, part in zip((tokens, masks, pooled), parts, strict=True):
-                into.append(part)
-        every = Conditions(micro=micro, label=label)
-        if tokens:
-            wide = max(part.shape[-1] for part in tokens)
-            padded = [torch.nn.functional.pad(part, (0, wide - part.shape[-1])) for part in tokens]
-            # Rounded as the dataset stored them.
-            text_emb, side = (torch.cat(p, d).half().float() for p, d in ((padded, 1), (pooled, 1)))
-            every = every._replace(text_emb=text_emb, text_mask=torch.cat(masks, 1), pooled=side)
+            encoder, tokenizer = (
+                getattr(self, name),
+                getattr(self, name.replace("text_encoder", "tokenizer")),
+            )
+            encoded.append(encode_text(encoder, tokenizer, [*texts, ""], max_length, device))
+        micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
+        every = join_texts(encoded)._replace(micro=micro, label=label)
         last = [count] * count
         prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
         return Guidance(prompted, unprompted)
@@ -226,21 +210,3 @@ def fresh_seed(generator) -> int:
     first = generator[0] if isinstance(generator, list) else generator
     where = first.device if first is not None else "cpu"
     return int(torch.randint(2**31, (), generator=first, device=where))
-
-
-def embed(encoder, tokenizer, texts, max_length, device):
-    """Tokens (B, L, D), mask (B, L) and pooled (B, P): CLIP's own pooled output, else the mean of the tokens."""
-    batch = tokenizer(
-        texts, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
-    ).to(device)
-    mask = batch["attention_mask"]
-    output = encoder(input_ids=batch["input_ids"], attention_mask=mask)
-    mask = mask.bool()
-    tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)
-    if "text_embeds" in output:
-        pooled = output.text_embeds.float()
-    elif type(encoder).__name__ == "CLIPTextModel":
-        pooled = output.pooler_output.float()
-    else:
-        pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
-    return tokens, mask, pooled

@@ -1,7 +1,6 @@
 """Prompts to pictures with a trained network: used by the trainer's grids, `sample` and `evaluate`."""
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from data_prep.schema import Manifest
 from models.conditions import Conditions
 from models.config import InputError
 from models.files import write_whole
-from models.text_encoder import TextEncoder
+from models.prompts import join_texts, parse_classes
 from pipeline import distributed
 from pipeline.data.encoders import Encoders
 from pipeline.data.randomness import draw_noise
@@ -25,27 +24,6 @@ from pipeline.inference.grid import to_pil
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.sampling import Guidance, generate
-
-
-def encode_captions(encoders: list[TextEncoder], captions: list[str]) -> Conditions:
-    """Every encoder's view of the captions, fp32, rounded as the dataset stores them; none without text."""
-    if not encoders:
-        return Conditions()
-    tokens, masks, pooled = zip(*(encoder.encode(captions) for encoder in encoders), strict=True)
-    width = max(part.shape[-1] for part in tokens)
-    padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in tokens]
-    text_emb, text_mask = torch.cat(padded, dim=1), torch.cat(masks, dim=1)
-    return Conditions(text_emb.half().float(), text_mask, torch.cat(pooled, dim=1).half().float())
-
-
-def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:
-    """Class and text of "207" or "207: a retriever"; raises InputError."""
-    match = re.fullmatch(r"(\d+)(?:: *(.*))?", prompt.strip())
-    if not match or int(match[1]) >= num_classes:
-        raise InputError(
-            f'prompt {prompt!r}: expected a class from 0 to {num_classes - 1}, alone or before ": TEXT"'
-        )
-    return int(match[1]), match[2] or ""
 
 
 class Painter:
@@ -56,13 +34,11 @@ class Painter:
 
     def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
         self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
-        self.prompts, texts = prompts, prompts
+        self.prompts = prompts
         # The empty caption, and no class, go last and make the unconditional half.
-        label = None
-        if num_classes:
-            labels, texts = zip(*(parse_class(p, num_classes) for p in prompts), strict=True)
-            label = torch.tensor([*labels, num_classes], device=self.device)
-        self.encoded = encode_captions(encoders.text, [*texts, ""])._replace(label=label)
+        texts, label = parse_classes(prompts, num_classes, self.device)
+        encoded = [encoder.encode([*texts, ""]) for encoder in encoders.text]
+        self.encoded = join_texts(encoded)._replace(label=label)
 
     def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
         """What a network is told of `rows` of the encoded prompts, drawn at `size`."""

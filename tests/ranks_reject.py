@@ -78,12 +78,14 @@ def main() -> None:
         seed=0,
         rank_of=(distributed.rank(), distributed.world_size()),
     )
-    data = {"data": {"path": str(run / "dataset")}, "training": {"images": BATCH}, "run": str(run)}
-    given = parse_config(TrainConfig, data | {"rejection": REJECTION}, "test")
+    data = {"data": {"path": str(run / "dataset")}, "training": {"images": BATCH}}
     place = next(loader.batches())
     harms = ["", "", "nan", "", "gradient", "spike", "", "inf"]
     for layout in sys.argv[2:]:
         stage, precision = layout.split(":")
+        own = {"run": str(run / layout), "rejection": REJECTION}
+        (run / layout).mkdir(exist_ok=True)
+        given = parse_config(TrainConfig, data | own, "test")
         line = take(int(stage), precision, harms, place, loader, given)
         if distributed.is_main():
             print("reject", layout, line, flush=True)

@@ -85,9 +85,11 @@ def test_a_run_goes_on_saves_and_prunes_among_strangers(tmp_path):
     check_untouched(strangers)
     assert [p.name for p in candidates(run)] == ["step_00000024", "step_00000018"]
     assert [s.step for s in read_snapshots(run, None)] == [6, 12, 18, 24]
-    save_weights(run / "ema" / "step_00000024.mine.safetensors", {"a": torch.ones(1)}, {})
-    strangers = strew(run / "ema" / "step_00000024.mine.safetensors")
-    assert load_weights(run, "mine")[1] == load_weights(run, "mine", 24)[1] == 24
+    save_weights(run / "ema" / "step_00000024.ema_sigma_0.15.safetensors", {"a": torch.ones(1)}, {})
+    strangers = strew(run / "ema" / "step_00000024.ema_sigma_0.15.safetensors")
+    assert (
+        load_weights(run, "ema_sigma_0.15")[1] == load_weights(run, "ema_sigma_0.15", 24)[1] == 24
+    )
     check_untouched(strangers)
 
 

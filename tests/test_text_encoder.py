@@ -172,7 +172,10 @@ def replace_in_config(old: str, new: str):
             "'gpt2', expected one of",
         ),
         (replace_in_config('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "encoder.layer.2"),
-        (replace_in_config('"intermediate_size": 32', '"intermediate_size": 40'), "size"),
+        (
+            replace_in_config('"intermediate_size": 32', '"intermediate_size": 40'),
+            "got (32,), expected (40,)",
+        ),
     ],
 )
 def test_a_folder_that_is_no_whole_encoder_ends_with_a_message_about_it(tmp_path, spoil, message):

@@ -233,7 +233,7 @@ def truncate(folder: Path) -> None:
         (lambda f: (f / WEIGHTS).unlink(), "fp32", "got no weights, expected .*safetensors"),
         (pickle_only, "fp32", "got diffusion_pytorch_model.bin, expected"),
         (truncate, "fp32", "cannot load AutoencoderKL"),
-        (drop_a_weight, "fp32", "do not fit config.json, e.g. decoder.conv_in.bias"),
+        (drop_a_weight, "fp32", "not those of its config.json: decoder.conv_in.bias is missing"),
         (lambda f: edit_config(f, latent_channels=5), "fp32", "size mismatch"),
         (lambda f: edit_config(f, _class_name="VQModel"), "fp32", "'VQModel', expected one of"),
         (lambda f: edit_config(f, latents_mean=[0.0] * 4), "fp32", "expected one scale"),

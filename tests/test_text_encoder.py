@@ -174,7 +174,7 @@ def replace_in_config(old: str, new: str):
         (replace_in_config('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "encoder.layer.2"),
         (
             replace_in_config('"intermediate_size": 32', '"intermediate_size": 40'),
-            "got (32,), expected (40,)",
+            r"got \(32,\), expected \(40,\)",
         ),
     ],
 )

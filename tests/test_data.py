@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from models.networks import AlignmentConfig, DiTConfig, RoutingConfig
 from pipeline.data.batch import Batch
 from pipeline.data.cache import ShardError
 from pipeline.data.config import DataConfig
+from pipeline.data.datasets import Mixture
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
 from pipeline.runs.setup import check_fits
@@ -226,6 +228,22 @@ def test_a_dataset_that_does_not_fit_is_refused_with_every_difference(tmp_path):
     ):
         assert part in message
     assert "32x32" not in message
+
+
+def test_datasets_whose_labels_mean_other_classes_are_not_mixed_for_a_network_of_classes(tmp_path):
+    folder = make_dataset(tmp_path, MIXED, Kind({"mini": (5, 4)}, channels=2, label=True))
+    dataset = Loader(config(folder), global_batch=8, seed=1).first.mixture.datasets[0]
+
+    def mixed(*classes: list[str]) -> Mixture:
+        manifests = [dataset.manifest.model_copy(update={"classes": names}) for names in classes]
+        return Mixture([replace(dataset, manifest=manifest) for manifest in manifests])
+
+    labelled = DiTConfig(latent_channels=2, text_dim=4, num_classes=10)
+    for other in (["b", "a"], ["a"], ["a", "b", "c"], []):
+        with pytest.raises(InputError, match=r"class \d of .*: got .*, expected"):
+            check_fits(mixed(["a", "b"], other), labelled)
+        check_fits(mixed(["a", "b"], other), DiTConfig(latent_channels=2, text_dim=4))
+        check_fits(mixed(other, other), labelled)
 
 
 def test_a_dataset_of_another_format_or_order_of_members_is_refused(tmp_path):

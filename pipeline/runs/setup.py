@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def check_fits(mixture: Mixture, model: NetworkConfig, text_length: int | None =
         if classes > model.num_classes:
             what = f"classes of {dataset.source.path}"
             pairs.append((what, classes, f"at most model.num_classes, {model.num_classes}"))
+        names = enumerate(zip_longest(dataset.manifest.classes, manifest.classes))
+        pairs += [(f"class {i} of {dataset.source.path}", *both) for i, both in names]
     longest = max((role.view.max_length for role in manifest.text.roles.values()), default=0)
     if (text_length or 0) > longest:
         pairs.append(("longest text", longest, f"at least data.text_length, {text_length}"))

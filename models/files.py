@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,11 +33,10 @@ def full_disk_is_said(where: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        temporary = tempfile.gettempdir()
-        free = f"{shutil.disk_usage(temporary).free >> 20:,} MiB are free in {temporary}"
+        place = error.filename or f"there, or in {tempfile.gettempdir()}"
         raise InputError(
-            f"{where}: no room to write {f'{error.filename} ' if error.filename else ''}({os.strerror(error.errno)}; {free}). Remedy: "
-            "make room, and run it again: what is done is kept."
+            f"{where}: no room to write {place} ({os.strerror(error.errno)}). Remedy: make room, and run it "
+            "again: what is done is kept."
         ) from error
 
 

@@ -624,6 +624,27 @@ def test_sources_that_changed_are_refused_until_a_restart(small, tmp_path, capsy
     begin(small)
 
 
+@pytest.mark.slow
+def test_files_that_are_no_pictures_come_and_go_without_another_dataset(
+    small, tmp_path, ray_address
+):
+    folder, output = tmp_path / "pictures", f"output={tmp_path / 'other'}"
+    (folder / "a.pdf").write_text("x")
+    begin(small)
+    (folder / "a.pdf").unlink()
+    for name in ("b.doc", ".DS_Store", "even/c.csv"):
+        (folder / name).write_text("x")
+    first, second = read_manifest(run(small)), read_manifest(run(small, output))
+    assert first.counts.other_files == {"pdf": 1}
+    assert second.counts.other_files == {"": 1, "csv": 1, "doc": 1}
+    assert (first.id, first.counts.kept) == (second.id, second.counts.kept)
+    one, two = (dataset_bytes(tmp_path / name) for name in ("dataset", "other"))
+    shards = {name for name in one if name.startswith("shards/")}
+    assert shards
+    assert all(one[name] == two[name] for name in shards)
+    begin(small)
+
+
 def test_where_every_picture_is_rejected_the_reasons_are_counted(small, ray_address):
     with pytest.raises(InputError, match="of 4 pictures none is left: 4 too_small"):
         run(small, "filters.min_side=1000")

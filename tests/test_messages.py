@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +16,6 @@ from rich.table import Table
 from data_prep.config import FitVaeConfig, PrepareConfig
 from models.command import load_config, plain_console
 from models.config import Config, InputError, _models_in, parse_config
-from models.text_encoder import TextEncoder
 from pipeline.config import TrainConfig
 from tests import train_factory
 from tests.test_text_encoder import save_encoder
@@ -142,19 +143,34 @@ def test_a_damaged_shard_ends_training_with_one_sentence(tmp_path):
     assert re.search(r"error .*shards/.*cannot be used: .*sha256 got", sentence)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("bert", {"hidden_size": 32}), ("clip", {"num_hidden_layers": 3}), ("t5", {"d_model": 32})],
-)
-def test_an_encoder_s_weights_of_another_config_are_named_without_the_library_s_report(
-    tmp_path, kind, changes, capfd
-):
-    folder = save_encoder(tmp_path, kind)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    capfd.readouterr()
-    with pytest.raises(
-        InputError, match=r"weights are not those of its config\.json: .* and \d+ more"
-    ):
+LOAD = """
+import sys
+from models.config import InputError
+from models.text_encoder import TextEncoder
+
+for folder in sys.argv[1:]:
+    try:
         TextEncoder.load(folder, 8)
-    assert capfd.readouterr().err == ""
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_an_encoder_s_weights_of_another_config_are_named_without_the_library_s_report(tmp_path):
+    """In a process of its own: transformers writes to the stream that it found when it was imported."""
+    changes = {"bert": {"hidden_size": 32}, "clip": {"num_hidden_layers": 3}, "t5": {"d_model": 32}}
+    folders = [save_encoder(tmp_path / kind, kind) for kind in changes]
+    for folder, changed in zip(folders, changes.values(), strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env=train_factory.environment(),
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done
+    for line, folder in zip(lines, folders, strict=True):
+        assert line.startswith(f"{folder}: its weights are not those of its config.json: ")
+    assert "REPORT" not in done.stderr

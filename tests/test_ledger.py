@@ -7,10 +7,13 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.training.ledger import LEDGER, PARTS, Ledger
+from pipeline.training.monitor import Monitor
 from tests.train_factory import (
     check_as_undisturbed,
     scalars,
@@ -53,6 +56,18 @@ def test_the_parts_of_all_attempts_add_up_and_steps_taken_twice_are_replayed(tmp
     assert second.spent["save"] >= 0.03
     assert second.goodput() == pytest.approx(totals["productive"] / wall)
     assert "in 2 attempts: " in second.line()
+
+
+def test_what_lies_between_a_step_and_a_save_belongs_to_the_step(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.mark("start_up")
+    ledger.stepped(1, 0.0)
+    holder: Any = SimpleNamespace(ledger=ledger, mark=lambda part: None, since=0.0)
+    time.sleep(0.05)  # a log
+    with Monitor.paused(holder):
+        time.sleep(0.01)
+    assert ledger.spent["productive"] >= 0.05
+    assert 0.01 <= ledger.spent["save"] < 0.05
 
 
 @pytest.mark.distributed

@@ -28,6 +28,8 @@ class Ledger:
         self.began = psutil.Process().create_time()
         self.now, self.step, self.waited = self.began, 0, 0.0
         self.spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self.steps = "start_up"
+        """The part that steps belong to now, with their logs."""
 
     def mark(self, part: str) -> None:
         """Count what came since the last mark as `part`."""
@@ -38,9 +40,9 @@ class Ledger:
     def stepped(self, step: int, waited_s: float) -> None:
         """Count a step, of which the loader's total of `waited_s` tells how much was waiting for data."""
         waited, self.waited = waited_s - self.waited, waited_s
-        part = "replayed" if step <= self.reached else "productive"
-        self.mark(part)
-        self.spent[part] -= waited
+        self.steps = "replayed" if step <= self.reached else "productive"
+        self.mark(self.steps)
+        self.spent[self.steps] -= waited
         self.spent["data_wait"] += waited
         self.step = step
 

@@ -190,6 +190,7 @@ class Monitor:
     def paused(self) -> Iterator[None]:
         """Leave saving and drawing out of the rates."""
         self.mark("other")
+        self.ledger.mark(self.ledger.steps)
         begin = time.perf_counter()
         yield
         self.since += time.perf_counter() - begin

@@ -18,7 +18,7 @@ from pipeline.training.ema import AdamWithEMA, WithEMA
 from pipeline.training.optimizers import MuonWithEMA
 
 BUCKET_ELEMENTS = 50_000_000
-"""Most elements of gradients reduced at once: small enough that backward hides all but the last."""
+"""Most elements of gradients reduced at once: with several, backward can hide all but the last."""
 
 PERSISTENT_ELEMENTS = 100_000
 """ZeRO 3 leaves smaller parameters whole, DeepSpeed's default."""

@@ -92,8 +92,7 @@ def listing_sha256(listing: pa.Table) -> str:
         columns = [batch[name] for name in ("source", "name", "class_name", "reason")]
         texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"])]
         options = {"null_handling": "replace", "null_replacement": ""}
-        texts.append(compute.binary_join_element_wise(*beside, separator, **options))
-        lines = compute.binary_join_element_wise(*texts, separator, **options)
+        lines = compute.binary_join_element_wise(*texts, *beside, separator, **options)
         digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     return digest.hexdigest()
 

@@ -468,6 +468,16 @@ def test_training_lowers_the_distance_and_the_heldout_error(trained_run, network
         assert values[1][name] < 0.8 * values[0][name]
 
 
+def test_a_run_of_several_partitions_is_measured(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    partitioned = config.replace("canonical_partitions: null", "canonical_partitions: 4")
+    assert partitioned != config
+    (run / "config.yaml").write_text(partitioned)
+    _, figures, _ = measured_by(call(str(run), "--heldout=2", f"--output={tmp_path / 'out'}"))
+    assert figures
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):

@@ -214,7 +214,9 @@ def evaluate(
             )
     own = other = None
     if trained is not None:
-        data = trained.config.data.model_copy(update={"grow": False})
+        # No order is asked for, so what decides it must not fit the batch of 1.
+        update = {"grow": False, "canonical_partitions": None}
+        data = trained.config.data.model_copy(update=update)
         own = Loader(data, global_batch=1, seed=0)
         check_same(own.manifest, trained.manifest, "data.path")
     if options.dataset is not None:

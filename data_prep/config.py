@@ -14,7 +14,7 @@ from data_prep.encoders import (
     check_encoders,
     configured,
 )
-from data_prep.images import ImagesConfig
+from data_prep.images import ImagesConfig, list_buckets
 from data_prep.sources import SourceConfig
 from models.config import Config, Entries, InputError
 from models.weights import Dtype
@@ -91,6 +91,12 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
             raise InputError(
                 f"images.bucket_multiple: got {got}, expected a multiple of {encoder.divides}, for {place}. Remedy: "
                 "the downscale of the vae times the patch size of the model suits every encoder."
+            )
+        only = encoder.only_side
+        if only and list_buckets(config.images) != [(only, only)]:
+            raise InputError(
+                f"{place}: takes squares of {only} pixels alone. Remedy: images.resolution={only} and "
+                "images.bucket_max_aspect=1"
             )
     # The order of the encoders is that of the members.
     decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)

@@ -4,18 +4,18 @@ Another kind is a config and an encoder here, a field of PrepareConfig, and its 
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
+from models.codecs import LAYOUTS, PIXELS, Layout
 from models.config import Config, InputError, Place
 from models.files import file_sha256
 from models.weights import (
     EncoderDtype,
     config_sha256,
-    downscale_of,
     num_parameters,
     read_codec_config,
     read_text_config,
@@ -57,6 +57,7 @@ class EncoderConfig(Config):
     """What every kind of encoder has."""
 
     path: Place
+    """Folder of the network, as save_pretrained() writes it."""
     dtype: EncoderDtype = "fp32"
 
     def read_config(self) -> dict[str, Any]:
@@ -68,10 +69,19 @@ class EncoderConfig(Config):
         """The sides of a picture must be multiples of it, in pixels."""
         return 1
 
+    @property
+    def only_side(self) -> int | None:
+        """The one side of the square pictures that it takes; None: any."""
+        return None
+
     def hashes(self) -> dict[str, str]:
         """sha256 of what decides its numbers; raises InputError where it is not there."""
         config = config_sha256(self.read_config())
         return {"weights": weights_sha256(Path(self.path)), "config": config}
+
+    def memory(self) -> int:
+        """Bytes that its weights take."""
+        return num_parameters(Path(self.path)) * (2 if self.dtype in ("bf16", "fp16") else 4)
 
     def open(self, name: str, device: str) -> Encoder:
         """The encoder; raises InputError."""
@@ -79,19 +89,44 @@ class EncoderConfig(Config):
 
 
 class VaeConfig(EncoderConfig):
-    """The latent codec: a diffusers autoencoder's folder."""
+    """The latent codec: a diffusers autoencoder's folder, or `path: pixels` for pictures as they are."""
+
+    path: Literal["pixels"] | Place
+
+    @model_validator(mode="after")
+    def _pixels_have_no_dtype(self) -> Self:
+        if self.path == PIXELS and self.dtype != "fp32":
+            raise ValueError("dtype: no effect on pixels, which no network encodes")
+        return self
 
     def read_config(self) -> dict[str, Any]:
+        if self.path == PIXELS:
+            return {"_class_name": PIXELS}
         return read_codec_config(Path(self.path), self.dtype)
 
     @property
+    def layout(self) -> Layout:
+        config = self.read_config()
+        return LAYOUTS[config["_class_name"]](config)
+
+    @property
     def divides(self) -> int:
-        return downscale_of(self.read_config())
+        return self.layout.downscale
+
+    @property
+    def only_side(self) -> int | None:
+        return self.layout.only_side
+
+    def hashes(self) -> dict[str, str]:
+        return {} if self.path == PIXELS else super().hashes()
+
+    def memory(self) -> int:
+        return 0 if self.path == PIXELS else super().memory()
 
     def doubt(self) -> str:
         """What is to be said of its config.json; "" where that says by what latents are scaled."""
         config = self.read_config()
-        if config.get("scaling_factor"):
+        if config.get("scaling_factor") or not self.layout.scaled:
             return ""
         return (
             f"vae.path: {self.path}/config.json has no scaling_factor, so that latents are scaled by "
@@ -101,7 +136,8 @@ class VaeConfig(EncoderConfig):
     def open(self, name: str, device: str) -> "Codec":
         from models.vae import LatentCodec
 
-        return Codec(LatentCodec.load(self.path, self.dtype, device), name)
+        path = None if self.path == PIXELS else self.path
+        return Codec(LatentCodec.load(path, self.dtype, device), name)
 
 
 class TextEncoderConfig(EncoderConfig):
@@ -162,9 +198,12 @@ class Codec(Encoder):
 
     def members(self) -> dict[str, Member]:
         depth = self.model.channels * (1 if self.model.deterministic else 2)
-        return {"moments": Member(dtype="float16", shape=(depth, None, None))}
+        dtype = "float16" if self.model.network else "uint8"
+        return {"moments": Member(dtype=dtype, shape=(depth, None, None))}
 
     def encode(self, batch: Any) -> Arrays:
+        if self.model.network is None:
+            return {"moments": batch.numpy()}
         return {"moments": _float16(self.model.encode_moments(batch))}
 
     def decode(self, moments: np.ndarray) -> np.ndarray:
@@ -221,10 +260,7 @@ def configured(config: Config) -> dict[str, EncoderConfig]:
 
 def weight_of(config: Config) -> int:
     """Bytes of memory that a process with every encoder of a preparation takes, roughly."""
-    weights = 0
-    for encoder in configured(config).values():
-        bytes_each = 2 if encoder.dtype in ("bf16", "fp16") else 4
-        weights += num_parameters(Path(encoder.path)) * bytes_each
+    weights = sum(encoder.memory() for encoder in configured(config).values())
     return PROCESS_BYTES + weights * 5 // 4
 
 

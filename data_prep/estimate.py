@@ -135,7 +135,7 @@ def _encode(
     proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]
     size = sum(sizes.values()) - sum(proofs) - SHARD_END * len(todo)
     codec = CodecRecord.model_validate(encoders.record["codec"])
-    doubt = latent_doubt(*latent_statistics(commits), codec.normalisation)
+    doubt = latent_doubt(*latent_statistics(commits), codec)
     return num, spent, size, sum(proofs) / max(len(proofs), 1), doubt
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.codecs import PIXELS, Normalisation
 from models.config import Config, InputError, parse_config
-from models.weights import Normalisation
 
 FORMAT_VERSION = 2
 
@@ -77,6 +77,7 @@ class CodecRecord(Config):
     """The latent codec that made `moments`, so that training and sampling can insist on the same one."""
 
     class_name: str
+    """The class of diffusers, or `pixels`."""
     path: str
     weights_sha256: str
     dtype: str
@@ -220,7 +221,7 @@ class Manifest(Config):
 
     def latent_doubt(self) -> str:
         """What is to be said of the measured latents; "" where they are as the objectives expect."""
-        return latent_doubt(self.latent_mean, self.latent_std, self.codec.normalisation)
+        return latent_doubt(self.latent_mean, self.latent_std, self.codec)
 
     def completed(self) -> "Manifest":
         """This one with a last generation to which nothing will be added."""
@@ -244,24 +245,23 @@ class Manifest(Config):
         return shape[0], height // cell, width // cell
 
 
-def latent_doubt(
-    means: Sequence[float], stds: Sequence[float], normalisation: Normalisation
-) -> str:
-    """A warning where the std of all normalised latents is far from 1; "" where it is not.
+def latent_doubt(means: Sequence[float], stds: Sequence[float], codec: CodecRecord) -> str:
+    """A warning where the std of all normalised latents is far from 1; "" where it is not, or of pixels.
 
     Takes what was measured per channel on raw latents.
     """
+    normalisation = codec.normalisation
     channels = list(zip(means, stds, normalisation.mean, normalisation.std, strict=True))
     spread = pstdev((mean - shift) / scale for mean, _, shift, scale in channels)
     std = (spread**2 + fmean((std / scale) ** 2 for _, std, _, scale in channels)) ** 0.5
-    if STD_RANGE[0] <= std <= STD_RANGE[1]:
+    if STD_RANGE[0] <= std <= STD_RANGE[1] or codec.class_name == PIXELS:
         return ""
     low, high = STD_RANGE
     factor = 1 / (fmean(normalisation.std) * std) if std else 1.0
     return (
         f"normalised latents have a std of {std:.3g}, expected {low:g} to {high:g}: the objectives' noise "
-        "levels are made for 1. Remedy: write the scaling_factor of such pictures into the config.json of "
-        f"the vae, about {factor:.4g}, and prepare again."
+        "levels are made for 1. Remedy: the config.json and the weights of one vae; where it scales all "
+        f"channels alike, a scaling_factor of about {factor:.4g} fits these pictures. Prepare again."
     )
 
 

@@ -5,96 +5,107 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
+from models.codecs import LAYOUTS, PIXELS, Layout, Normalisation
+from models.config import InputError
 from models.numerics import tf32
 from models.weights import (
-    CODECS,
     EncoderDtype,
-    Normalisation,
-    downscale_of,
     load_network,
     read_codec_config,
+    stored_values,
     weights_sha256,
 )
 
 
 class LatentCodec:
-    """A diffusers autoencoder in a local folder, frozen.
+    """A diffusers autoencoder in a local folder, frozen; or pictures as they are, without a network.
 
-    `moments` are raw: (B, 2C, h, w), mean then std, or (B, C, h, w) where `deterministic`. `latents` are
+    `moments` are raw: (B, 2C, h, w), mean then std, or (B, C, h, w) where deterministic. `latents` are
     normalised: (raw - mean) / std. h = H / downscale.
     """
 
-    def __init__(self, network: Any, path: Path, dtype: EncoderDtype, deterministic: bool):
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.path, self.dtype, self.deterministic = path, dtype, deterministic
-        self.channels: int = network.config.latent_channels
-        config = network.config
-        mean = float(config.get("shift_factor") or 0.0)
-        std = 1.0 / float(config.get("scaling_factor") or 1.0)
-        self.normalisation = Normalisation(mean=(mean,) * self.channels, std=(std,) * self.channels)
-        self.downscale = downscale_of(config)
+    def __init__(self, network: Any, layout: Layout, record: dict[str, Any], device: torch.device):
+        self.network, self.layout, self.device = network, layout, device
+        self._record = record
+        self.channels: int = record["channels"]
+        self.downscale: int = record["downscale"]
+        self.deterministic: bool = record["deterministic"]
+        self.normalisation: Normalisation = record["normalisation"]
+        self.dtype = torch.float32 if network is None else network.dtype
+        # torch lays out images so, and not a video's five dimensions.
+        flat = network is not None and all(p.ndim < 5 for p in network.parameters())
+        self.memory_format = torch.channels_last if flat else torch.preserve_format
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: EncoderDtype = "fp32", device: str | torch.device = "cpu"
+        cls,
+        path: str | Path | None,
+        dtype: EncoderDtype = "fp32",
+        device: str | torch.device = "cpu",
     ) -> "LatentCodec":
-        """Open a folder with config.json and safetensors; raises InputError if it is not a whole codec."""
-        path = Path(path)
-        name = read_codec_config(path, dtype)["_class_name"]
-        network = load_network("diffusers", name, path, dtype)
-        return cls(network.to(device), path, dtype, CODECS[name])
+        """Open a folder with config.json and safetensors, or None for pixels; raises InputError if it is not whole."""
+        name, network, device = PIXELS, None, torch.device(device)
+        if path is not None:
+            name = read_codec_config(Path(path), dtype)["_class_name"]
+            network = load_network("diffusers", name, Path(path), dtype)
+            network = network.eval().requires_grad_(False).to(device)
+        layout = LAYOUTS[name]({} if network is None else network.config)
+        mean, std = layout.mean_std(lambda stored: stored_values(Path(path or ""), stored))
+        if {len(mean), len(std)} != {layout.channels}:
+            raise InputError(
+                f"{path}: got {len(mean)} means and {len(std)} stds of latents, expected {layout.channels}"
+            )
+        record = {
+            "class_name": name,
+            "path": str(path or ""),
+            "weights_sha256": "" if path is None else weights_sha256(Path(path)),
+            "dtype": dtype,
+            "channels": layout.channels,
+            "downscale": layout.downscale,
+            "deterministic": layout.deterministic,
+            "normalisation": Normalisation(mean=tuple(mean), std=tuple(std)),
+        }
+        codec = cls(network, layout, record, device)
+        if network is not None:
+            network.to(memory_format=codec.memory_format)
+        return codec
 
     @torch.inference_mode()
     def encode_moments(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B M h w"]:
         """Pictures to raw fp32 moments; M = 2C, or C where deterministic; H and W multiples of `downscale`."""
         if any(side % self.downscale for side in images.shape[2:]):
             raise ValueError(f"images {tuple(images.shape)}: sides must divide by {self.downscale}")
-        pixels = images.to(self.network.device).float() / 127.5 - 1
-        pixels = pixels.to(self.network.dtype, memory_format=torch.channels_last)
-        with tf32(self.dtype == "tf32"):
-            output = self.network.encode(pixels)
-        if self.deterministic:
-            latent = output.latent if hasattr(output, "latent") else output.latents
-            return latent.float().contiguous()
-        posterior = output.latent_dist
-        std = torch.exp(0.5 * posterior.logvar.float())
-        return torch.cat([posterior.mean.float(), std], dim=1).contiguous()  # (B, 2C, h, w)
+        pixels = images.to(self.device).float() / 127.5 - 1
+        pixels = pixels.to(self.dtype, memory_format=self.memory_format)
+        with tf32(self._record["dtype"] == "tf32"):
+            mean, *variance = self.layout.encode(self.network, pixels)
+        std = [torch.exp(0.5 * logarithm.float()) for logarithm in variance]
+        return torch.cat([mean.float(), *std], dim=1).contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B 3 H W"]:
         """Normalised latents to pictures."""
-        mean, scale = _mean_and_scale(
-            self.normalisation.mean, self.normalisation.std, self.network.device
-        )
-        raw = latents.to(self.network.device).float() / scale + mean
-        raw = raw.to(self.network.dtype, memory_format=torch.channels_last)
-        with tf32(self.dtype == "tf32"):
-            return to_uint8(self.network.decode(raw).sample)
+        mean, scale = _mean_and_scale(self.normalisation.mean, self.normalisation.std, self.device)
+        raw = latents.to(self.device).float() / scale + mean
+        raw = raw.to(self.dtype, memory_format=self.memory_format)
+        with tf32(self._record["dtype"] == "tf32"):
+            return to_uint8(self.layout.decode(self.network, raw))
 
-    def decode_mean(self, moments: Float[Tensor, "B M h w"]) -> UInt8[Tensor, "B 3 H W"]:
+    def decode_mean(self, moments: Num[Tensor, "B M h w"]) -> UInt8[Tensor, "B 3 H W"]:
         """Raw moments to pictures, without the noise of their std."""
-        still = torch.zeros_like(moments[:, : self.channels])
+        still = torch.zeros_like(moments[:, : self.channels], dtype=torch.float32)
         return self.decode(sample_latents(moments, still, self.normalisation))
 
     def record(self) -> dict[str, Any]:
         """The fields of the CodecRecord that a dataset made with this codec has."""
-        return {
-            "class_name": type(self.network).__name__,
-            "path": str(self.path),
-            "weights_sha256": weights_sha256(self.path),
-            "dtype": self.dtype,
-            "channels": self.channels,
-            "downscale": self.downscale,
-            "deterministic": self.deterministic,
-            "normalisation": self.normalisation,
-        }
+        return self._record
 
 
 def sample_latents(
-    moments: Float[Tensor, "B M h w"],
+    moments: Num[Tensor, "B M h w"],
     noise: Float[Tensor, "B C h w"],
     normalisation: Normalisation,
 ) -> Float[Tensor, "B C h w"]:

@@ -7,13 +7,14 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from models.config import Config, InputError
+from models.codecs import LAYOUTS, PIXELS
+from models.config import InputError
 from models.files import file_sha256
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -42,8 +43,6 @@ TOKENIZER_FILES = (
 )
 # What else decides which tokens a text becomes.
 TOKENIZER_EXTRAS = ("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
-# Whether a class's encoder is deterministic; its moments are then the mean alone.
-CODECS = {"AutoencoderKL": False, "AutoencoderDC": True, "AutoencoderTiny": True}
 # The class that holds the text encoder alone, by model_type in config.json.
 TEXT_ENCODERS = {
     "bert": "BertModel",
@@ -60,13 +59,6 @@ VISION_ENCODERS = {
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "vit": "ViTModel",
 }
-
-
-class Normalisation(Config):
-    """Latents are (raw - mean) / std, channel by channel."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def weights_sha256(folder: Path) -> str:
@@ -171,24 +163,14 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
 def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
     """config.json of a latent codec's folder; raises InputError if it is none, or none for this dtype."""
     config = read_model_config(folder, "a diffusers autoencoder")
-    check_kind(folder, config, "_class_name", CODECS)
-    if config.get("latents_mean") or config.get("latents_std"):
-        raise InputError(
-            f"{folder}: got per-channel latents_mean or latents_std, expected one scale"
-        )
+    check_kind(folder, config, "_class_name", [name for name in LAYOUTS if name != PIXELS])
     if dtype == "fp16" and config.get("force_upcast"):
         raise InputError(
             f"{folder}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
         )
-    if not (config.get("encoder_block_out_channels") or config.get("block_out_channels")):
-        raise InputError(f"{folder}: config.json lacks block_out_channels")
+    if missing := [key for key in LAYOUTS[config["_class_name"]].needs if not config.get(key)]:
+        raise InputError(f"{folder}: config.json lacks {', '.join(missing)}")
     return config
-
-
-def downscale_of(config: Mapping[str, Any]) -> int:
-    """How many pixels of a side become one latent."""
-    levels = config.get("encoder_block_out_channels") or config["block_out_channels"]
-    return 2 ** (len(levels) - 1)
 
 
 def read_text_config(folder: Path, max_length: int) -> dict[str, Any]:
@@ -217,6 +199,15 @@ def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[s
     """Raise InputError where the config's value of `key` is none of `kinds`."""
     if (kind := config.get(key)) not in kinds:
         raise InputError(f"{path}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
+
+
+def stored_values(folder: Path, name: str) -> list[float]:
+    """The fp32 values of one of a folder's weights, of whatever dtype; raises InputError where it has none such."""
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name).float().flatten().tolist()
+    raise InputError(f"{folder}: its weights lack {name}")
 
 
 def load_network(

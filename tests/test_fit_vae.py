@@ -16,11 +16,12 @@ from PIL import Image, ImageDraw
 from data_prep import fitting
 from data_prep.config import FitVaeConfig
 from data_prep.fitting import heldout_psnr, name_hash, psnr, read_pictures
+from models.codecs import Normalisation
 from models.command import load_config
 from models.config import InputError, parse_config
 from models.files import temporary_for
 from models.vae import LatentCodec, sample_latents
-from models.weights import Normalisation, weights_sha256
+from models.weights import weights_sha256
 from pipeline import openmoji
 
 ROOT = Path(__file__).parent.parent

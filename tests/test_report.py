@@ -26,8 +26,8 @@ from data_prep.schema import (
 )
 from data_prep.shards import write_table
 from data_prep.verify import verify
+from models.codecs import Normalisation
 from models.command import duration, load_config
-from models.weights import Normalisation
 from pipeline.config import TrainConfig
 from pipeline.runs.planning import prepared_data
 from pipeline.runs.setup import fit_run

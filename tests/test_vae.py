@@ -10,9 +10,10 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from data_prep.schema import CodecRecord
+from models.codecs import Normalisation
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8
-from models.weights import Normalisation, weights_sha256
+from models.weights import weights_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -236,7 +237,7 @@ def truncate(folder: Path) -> None:
         (drop_a_weight, "fp32", "not those of its config.json: decoder.conv_in.bias is missing"),
         (lambda f: edit_config(f, latent_channels=5), "fp32", "size mismatch"),
         (lambda f: edit_config(f, _class_name="VQModel"), "fp32", "'VQModel', expected one of"),
-        (lambda f: edit_config(f, latents_mean=[0.0] * 4), "fp32", "expected one scale"),
+        (lambda f: edit_config(f, latents_mean=[0.0] * 3), "fp32", "got 3 means and 4 stds"),
         (lambda f: edit_config(f, force_upcast=True), "fp16", "dtype bf16 or fp32"),
     ],
 )

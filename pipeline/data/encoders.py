@@ -6,10 +6,22 @@ from pathlib import Path
 import torch
 
 from data_prep.schema import CodecRecord, Manifest, RoleRecord
+from models.codecs import PIXELS
 from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.weights import weights_sha256
+
+
+def open_codec(record: CodecRecord, given: str | None, device: torch.device) -> LatentCodec:
+    """The codec of a dataset, in the folder `given` or as recorded; raises InputError if that holds another one."""
+    folder = codec_folder(record, given)
+    return LatentCodec.load(folder, record.dtype, device)  # pyright: ignore[reportArgumentType]
+
+
+def codec_folder(record: CodecRecord, given: str | None) -> Path | None:
+    """Where the codec lies, None of pixels; raises InputError if another one does."""
+    return None if record.class_name == PIXELS else encoder_folder(record, given, "vae")
 
 
 def encoder_folder(record: CodecRecord | RoleRecord, given: str | None, name: str) -> Path:
@@ -37,7 +49,6 @@ class Encoders:
 
     record: CodecRecord
     codec: LatentCodec
-    codec_folder: Path
     text: list[TextEncoder]
     device: torch.device
 
@@ -47,9 +58,8 @@ def load_encoders(
 ) -> Encoders:
     """Load the encoders from `vae` and `text` (folders by name), else from the recorded folders."""
     record, encoders = manifest.codec, []
-    where = encoder_folder(record, vae, "vae")
-    codec = LatentCodec.load(where, record.dtype, device)  # pyright: ignore[reportArgumentType]
+    codec = open_codec(record, vae, device)
     for name, encoder in manifest.text.roles.items():
         folder = encoder_folder(encoder, text.get(name), f"text.{name}")
         encoders.append(TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
-    return Encoders(record, codec, where, encoders, device)
+    return Encoders(record, codec, encoders, device)

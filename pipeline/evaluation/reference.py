@@ -14,10 +14,9 @@ from torch import Tensor
 from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256, write_whole
-from models.vae import LatentCodec
 from pipeline import distributed
 from pipeline.data.datasets import Mixture
-from pipeline.data.encoders import encoder_folder
+from pipeline.data.encoders import open_codec
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import make_generator
 from pipeline.evaluation.metrics import FeatureNetwork
@@ -94,9 +93,7 @@ class DatasetPictures:
         return [self.mixture.bucket(shard) for shard, _ in self.samples]
 
     def read(self, begin: int, end: int) -> Iterator[Tensor]:
-        record = self.loader.manifest.codec
-        folder = encoder_folder(record, self.vae, "vae")
-        codec = LatentCodec.load(folder, record.dtype, self.device)  # pyright: ignore[reportArgumentType]
+        codec = open_codec(self.loader.manifest.codec, self.vae, self.device)
         for shard, rows in self._by_shard(begin, end):
             for first in range(0, len(rows), 16):
                 found = self.loader.first.store.rows(shard, np.array(rows[first : first + 16]))

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from models.codecs import LAYOUTS
 from models.prompts import encode_text, join_texts, parse_classes
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
@@ -26,7 +27,7 @@ class FlowmillPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->network->vae"
-    _optional_components = [
+    _optional_components = ["vae"] + [
         f"{kind}{number}" for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
     ]
 
@@ -111,7 +112,8 @@ class FlowmillPipeline(DiffusionPipeline):
             mean, std = (torch.tensor(factors[n], dtype=torch.float64) for n in ("mean", "std"))
             mean, scale = (v.float().view(-1, 1, 1).to(device) for v in (mean, 1 / std))
             raw = pictures / scale + mean
-            pixels = self.vae.decode(raw.to(self.vae.dtype)).sample.float()
+            layout = LAYOUTS[recipe["codec"]](self.vae.config if self.vae else {})
+            pixels = layout.decode(self.vae, raw.to(self.vae.dtype) if self.vae else raw).float()
             pictures = VaeImageProcessor().postprocess(pixels, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)  # pyright: ignore[reportArgumentType]

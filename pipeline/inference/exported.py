@@ -288,6 +288,7 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
         "num_classes": config.model.num_classes,
         "channels": codec.channels,
         "downscale": codec.downscale,
+        "codec": codec.class_name,
         "normalisation": codec.normalisation.model_dump(mode="json"),
         "multiple": codec.downscale * config.model.latent_multiple,
         "height": height,
@@ -295,13 +296,14 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
     }
 
 
-def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, list[str]]:
+def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, Any]:
     """VAE, text encoders and tokenizers, copied or as links to where they are here; their index entries."""
     encoders = trained.encoders(torch.device("cpu"))
-    parts = [("vae", "diffusers", encoders.codec.network, encoders.codec_folder)]
+    vae, where = encoders.codec.network, Path(encoders.codec.record()["path"])
+    parts = [("vae", "diffusers", vae, where)] if vae else []
     if (count := len(encoders.text)) > 3:
         raise InputError(f"{count} text encoders: the exported pipeline holds at most 3")
-    entries = {}
+    entries: dict[str, Any] = {} if vae else {"vae": [None, None]}
     for number, encoder in enumerate(encoders.text, start=1):
         suffix = f"_{number}" if number > 1 else ""
         parts.append((f"text_encoder{suffix}", "transformers", encoder.network, encoder.path))

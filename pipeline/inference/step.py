@@ -6,10 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from models.vae import LatentCodec
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
-from pipeline.data.encoders import encoder_folder
+from pipeline.data.encoders import open_codec
 from pipeline.data.loader import Loader
 from pipeline.inference.grid import grid
 
@@ -32,8 +31,7 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
         where, row = sample["shard"], str(sample["row"])
         table.add_row(str(place), str(number), where, row, captions[place])
     console.print(table)
-    folder = encoder_folder(codec, config.encoders.vae, "vae")
-    network = LatentCodec.load(folder, codec.dtype)  # pyright: ignore[reportArgumentType]
+    network = open_codec(codec, config.encoders.vae, torch.device("cpu"))
     pictures = torch.cat([network.decode_mean(part) for part in batch.moments.split(16)])
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(pictures, captions, columns=8).save(path)

@@ -28,7 +28,7 @@ from pipeline.config import (
     sizes_of,
 )
 from pipeline.data.datasets import Difference, Mixture, refuse
-from pipeline.data.encoders import encoder_folder
+from pipeline.data.encoders import codec_folder, encoder_folder
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
 from pipeline.runs.start import check_start, load_start, objective_of
@@ -196,7 +196,7 @@ def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
     """Raise InputError where the config names an encoder that did not prepare the data."""
     roles = manifest.text.roles
     if config.encoders.vae is not None:
-        encoder_folder(manifest.codec, config.encoders.vae, "vae")
+        codec_folder(manifest.codec, config.encoders.vae)
     for name, folder in config.encoders.text.items():
         if name not in roles:
             raise InputError(

@@ -1,0 +1,196 @@
+"""How each class of diffusers' autoencoders gives latents and takes them back: one entry per class, no torch.
+
+`flowmill export` writes this module into the pipeline of a model, so that both decode alike.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from models.config import Config
+
+Vectors = tuple[list[float], list[float]]
+
+
+class Normalisation(Config):
+    """Latents are (raw - mean) / std, channel by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Layout:
+    """AutoencoderKL, and what the others have in common; `config` is that of config.json.
+
+    Pixels are (B, 3, H, W) in -1..1, raw latents (B, C, h, w), in the network's dtype.
+    """
+
+    deterministic: ClassVar[bool] = False
+    """Whether it encodes to latents, and not to their mean and the logarithm of their variance."""
+    needs: ClassVar[tuple[str, ...]] = ("block_out_channels",)
+    """What config.json must have."""
+    scaled: ClassVar[bool] = True
+    """Whether config.json has one scaling_factor for all channels."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+
+    @property
+    def channels(self) -> int:
+        return self.config["latent_channels"]
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of a side per latent."""
+        return 2 ** (len(self.config[self.needs[0]]) - 1)
+
+    @property
+    def only_side(self) -> int | None:
+        """The one size of picture, square, that it takes; None: any that `downscale` divides."""
+        return None
+
+    def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
+        """The mean and std of raw latents by channel; `stored` gives the fp32 values of one of its weights."""
+        shift, scale = self.config.get("shift_factor"), self.config.get("scaling_factor")
+        mean = self.config.get("latents_mean") or [float(shift or 0.0)] * self.channels
+        std = self.config.get("latents_std") or [1.0] * self.channels
+        return list(mean), [value / float(scale or 1.0) for value in std]
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        """Mean and log variance of raw latents, or where deterministic these alone."""
+        posterior = network.encode(pixels).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, network: Any, raw: Any) -> Any:
+        return network.decode(raw).sample
+
+
+class KLFlux2(Layout):
+    """FLUX.2's: squares of 2 x 2 latents are channels, normalised by a batch norm's statistics."""
+
+    scaled = False
+
+    @property
+    def channels(self) -> int:
+        return 4 * self.config["latent_channels"]
+
+    @property
+    def downscale(self) -> int:
+        return 2 * super().downscale
+
+    def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
+        variances, eps = stored("bn.running_var"), self.config["batch_norm_eps"]
+        return stored("bn.running_mean"), [(variance + eps) ** 0.5 for variance in variances]
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        split = (
+            t.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) for t in super().encode(network, pixels)
+        )
+        return tuple(t.permute(0, 1, 3, 5, 2, 4).flatten(1, 3) for t in split)
+
+    def decode(self, network: Any, raw: Any) -> Any:
+        squares = raw.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)  # (B, C / 4, h, 2, w, 2)
+        return super().decode(network, squares.flatten(4, 5).flatten(2, 3))
+
+
+class KLQwenImage(Layout):
+    """Qwen-Image's: a video's of one frame."""
+
+    needs = ("temperal_downsample", "z_dim", "latents_mean", "latents_std")
+    scaled = False
+
+    @property
+    def channels(self) -> int:
+        return self.config["z_dim"]
+
+    @property
+    def downscale(self) -> int:
+        return 2 * super().downscale
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        return tuple(t[:, :, 0] for t in super().encode(network, pixels[:, :, None]))
+
+    def decode(self, network: Any, raw: Any) -> Any:
+        return super().decode(network, raw[:, :, None])[:, :, 0]
+
+
+class DC(Layout):
+    """DC-AE, deterministic."""
+
+    deterministic = True
+    needs = ("encoder_block_out_channels",)
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        return (network.encode(pixels).latent,)
+
+
+class Tiny(DC):
+    """TAESD and its like: normalised latents of the codec that it imitates."""
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        return (network.encode(pixels).latents,)
+
+
+class RAE(DC):
+    """A frozen vision transformer and a decoder (2510.11690): normalises inside, of pixels in 0..1."""
+
+    needs = ("encoder_hidden_size", "encoder_input_size", "encoder_patch_size", "patch_size")
+    scaled = False
+
+    @property
+    def channels(self) -> int:
+        return self.config["encoder_hidden_size"]
+
+    @property
+    def downscale(self) -> int:
+        return self.config["patch_size"]
+
+    @property
+    def only_side(self) -> int | None:
+        return (
+            self.config["encoder_input_size"] // self.config["encoder_patch_size"] * self.downscale
+        )
+
+    def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
+        return [0.0] * self.channels, [1.0] * self.channels
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        return super().encode(network, (pixels + 1) / 2)
+
+    def decode(self, network: Any, raw: Any) -> Any:
+        return super().decode(network, raw) * 2 - 1
+
+
+class Pixels(DC):
+    """No network: the pictures themselves, 0..255."""
+
+    needs = ()
+    scaled = False
+
+    @property
+    def channels(self) -> int:
+        return 3
+
+    @property
+    def downscale(self) -> int:
+        return 1
+
+    def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
+        return [127.5] * 3, [127.5] * 3
+
+    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
+        return (((pixels + 1) * 127.5).round(),)
+
+    def decode(self, network: Any, raw: Any) -> Any:
+        return raw / 127.5 - 1
+
+
+PIXELS = "pixels"
+LAYOUTS: dict[str, type[Layout]] = {
+    "AutoencoderKL": Layout,
+    "AutoencoderKLFlux2": KLFlux2,
+    "AutoencoderKLQwenImage": KLQwenImage,
+    "AutoencoderDC": DC,
+    "AutoencoderTiny": Tiny,
+    "AutoencoderRAE": RAE,
+    PIXELS: Pixels,
+}

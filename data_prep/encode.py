@@ -256,7 +256,7 @@ class ShardEncoder(Worker):
         if not samples:
             return b"", []
         with self._encoding:
-            decoded = [self._codec.decode(sample.arrays["moments"]) for sample in samples]
+            decoded = [self._codec.model.picture(s.arrays["moments"]) for s in samples]
         return make_proof(samples, decoded, list(self._members("captions")))
 
     def _variants(self, captions: list[str], flip: bool) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
-from models.codecs import LAYOUTS, PIXELS, Layout
+from models.codec_layouts import LAYOUTS, PIXELS, Layout
 from models.config import Config, InputError, Place
 from models.files import file_sha256
 from models.weights import (
@@ -205,13 +205,6 @@ class Codec(Encoder):
         if self.model.network is None:
             return {"moments": batch.numpy()}
         return {"moments": _float16(self.model.encode_moments(batch))}
-
-    def decode(self, moments: np.ndarray) -> np.ndarray:
-        """The picture (H, W, 3) uint8 of stored moments, at their mean."""
-        import torch
-
-        picture = self.model.decode_mean(torch.from_numpy(moments)[None])[0]
-        return picture.cpu().permute(1, 2, 0).numpy()
 
 
 class Text(Encoder):

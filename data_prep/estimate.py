@@ -23,7 +23,7 @@ from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import latent_statistics
 from data_prep.report import Listing, Progress, console, warn
 from data_prep.scan import list_sources, scan
-from data_prep.schema import CodecRecord, latent_doubt, proof_path
+from data_prep.schema import CodecRecord, proof_path
 from data_prep.shards import WORK
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
@@ -135,7 +135,7 @@ def _encode(
     proofs = [size for name, size in sizes.items() if name.endswith(proof_path(""))]
     size = sum(sizes.values()) - sum(proofs) - SHARD_END * len(todo)
     codec = CodecRecord.model_validate(encoders.record["codec"])
-    doubt = latent_doubt(*latent_statistics(commits), codec)
+    doubt = codec.doubt(*latent_statistics(commits))
     return num, spent, size, sum(proofs) / max(len(proofs), 1), doubt
 
 

@@ -49,7 +49,7 @@ def make_proof(
     samples: list[ProofSample], decoded: list[np.ndarray], texts: list[str]
 ) -> tuple[bytes, list[float]]:
     """The file's bytes, and the PSNR in dB of each decoded picture; texts: members to be projected."""
-    psnr = [_psnr_db(s.pixels, after) for s, after in zip(samples, decoded, strict=True)]
+    psnr = [psnr_db(s.pixels, after) for s, after in zip(samples, decoded, strict=True)]
     arrays = {
         "key": np.stack([np.frombuffer(s.key.encode(), np.uint8) for s in samples]),
         "original": np.stack([thumbnail(s.pixels) for s in samples]),
@@ -108,6 +108,6 @@ def _signs(purpose: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=count) * 2.0 - 1.0
 
 
-def _psnr_db(before: np.ndarray, after: np.ndarray) -> float:
+def psnr_db(before: np.ndarray, after: np.ndarray) -> float:
     error = ((before.astype(np.float64) - after) ** 2).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-3)))

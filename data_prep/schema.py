@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.codecs import PIXELS, Normalisation
+from models.codec_layouts import PIXELS, Normalisation
 from models.config import Config, InputError, parse_config
 
 FORMAT_VERSION = 2
@@ -85,6 +85,11 @@ class CodecRecord(Config):
     downscale: int
     deterministic: bool
     normalisation: Normalisation
+
+    def doubt(self, means: Sequence[float], stds: Sequence[float]) -> str:
+        """What is to be said of raw latents as they were measured per channel."""
+        pixels = self.class_name == PIXELS
+        return "" if pixels else latent_doubt(means, stds, self.normalisation)
 
 
 class ViewRecord(Config):
@@ -221,7 +226,7 @@ class Manifest(Config):
 
     def latent_doubt(self) -> str:
         """What is to be said of the measured latents; "" where they are as the objectives expect."""
-        return latent_doubt(self.latent_mean, self.latent_std, self.codec)
+        return self.codec.doubt(self.latent_mean, self.latent_std)
 
     def completed(self) -> "Manifest":
         """This one with a last generation to which nothing will be added."""
@@ -245,16 +250,17 @@ class Manifest(Config):
         return shape[0], height // cell, width // cell
 
 
-def latent_doubt(means: Sequence[float], stds: Sequence[float], codec: CodecRecord) -> str:
-    """A warning where the std of all normalised latents is far from 1; "" where it is not, or of pixels.
+def latent_doubt(
+    means: Sequence[float], stds: Sequence[float], normalisation: Normalisation
+) -> str:
+    """A warning where the std of all normalised latents is far from 1; "" where it is not.
 
     Takes what was measured per channel on raw latents.
     """
-    normalisation = codec.normalisation
     channels = list(zip(means, stds, normalisation.mean, normalisation.std, strict=True))
     spread = pstdev((mean - shift) / scale for mean, _, shift, scale in channels)
     std = (spread**2 + fmean((std / scale) ** 2 for _, std, _, scale in channels)) ** 0.5
-    if STD_RANGE[0] <= std <= STD_RANGE[1] or codec.class_name == PIXELS:
+    if STD_RANGE[0] <= std <= STD_RANGE[1]:
         return ""
     low, high = STD_RANGE
     factor = 1 / (fmean(normalisation.std) * std) if std else 1.0

@@ -4,11 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
-from models.codecs import LAYOUTS, PIXELS, Layout, Normalisation
+from models.codec_layouts import LAYOUTS, PIXELS, Layout, Normalisation
 from models.config import InputError
 from models.numerics import tf32
 from models.weights import (
@@ -98,6 +99,11 @@ class LatentCodec:
         """Raw moments to pictures, without the noise of their std."""
         still = torch.zeros_like(moments[:, : self.channels], dtype=torch.float32)
         return self.decode(sample_latents(moments, still, self.normalisation))
+
+    def picture(self, moments: np.ndarray) -> np.ndarray:
+        """The picture (H, W, 3) uint8 of one sample's moments, at their mean."""
+        pixels = self.decode_mean(torch.from_numpy(moments)[None])[0]
+        return pixels.cpu().permute(1, 2, 0).numpy()
 
     def record(self) -> dict[str, Any]:
         """The fields of the CodecRecord that a dataset made with this codec has."""

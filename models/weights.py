@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from models.codecs import LAYOUTS, PIXELS
+from models.codec_layouts import LAYOUTS, PIXELS
 from models.config import InputError
 from models.files import file_sha256
 

@@ -18,7 +18,7 @@ from data_prep.config import PrepareConfig, check_settings
 from data_prep.preparation import prepare
 from data_prep.schema import CodecRecord, read_manifest
 from data_prep.verify import verify
-from models.codecs import LAYOUTS, PIXELS
+from models.codec_layouts import LAYOUTS, PIXELS
 from models.command import load_config
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from data_prep import fitting
 from data_prep.config import FitVaeConfig
 from data_prep.fitting import heldout_psnr, name_hash, psnr, read_pictures
-from models.codecs import Normalisation
+from models.codec_layouts import Normalisation
 from models.command import load_config
 from models.config import InputError, parse_config
 from models.files import temporary_for

@@ -26,7 +26,7 @@ from data_prep.schema import (
 )
 from data_prep.shards import write_table
 from data_prep.verify import verify
-from models.codecs import Normalisation
+from models.codec_layouts import Normalisation
 from models.command import duration, load_config
 from pipeline.config import TrainConfig
 from pipeline.runs.planning import prepared_data
@@ -169,7 +169,7 @@ def test_normalised_latents_far_from_std_1_are_said(scale, channels):
     assert bool(doubt) == (not 0.5 <= scale <= 2)
     if doubt:
         assert f"have a std of {scale:.3g}, " in doubt
-        assert f"about {1 / (whole * scale):.4g}," in doubt
+        assert f"about {1 / (whole * scale):.4g} fits" in doubt
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])

@@ -10,7 +10,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from data_prep.schema import CodecRecord
-from models.codecs import Normalisation
+from models.codec_layouts import Normalisation
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8
 from models.weights import weights_sha256

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_prep.recorded import open_codec
 from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256, write_whole
 from pipeline import distributed
 from pipeline.data.datasets import Mixture
-from pipeline.data.encoders import open_codec
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import make_generator
 from pipeline.evaluation.metrics import FeatureNetwork

@@ -12,13 +12,13 @@ from jaxtyping import UInt8
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from data_prep.recorded import Encoders
 from data_prep.schema import Manifest
 from models.conditions import Conditions
 from models.config import InputError
 from models.files import write_whole
 from models.prompts import join_texts, parse_classes
 from pipeline import distributed
-from pipeline.data.encoders import Encoders
 from pipeline.data.randomness import draw_noise
 from pipeline.inference.grid import to_pil
 from pipeline.objectives.config import SamplerConfig

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep.recorded import load_encoders
 from models.files import write_whole
 from pipeline import distributed
-from pipeline.data.encoders import load_encoders
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.inference.grid import grid
 from pipeline.inference.heldout import means_by_noise_level, terms_by_part

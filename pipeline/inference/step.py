@@ -6,9 +6,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.recorded import open_codec
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
-from pipeline.data.encoders import open_codec
 from pipeline.data.loader import Loader
 from pipeline.inference.grid import grid
 

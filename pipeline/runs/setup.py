@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_prep.recorded import codec_folder, encoder_folder
 from data_prep.schema import Manifest
 from models.config import InputError, differences
 from models.files import write_text
@@ -28,7 +29,6 @@ from pipeline.config import (
     sizes_of,
 )
 from pipeline.data.datasets import Difference, Mixture, refuse
-from pipeline.data.encoders import codec_folder, encoder_folder
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
 from pipeline.runs.start import check_start, load_start, objective_of

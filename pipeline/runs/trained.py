@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_prep.recorded import Encoders, load_encoders
 from data_prep.schema import Manifest, fingerprint, read_manifest
 from models.layers import PROJECTOR
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.datasets import check_same
-from pipeline.data.encoders import Encoders, load_encoders
 from pipeline.data.eras import ERAS, recorded_manifest
 from pipeline.runs.setup import network_for_sampling
 from pipeline.training.checkpoint import load_weights

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from data_prep.schema import CodecRecord, Manifest, RoleRecord
-from models.codecs import PIXELS
+from models.codec_layouts import PIXELS
 from models.config import InputError
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec

@@ -1,0 +1,101 @@
+"""Whether shards still hold what their pictures and captions give: a few are decoded and encoded again.
+
+Hashes find a shard that has changed since it was written; this finds one that was never right, or that is read with
+another codec than it was written with: latents that are scaled, shifted or of other pictures, other captions' text.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+
+from data_prep.proof import caption_hash, proof_keys, psnr_db, thumbnail
+
+SAME_DB = 36.0
+"""PSNR from which two decodings are of the same latents: in another precision it is well over 40."""
+SAME_TEXT = 0.1
+"""Relative difference of a token up to which two encodings are of the same text: in bf16 it is a few percent."""
+
+Sample = dict[str, Any]
+
+
+def drift(
+    tar: IO[bytes],
+    proof: dict[str, np.ndarray],
+    count: int,
+    decode: Callable[[np.ndarray], np.ndarray] | None,
+    encode: Callable[[str], dict[str, np.ndarray]] | None = None,
+) -> str:
+    """What differs in the first `count` pictures of a shard's proof, decoded and encoded again; "" if nothing does.
+
+    decode: moments to the picture (H, W, 3) uint8; encode: a caption to the arrays of every text member.
+    """
+    keys = proof_keys(proof)[:count]
+    found = _read(tar, keys)
+    for place, key in enumerate(keys):
+        shown = {name: values[place] for name, values in proof.items()}
+        problem = f"{key} is not there" if key not in found else ""
+        if decode and not problem:
+            problem = _other_picture(decode(found[key]["moments"]), shown)
+        if encode and not problem:
+            problem = _other_text(encode, found[key], shown)
+        if problem:
+            return f"{key}: {problem}"
+    return ""
+
+
+def _read(tar: IO[bytes], keys: list[str]) -> dict[str, Sample]:
+    """The arrays by member and the caption of some pictures of a shard."""
+    found: dict[str, Sample] = {}
+    with tarfile.open(fileobj=tar, mode="r:") as members:
+        for info in members:
+            key, name = info.name.split(".", 1)
+            if key not in keys:
+                continue
+            data = members.extractfile(info)
+            assert data is not None
+            if name == "json":
+                found.setdefault(key, {})["caption"] = json.load(data)["caption"]
+            else:
+                array = np.load(io.BytesIO(data.read()), allow_pickle=False)
+                found.setdefault(key, {})[name.removesuffix(".npy")] = array
+    return found
+
+
+def _other_picture(pixels: np.ndarray, shown: dict[str, np.ndarray]) -> str:
+    """What is wrong with a picture (H, W, 3) that was decoded again."""
+    now = thumbnail(pixels)
+    if now.shape != shown["decoded"].shape:
+        return f"its latents decode to {now.shape}, its proof shows {shown['decoded'].shape}"
+    same = psnr_db(now, shown["decoded"])
+    if same >= SAME_DB:
+        return ""
+    now_db, then_db = (psnr_db(shown["original"], x) for x in (now, shown["decoded"]))
+    return (
+        f"its latents decode to another picture than when they were made: {same:.1f} dB between the two, expected "
+        f"{SAME_DB:g}; {now_db:.1f} dB from the original, then {then_db:.1f}. They are scaled, shifted, another "
+        "picture's or another codec's"
+    )
+
+
+def _other_text(
+    encode: Callable[[str], dict[str, np.ndarray]], sample: Sample, shown: dict[str, np.ndarray]
+) -> str:
+    """What is wrong with the stored text of a picture, whose caption is encoded again."""
+    if not np.array_equal(shown["caption_sha256"], caption_hash(sample["caption"])):
+        return "its caption is not the one that it was made with"
+    for name, array in encode(sample["caption"]).items():
+        then, now = (np.atleast_2d(a).astype(np.float64) for a in (sample[name], array))
+        if then.shape != now.shape:
+            return f"{name}: {then.shape} are stored, its caption gives {now.shape}"
+        lengths = np.linalg.norm(then, axis=1)
+        worst = float((np.linalg.norm(now - then, axis=1) / np.maximum(lengths, 1e-6)).mean())
+        if worst > SAME_TEXT:
+            return (
+                f"{name}: is not what its encoder gives of its caption: {worst:.0%} off, expected at most "
+                f"{SAME_TEXT:.0%}. It is another caption's, or another layer's"
+            )
+    return ""

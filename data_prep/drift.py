@@ -50,6 +50,7 @@ def drift(
 def _read(tar: IO[bytes], keys: list[str]) -> dict[str, Sample]:
     """The arrays by member and the caption of some pictures of a shard."""
     found: dict[str, Sample] = {}
+    tar.seek(0)
     with tarfile.open(fileobj=tar, mode="r:") as members:
         for info in members:
             key, name = info.name.split(".", 1)

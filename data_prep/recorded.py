@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data_prep.encoders import Text
 from data_prep.schema import CodecRecord, Manifest, RoleRecord
 from models.codec_layouts import PIXELS
 from models.config import InputError
@@ -57,9 +59,27 @@ def load_encoders(
     manifest: Manifest, vae: str | None, text: dict[str, str], device: torch.device
 ) -> Encoders:
     """Load the encoders from `vae` and `text` (folders by name), else from the recorded folders."""
-    record, encoders = manifest.codec, []
-    codec = open_codec(record, vae, device)
+    codec = open_codec(manifest.codec, vae, device)
+    return Encoders(
+        manifest.codec, codec, list(open_texts(manifest, text, device).values()), device
+    )
+
+
+def open_texts(
+    manifest: Manifest, text: dict[str, str], device: torch.device
+) -> dict[str, TextEncoder]:
+    """The text encoders by role, from `text` (folders by name), else from the recorded folders."""
+    encoders = {}
     for name, encoder in manifest.text.roles.items():
         folder = encoder_folder(encoder, text.get(name), f"text.{name}")
-        encoders.append(TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device))  # pyright: ignore[reportArgumentType]
-    return Encoders(record, codec, encoders, device)
+        encoders[name] = TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device)  # pyright: ignore[reportArgumentType]
+    return encoders
+
+
+def encode_caption(texts: dict[str, TextEncoder], caption: str) -> dict[str, np.ndarray]:
+    """What a dataset stores of a caption, by member."""
+    found: dict[str, np.ndarray] = {}
+    for name, encoder in texts.items():
+        arrays = Text(encoder, name).encode([caption])
+        found |= {member: values[0] for member, values in arrays.items()}
+    return found

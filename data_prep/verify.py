@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from data_prep import schema
+from data_prep.drift import drift
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.report import console, warn
 from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
@@ -48,9 +49,25 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Processes that read shards.")] = (
         os.cpu_count() or 1
     ),
+    decode: Annotated[
+        int,
+        typer.Option(min=0, help="Pictures of each shard's proof to decode again, and compare."),
+    ] = 0,
+    encode: Annotated[
+        int,
+        typer.Option(min=0, help="Captions of each shard's proof to encode again, and compare."),
+    ] = 0,
+    vae: Annotated[str | None, typer.Option(help="The codec's folder, where it has moved.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of a text encoder that has moved.")
+    ] = None,
 ) -> None:
     """Audit a prepared dataset; exit status 1 and what is wrong, if anything is."""
-    problems = verify(open_root(dataset, "dataset"), workers)
+    root = open_root(dataset, "dataset")
+    problems = verify(root, workers)
+    if not problems and (decode or encode):
+        folders = dict(pair.split("=", 1) for pair in text or [])
+        problems = drifted(root, decode, encode, vae, folders)
     for problem in problems:
         console.print("wrong", problem, style="red")
     if problems:
@@ -88,6 +105,40 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     console.print(
         f"{dataset}: {len(rows)} shards, {samples} samples, {len(rejects)} rejects audited: "
         f"{f'{len(problems)} wrong' if problems else 'all is as the manifest says'}."
+    )
+    return problems
+
+
+def drifted(
+    dataset: Path, decode: int, encode: int, vae: str | None, text: dict[str, str]
+) -> list[str]:
+    """The shards whose latents or text are not what their codec or encoders give; `vae` and `text` as in a run.
+
+    Raises InputError where an encoder is not the one that prepared them.
+    """
+    import torch
+
+    from data_prep.recorded import encode_caption, open_codec, open_texts
+
+    manifest = schema.read_manifest(dataset)
+    rows = schema.read_shard_table(dataset).to_pylist()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec = open_codec(manifest.codec, vae, device) if decode else None
+    texts = open_texts(manifest, text, device) if encode else {}
+    problems = []
+    for row in track(rows, "compare", console=console, transient=True):
+        proof = read_proof(dataset, row["path"])
+        with local_copy(str(dataset / row["path"])) as tar, Path(tar).open("rb") as file:
+            wrong = codec and drift(file, proof, decode, codec.picture)
+            if texts:
+                wrong = wrong or drift(file, proof, encode, None, partial(encode_caption, texts))
+        if wrong:
+            problems.append(f"{row['path']}: {wrong}")
+    seen = (
+        f"{len(rows)} shards, up to {decode} pictures decoded and {encode} captions encoded of each"
+    )
+    console.print(
+        f"{dataset}: {seen}: {f'{len(problems)} differ' if problems else 'all as when made'}."
     )
     return problems
 

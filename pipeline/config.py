@@ -82,7 +82,7 @@ class StartConfig(Config):
     """Step of its checkpoint; null: the newest."""
 
 
-MOVABLE = re.compile(r"data\.((datasets\..+\.)?path|verify|prefetch|cache.*)")
+MOVABLE = re.compile(r"data\.((datasets\..+\.)?path|verify|check|prefetch|cache.*)")
 """Keys of `data` that say where and how it is read: what a dataset is, its manifest says."""
 
 

@@ -47,6 +47,8 @@ class DataConfig(Config):
     pad_text: Literal["max", "longest"] = "max"
     """Pads texts to text_length, or to the next multiple of 16 from the longest of the batch."""
     # Reading.
+    check: int = Field(8, ge=0)
+    """Pictures per bucket that a new run which draws prompts decodes, to see that their latents are the codec's."""
     verify: Literal["first_use", "size"] = "first_use"
     """Hashes each shard once, or trusts its size."""
     prefetch: int = Field(2, ge=0)

@@ -14,6 +14,7 @@ from pipeline import distributed
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.inference.grid import grid
 from pipeline.inference.heldout import means_by_noise_level, terms_by_part
+from pipeline.inference.latent_check import check_latents
 from pipeline.inference.painter import Painter, largest_bucket
 from pipeline.objectives.objective import Objective
 from pipeline.runs.setup import Run, network_for_sampling, sampling_dtype
@@ -38,10 +39,14 @@ class Preview:
         self.prompts = config.monitor.prompts
         # Ranks share the prompts, and encode their own alone.
         self.places = list(range(len(self.prompts)))[distributed.rank() :: distributed.world_size()]
+        codec = None
         if self.places:
             folders, own = config.encoders, [self.prompts[place] for place in self.places]
             encoders = load_encoders(self.manifest, folders.vae, folders.text, self.device)
-            self.painter = Painter(encoders, own, config.model.num_classes)
+            self.painter, codec = Painter(encoders, own, config.model.num_classes), encoders.codec
+        if self.prompts and config.data.check and not run.begun:
+            ranks = min(len(self.prompts), distributed.world_size())
+            check_latents(run.loader, codec, config.data.check, ranks)
         samples = config.monitor.heldout_samples
         heldout = run.loader.heldout_batches(samples) if samples else []
         self.heldout = [batch.to(self.device) for batch in heldout]

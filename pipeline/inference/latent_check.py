@@ -1,0 +1,52 @@
+"""Before a new run's first step: whether the codec at hand gives the pictures that the shards were made of."""
+
+import random
+import time
+from typing import Any
+
+from data_prep.drift import drift
+from data_prep.proof import read_proof
+from data_prep.schema import proof_path
+from models.config import InputError
+from models.vae import LatentCodec
+from pipeline import distributed
+from pipeline.data.loader import Loader
+
+SECONDS = 25.0
+"""Time after which no further shard is begun."""
+
+
+def check_latents(loader: Loader, codec: LatentCodec | None, count: int, ranks: int) -> None:
+    """Decode `count` pictures per bucket, of its first and of a random shard; raises InputError on every rank.
+
+    The first `ranks` ranks have a codec, and share the buckets. Collective.
+    """
+    mixture, began = loader.first.mixture, time.monotonic()
+    mine = sorted(mixture.buckets().items())[distributed.rank() :: ranks] if codec else []
+    problem, seen = "", 0
+    for _, parts in mine:
+        shards = [int(shard) for part in parts for shard in part.shards]
+        for shard in sorted({shards[0], random.choice(shards)}):
+            if problem or codec is None or time.monotonic() - began > SECONDS:
+                break
+            problem = _drift_of(loader, shard, codec, (count + 1) // 2)
+            seen += 1
+    problems = [found for found in distributed.gather_objects(problem) if found]
+    if problems:
+        raise InputError(
+            f"{problems[0]}. Remedy: flowmill verify --decode 4 names every such shard; prepare them again, or give "
+            "their codec as encoders.vae. data.check=0 trains on them as they are."
+        )
+
+
+def _drift_of(loader: Loader, number: int, codec: LatentCodec, count: int) -> str:
+    """What is wrong with the latents of a shard; "" if nothing is, or where it has no proof."""
+    mixture = loader.first.mixture
+    dataset, path = mixture.dataset_of(number), mixture.text("path", number)
+    if mixture.table["proof_sha256"][number].as_py() is None:
+        return ""
+    shard: Any = loader.first.store.open(number)
+    if dataset.cache:
+        dataset.cache.refresh(proof_path(path))
+    wrong = drift(shard.map, read_proof(dataset.home, path), count, codec.picture)
+    return wrong and f"{dataset.source.path}/{path}: {wrong}"

@@ -106,7 +106,7 @@ def check_layout(config: NetworkConfig, layout: str) -> None:
     values, (lacks, needs, _) = dict(config), LAYOUTS[layout]
     lines = [
         f"model.{name}: got {values[name]}, which {layout} has no place for"
-        for name in ("size_conditioning", "rope", "register_tokens", *lacks)
+        for name in ("size_conditioning", "rope", "register_tokens", "patch_bottleneck", *lacks)
         if values.get(name)
     ]
     lines += [

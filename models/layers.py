@@ -366,7 +366,10 @@ class PatchTransformer(nn.Module):
         if not config.latent_channels:
             raise InputError("model.latent_channels: missing; it is the dataset's, or the codec's")
         self.patch_dim = config.patch_size**2 * config.latent_channels
-        self.proj_in = nn.Linear(self.patch_dim, self.dim)
+        self.proj_in: nn.Module = nn.Linear(self.patch_dim, self.dim)
+        if narrow := config.patch_bottleneck:  # JiT 2511.13720, 4.2
+            first = nn.Linear(self.patch_dim, narrow, bias=False)
+            self.proj_in = nn.Sequential(first, nn.Linear(narrow, self.dim))
         self.transformer_blocks = nn.ModuleList()
         self.registers = None
         if config.register_tokens:  # 2309.16588
@@ -391,7 +394,7 @@ class PatchTransformer(nn.Module):
         """Tokens, registers last, and RoPE's table where the config has `rope` instead of fixed positions."""
         p = self.config.patch_size
         size = (x_t.shape[-2] // p, x_t.shape[-1] // p)
-        x = self.proj_in(patchify(x_t, p).to(self.proj_in.weight.dtype))
+        x = self.proj_in(patchify(x_t, p).to(next(self.proj_in.parameters()).dtype))
         rope = None
         if self.config.rope:
             rope = rope_2d(*size, self.dim // self.num_heads, x.device)

@@ -127,7 +127,7 @@ class MMDiT(PatchTransformer):
         self.position_table = None
         if config.learned_positions:
             grid = config.position_grid
-            device = self.proj_in.weight.device
+            device = self.proj_out.weight.device
             table = positions_2d(grid, grid, dim, device, config.position_extent, grid)
             self.position_table = nn.Parameter(table.clone())
         initialise(self, [self.proj_out])

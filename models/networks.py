@@ -65,6 +65,8 @@ class TransformerConfig(NetworkConfig):
     depth: int | None = Field(default=None, gt=0)
     num_heads: int | None = Field(default=None, gt=0)
     patch_size: int = Field(default=2, gt=0)
+    patch_bottleneck: int | None = Field(default=None, gt=0)
+    """Width that patches pass through on their way in; for large patches of pixels (JiT 2511.13720)."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     qk_norm: bool = False
     rope: bool = False

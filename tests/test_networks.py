@@ -11,6 +11,7 @@ from torch import nn
 from models import layers
 from models.conditions import Conditions
 from models.config import InputError
+from models.exchange import layout_of
 from models.networks import (
     MODELS,
     DiTConfig,
@@ -345,3 +346,16 @@ def test_the_table_of_sizes_is_what_torch_counts():
     table = (ROOT / "models" / "README.md").read_text().splitlines()
     for row in sizes.rows():
         assert row in table
+
+
+@pytest.mark.parametrize("kind", ["dit", "mmdit", "uvit"])
+def test_patches_pass_through_the_bottleneck_alone(kind):
+    model = debug(kind, patch_bottleneck=3)
+    narrow, wide = model.proj_in
+    assert (narrow.weight.shape, narrow.bias) == ((3, 16), None)
+    assert wide.weight.shape == (model.dim, 3)
+    patches = torch.randn(5, 16)
+    expected = patches @ narrow.weight.T @ wide.weight.T + wide.bias
+    torch.testing.assert_close(model.proj_in(patches), expected)
+    with pytest.raises(InputError, match="patch_bottleneck|no class for"):
+        layout_of(model.config)

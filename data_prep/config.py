@@ -17,6 +17,14 @@ from data_prep.encoders import (
 from data_prep.images import ImagesConfig, list_buckets
 from data_prep.sources import SourceConfig
 from models.config import Config, Entries, InputError
+from models.text_conventions import (
+    CONVENTIONS,
+    REFUSED,
+    Combination,
+    Convention,
+    combination,
+    own_view,
+)
 from models.weights import Dtype
 
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -30,6 +38,13 @@ def _free_name(name: str) -> str:
     if name in ("moments", "micro", "label", "vision", "json") or name.endswith("_pooled"):
         raise ValueError(f"{name} is the name of another member of a sample; choose another")
     return name
+
+
+def _known(text: str | Combination) -> str | Combination:
+    if isinstance(text, str) and text not in (names := ["plain", *CONVENTIONS]):
+        reason = f"{text} has no convention: {REFUSED[text]}; " if text in REFUSED else ""
+        raise ValueError(f"{reason}expected one of {', '.join(names)}, or tokens, pooled and empty")
+    return text
 
 
 EncoderName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(_free_name)]
@@ -56,7 +71,10 @@ class PrepareConfig(Config):
     captions: CaptionsConfig = CaptionsConfig()
     filters: FiltersConfig = FiltersConfig()
     vae: VaeConfig
+    text: Annotated[str | Combination, AfterValidator(_known)] = "plain"
+    """A convention: one of a pipeline of diffusers by its name, `plain`, or one's own."""
     text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
+    """By name; under a named convention the names are its roles."""
     vision_encoder: VisionEncoderConfig | None = None
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)
@@ -68,6 +86,26 @@ class PrepareConfig(Config):
     ray: RayConfig = RayConfig()
     output: str
     """A local path, or any fsspec URL such as s3://bucket/folder."""
+
+    @model_validator(mode="after")
+    def _text_is_as_the_convention_says(self) -> Self:
+        encoders = self.text_encoders
+        for name, given in encoders.items():
+            view = own_view(self.text, name, given)
+            encoders[name] = given.model_copy(update=dict(view))
+        self.text_record({})
+        return self
+
+    def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
+        """What the manifest says of the text; `roles`: what the encoders say of themselves."""
+        encoders, absent = self.text_encoders, dict[str, tuple[int, int]]()
+        read = combination(self.text, {name: encoder.view for name, encoder in encoders.items()})
+        if isinstance(read, Convention):
+            missing = read.optional.keys() - encoders.keys()
+            absent = {n: (read.roles[n].max_length, read.optional[n]) for n in missing}
+        name = self.text if isinstance(self.text, str) else "custom"
+        said = {"convention": name, "roles": roles, "absent": absent}
+        return said | {key: getattr(read, key) for key in Combination.model_fields}
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of_row
 from data_prep.sources.walk import OTHER_FILE
 from data_prep.storage import is_remote
+from models.text_conventions import rows_stored
 
 # Pictures per source whose captions are read, and the files that they are taken from where each holds many.
 PICTURES, FILES = 256, 3
@@ -96,7 +98,7 @@ def _count_and_mib(groups: list[dict[str, Any]]) -> tuple[str, str]:
 
 def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listing]:
     """What becomes of the captions of a random sample: rejected, cut, or neither."""
-    from models.text_encoder import count_cut, load_tokenizer
+    from models.text_encoder import count_tokens, load_tokenizer, stored_bytes
 
     looked, captions, rows = 0, list[str](), list[tuple[str, ...]]()
     for name, source in config.sources.items():
@@ -122,12 +124,19 @@ def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listin
             rows.append((name, reason, f"{count:,} of {len(items):,}", share))
     title = "Rejected in a sample, before pictures are opened"
     yield Listing(title, ("source", "reason", "pictures", "%"), rows, words=2)
-    lengths = {name: encoder.max_length for name, encoder in config.text_encoders.items()}
-    cut = {
-        name: count_cut(load_tokenizer(Path(encoder.path)), captions, encoder.max_length)
-        for name, encoder in config.text_encoders.items()
-    }
+    lengths, counts = dict[str, int](), dict[str, list[int]]()
+    for name, encoder in config.text_encoders.items():
+        lengths[name] = encoder.max_length
+        counts[name] = count_tokens(load_tokenizer(Path(encoder.path)), captions, encoder.view)
+    cut = {name: sum(n > lengths[name] for n in counts[name]) for name in lengths}
     yield cut_listing(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
+    rows = []
+    for name, encoder in config.text_encoders.items() if captions else ():
+        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view)
+        stored = fmean(rows_stored(encoder.view, n) for n in counts[name])
+        size = (stored * row_bytes + pooled_bytes) / 1024
+        rows.append((name, f"{stored:.1f}", f"{row_bytes:,}", f"{size:,.1f}"))
+    yield Listing("Text per caption", ("encoder", "rows", "bytes per row", "KiB"), rows)
 
 
 def sampled_items(

@@ -76,14 +76,17 @@ class ShardEncoder(Worker):
     def describe(self) -> Encoders:
         """Open the encoders; returns what they say of themselves. Raises InputError."""
         self._open()
-        roles = {text.name: text.record() for text in self._texts}
         visions = [e.record() for e in self._encoders if isinstance(e, Vision)]
+        roles = {text.name: text.record() for text in self._texts}
+        text = self._config.text_record(roles)
         record = {
             "codec": self._codec.record(),
-            "text": {"tokens": [[name] for name in roles], "pooled": [*roles], "roles": roles},
+            "text": text,
             "vision": visions[0] if visions else None,
         }
-        empty_caption = {n: v[0] for n, v in self._encode("captions", [""]).items()}
+        empty_caption = dict[str, np.ndarray]()
+        for encoder in self._texts:
+            empty_caption |= encoder.encode_empty(text["empty"])
         return Encoders(record, self._members(), empty_caption)
 
     def _open(self) -> None:
@@ -159,7 +162,7 @@ class ShardEncoder(Worker):
             commit |= {"psnr_db": psnr_db, "rejects": rejects}
             captions = [caption for row in kept for caption in row["captions"]]
             commit["cut_captions"] = {
-                text.name: count_cut(text.model.tokenizer, captions, text.model.max_length)
+                text.name: count_cut(text.model.tokenizer, captions, text.model.view)
                 for text in self._texts
             }
             write_text(commit_path(self._dataset, spec.path), json.dumps(commit))

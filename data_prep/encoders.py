@@ -3,6 +3,7 @@
 Another kind is a config and an encoder here, a field of PrepareConfig, and its record in the manifest.
 """
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,6 +14,7 @@ from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
 from models.codec_layouts import LAYOUTS, PIXELS, Layout
 from models.config import Config, InputError, Place
 from models.files import file_sha256
+from models.text_conventions import Store, View
 from models.weights import (
     EncoderDtype,
     config_sha256,
@@ -140,13 +142,21 @@ class VaeConfig(EncoderConfig):
         return Codec(LatentCodec.load(path, self.dtype, device), name)
 
 
-class TextEncoderConfig(EncoderConfig):
-    """A transformers text encoder's folder, its tokenizer within or beside it."""
+class TextEncoderConfig(EncoderConfig, View):
+    """A transformers text encoder's folder, its tokenizer within or beside it, and what is stored of it.
 
-    max_length: int = Field(default=77, ge=1)
+    A named convention decides the view: of a role of its own `path`, `dtype` and `store` alone are given.
+    """
+
+    store: Store = "float16"
+    """bfloat16 holds numbers beyond 65504, with 8 bits of each in place of 11."""
+
+    @property
+    def view(self) -> View:
+        return View(**{name: getattr(self, name) for name in View.model_fields})
 
     def read_config(self) -> dict[str, Any]:
-        return read_text_config(Path(self.path), self.max_length)
+        return read_text_config(Path(self.path), self)
 
     def hashes(self) -> dict[str, str]:
         return super().hashes() | {"tokenizer": tokenizer_sha256(Path(self.path))}
@@ -154,7 +164,8 @@ class TextEncoderConfig(EncoderConfig):
     def open(self, name: str, device: str) -> "Text":
         from models.text_encoder import TextEncoder
 
-        return Text(TextEncoder.load(self.path, self.max_length, self.dtype, device), name)
+        encoder = TextEncoder.load(self.path, self.view, self.dtype, device)
+        return Text(encoder, name, self.store)
 
 
 class VisionEncoderConfig(EncoderConfig):
@@ -208,21 +219,58 @@ class Codec(Encoder):
 
 
 class Text(Encoder):
-    """One role of the text: tokens, of which the real ones are stored, and one vector."""
+    """One role of the text: rows of tokens, and one vector, so far as its view has them."""
 
     reads = "captions"
     RECORD = RoleRecord
 
+    def __init__(self, model: Any, name: str, store: Store):
+        super().__init__(model, name)
+        self.store: Store = store
+
+    def record(self) -> dict[str, Any]:
+        return super().record() | {"store": self.store}
+
     def members(self) -> dict[str, Member]:
-        return {
-            self.name: Member(dtype="float16", shape=(None, self.model.dim)),
-            f"{self.name}_pooled": Member(dtype="float16", shape=(self.model.pooled_dim,)),
-        }
+        dim, width = self.model.dim, self.model.pooled_dim
+        tokens = {self.name: Member(dtype=self.store, shape=(None, dim))} if dim else {}
+        pooled = {f"{self.name}_pooled": Member(dtype=self.store, shape=(width,))} if width else {}
+        return tokens | pooled
 
     def encode(self, batch: Any) -> Arrays:
-        tokens, mask, pooled = (value.cpu() for value in self.model.encode(batch))
-        real = [_float16(t[m]) for t, m in zip(tokens, mask, strict=True)]
-        return {self.name: real, f"{self.name}_pooled": _float16(pooled)}
+        return self._arrays(self.model.encode(batch))
+
+    def encode_empty(self, empty: str) -> dict[str, np.ndarray]:
+        """Every member's array of the caption without words."""
+        found = self._arrays(self.model.encode_empty(empty))
+        return {name: values[0] for name, values in found.items()}
+
+    def _arrays(self, encoded: Any) -> Arrays:
+        tokens, mask, pooled = encoded
+        found: Arrays = {}
+        if self.model.dim:
+            rows = zip(self._stored(tokens), mask.cpu().numpy(), strict=True)
+            found[self.name] = [values[kept] for values, kept in rows]
+        if pooled is not None:
+            found[f"{self.name}_pooled"] = self._stored(pooled)
+        return found
+
+    def _stored(self, values: Any) -> np.ndarray:
+        """The numbers as they are stored; raises InputError where that cannot hold them."""
+        import torch
+
+        dtype, peak = getattr(torch, self.store), values.abs().max().item()
+        # Other captions may give larger ones.
+        if not peak <= (largest := torch.finfo(dtype).max / 2):
+            remedy = f"text_encoders.{self.name}." + (
+                "store=bfloat16" if math.isfinite(peak) else "dtype=bf16, or fp32"
+            )
+            raise InputError(
+                f"text_encoders.{self.name}: got numbers up to {peak:.4g}, expected at most {largest:.4g}, half of what "
+                f"{self.store} holds. Remedy: {remedy}"
+            )
+        values = values.to(dtype).cpu()
+        return values.view(torch.uint16).numpy() if self.store == "bfloat16" else values.numpy()
 
 
 class Vision(Encoder):

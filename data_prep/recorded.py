@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data_prep.encoders import Text
-from data_prep.schema import CodecRecord, Manifest, RoleRecord
+from data_prep.schema import CodecRecord, Manifest, RoleRecord, TextRecord
 from models.codec_layouts import PIXELS
 from models.config import InputError
 from models.text_encoder import TextEncoder
@@ -47,11 +47,12 @@ def encoder_folder(record: CodecRecord | RoleRecord, given: str | None, name: st
 
 @dataclass(frozen=True)
 class Encoders:
-    """A dataset's codec and text encoders, the latter in the dataset's order."""
+    """A dataset's codec, and the text encoders that a network reads, by name."""
 
     record: CodecRecord
     codec: LatentCodec
-    text: list[TextEncoder]
+    text: dict[str, TextEncoder]
+    text_record: TextRecord
     device: torch.device
 
 
@@ -59,27 +60,27 @@ def load_encoders(
     manifest: Manifest, vae: str | None, text: dict[str, str], device: torch.device
 ) -> Encoders:
     """Load the encoders from `vae` and `text` (folders by name), else from the recorded folders."""
-    codec = open_codec(manifest.codec, vae, device)
-    return Encoders(
-        manifest.codec, codec, list(open_texts(manifest, text, device).values()), device
-    )
+    codec, used = open_codec(manifest.codec, vae, device), manifest.text.used
+    return Encoders(manifest.codec, codec, open_texts(used, text, device), manifest.text, device)
 
 
 def open_texts(
-    manifest: Manifest, text: dict[str, str], device: torch.device
+    roles: dict[str, RoleRecord], text: dict[str, str], device: torch.device
 ) -> dict[str, TextEncoder]:
-    """The text encoders by role, from `text` (folders by name), else from the recorded folders."""
+    """The text encoders of some roles, from `text` (folders by name), else from the recorded folders."""
     encoders = {}
-    for name, encoder in manifest.text.roles.items():
-        folder = encoder_folder(encoder, text.get(name), f"text.{name}")
-        encoders[name] = TextEncoder.load(folder, encoder.view.max_length, encoder.dtype, device)  # pyright: ignore[reportArgumentType]
+    for name, role in roles.items():
+        folder = encoder_folder(role, text.get(name), f"text.{name}")
+        encoders[name] = TextEncoder.load(folder, role.view, role.dtype, device)  # pyright: ignore[reportArgumentType]
     return encoders
 
 
-def encode_caption(texts: dict[str, TextEncoder], caption: str) -> dict[str, np.ndarray]:
+def encode_caption(
+    roles: dict[str, RoleRecord], texts: dict[str, TextEncoder], caption: str
+) -> dict[str, np.ndarray]:
     """What a dataset stores of a caption, by member."""
     found: dict[str, np.ndarray] = {}
     for name, encoder in texts.items():
-        arrays = Text(encoder, name).encode([caption])
+        arrays = Text(encoder, name, roles[name].store).encode([caption])
         found |= {member: values[0] for member, values in arrays.items()}
     return found

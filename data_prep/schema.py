@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from models.codec_layouts import PIXELS, Normalisation
 from models.config import Config, InputError, parse_config
+from models.text_conventions import Arrangement, Combination, Store, View, fixed
 
 FORMAT_VERSION = 2
 
@@ -72,6 +73,11 @@ class Member(Config):
     dtype: str
     shape: tuple[int | None, ...]
 
+    @property
+    def stored(self) -> str:
+        """numpy's dtype of the file: that of bfloat16 holds its bits."""
+        return "uint16" if self.dtype == "bfloat16" else self.dtype
+
 
 class CodecRecord(Config):
     """The latent codec that made `moments`, so that training and sampling can insist on the same one."""
@@ -92,25 +98,8 @@ class CodecRecord(Config):
         return "" if pixels else latent_doubt(means, stds, self.normalisation)
 
 
-class ViewRecord(Config):
-    """Which states of a text encoder are stored, and of which text. The defaults are convention `plain`."""
-
-    layers: list[int | str] = ["last"]
-    final_norm: bool = False
-    clean: str = "none"
-    template: str | dict[str, Any] | None = None
-    drop: int | str = 0
-    keep_first: bool = False
-    max_length: int
-    side: str = "tokenizer"
-    mask_inside: bool = True
-    pads: str = "masked"
-    pooled: str
-    """`projected` or `eos`, the encoder's own; `mean`, over the real tokens; or `none`."""
-
-
 class RoleRecord(Config):
-    """A text encoder whose tokens are member ROLE and whose pooled vector is `ROLE_pooled`."""
+    """A text encoder whose tokens are member ROLE and whose vector is `ROLE_pooled`, where its view has them."""
 
     family: str
     """The class of transformers."""
@@ -118,23 +107,62 @@ class RoleRecord(Config):
     weights_sha256: str
     tokenizer_sha256: str
     dtype: str
-    view: ViewRecord
-    store: str = "float16"
+    view: View
+    store: Store = "float16"
     dim: int
+    """Width of the stored rows; 0 where none are stored."""
     pooled_dim: int
     mean_error: float | None = None
     """What `store` loses, relative; null where it rounds no more than float16 does."""
     worst_error: float | None = None
 
 
-class TextRecord(Config):
-    """How captions became tokens. `tokens` are put one after another, inner lists side by side."""
+class TextRecord(Combination):
+    """How captions became tokens, and how a network reads them."""
 
     convention: str = "plain"
-    tokens: list[list[str]]
-    pooled: list[str]
-    empty: str = "caption"
     roles: dict[str, RoleRecord]
+    absent: dict[str, tuple[int, int]] = {}
+    """Zeros that stand for a role which the convention can do without: rows and width."""
+
+    @property
+    def views(self) -> dict[str, View]:
+        return {name: role.view for name, role in self.roles.items()}
+
+    @property
+    def used(self) -> dict[str, RoleRecord]:
+        """The roles that a network reads."""
+        return {name: role for name, role in self.roles.items() if name in self.names}
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows of a role's tokens, at most, and their width."""
+        if name in self.absent:
+            return self.absent[name]
+        return self.roles[name].view.max_length, self.roles[name].dim
+
+    def unmasked(self, name: str) -> bool:
+        """Whether a network reads every row of a role."""
+        return name in self.absent or fixed(self.roles[name].view)
+
+    @property
+    def width(self) -> int:
+        """Width of the text that a network reads; 0 without text."""
+        return max((sum(self.shape(n)[1] for n in group) for group in self.tokens), default=0)
+
+    @property
+    def pooled_members(self) -> list[str]:
+        return [f"{name}_pooled" for name in self.pooled]
+
+    @property
+    def pooled_width(self) -> int:
+        return sum(self.roles[name].pooled_dim for name in self.pooled)
+
+    def arranged(self, wanted: Arrangement | None) -> "TextRecord":
+        """The record of a run that reads the roles so; raises InputError where it cannot."""
+        if wanted is None:
+            return self
+        wanted.check(self.views)
+        return self.model_copy(update=dict(wanted) | {"absent": {}})
 
 
 class VisionRecord(Config):
@@ -223,6 +251,14 @@ class Manifest(Config):
         """The record of every encoder by name."""
         vision = {"vision": self.vision} if self.vision else {}
         return {"vae": self.codec, **self.text.roles, **vision}
+
+    def text_members(self) -> list[str]:
+        """The members with tokens and vectors of roles."""
+        return [name for name in self.members if name.removesuffix("_pooled") in self.text.roles]
+
+    def arranged(self, wanted: Arrangement | None) -> "Manifest":
+        """The manifest as a run sees it that reads the text so; raises InputError where it cannot."""
+        return self.model_copy(update={"text": self.text.arranged(wanted)})
 
     def latent_doubt(self) -> str:
         """What is to be said of the measured latents; "" where they are as the objectives expect."""

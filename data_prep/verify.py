@@ -124,14 +124,16 @@ def drifted(
     rows = schema.read_shard_table(dataset).to_pylist()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = open_codec(manifest.codec, vae, device) if decode else None
-    texts = open_texts(manifest, text, device) if encode else {}
+    texts = open_texts(manifest.text.roles, text, device) if encode else {}
     problems = []
     for row in track(rows, "compare", console=console, transient=True):
         proof = read_proof(dataset, row["path"])
         with local_copy(str(dataset / row["path"])) as tar, Path(tar).open("rb") as file:
             wrong = codec and drift(file, proof, decode, codec.picture)
             if texts:
-                wrong = wrong or drift(file, proof, encode, None, partial(encode_caption, texts))
+                wrong = wrong or drift(
+                    file, proof, encode, None, partial(encode_caption, manifest.text.roles, texts)
+                )
         if wrong:
             problems.append(f"{row['path']}: {wrong}")
     seen = (
@@ -218,7 +220,7 @@ def _audit_proof(key: str, arrays: Arrays, manifest: Manifest, caption: str, pro
     if not np.array_equal(proved["caption_sha256"], caption_hash(caption)):
         raise Wrong(f"{key}.json: its caption is not the one that the proof was made of")
     for role in manifest.text.roles:
-        for member in (role, f"{role}_pooled"):
+        for member in manifest.members.keys() & {role, f"{role}_pooled"}:
             if not np.array_equal(project(arrays[member]), proved[f"{member}.projection"]):
                 raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
 
@@ -273,14 +275,14 @@ def _audit_array(
     fits = len(shape) == len(expected) and all(
         e in (None, s) for s, e in zip(shape, expected, strict=True)
     )
-    wanted = manifest.members[member].dtype
+    wanted = manifest.members[member].stored
     if dtype != np.dtype(wanted) or fortran or not fits:
         raise Wrong(f"{info.name}: got {dtype} {shape}, expected {wanted} {expected}")
     offset, size = file.tell(), info.offset_data + info.size - file.tell()
     values = np.frombuffer(file.read(size), dtype)
     if len(values) != np.prod(shape):
         raise Wrong(f"{info.name}: got {len(values)} values, expected {shape}")
-    if not np.isfinite(values).all():
+    if not finite(values):
         raise Wrong(f"{info.name}: holds NaN or infinity")
     return (offset, size), values.reshape(shape)
 
@@ -333,15 +335,21 @@ def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
     except (OSError, SafetensorError) as error:
         return [f"{EMPTY_CAPTION}: {error}"]
     problems = []
-    for name, text in manifest.text.roles.items():
-        tokens, pooled = arrays.get(name), arrays.get(f"{name}_pooled")
-        if tokens is None or tokens.ndim != 2 or tokens.shape[1] != text.dim:
-            problems.append(f"{EMPTY_CAPTION}: {name} is not (L, {text.dim})")
-        elif pooled is None or pooled.shape != (text.pooled_dim,):
-            problems.append(f"{EMPTY_CAPTION}: {name}_pooled is not ({text.pooled_dim},)")
-        elif not (np.isfinite(tokens).all() and np.isfinite(pooled).all()):
+    for name in manifest.text_members():
+        shape, found = manifest.members[name].shape, arrays.get(name)
+        said = tuple("L" if side is None else str(side) for side in shape)
+        if found is None or found.ndim != len(shape) or found.shape[-1] != shape[-1]:
+            problems.append(f"{EMPTY_CAPTION}: {name} is not ({', '.join(said)})")
+        elif not finite(found):
             problems.append(f"{EMPTY_CAPTION}: {name} holds NaN or infinity")
     return problems
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether all are numbers; uint16 holds the bits of bfloat16, whose exponent is then all ones."""
+    if values.dtype == np.uint16:
+        return bool(((values & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(values).all())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Prompts to what a network is told: by flowmill and by the pipelines that it exports alike."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,44 +10,198 @@ from torch import Tensor
 
 from models.conditions import Conditions
 from models.config import InputError
+from models.text_conventions import fixed
 
-EncodedText = tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"]]
-"""fp32 tokens, zero where masked; the mask, True keeps; fp32 pooled. L is the longest text's length."""
+EncodedText = tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"] | None]
+"""fp32 tokens, each text's own first, zero behind them; the mask, True for its own; fp32 pooled."""
+
+
+def spell(tokenizer: Any, text: str, view: Any) -> str:
+    """The text cleaned, and in its template."""
+    if view.clean == "deepfloyd":
+        from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+
+        text = TextPreprocessor().clean_text(text)
+    elif view.clean == "lower_strip":
+        text = text.lower().strip()
+    elif view.clean == "no_img":
+        text = text.replace("[IMG]", "")
+    elif view.clean == "space_if_empty":
+        text = text or " "
+    if view.template is None:
+        return text
+    if isinstance(view.template, str):
+        return view.template.replace("{}", text)
+    chat = view.template
+    said = {"system": chat.system, "user": text}
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": words}] if chat.parts else words}
+        for role, words in said.items()
+        if words is not None
+    ]
+    thinking = {} if chat.thinking is None else {"enable_thinking": chat.thinking}
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=chat.prompt, **thinking
+    )
+
+
+def token_ids(tokenizer: Any, texts: list[str], view: Any, **options: Any) -> Any:
+    """What the tokenizer makes of the texts; the template of a chat brings its own special tokens."""
+    chat = not isinstance(view.template, str | None)
+    words = [spell(tokenizer, text, view) for text in texts]
+    return tokenizer(words, add_special_tokens=not chat, **options)
+
+
+def prefix_tokens(tokenizer: Any, view: Any) -> int:
+    """How many tokens the text in front of the prompt has, a begin token among them."""
+    whole, words = (
+        tokenizer(view.prefix, add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    starts = range(len(whole) - len(words) + 1)
+    return next((i for i in starts if whole[i : i + len(words)] == words), 0) + len(words)
+
+
+def dropped(tokenizer: Any, view: Any) -> tuple[int, int]:
+    """The first tokens that are not kept begin .. end."""
+    end = prefix_tokens(tokenizer, view) if view.drop else 0
+    return (1, end - 1) if view.keep_first else (0, end)
+
+
+def without_template(view: Any) -> Any:
+    """The view of a text that is cleaned alone."""
+    return type(view)(**{**dict(vars(view)), "template": None, "drop": 0, "keep_first": False})
 
 
 def encode_text(
-    network: Any, tokenizer: Any, texts: list[str], max_length: int, device: torch.device
+    network: Any, tokenizer: Any, texts: list[str], view: Any, device: torch.device
 ) -> EncodedText:
-    """The texts as a transformers encoder sees them.
+    """The texts as a transformers encoder sees them in a View; L is the longest one's number of rows.
 
-    A text longer than max_length is cut but keeps its end token. Pooled is CLIP's own pooled output; for any other
-    encoder it is the mean over the real tokens.
+    A text longer than the view's max_length is cut but keeps its end token. Raises InputError for one without tokens.
     """
-    batch = tokenizer(
-        texts, padding="longest", truncation=True, max_length=max_length, return_tensors="pt"
-    ).to(device)
-    mask = batch["attention_mask"]
-    output = network(input_ids=batch["input_ids"], attention_mask=mask)
-    mask = mask.bool()
-    tokens = output.last_hidden_state.float().masked_fill(~mask[..., None], 0.0)  # (B, L, D)
-    if "text_embeds" in output:
-        pooled = output.text_embeds.float()
-    elif type(network).__name__ == "CLIPTextModel":
-        pooled = output.pooler_output.float()
-    else:
-        pooled = tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    begin, end = dropped(tokenizer, view)
+    longest = view.pads == "masked" and view.mask_inside
+    options: dict[str, Any] = {"padding": "longest" if longest else "max_length"}
+    if view.side != "tokenizer":
+        options["padding_side"] = view.side
+    options |= {"truncation": True, "max_length": view.max_length + end - begin}
+    batch = token_ids(tokenizer, texts, view, return_tensors="pt", **options).to(device)
+    real = batch["attention_mask"].bool()
+    place = real.cumsum(dim=1) - 1
+    own = real & ~((place >= begin) & (place < end))
+    if not own.any(dim=1).all():
+        raise InputError(
+            "a caption without words has no token here. Remedy: text: {tokens: ...} and, for this encoder, clean: "
+            "space_if_empty, or a template"
+        )
+    output, states = _forward(network, batch, view)
+    pooled = None
+    if view.pooled == "mean":
+        pooled = states.masked_fill(~own[..., None], 0.0).sum(dim=1) / own.sum(dim=1, keepdim=True)
+    elif view.pooled != "none":
+        name = "text_embeds" if view.pooled == "projected" else "pooler_output"
+        pooled = output[name].float()
+    kept = own
+    if view.pads == "kept":
+        kept = own | ~real
+    elif view.pads == "first":
+        columns = torch.arange(real.shape[1], device=device)
+        kept = own | (columns == real.sum(dim=1, keepdim=True))
+    order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(dim=1).max())]
+    mask, rows = kept.gather(1, order), order[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, rows).masked_fill(~mask[..., None], 0.0), mask, pooled
+
+
+def _forward(network: Any, batch: Any, view: Any) -> tuple[Any, Tensor]:
+    """What the encoder gives for tokens (B, L), and the view's layers of it side by side, fp32 (B, L, D)."""
+    told, raw_last = {}, []
+    if view.mask_inside:
+        told["attention_mask"] = batch["attention_mask"]
+    if numbers := [layer for layer in view.layers if layer != "last"]:
+        told["output_hidden_states"] = numbers
+    norm = final_norm(network) if view.final_norm or -1 in numbers else None
+    # hidden_states[-1] is the one behind the norm.
+    hook = norm and norm.register_forward_pre_hook(lambda _, args: raw_last.append(args[0]))
+    output = network(input_ids=batch["input_ids"], **told)
+    if hook:
+        hook.remove()
+    states = []
+    for layer in view.layers:
+        if layer == "last":
+            states.append(output.last_hidden_state.float())
+            continue
+        raw = raw_last[0] if layer == -1 else output.hidden_states[layer]
+        states.append((norm(raw) if norm and view.final_norm else raw).float())
+    if not states:
+        return output, batch["input_ids"].new_zeros(
+            (*batch["input_ids"].shape, 0), dtype=torch.float32
+        )
+    return output, states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+
+def final_norm(network: Any) -> Any:
+    """The norm behind the last layer of a text encoder; raises InputError where it has none."""
+    text = getattr(network, "language_model", network)
+    names = ("norm", "final_layer_norm")
+    found = [(n.count("."), n) for n, _ in text.named_modules() if n.split(".")[-1] in names]
+    if not found:
+        raise InputError(f"{type(network).__name__} has no norm behind its last layer: say last")
+    return text.get_submodule(min(found)[1])
+
+
+def encode_empty(
+    network: Any, tokenizer: Any, view: Any, empty: str, device: torch.device
+) -> EncodedText:
+    """The caption without words as a convention has it: `caption`, `zeros` or `bare`."""
+    view = without_template(view) if empty == "bare" else view
+    tokens, mask, pooled = encode_text(network, tokenizer, [""], view, device)
+    if empty == "zeros":
+        return tokens * 0, mask, None if pooled is None else pooled * 0
     return tokens, mask, pooled
 
 
-def join_texts(encoded: list[EncodedText]) -> Conditions:
-    """Every encoder's view of the texts, rounded as the dataset stores them; none without encoders."""
+def encode_prompts(
+    encoder: tuple[Any, Any], texts: list[str], role: Any, empty: str, device: torch.device
+) -> EncodedText:
+    """The texts and, last, the empty caption, rounded as stored and laid out as a network reads them.
+
+    encoder: network and tokenizer; role: its view and how it is stored.
+    """
+    parts = [
+        encode_text(*encoder, texts, role.view, device),
+        encode_empty(*encoder, role.view, empty, device),
+    ]
+    length = max(part[0].shape[1] for part in parts)
+    if fixed(role.view):
+        length = role.view.max_length
+    pad, dtype = torch.nn.functional.pad, getattr(torch, role.store)
+    tokens = torch.cat([pad(t, (0, 0, 0, length - t.shape[1])) for t, _, _ in parts])
+    mask = torch.cat([pad(m, (0, length - m.shape[1])) for _, m, _ in parts])
+    vectors = [pooled for _, _, pooled in parts if pooled is not None]
+    pooled = torch.cat(vectors).to(dtype).float() if vectors else None
+    return tokens.to(dtype).float(), mask | fixed(role.view), pooled
+
+
+def join_texts(encoded: Mapping[str, EncodedText], arrangement: Any) -> Conditions:
+    """What a network is told by the roles that were encoded, or are absent: an Arrangement; nothing without roles."""
     if not encoded:
         return Conditions()
-    tokens, masks, pooled = zip(*encoded, strict=True)
-    width = max(part.shape[-1] for part in tokens)
-    padded = [torch.nn.functional.pad(part, (0, width - part.shape[-1])) for part in tokens]
-    text_emb, side = torch.cat(padded, dim=1), torch.cat(pooled, dim=1)
-    return Conditions(text_emb.half().float(), torch.cat(masks, dim=1), side.half().float())
+    pad, count = torch.nn.functional.pad, len(next(iter(encoded.values()))[0])
+    groups = []
+    for names in arrangement.tokens:
+        parts = [encoded[name][:2] for name in names if name in encoded]
+        for rows, width in (arrangement.absent[name] for name in names if name not in encoded):
+            zeros = next(iter(encoded.values()))[0].new_zeros((count, rows, width))
+            parts.append((zeros, zeros[..., 0] == 0))
+        groups.append((torch.cat([tokens for tokens, _ in parts], dim=-1), parts[0][1]))
+    width = max((tokens.shape[-1] for tokens, _ in groups), default=0)
+    padded = [pad(tokens, (0, width - tokens.shape[-1])) for tokens, _ in groups]
+    vectors: list[Any] = [encoded[name][2] for name in arrangement.pooled]
+    return Conditions(
+        torch.cat(padded, dim=1) if groups else None,
+        torch.cat([mask for _, mask in groups], dim=1) if groups else None,
+        torch.cat(vectors, dim=1) if vectors else None,
+    )
 
 
 def parse_class(prompt: str, num_classes: int) -> tuple[int, str]:

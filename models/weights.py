@@ -7,7 +7,8 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from models.codec_layouts import LAYOUTS, PIXELS
 from models.config import InputError
 from models.files import file_sha256
+from models.text_conventions import View
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 EncoderDtype = Literal[Dtype, "tf32"]
@@ -52,7 +54,20 @@ TEXT_ENCODERS = {
     "clip_text_model": "CLIPTextModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
+    "t5gemma": "models.t5gemma.modeling_t5gemma.T5GemmaEncoder",
+    "gemma2": "Gemma2Model",
+    "gemma3": "Gemma3Model",
+    "gemma3_text": "Gemma3TextModel",
+    "llama": "LlamaModel",
+    "mistral": "MistralModel",
+    "mistral3": "Mistral3Model",
+    "qwen2_5_vl": "Qwen2_5_VLModel",
+    "qwen3": "Qwen3Model",
+    "qwen3_vl": "Qwen3VLModel",
+    "qwen3_vl_text": "Qwen3VLTextModel",
 }
+# The vector that a class gives by itself; of any other it is the mean over the tokens.
+OWN_POOLED = {"CLIPTextModelWithProjection": "projected", "CLIPTextModel": "eos"}
 # By model_type; all give the class token, any registers, then the patches, normalised.
 VISION_ENCODERS = {
     "dinov2": "Dinov2Model",
@@ -120,7 +135,7 @@ def tokenizer_folder(path: Path) -> Path:
     `tokenizer` belongs to `text_encoder`, `tokenizer_2` to `text_encoder_2` and so on.
     """
     sibling = path.parent / path.name.replace("text_encoder", "tokenizer")
-    for folder in (path, sibling):
+    for folder in (path, sibling, path.parent / path.name.replace("text_encoder", "processor")):
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             return folder
     raise InputError(
@@ -173,14 +188,45 @@ def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
     return config
 
 
-def read_text_config(folder: Path, max_length: int) -> dict[str, Any]:
-    """config.json of a text encoder's folder; raises InputError if it is none, or knows fewer positions."""
+def read_text_config(folder: Path, view: View) -> dict[str, Any]:
+    """config.json of a text encoder's folder; raises InputError if it is none, or cannot give the view."""
     config = read_model_config(folder, "a transformers text encoder")
     check_kind(folder, config, "model_type", TEXT_ENCODERS)
-    positions = (config.get("text_config") or config).get("max_position_embeddings")
-    if positions is not None and max_length > positions:
-        raise InputError(f"{folder}: max_length got {max_length}, expected at most {positions}")
+    text = config.get("text_config") or config.get("encoder") or config
+    positions, most = text.get("max_position_embeddings"), view.max_length
+    if positions is not None and most > positions:
+        raise InputError(f"{folder}: max_length got {most}, expected at most {positions}")
+    family = text_class(config).split(".")[-1]
+    if view.family not in (None, family):
+        raise InputError(
+            f"{folder}: got {family}, expected {view.family}, which the convention needs"
+        )
+    own = OWN_POOLED.get(family, "mean")
+    if view.pooled not in ("own", "mean", "none", own) or (
+        view.pooled == "own" and not view.layers and own == "mean"
+    ):
+        raise InputError(f"{folder}: pooled got {view.pooled}, but {family} has {own} or none")
+    layers = (text.get(key) for key in ("num_hidden_layers", "num_layers", "n_layers"))
+    check_layers(folder, view, next((number for number in layers if number), None))
     return config
+
+
+def text_class(config: Mapping[str, Any]) -> str:
+    """The class of transformers that holds the text encoder of a config.json alone."""
+    if "CLIPTextModelWithProjection" in (config.get("architectures") or []):
+        return "CLIPTextModelWithProjection"
+    return TEXT_ENCODERS[config["model_type"]]
+
+
+def check_layers(folder: Path, view: View, number: int | None) -> None:
+    """Raise InputError where the view names layers that an encoder of so many has not."""
+    for layer in view.layers:
+        if layer == "last" or number is None or -number <= layer < number:
+            continue
+        remedy = (
+            "last, or -1 with final_norm said" if layer == number else f"{-number} to {number - 1}"
+        )
+        raise InputError(f"{folder}: layers got {layer} of {number}, expected {remedy}")
 
 
 def read_vision_config(folder: Path) -> dict[str, Any]:
@@ -236,7 +282,7 @@ def load_network(
         options = {"torch_dtype": torch_dtype, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        network, info = getattr(package, name).from_pretrained(path, **options)
+        network, info = attrgetter(name)(package).from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
     finally:

@@ -195,12 +195,11 @@ class TrainConfig(Config):
 
 def sizes_of(manifest: "Manifest") -> dict[str, Any]:
     """Sizes of the model that the data fix, for `with_sizes`."""
-    records = manifest.text.roles.values()
     return {
         "latent_channels": manifest.codec.channels,
         "latent_downscale": manifest.codec.downscale,
-        "text_dim": max((record.dim for record in records), default=0),
-        "pooled_dim": sum(record.pooled_dim for record in records),
+        "text_dim": manifest.text.width,
+        "pooled_dim": manifest.text.pooled_width,
         "vision_dim": manifest.vision.dim if manifest.vision else 0,
     }
 

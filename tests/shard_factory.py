@@ -162,11 +162,18 @@ def make_manifest(
     role = same | {"family": "BertModel", "tokenizer_sha256": "70ken"}
     roles = {
         name: role
-        | {"weights_sha256": name, "view": {"max_length": length, "pooled": "mean"}}
+        | {
+            "weights_sha256": name,
+            "view": {"max_length": length, "pooled": "none" if kind.bare else "mean"},
+        }
         | {"dim": dim, "pooled_dim": dim}
         for name, (length, dim) in kind.encoders.items()
     }
-    text = {"tokens": [[name] for name in roles], "pooled": list(roles), "roles": roles}
+    text = {
+        "tokens": [[name] for name in roles],
+        "pooled": [] if kind.bare else list(roles),
+        "roles": roles,
+    }
     counts = Counts(seen=total, kept=total, rejected={})
     generation = Generation(
         number=0,

@@ -114,11 +114,11 @@ def other_layer(members: Members, text: Any) -> Members:
 
 def test_every_fault_is_named_and_a_sound_shard_is_not(dataset, vae_folder, tmp_path):
     manifest, cpu = read_manifest(dataset), torch.device("cpu")
-    codec, texts = open_codec(manifest.codec, None, cpu), open_texts(manifest, {}, cpu)
+    codec, texts = open_codec(manifest.codec, None, cpu), open_texts(manifest.text.roles, {}, cpu)
     square = [p for p in read_shard_table(dataset)["path"].to_pylist() if "/32x32/" in p]
     path, other = square[:2]
     members, proof = read_members(dataset / path), read_proof(dataset, path)
-    encode = partial(encode_caption, texts)
+    encode = partial(encode_caption, manifest.text.roles, texts)
     vae = shutil.copytree(vae_folder, tmp_path / "vae")
 
     def wrong(shard: Members) -> str:

@@ -15,6 +15,7 @@ from models import exchange, layers
 from models.conditions import Conditions
 from models.config import InputError
 from models.networks import DiTConfig, MMDiTConfig, UNetConfig, UViTConfig, build_model
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
@@ -300,7 +301,7 @@ def test_a_position_table_that_was_trained_needs_a_trained_one_here(tmp_path):
 @pytest.fixture(scope="module")
 def encoded(text_folder):
     """A caption as the tiny text encoder gives it, unpadded: tokens (1, L, 16), mask, pooled (1, 16)."""
-    return TextEncoder.load(text_folder, max_length=8).encode(["a red apple"])
+    return TextEncoder.load(text_folder, View(max_length=8)).encode(["a red apple"])
 
 
 def stock(config: Any, folder: Path) -> tuple[nn.Module, Any, Any, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.layers import sdpa
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.data.config import DataConfig
@@ -145,7 +146,7 @@ def test_encoders_of_every_dtype_are_near_to_fp32_on_the_cpu(
     found: dict[str, list[Any]] = {}
     for name, place in (("fp32", "cpu"), (dtype, device)):
         codec = LatentCodec.load(vae_folder, name, place)
-        text = TextEncoder.load(text_folder, 8, name, place)
+        text = TextEncoder.load(text_folder, View(max_length=8), name, place)
         found[place + name] = [
             codec.encode_moments(pictures).cpu(),
             text.encode(["a red"])[0].cpu(),

@@ -146,11 +146,12 @@ def test_a_damaged_shard_ends_training_with_one_sentence(tmp_path):
 LOAD = """
 import sys
 from models.config import InputError
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 
 for folder in sys.argv[1:]:
     try:
-        TextEncoder.load(folder, 8)
+        TextEncoder.load(folder, View(max_length=8))
     except InputError as error:
         print(error)
 """

@@ -357,5 +357,5 @@ def test_patches_pass_through_the_bottleneck_alone(kind):
     patches = torch.randn(5, 16)
     expected = patches @ narrow.weight.T @ wide.weight.T + wide.bias
     torch.testing.assert_close(model.proj_in(patches), expected)
-    with pytest.raises(InputError, match="patch_bottleneck|no class for"):
+    with pytest.raises(InputError, match=r"patch_bottleneck|no class for"):
         layout_of(model.config)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models.networks import DiTConfig
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from models.vision_encoder import VisionEncoder
@@ -29,7 +30,7 @@ def test_an_encoder_computes_as_its_record_says_and_leaves_torch_as_it_was(
     dtype, vae_folder, text_folder, tmp_path
 ):
     codec = LatentCodec.load(vae_folder, dtype)
-    text = TextEncoder.load(text_folder, 8, dtype)
+    text = TextEncoder.load(text_folder, View(max_length=8), dtype)
     vision = VisionEncoder.load(save_vision(tmp_path / "vit"), 16, dtype)
     before, seen = allowed(), []
     for encoder in (codec, text, vision):

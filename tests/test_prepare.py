@@ -48,6 +48,7 @@ from data_prep.workers import ATTEMPTS
 from models.command import load_config, run_command
 from models.config import InputError
 from models.files import FULL, full_disk_is_said
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec, sample_latents
 from pipeline.data.config import DataConfig
@@ -117,7 +118,9 @@ def reference(messy, ray_address) -> Path:
 @pytest.fixture(scope="module")
 def encoders(messy) -> tuple[LatentCodec, TextEncoder]:
     config = load_config(PrepareConfig, messy, [])
-    return LatentCodec.load(config.vae.path), TextEncoder.load(config.text_encoders["bert"].path, 8)
+    return LatentCodec.load(config.vae.path), TextEncoder.load(
+        config.text_encoders["bert"].path, View(max_length=8)
+    )
 
 
 def kill_driver(config: Path, address: str, moment: Callable[[], bool], *overrides: str) -> None:

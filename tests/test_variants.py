@@ -21,6 +21,7 @@ from data_prep.schema import index_path, read_index, read_manifest, read_shard_t
 from data_prep.verify import audit_shard, verify
 from models.command import load_config
 from models.files import file_sha256
+from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from models.vae import LatentCodec
 from pipeline.data.config import DataConfig
@@ -110,7 +111,7 @@ def test_every_picture_has_its_samples_in_the_index_and_its_arrays_once_in_the_t
 def test_what_is_stored_is_what_the_encoders_say_of_mirror_image_and_second_caption(dataset):
     config = yaml.safe_load((dataset.parent / "c.yaml").read_text())
     codec = LatentCodec.load(config["vae"]["path"])
-    text = TextEncoder.load(config["text_encoders"]["bert"]["path"], 8)
+    text = TextEncoder.load(config["text_encoders"]["bert"]["path"], View(max_length=8))
     lefts = []
     for row, sample, _ in samples(dataset):
         facts = json.loads(sample["json"])

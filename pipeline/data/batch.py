@@ -5,6 +5,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_prep.schema import EMPTY_CAPTION, Manifest
+from data_prep.schema import EMPTY_CAPTION, Manifest, TextRecord
 from models.conditions import Conditions
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig
@@ -38,8 +39,8 @@ class Batch:
 
     `indices` are places in the global batch, whatever the world size; `sample_ids` are the samples'
     numbers in the mixture. `moments` are raw, mean then std, or one value where the codec is
-    deterministic. Tokens of several encoders lie one after another, `text_lengths` of each, zeros where
-    masked; pooled vectors lie side by side. A field is None where the dataset lacks it, or the network
+    deterministic. Groups of encoders' tokens lie one after another, `text_lengths` of each, zeros where
+    masked; within a group they lie side by side, and so do pooled vectors. A field is None where the dataset lacks it, or the network
     that the batch is for needs none. The tensors lie in a buffer that is used again once neither one of
     them nor a view of one is alive.
     """
@@ -50,9 +51,9 @@ class Batch:
     indices: Tensor  # int64 (b,)
     sample_ids: Tensor  # int64 (b,)
     moments: Tensor  # float16 (b, 2C, h, w) or (b, C, h, w)
-    text_emb: Tensor | None = None  # float16 (b, L, D)
+    text_emb: Tensor | None = None  # (b, L, D), float16 unless bfloat16 is stored
     text_mask: Tensor | None = None  # bool (b, L), True keeps
-    pooled: Tensor | None = None  # float16 (b, P)
+    pooled: Tensor | None = None  # (b, P), likewise
     micro: Tensor | None = None  # float32 (b, 4): original height and width, crop top and left
     label: Tensor | None = None  # int64 (b,)
     vision: Tensor | None = None  # float16 (b, V, g, j): features of the picture's squares
@@ -125,28 +126,34 @@ class Batch:
 
 @dataclass(frozen=True)
 class EmptyCaption:
-    """The caption without words as each encoder sees it: tokens (l, D) and pooled (P,), float16."""
+    """The caption without words as each encoder sees it: `arrays` by member, tokens (l, D) and pooled (P,)."""
 
-    parts: list[tuple[Tensor, Tensor]]
+    arrays: dict[str, Tensor]
+    text: TextRecord
 
     def to(self, device: torch.device) -> "EmptyCaption":
-        return EmptyCaption(
-            [(tokens.to(device), pooled.to(device)) for tokens, pooled in self.parts]
-        )
+        return replace(self, arrays={n: array.to(device) for n, array in self.arrays.items()})
 
     def as_in(self, batch: Batch) -> Conditions:
         """One row of text, mask and pooled text, laid out and padded as in the batch."""
-        assert batch.text_emb is not None
-        assert batch.text_mask is not None
-        text, mask = torch.zeros_like(batch.text_emb[:1]), torch.zeros_like(batch.text_mask[:1])
-        begin = 0
-        for (tokens, _), length in zip(self.parts, batch.text_lengths, strict=True):
-            kept = min(len(tokens), length)
-            text[:, begin : begin + kept, : tokens.shape[1]] = tokens[:kept]
-            mask[:, begin : begin + kept] = True
-            begin += length
-        pooled = torch.cat([part for _, part in self.parts])[None]
-        return Conditions(text, mask, pooled)
+        text, mask = batch.text_emb, batch.text_mask
+        if text is not None and mask is not None:
+            text, mask = torch.zeros_like(text[:1]), torch.zeros_like(mask[:1])
+            begin = 0
+            for group, length in zip(self.text.tokens, batch.text_lengths, strict=True):
+                offset, end = 0, begin + length
+                for name in group:
+                    width = self.text.shape(name)[1]
+                    if name not in self.text.absent:
+                        tokens = self.arrays[name][:length]
+                        end = begin + len(tokens)
+                        text[:, begin:end, offset : offset + width] = tokens
+                    offset += width
+                every = self.text.unmasked(group[0])
+                mask[:, begin : begin + length if every else end] = True
+                begin += length
+        pooled = [self.arrays[f"{name}_pooled"] for name in self.text.pooled]
+        return Conditions(text, mask, torch.cat(pooled)[None] if pooled else None)
 
 
 def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
@@ -158,14 +165,13 @@ def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None
         raise InputError(
             f"{path}: no such file, needed for caption dropout. Remedy: prepare again."
         )
-    tensors = load_file(path)
-    parts = []
-    for name, record in manifest.text.roles.items():
-        pair = tensors.get(name), tensors.get(f"{name}_pooled")
-        if pair[0] is None or pair[1] is None:
-            raise InputError(f"{path}: got {sorted(tensors)}, expected {name} and {name}_pooled")
-        parts.append((pair[0].reshape(-1, record.dim).half(), pair[1].reshape(-1).half()))
-    return EmptyCaption(parts)
+    tensors, arrays = load_file(path), dict[str, Tensor]()
+    for name in manifest.text_members():
+        if name not in tensors:
+            raise InputError(f"{path}: got {sorted(tensors)}, expected {name}")
+        shape = [-1 if side is None else side for side in manifest.members[name].shape]
+        arrays[name] = tensors[name].view(getattr(torch, manifest.members[name].dtype)).view(shape)
+    return EmptyCaption(arrays, manifest.text)
 
 
 @dataclass
@@ -222,15 +228,28 @@ class Assembler:
         self.left_out = set() if getattr(model, "alignment", None) else {"vision"}
         self.model = model
         self.scored = isinstance(model, RoutedConfig) and model.span is not None
-        self.encoders = list(mixture.manifest.text.roles.items())
-        longest = [role.view.max_length for _, role in self.encoders]
-        self.limits = [min(config.text_length or length, length) for length in longest]
-        self.width = max([record.dim for _, record in self.encoders] or [1])
-        self.columns = {name: column for column, name in enumerate(mixture.manifest.members)}
+        self.text, members = mixture.manifest.text, mixture.manifest.members
+        self.limits = [
+            min(config.text_length or length, length)
+            for length in (self.text.shape(group[0])[0] for group in self.text.tokens)
+        ]
+        self.width = self.text.width
+        stored = {
+            getattr(torch, members[name].dtype)
+            for name in chain(*self.text.tokens)
+            if name in members
+        }
+        # float32 holds the numbers of both.
+        self.text_dtype = stored.pop() if len(stored) == 1 else torch.float32
+        self.columns = {name: column for column, name in enumerate(members)}
+        # The rows of `Rows.tokens`.
+        self.counted = [name for name in members if name in self.text.roles]
+        unread = [n for n in mixture.manifest.text_members() if n not in self.text.pooled_members]
+        self.left_out |= set(unread)
         self.pool = BufferPool(pin=torch.cuda.is_available())
         self.parts = lru_cache(maxsize=1024)(self._parts)
         caption = load_empty_caption(mixture.datasets[0].home, mixture.manifest)
-        self.empty = [len(tokens) for tokens, _ in caption.parts] if caption else []
+        self.empty = {n: len(array) for n, array in caption.arrays.items()} if caption else {}
 
     def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:
         padded, count = self._padded(rows.tokens), len(rows)
@@ -242,7 +261,7 @@ class Assembler:
             if part.column is not None:
                 gather(rows.address(part.column), rows.low, rows.high, flat)
             out[part.name] = flat.view(part.dtype).view(*part.shape)
-        pooled = [out[name] for n, _ in self.encoders if (name := f"{n}_pooled") in out]
+        pooled = [out[name] for name in self.text.pooled_members]
         return Batch(
             step=step,
             epoch=epoch,
@@ -251,7 +270,7 @@ class Assembler:
             sample_ids=torch.from_numpy(rows.ids),
             moments=out["moments"],
             text_emb=out.get("text"),
-            text_mask=self._gather_text(out["text"], rows, padded) if self.encoders else None,
+            text_mask=self._gather_text(out["text"], rows, padded) if self.width else None,
             pooled=torch.cat(pooled, dim=1) if len(pooled) > 1 else next(iter(pooled), None),
             micro=out.get("micro"),
             label=out["label"].view(-1) if "label" in out else None,
@@ -263,14 +282,14 @@ class Assembler:
 
     def _parts(self, bucket: Bucket, padded: tuple[int, ...], count: int) -> tuple[list[Slot], int]:
         """The members of a batch in its buffer, and the bytes of all."""
-        members, left_out = self.mixture.manifest.members, self.left_out.union(dict(self.encoders))
+        members = self.mixture.manifest.members
         kinds: list[tuple[str, int | None, tuple[int, ...], torch.dtype]] = [
             (name, self.columns[name], shape, getattr(torch, members[name].dtype))
             for name, shape in self.mixture.shapes(bucket).items()
-            if name not in left_out
+            if name not in self.left_out
         ]
-        if self.encoders:
-            kinds.append(("text", None, (sum(padded), self.width), torch.float16))
+        if self.width:
+            kinds.append(("text", None, (sum(padded), self.width), self.text_dtype))
         kinds += [(name, None, s, torch.float32) for name, s in self._drawn(bucket).items()]
         parts, begin = [], 0
         for name, column, shape, dtype in kinds:
@@ -294,30 +313,52 @@ class Assembler:
         return shapes
 
     def _padded(self, tokens: np.ndarray) -> tuple[int, ...]:
-        """Length of each encoder's part of the text; `tokens` is int64 (encoders, b)."""
+        """Length of each group's part of the text; `tokens` is int64 (encoders, b)."""
         if not self.pad_to_longest:
             return tuple(self.limits)
         # The empty caption needs room too: it may take any sample's place.
-        longest = np.maximum(tokens.max(axis=1), self.empty) if self.encoders else []
+        names = [group[0] for group in self.text.tokens]
+        longest = [max(tokens[self.counted.index(n)].max(), self.empty[n]) for n in names]
         rounded = (-(-int(length) // LENGTHS) * LENGTHS for length in longest)
         return tuple(min(pair) for pair in zip(rounded, self.limits, strict=True))
 
     def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
-        """Fill `out`, float16 (b, L, D), and return the mask, bool (b, L)."""
+        """Fill `out`, (b, L, D), and return the mask, bool (b, L)."""
         masks, begin = [], 0
-        for number, ((name, record), length) in enumerate(zip(self.encoders, padded, strict=True)):
-            address, token_bytes = rows.address(self.columns[name]), 2 * record.dim
-            alone, count = len(self.encoders) == 1, out.shape[0]
-            part = out if alone else torch.empty(count, length, record.dim, dtype=out.dtype)
-            flat = part.view(torch.uint8).view(count, length * token_bytes)
-            tokens = np.minimum(rows.tokens[number], length)
-            if (tokens == length).all():
-                gather(address, rows.low, rows.high, flat)
-            else:
-                gather_ragged(address, tokens * token_bytes, flat)
-            if not alone:
-                out[:, begin : begin + length, : record.dim] = part
-                out[:, begin : begin + length, record.dim :] = 0
-            masks.append(np.arange(length) < tokens[:, None])
+        for group, length in zip(self.text.tokens, padded, strict=True):
+            part, offset = out[:, begin : begin + length], 0
+            for name in group:
+                width = self.text.shape(name)[1]
+                if name in self.text.absent:
+                    part[:, :, offset : offset + width] = 0
+                else:
+                    self._gather_role(name, rows, part[:, :, offset : offset + width])
+                offset += width
+            if offset < self.width:
+                part[:, :, offset:] = 0
+            masks.append(self._mask(group[0], rows, length))
             begin += length
         return torch.from_numpy(masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1))
+
+    def _mask(self, name: str, rows: Rows, length: int) -> np.ndarray:
+        """Which of a group's places a network reads, bool (b, length)."""
+        if self.text.unmasked(name):
+            return np.ones((len(rows), length), bool)
+        tokens = np.minimum(rows.tokens[self.counted.index(name)], length)
+        return np.arange(length) < tokens[:, None]
+
+    def _gather_role(self, name: str, rows: Rows, out: Tensor) -> None:
+        """Fill `out`, (b, length, D), with one role's tokens, zeros behind them."""
+        dtype = getattr(torch, self.mixture.manifest.members[name].dtype)
+        count, length, width = out.shape
+        whole = out.is_contiguous() and out.dtype == dtype
+        part = out if whole else torch.empty(count, length, width, dtype=dtype)
+        address, token_bytes = rows.address(self.columns[name]), width * dtype.itemsize
+        flat = part.view(torch.uint8).view(count, length * token_bytes)
+        tokens = np.minimum(rows.tokens[self.counted.index(name)], length)
+        if (tokens == length).all():
+            gather(address, rows.low, rows.high, flat)
+        else:
+            gather_ragged(address, tokens * token_bytes, flat)
+        if not whole:
+            out.copy_(part)

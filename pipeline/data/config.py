@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from models.config import Config, InputError, Place
+from models.text_conventions import Arrangement
 
 
 class CacheConfig(Config):
@@ -42,6 +43,8 @@ class DataConfig(Config):
     on_corrupt: Literal["fail", "skip"] = "fail"
     """With skip, other samples take the places of a damaged shard's."""
     # What changes the tensors.
+    text: Arrangement | None = None
+    """How the network reads the stored encoders, or some of them; null: as the convention of the data says."""
     text_length: Annotated[int, Field(ge=1)] | None = None
     """Tokens kept; null: all that were prepared."""
     pad_text: Literal["max", "longest"] = "max"

@@ -29,6 +29,7 @@ from data_prep.schema import (
 )
 from models.config import InputError, differences
 from models.files import file_sha256
+from models.text_conventions import Arrangement
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DatasetConfig
 from pipeline.data.order import Part
@@ -36,7 +37,7 @@ from pipeline.data.order import Part
 # pyarrow.compute ships no types.
 compute: Any = pyarrow.compute
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
-DTYPES = ("float16", "float32", "int64")
+DTYPES = ("float16", "bfloat16", "float32", "int64")
 
 Bucket = tuple[int, int]
 """Height and width of the pictures in pixels."""
@@ -125,7 +126,7 @@ def _check_members(manifest: Manifest, where: Path) -> None:
     """Raise InputError unless the loader can read the members: anyone may have written them."""
     roles, members = manifest.text.roles, manifest.members
     texts = [(n, m.dtype, m.shape) for n, m in members.items() if n in roles]
-    expected = [(n, "float16", (None, r.dim)) for n, r in roles.items()]
+    expected = [(n, r.store, (None, r.dim)) for n, r in roles.items() if r.dim]
     if texts != expected:
         raise InputError(f"{where}: text members got {texts}, expected {expected}")
     for name, member in members.items():
@@ -145,8 +146,9 @@ def _check_members(manifest: Manifest, where: Path) -> None:
 class Mixture:
     """The datasets of a run as they stand at one moment, in one shard table."""
 
-    def __init__(self, datasets: list[Dataset]):
-        self.datasets, self.manifest = datasets, datasets[0].manifest
+    def __init__(self, datasets: list[Dataset], arrangement: Arrangement | None = None):
+        self.datasets, self.arrangement = datasets, arrangement
+        self.manifest = datasets[0].manifest.arranged(arrangement)
         for other in datasets[1:]:
             check_mixes(other, datasets[0])
         sizes = [len(dataset.table) for dataset in datasets]

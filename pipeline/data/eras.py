@@ -102,7 +102,7 @@ class Eras:
                     "Remedy: a new run, or the dataset as it was."
                 )
             datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
-        return Mixture(datasets)
+        return Mixture(datasets, self.now.arrangement)
 
 
 def recorded_manifest(folder: Path) -> Manifest | None:

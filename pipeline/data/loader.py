@@ -149,7 +149,8 @@ class Loader:
     def _look(self) -> Mixture:
         """The datasets as they are now."""
         sources = self.config.sources.items()
-        return Mixture([read_dataset(name, s, self._caches.get(name)) for name, s in sources])
+        datasets = [read_dataset(name, s, self._caches.get(name)) for name, s in sources]
+        return Mixture(datasets, self.config.text)
 
     def _make_era(self, number: int) -> Era:
         entry, mixture = self.eras.entries[number], self.eras.mixture(number)

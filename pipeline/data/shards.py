@@ -236,7 +236,7 @@ class ShardStore:
         manifest, rows = self.mixture.manifest, []
         for name, shape in self.mixture.shapes(self.mixture.bucket(number)).items():
             role = manifest.text.roles.get(name)
-            unit = np.dtype(manifest.members[name].dtype).itemsize * math.prod(shape)
+            unit = np.dtype(manifest.members[name].stored).itemsize * math.prod(shape)
             rows.append((unit, role.view.max_length if role else 0))
         return rows
 

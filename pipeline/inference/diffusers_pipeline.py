@@ -5,6 +5,7 @@
     DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
 """
 
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -13,7 +14,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from models.codec_layouts import LAYOUTS
-from models.prompts import encode_text, join_texts, parse_classes
+from models.prompts import encode_prompts, join_texts, parse_classes
+from models.text_conventions import View
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
 from pipeline.objectives.objective import Objective
@@ -148,17 +150,15 @@ class FlowmillPipeline(DiffusionPipeline):
 
     def encode(self, prompts, size, device) -> Guidance:
         """What the network is told, with the prompts and without."""
-        count, encoded = len(prompts), []
+        count, encoded, text = len(prompts), {}, self.recipe["text"]
         texts, label = parse_classes(prompts, self.recipe["num_classes"], device)
         names = [name for name in self._optional_components if name.startswith("text_encoder")]
-        for name, max_length in zip(names, self.recipe["max_lengths"], strict=False):
-            encoder, tokenizer = (
-                getattr(self, name),
-                getattr(self, name.replace("text_encoder", "tokenizer")),
-            )
-            encoded.append(encode_text(encoder, tokenizer, [*texts, ""], max_length, device))
+        for name, (role, said) in zip(names, text["roles"].items(), strict=False):
+            pair = getattr(self, name), getattr(self, name.replace("text_encoder", "tokenizer"))
+            stored = SimpleNamespace(view=View(**said["view"]), store=said["store"])
+            encoded[role] = encode_prompts(pair, texts, stored, text["empty"], device)
         micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
-        every = join_texts(encoded)._replace(micro=micro, label=label)
+        every = join_texts(encoded, SimpleNamespace(**text))._replace(micro=micro, label=label)
         last = [count] * count
         prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
         return Guidance(prompted, unprompted)
@@ -171,7 +171,9 @@ class FlowmillPipeline(DiffusionPipeline):
         text, mask, pooled, micro, label, _ = conditions
         x_t = x_t.to(dtype)
         if text is not None:
-            text, pooled = text.to(dtype), pooled.to(dtype)
+            text = text.to(dtype)
+        if pooled is not None:
+            pooled = pooled.to(dtype)
         if kind == "FlowmillNetwork":
             return self.network(x_t, t, **conditions._asdict()).float()
         if kind == "DiTTransformer2DModel":
@@ -185,6 +187,7 @@ class FlowmillPipeline(DiffusionPipeline):
         if kind == "SD3Transformer2DModel":
             # It takes no mask: each picture goes through with its own words.
             assert text is not None
+            assert mask is not None
             each = [
                 self.network(x_t[i, None], text[i, mask[i]][None], pooled[i, None], time[i, None])
                 for i in range(len(x_t))

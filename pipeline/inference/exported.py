@@ -277,14 +277,20 @@ def make_scheduler(objective: ObjectiveConfig, shift: Shift | None, size: tuple[
 
 def make_recipe(trained: Trained) -> dict[str, Any]:
     """What flowmill_pipeline.py must know besides its components."""
-    config, manifest = trained.config, trained.manifest
+    config, manifest, text = trained.config, trained.manifest, trained.manifest.text
     codec, (height, width) = manifest.codec, largest_bucket(manifest)
     return {
         "objective": config.objective.model_dump(
             mode="json", include={"path", "prediction", "shift"}
         ),
         "sampler": config.sampler.model_dump(mode="json"),
-        "max_lengths": [role.view.max_length for role in manifest.text.roles.values()],
+        "text": {
+            "tokens": text.tokens,
+            "pooled": text.pooled,
+            "absent": text.absent,
+            "empty": text.empty,
+            "roles": {n: r.model_dump(include={"view", "store"}) for n, r in text.used.items()},
+        },
         "num_classes": config.model.num_classes,
         "channels": codec.channels,
         "downscale": codec.downscale,
@@ -304,7 +310,7 @@ def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, Any]:
     if (count := len(encoders.text)) > 3:
         raise InputError(f"{count} text encoders: the exported pipeline holds at most 3")
     entries: dict[str, Any] = {} if vae else {"vae": [None, None]}
-    for number, encoder in enumerate(encoders.text, start=1):
+    for number, encoder in enumerate(encoders.text.values(), start=1):
         suffix = f"_{number}" if number > 1 else ""
         parts.append((f"text_encoder{suffix}", "transformers", encoder.network, encoder.path))
         encoder.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")

@@ -37,8 +37,12 @@ class Painter:
         self.prompts = prompts
         # The empty caption, and no class, go last and make the unconditional half.
         texts, label = parse_classes(prompts, num_classes, self.device)
-        encoded = [encoder.encode([*texts, ""]) for encoder in encoders.text]
-        self.encoded = join_texts(encoded)._replace(label=label)
+        record = encoders.text_record
+        encoded = {
+            name: encoder.encode_prompts(texts, record.roles[name], record.empty)
+            for name, encoder in encoders.text.items()
+        }
+        self.encoded = join_texts(encoded, record)._replace(label=label)
 
     def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
         """What a network is told of `rows` of the encoded prompts, drawn at `size`."""

@@ -155,6 +155,7 @@ class Workload:
     total_bytes: float
     sizes: dict[str, int]  # of the model's config that the data fix
     sample: Sample
+    text: dict[str, float]  # bytes of an encoder's longest caption in a shard
 
 
 def prepared_data(config: TrainConfig) -> Workload:
@@ -166,8 +167,12 @@ def prepared_data(config: TrainConfig) -> Workload:
     trained = np.where(mixture.heldout, 0, mixture.sizes)
     area = (mixture.heights * mixture.widths * trained).sum() / trained.sum()
     side = round(math.sqrt(area) / manifest.codec.downscale)
-    longest = [role.view.max_length for role in manifest.text.roles.values()]
+    longest = [manifest.text.shape(group[0])[0] for group in manifest.text.tokens]
     tokens = sum(min(data.text_length or length, length) for length in longest)
+    text = {
+        name: 2.0 * (role.view.max_length * role.dim + role.pooled_dim)
+        for name, role in manifest.text.roles.items()
+    }
     total = float(mixture.bytes.sum())
     return Workload(
         ", ".join(source.path for source in data.sources.values()),
@@ -176,6 +181,7 @@ def prepared_data(config: TrainConfig) -> Workload:
         total,
         sizes_of(manifest),
         Sample(side, side, tokens, total / int(mixture.sizes.sum())),
+        text,
     )
 
 
@@ -196,7 +202,7 @@ def assumed_data(
     # A header of 128 and a tar entry of 512 bytes per member, each padded to 512; captions are short.
     size = arrays + 5 * 1024
     sample = Sample(side, side, tokens, size)
-    return Workload("assumed: none is there yet", [], pictures, size * pictures, sizes, sample)
+    return Workload("assumed: none is there yet", [], pictures, size * pictures, sizes, sample, {})
 
 
 class Collective(NamedTuple):
@@ -359,6 +365,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         kept += steps // config.checkpoint.keep_every_steps
     lines = [
         ("data", f"{data.origin}: {data.num_pictures:,} pictures, {data.total_bytes / GIB:,.2f} GiB, {sample.bytes / 1024:.1f} KiB each"),
+        *(("text", f"{name}: {size / 1024:,.1f} KiB per picture of its longest caption") for name, size in data.text.items()),
         ("model", f"{model.kind} {getattr(model, 'size', '')}: {num_parameters / 1e6:,.1f} M parameters"),
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
         ("steps", f"{steps:,} of {batch} pictures; {config.training.images / max(data.num_pictures, 1):.2f} epochs"),

@@ -28,6 +28,7 @@ from pipeline.config import (
     load_run_config,
     sizes_of,
 )
+from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Difference, Mixture, refuse
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
@@ -144,12 +145,12 @@ def fit_run(config: TrainConfig) -> Run:
 def fit_data(config: TrainConfig, loader: Loader) -> TrainConfig:
     """The config with the sizes of the model that the data fix; raises InputError where they do not fit."""
     model = config.model.with_sizes(sizes_of(loader.manifest))
-    check_fits(loader.first.mixture, model, config.data.text_length)
+    check_fits(loader.first.mixture, model, config.data)
     check_encoders(config, loader.manifest)
     return config.model_copy(update={"model": model})
 
 
-def check_fits(mixture: Mixture, model: NetworkConfig, text_length: int | None = None) -> None:
+def check_fits(mixture: Mixture, model: NetworkConfig, data: DataConfig | None = None) -> None:
     """Raise InputError with every misfit of data and config; a size of 0 fits any."""
     manifest, sizes = mixture.manifest, sizes_of(mixture.manifest)
     codec, vision, own = manifest.codec, manifest.vision, dict(model)
@@ -175,9 +176,16 @@ def check_fits(mixture: Mixture, model: NetworkConfig, text_length: int | None =
             pairs.append((what, classes, f"at most model.num_classes, {model.num_classes}"))
         names = enumerate(zip_longest(dataset.manifest.classes, manifest.classes))
         pairs += [(f"class {i} of {dataset.source.path}", *both) for i, both in names]
-    longest = max((role.view.max_length for role in manifest.text.roles.values()), default=0)
-    if (text_length or 0) > longest:
-        pairs.append(("longest text", longest, f"at least data.text_length, {text_length}"))
+    text = manifest.text
+    longest = max((text.shape(group[0])[0] for group in text.tokens), default=0)
+    if data and (data.text_length or 0) > longest:
+        pairs.append(("longest text", longest, f"at least data.text_length, {data.text_length}"))
+    if data and (data.text_length or data.pad_text == "longest"):
+        whole = [name for name in text.names if text.unmasked(name)]
+        what = (
+            "encoders whose padding the network reads, so that no text_length or pad_text suits it"
+        )
+        pairs.append((what, whole, []))
     most = math.inf if own.get("rope") else own.get("position_grid", math.inf)
     for bucket in mixture.buckets() | mixture.buckets(heldout=True):
         sides = tuple(side // codec.downscale for side in bucket)

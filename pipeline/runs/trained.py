@@ -78,6 +78,7 @@ def open_trained(run: Path, weights: str, step: int | None, places: Sequence[str
     manifest = recorded_manifest(run / ERAS) or read_manifest(path)
     if any(place.startswith("data.") for place in places):
         check_same(read_manifest(path), manifest, str(path))
+    manifest = manifest.arranged(config.data.text)
     state, at_step = load_weights(run, weights, step)
     # Alignment serves training alone.
     if getattr(config.model, "alignment", None) is not None:

@@ -56,13 +56,14 @@ class Loop:
     def __init__(self, out: Path):
         import torch
 
+        from models.text_conventions import View
         from models.text_encoder import TextEncoder
         from models.vae import LatentCodec
 
         torch.set_num_threads(1)
         self.torch, self.out, self.spent = torch, out, Counter[str]()
         self.codec = LatentCodec.load(VAE)
-        self.text = TextEncoder.load(text_folder(), MAX_LENGTH)
+        self.text = TextEncoder.load(text_folder(), View(max_length=MAX_LENGTH))
 
     def run(self, files: list[Path]) -> None:
         buckets = list_buckets(IMAGES)

@@ -156,7 +156,8 @@ def encode_empty(
     view = without_template(view) if empty == "bare" else view
     tokens, mask, pooled = encode_text(network, tokenizer, [""], view, device)
     if empty == "zeros":
-        return tokens * 0, mask, None if pooled is None else pooled * 0
+        nothing = None if pooled is None else torch.zeros_like(pooled)
+        return torch.zeros_like(tokens), mask, nothing
     return tokens, mask, pooled
 
 

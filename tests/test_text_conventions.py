@@ -1,6 +1,7 @@
 """Every text convention against the encode_prompt of its pipeline in diffusers; what is refused; what is read."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,34 @@ import diffusers.pipelines.prx.pipeline_prx as prx
 import pytest
 import torch
 import transformers as tf
+import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers.models.t5gemma import modeling_t5gemma
 
+from data_prep.config import PrepareConfig
+from data_prep.encoders import Text
+from data_prep.preparation import prepare
+from data_prep.recorded import load_encoders
+from data_prep.verify import verify
+from models.command import load_config
+from models.config import InputError, parse_config
 from models.prompts import encode_prompts, join_texts
-from models.text_conventions import CONVENTIONS, QWEN_21_SYSTEM, Chat, Convention
+from models.text_conventions import (
+    CONVENTIONS,
+    QWEN_21_SYSTEM,
+    Arrangement,
+    Chat,
+    Convention,
+    View,
+)
+from models.text_encoder import TextEncoder, count_cut
+from pipeline.config import TrainConfig
+from pipeline.data.config import DataConfig
+from pipeline.data.loader import Loader
+from pipeline.inference.painter import Painter
+from pipeline.runs.setup import fit_data
+from tests.prep_factory import config_of_pictures
 
 CPU = torch.device("cpu")
 FEW = ["a red apple", "", "Une Pomme, NÉ 苹果 🍎 {[IMG]}"]
@@ -138,9 +161,9 @@ def mistral3() -> Any:
 
 def t5gemma() -> Any:
     module = LM | {"head_dim": 8, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
-    config = tf.T5GemmaConfig(
-        encoder=tf.T5GemmaModuleConfig(**module), is_encoder_decoder=False, **module
-    )
+    encoder = tf.T5GemmaModuleConfig(**module)
+    same = {key: value for key, value in encoder.to_dict().items() if key != "model_type"}
+    config = tf.T5GemmaConfig(encoder=encoder, **same | {"is_encoder_decoder": False})
     network = modeling_t5gemma.T5GemmaEncoder(config)
     return randomised(network), tokenizer("[BOS] $A", 256, side="left")
 
@@ -337,3 +360,194 @@ def test_a_convention_tells_what_its_pipeline_tells(name, monkeypatch):
 
 def test_every_convention_is_compared():
     assert {name.removesuffix("_without_t5") for name in CASES} == set(CONVENTIONS)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def save(folder: Path, pair: Any) -> str:
+    """An encoder's folder, with its tokenizer."""
+    for part in pair:
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("encoders")
+    made = {"clip_l": clip(False), "clip_g": clip(True), "t5": t5(), "qwen3": qwen3(3)}
+    return {name: save(home / name, pair) for name, pair in made.items()}
+
+
+def parsed(text: Any, encoders: dict[str, Any]) -> PrepareConfig:
+    """A preparation's config with the encoders under `text`."""
+    data = {"sources": {"p": {"kind": "folder", "path": "p"}}, "vae": {"path": "v"}, "output": "o"}
+    encoders = {name: {"path": name} | given for name, given in encoders.items()}
+    return parse_config(PrepareConfig, data | {"text": text, "text_encoders": encoders}, "c.yaml")
+
+
+def arranged(*tokens: list[str], pooled: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"tokens": tokens, "pooled": pooled}
+
+
+KEPT = {"pads": "kept", "max_length": 7}
+QWEN = {"template": "say {}", "drop": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "encoders", "message"),
+    [
+        ("sdxl", {"clip_l": {}}, "lacks clip_g; sdxl has the roles clip_l, clip_g"),
+        ("sdxl", {"clip_l": {}, "clip_g": {}, "t5": {}}, "got t5; sdxl has the roles"),
+        ("sdxk", {}, "expected one of plain, sd15, sdxl"),
+        ("hidream", {}, "hidream has no convention: it reads every layer of Llama"),
+        ("hunyuan_dit", {}, "hunyuan_dit has no convention: its network pools the padded rows"),
+        ("sd15", {"clip_l": {"max_length": 50}}, "max_length: got 50, which the convention sd15"),
+        ("plain", {"a": {"layers": [-2]}}, r"layers: got \[-2\], which the convention plain"),
+        (arranged(["a"]), {"a": {"layers": [-1]}}, "-1 is the last layer before its norm"),
+        (arranged(["a"]), {"a": {"layers": []}}, "layers: got none with pooled none"),
+        (arranged(["a"]), {"a": {"template": "no"}}, r"expected one \{\} for the prompt"),
+        (arranged(["a"]), {"a": {"drop": 3}}, "a template that begins with what is dropped"),
+        (arranged(["a"]), {"a": {"pads": "first"}}, "pads: first needs side right"),
+        (arranged(["a"]), {"a": {}, "b": {}}, "b: is in neither text.tokens nor text.pooled"),
+        (arranged(["a"], pooled=("a",)), {"a": {}}, "text.pooled: a has no vector"),
+        (arranged(["a"]), {"a": {"layers": [], "pooled": "eos"}}, "text.tokens: a has no tokens"),
+        (arranged(["a", "b"]), {"a": {}, "b": KEPT}, "a, b cannot be side by side"),
+        (arranged(["a", "b"]), {"a": KEPT, "b": {"pads": "kept"}}, "a, b cannot be side by side"),
+    ],
+)
+def test_a_config_that_no_convention_allows_is_refused(text, encoders, message):
+    with pytest.raises(InputError, match=message):
+        parsed(text, encoders)
+
+
+@pytest.mark.parametrize(
+    ("name", "view", "message"),
+    [
+        ("clip_g", CONVENTIONS["sdxl"].roles["clip_l"], "WithProjection, expected CLIPTextModel"),
+        ("clip_l", CONVENTIONS["sd3"].roles["clip_l"], "expected CLIPTextModelWithProjection"),
+        ("t5", View(pooled="projected"), "T5EncoderModel has mean or none"),
+        ("clip_l", View(layers=[3]), "layers got 3 of 3, expected last, or -1 with final_norm"),
+        ("qwen3", View(layers=[1, 9]), "layers got 9 of 3, expected -3 to 2"),
+        ("qwen3", View(**QWEN), "makes 1 tokens of the template before the prompt, expected 2"),
+        ("bare", View(template=Chat()), "without a chat template"),
+        ("bare", View(clean="deepfloyd"), "needs the package ftfy"),
+    ],
+)
+def test_an_encoder_that_cannot_give_its_view_is_refused(folders, tmp_path, name, view, message):
+    if name == "bare":
+        network, words = qwen3(1)
+        words.chat_template = None
+        folders = {"bare": save(tmp_path, (network, words))}
+    with pytest.raises(InputError, match=message):
+        TextEncoder.load(folders[name], view)
+
+
+def test_numbers_beyond_float16_are_refused_and_stored_as_bfloat16(tmp_path):
+    network, words = t5()
+    network.encoder.final_layer_norm.weight.data *= 1e6
+    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(pooled="none", max_length=9))
+    with pytest.raises(InputError, match=r"expected at most 3.275e\+04.*store=bfloat16"):
+        Text(encoder, "t5", "float16").encode(["a red apple"])
+    stored = Text(encoder, "t5", "bfloat16").encode(["a red apple"])["t5"][0]
+    numbers = torch.from_numpy(stored.view("int16")).view(torch.bfloat16).float()
+    assert numbers.abs().max() > 65504
+    # bfloat16 keeps 8 bits
+    torch.testing.assert_close(numbers, encoder.encode(["a red apple"])[0][0], rtol=2**-8, atol=0)
+
+
+def test_half_precision_that_overflows_is_refused_before_any_picture(tmp_path):
+    network, words = t5()
+    network.encoder.block[0].layer[0].SelfAttention.q.weight.data *= 1e5
+    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(), "fp16")
+    with pytest.raises(InputError, match=r"numbers up to (nan|inf).*dtype=bf16, or fp32"):
+        Text(encoder, "t5", "float16").encode_empty("caption")
+
+
+def test_a_caption_counts_as_cut_where_its_template_leaves_it_no_room(folders):
+    words = TextEncoder.load(folders["qwen3"], View(template="say {}", drop=1)).tokenizer
+    captions = ["apple " * number for number in range(1, 9)]
+    for view in (
+        View(max_length=5, template="say {}", drop=1),
+        View(max_length=6, template="say {}"),
+    ):
+        assert count_cut(words, captions, view) == 3
+    assert count_cut(words, captions, View(max_length=8)) == 0
+
+
+# --- from shards ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(folders, tmp_path_factory, vae_folder) -> Path:
+    """Every way of padding, three encoders in two groups, and one stored otherwise."""
+    home = tmp_path_factory.mktemp("dataset")
+    eight = {"max_length": 8, "side": "right"}
+    encoders = {
+        "small": eight | {"path": folders["clip_l"], "layers": [-2], "pads": "kept"},
+        "large": eight | {"path": folders["clip_g"], "layers": [1, "last"], "pads": "kept", "pooled": "projected"},
+        "zeros": eight | {"path": folders["t5"], "pads": "zeros", "pooled": "mean"},
+        "first": eight | {"path": folders["t5"], "pads": "first", "store": "bfloat16"},
+        "vector": eight | {"path": folders["clip_l"], "layers": [], "pooled": "eos"},
+        "llm": {"path": folders["qwen3"], "layers": [1, -1], "final_norm": False, "template": "say {} in words", "drop": "counted"},
+    }  # fmt: skip
+    tokens = [["small", "large"], ["zeros"], ["first"], ["llm"]]
+    text = {"tokens": tokens, "pooled": ["vector", "large"], "empty": "caption"}
+    path = config_of_pictures(home, 8, vae_folder, Path(folders["t5"]))
+    said = yaml.safe_load(path.read_text()) | {"text": text, "text_encoders": encoders}
+    path.write_text(yaml.safe_dump(said))
+    prepare(load_config(PrepareConfig, path, []), dry_run=False, restart=False)
+    assert verify(home / "dataset") == []
+    return home / "dataset"
+
+
+@pytest.mark.parametrize(
+    ("read", "dtype"),
+    [
+        (None, torch.float32),
+        ({"tokens": [["first"]], "pooled": ["zeros"]}, torch.bfloat16),
+        ({"tokens": [["large", "small"], ["llm"]], "pooled": []}, torch.float16),
+        ({"tokens": [], "pooled": ["large"]}, None),
+    ],
+)
+def test_what_is_read_of_shards_is_what_sampling_tells_of_the_same_captions(dataset, read, dtype):
+    config = DataConfig(path=str(dataset), text=read and Arrangement(**read))
+    loader = Loader(config, global_batch=4, seed=0)
+    batch = next(iter(loader.batches(0)))
+    captions = [loader.first.mixture.locate(i)["caption"] for i in batch.sample_ids.tolist()]
+    assert len(set(captions)) > 1
+    encoders = load_encoders(loader.manifest, None, {}, CPU)
+    assert list(encoders.text) == list(loader.manifest.text.used)
+    told = Painter(encoders, captions).encoded
+    empty = batch.drop(torch.ones(4, dtype=torch.bool), loader.empty_caption, 0)
+    for found, rows in ((batch, range(4)), (empty, [4] * 4)):
+        if dtype is None:
+            assert found.text_emb is None
+        else:
+            assert found.text_emb.dtype == dtype
+            assert found.text_emb.shape[-1] == loader.manifest.text.width
+            assert (found.text_emb[~found.text_mask] == 0).all()
+        for i, row in enumerate(rows if dtype else ()):
+            ours, theirs = found.text_mask[i], told.text_mask[row]
+            # float16 and bfloat16 of numbers that another padding rounded otherwise
+            torch.testing.assert_close(
+                found.text_emb[i][ours].float(), told.text_emb[row][theirs], rtol=2**-7, atol=2e-3
+            )
+        if loader.manifest.text.pooled:
+            torch.testing.assert_close(
+                found.pooled.float(), told.pooled[list(rows)], rtol=2**-10, atol=2e-3
+            )
+    loader.close()
+
+
+def test_padding_that_the_network_reads_can_be_neither_cut_nor_shortened(dataset, tmp_path):
+    data = {"data": {"path": str(dataset)}, "training": {"images": 8}, "run": str(tmp_path)}
+    for option in ({"text_length": 4}, {"pad_text": "longest"}):
+        config = parse_config(TrainConfig, data | {"data": data["data"] | option}, "c.yaml")
+        loader = Loader(config.data, global_batch=4, seed=0)
+        with pytest.raises(InputError, match="padding the network reads"):
+            fit_data(config, loader)
+        loader.close()
+    wrong = DataConfig(path=str(dataset), text=Arrangement(tokens=[["llm", "small"]], pooled=[]))
+    with pytest.raises(InputError, match="llm, small cannot be side by side"):
+        Loader(wrong, global_batch=4, seed=0)

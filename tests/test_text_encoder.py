@@ -31,6 +31,8 @@ T5 = {"vocab_size": len(WORDS), "num_layers": 2, "num_heads": 2} | {
     "d_ff": 32,
 }
 DISTIL = {"vocab_size": len(WORDS), "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+DECODER = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 KINDS = {
     "bert": ("BertModel", "BertConfig", SIZES),
     "distilbert": ("DistilBertModel", "DistilBertConfig", DISTIL),
@@ -39,6 +41,12 @@ KINDS = {
     "clip_projection": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP),
     "t5": ("T5EncoderModel", "T5Config", T5),
     "umt5": ("UMT5EncoderModel", "UMT5Config", T5),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
+    "mistral": ("MistralModel", "MistralConfig", DECODER),
+    "gemma2": ("Gemma2Model", "Gemma2Config", DECODER),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", DECODER),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", DECODER),
+    "qwen3_vl_text": ("Qwen3VLTextModel", "Qwen3VLTextConfig", DECODER | {"rope_parameters": ROPE}),
 }
 
 
@@ -94,7 +102,24 @@ def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(sav
         assert count_cut(encoder.tokenizer, [], encoder.view) == 0
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "mpnet", "t5", "umt5"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_tokens_are_those_of_transformers_own_forward(saved, kind):
+    encoder = TextEncoder.load(saved[kind], View(max_length=10))
+    tokens, mask, _ = encoder.encode(CAPTIONS)
+    network = getattr(transformers, KINDS[kind][0]).from_pretrained(saved[kind]).eval()
+    batch = AutoTokenizer.from_pretrained(saved[kind])(CAPTIONS, padding=True, return_tensors="pt")
+    network = getattr(network, "model", network)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    expected = network(**given).last_hidden_state
+    assert torch.equal(mask, batch["attention_mask"].bool())
+    assert torch.equal(tokens[mask], expected[mask])
+
+
+MEAN = [kind for kind in KINDS if not kind.startswith("clip")]
+
+
+@pytest.mark.parametrize("kind", MEAN)
 def test_pooled_is_the_mean_over_real_tokens_where_no_trained_projection_exists(saved, kind):
     encoder = TextEncoder.load(saved[kind], View(max_length=10))
     tokens, mask, pooled = encoder.encode(CAPTIONS)

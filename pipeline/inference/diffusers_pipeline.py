@@ -188,10 +188,10 @@ class FlowmillPipeline(DiffusionPipeline):
             # It takes no mask: each picture goes through with its own words.
             assert text is not None
             assert mask is not None
-            each = [
-                self.network(x_t[i, None], text[i, mask[i]][None], pooled[i, None], time[i, None])
-                for i in range(len(x_t))
-            ]
+            assert pooled is not None
+            alone = [slice(i, i + 1) for i in range(len(x_t))]
+            parts = [slice(None)] if mask.all() else alone
+            each = [self.network(x_t[p], text[p][:, mask[p][0]], pooled[p], time[p]) for p in parts]
             return torch.cat([out.sample.float() for out in each])
         added = None
         if self.network.config.addition_embed_type == "text_time":

@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +53,8 @@ TEXT_ENCODERS = {
     "clip_text_model": "CLIPTextModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
-    "t5gemma": "models.t5gemma.modeling_t5gemma.T5GemmaEncoder",
+    # Not among those that the package names itself.
+    "t5gemma": "T5GemmaEncoder",
     "gemma2": "Gemma2Model",
     "gemma3": "Gemma3Model",
     "gemma3_text": "Gemma3TextModel",
@@ -196,7 +196,7 @@ def read_text_config(folder: Path, view: View) -> dict[str, Any]:
     positions, most = text.get("max_position_embeddings"), view.max_length
     if positions is not None and most > positions:
         raise InputError(f"{folder}: max_length got {most}, expected at most {positions}")
-    family = text_class(config).split(".")[-1]
+    family = text_class(config)
     if view.family not in (None, family):
         raise InputError(
             f"{folder}: got {family}, expected {view.family}, which the convention needs"
@@ -256,6 +256,13 @@ def stored_values(folder: Path, name: str) -> list[float]:
     raise InputError(f"{folder}: its weights lack {name}")
 
 
+def network_class(package: Any, name: str) -> Any:
+    """A class of diffusers or transformers."""
+    if name == "T5GemmaEncoder":
+        package = importlib.import_module("transformers.models.t5gemma.modeling_t5gemma")
+    return getattr(package, name)
+
+
 def load_network(
     library: str,
     name: str,
@@ -282,7 +289,7 @@ def load_network(
         options = {"torch_dtype": torch_dtype, "low_cpu_mem_usage": False}
     options |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        network, info = attrgetter(name)(package).from_pretrained(path, **options)
+        network, info = network_class(package, name).from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot load {name}: {brief(error)}") from error
     finally:

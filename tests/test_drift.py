@@ -33,7 +33,7 @@ Members = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, vae_folder, text_folder) -> Path:
-    """A sound one of several shards a bucket."""
+    """A sound one of several shards per bucket."""
     folder = tmp_path_factory.mktemp("drift")
     # Its layers do something, as those of a trained encoder do.
     text, file = shutil.copytree(text_folder, folder / "text"), "model.safetensors"

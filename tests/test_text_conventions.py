@@ -169,7 +169,7 @@ def t5gemma() -> Any:
 
 
 Said = tuple[Tensor | list[Tensor], Tensor | None, Tensor | None]
-"""Of each prompt and, last, of the empty one: tokens, mask and pooled."""
+"""Tokens, mask and pooled of each prompt and, last, of the empty one."""
 
 
 def pipe(kind: str, *, encoders: list[Any], **more: Any) -> Any:

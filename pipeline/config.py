@@ -80,6 +80,8 @@ class StartConfig(Config):
     """raw, ema, or another average."""
     step: int | None = None
     """Step of its checkpoint; null: the newest."""
+    convert: bool = False
+    """Carry weights of another objective over (`objective.network`); else they are refused."""
 
 
 MOVABLE = re.compile(r"data\.((datasets\..+\.)?path|verify|check|prefetch|cache.*)")
@@ -172,7 +174,7 @@ class TrainConfig(Config):
             )
 
     def notes(self) -> list[str]:
-        """What comes later than the run's end; its results are right all the same."""
+        """What comes later than the run's end, and what to know of the objective; the run is right all the same."""
         steps, batch = self.training.num_steps, self.training.global_batch
         spikes = self.rejection.spike_factor is not None
         alignment = getattr(self.model, "alignment", None)
@@ -186,11 +188,12 @@ class TrainConfig(Config):
             "ema.snapshot_images": self.ema.snapshot_images // batch,
             "model.alignment.until_images": alignment and (alignment.until_images or 0) // batch,
         }
-        return [
+        notes = [
             f"{name} is {value:,} steps, and the run has {steps:,}"
             for name, value in later.items()
             if value and value > steps
         ]
+        return [*self.objective.notes(), *notes]
 
 
 def sizes_of(manifest: "Manifest") -> dict[str, Any]:

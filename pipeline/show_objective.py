@@ -19,11 +19,12 @@ def main(
         str, typer.Option(help="HEIGHTxWIDTH in latent pixels, for shifts")
     ] = "32x32",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="the table alone")] = False,
+    latent_channels: Annotated[int, typer.Option(min=1, help="for a shift by dimension")] = 4,
 ) -> None:
     """Show what the configured objective trains, against the presets."""
     from pipeline.objectives.profiles import draw, make_profile, print_table
 
-    size = parse_size(latent_size, "--latent-size")
+    size = (latent_channels, *parse_size(latent_size, "--latent-size"))
     section = read_yaml(config, overrides or []).get("objective", {})
     chosen = parse_config(ObjectiveConfig, section, f"{config}: objective")
     profiles = [make_profile("this config", chosen, size)]
@@ -32,6 +33,8 @@ def main(
         profiles.append(make_profile(name, preset, size))
     console = plain_console(110)
     print_table(profiles, console)
+    for note in chosen.notes():
+        console.print(f"note: {note}")
     if not dry_run:
         output.parent.mkdir(parents=True, exist_ok=True)
         draw(profiles).savefig(output)

@@ -79,6 +79,13 @@ CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
         TEXT,
         "FlowmillNetwork",
     ),
+    "unet_carried_over": (
+        {"kind": "unet"},
+        {"network": {"path": "vp_discrete", "prediction": "epsilon"}},
+        {"name": "heun", "guidance_scale": 2.0},
+        TEXT,
+        "UNet2DConditionModel",
+    ),
     "unet": (
         {"kind": "unet", "size_conditioning": True},
         "nai3-v-ztsnr",
@@ -217,6 +224,7 @@ SCHEDULERS = {
     "mmdit": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
     "pixart": {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"},
     "uvit": {"_class_name": "EDMEulerScheduler", "sigma_max": 80.0, "sigma_data": 1.0},
+    "unet_carried_over": {"prediction_type": "epsilon", "beta_schedule": "scaled_linear"},
     "unet": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 }
 
@@ -234,7 +242,7 @@ def test_the_scheduler_s_config_has_the_noise_levels_of_the_path(exported, train
         if objective.shift is not None:
             height, width = largest_bucket(trained.manifest)
             t = objective.path.shift(t, objective.shift.factor((height // 4, width // 4)))
-        alpha, _ = objective.path.alpha_sigma(torch.from_numpy(t).float())
+        alpha, _ = objective.own.path.alpha_sigma(torch.from_numpy(t).float())
         # fp32 products of a thousand factors.
         assert torch.allclose(levels.sqrt(), alpha, atol=2e-4)
 

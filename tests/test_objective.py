@@ -37,6 +37,7 @@ WEIGHT_ON_X0: dict[str, Callable] = {  # OBJECTIVES' second column, of SNR, in f
     "min_snr": lambda snr: np.minimum(snr, 5.0),
     "soft_min_snr": lambda snr: snr * 5.0 / (snr + 5.0),
     "debiased": np.sqrt,
+    "velocity": lambda snr: np.minimum(1 + np.sqrt(snr), 20.0) ** 2,
 }
 PRESET_NAMES = list(yaml.safe_load(PRESETS.read_text()))
 
@@ -50,7 +51,7 @@ def make(path: str = "rectified_flow", prediction: str = "flow", **options) -> O
 
 def learnable(path: str, prediction: str) -> bool:
     if prediction == "epsilon":
-        return path in ("sd", "ddpm", "edm")
+        return path in ("sd", "ddpm", "cosine_betas", "edm")
     return prediction != "edm" or path == "edm"
 
 
@@ -201,7 +202,25 @@ def test_no_weight_loss_or_x0_error_is_nan_or_infinite_at_either_end(path, predi
         assert (terms.loss >= 0).all(), weighting
 
 
-@pytest.mark.parametrize("weighting", WEIGHT_ON_X0)
+def test_velocity_is_the_loss_of_flow_of_a_network_that_predicts_x0():
+    flow, sample = make(), make(prediction="sample", weighting={"kind": "velocity", "t_min": 0.1})
+    latents, noise, x0 = tensors(10)
+    t = torch.linspace(0.1, 1, 32)
+    x_t = flow.add_noise(latents, noise, t)
+    pred = (x_t - x0) / t.view(-1, 1, 1, 1)
+    loss = sample.loss(x0, latents, noise, t).loss
+    torch.testing.assert_close(loss, flow.loss(pred, latents, noise, t).loss, rtol=1e-5, atol=0)
+    assert sample.weight(torch.tensor([0.0, 0.05])).tolist() == pytest.approx([100, 100])
+
+
+def test_epsilon_on_levels_that_end_all_but_in_noise_is_noted_and_trained():
+    data = {"path": PATHS["cosine_betas"], "prediction": "epsilon"}
+    (note,) = parse_config(ObjectiveConfig, data, "test").notes()
+    assert "ends at SNR 2e-09, as iDDPM's" in note
+    assert make("sd", "epsilon").config.notes() == make("cosine_betas", "v").config.notes() == []
+
+
+@pytest.mark.parametrize("weighting", [w for w in WEIGHT_ON_X0 if w != "velocity"])
 def test_the_terminal_step_of_a_zero_terminal_snr_path_is_trained(weighting):
     t = torch.tensor([0.998, 0.999])
     before, terminal = make("sd_ztsnr", "v", weighting=weighting).weight(t).tolist()
@@ -274,6 +293,7 @@ DISTRIBUTIONS = {
         {"shift": {"kind": "resolution", "base_pixels": 256}},
         shifted(lambda t: t, 4.0),
     ),
+    "dimension": ({"shift": "dimension"}, shifted(lambda t: t, 8.0)),  # 64 channels
     # 64 x 64 latent pixels are 1024 tokens, a fifth of the way from 256 to 4096.
     "flux": ({"shift": "flux"}, shifted(lambda t: t, math.exp(0.5 + 0.65 * 768 / 3840))),
     "log_normal": (
@@ -297,7 +317,7 @@ def distribution(name: str) -> tuple[Objective, Callable]:
 def test_a_global_batch_of_t_follows_its_closed_form_to_one_part_in_its_size(name):
     objective, cdf = distribution(name)
     size = 4096
-    t = objective.draw_t(0, 3, size, (64, 64)).double().numpy()
+    t = objective.draw_t(0, 3, size, (64, 64, 64)).double().numpy()
     statistic = stats.kstest(t, cdf).statistic
     # One sample in each 1/B of probability, so the empirical CDF is never further than 1/B.
     assert statistic < 1.01 / size + 2e-5  # fp32 t, interpolated CDFs
@@ -306,7 +326,7 @@ def test_a_global_batch_of_t_follows_its_closed_form_to_one_part_in_its_size(nam
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_one_place_in_the_batch_follows_the_same_density_over_steps(name):
     objective, cdf = distribution(name)
-    t = [objective.draw_t(1, step, 3, (64, 64))[1].item() for step in range(1000)]
+    t = [objective.draw_t(1, step, 3, (64, 64, 64))[1].item() for step in range(1000)]
     assert stats.kstest(t, cdf).pvalue > 1e-3  # fixed seeds: fails always or never
 
 
@@ -419,7 +439,8 @@ REFUSED = [
     ),
     ({"path": "vp_cosine", "prediction": "epsilon"}, "ends at SNR 0"),
     ({"path": PATHS["sd_ztsnr"], "prediction": "epsilon", "timesteps": "uniform"}, "ends at SNR 0"),
-    ({"path": PATHS["cosine_betas"], "prediction": "epsilon"}, "ends at SNR 2e-09"),
+    ({"network": {"prediction": "flow"}}, "network has no effect"),
+    ({"network": {"path": "vp_cosine", "prediction": "epsilon"}}, "ends at SNR 0"),
     ({"prediction": "edm"}, "prediction edm needs sigma_data"),
     ({"timesteps": "log_normal"}, "path rectified_flow is not made of sigma"),
     (

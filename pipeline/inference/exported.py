@@ -33,7 +33,7 @@ from models.networks import MODELS, build_model
 from models.weights import TORCH_DTYPES, Dtype
 from pipeline.inference.model_card import model_card, public_name, without_places
 from pipeline.inference.painter import largest_bucket
-from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.config import Task
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
 from pipeline.objectives.timesteps import FluxShift, Shift
 from pipeline.runs.trained import Trained, tensors_sha256
@@ -224,7 +224,7 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
             "modelspec.title": path.stem,
             "modelspec.date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "modelspec.resolution": f"{width}x{height}",
-            "modelspec.prediction_type": config.objective.prediction,
+            "modelspec.prediction_type": config.objective.own.prediction,
             # All are of one dtype, so the order in the file is that of the names.
             "modelspec.hash_sha256": f"0x{tensors_sha256(weights)}",
             "flowmill.config": json.dumps(without_places(config.model_dump(mode="json"))),
@@ -237,16 +237,16 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
 # --- scheduler and pipeline -----------------------------------------------------------------------
 
 
-def make_scheduler(objective: ObjectiveConfig, shift: Shift | None, size: tuple[int, int]) -> Any:
-    """diffusers' scheduler of the objective's noise levels, for tools that read no recipe.
+def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> Any:
+    """diffusers' scheduler of the noise levels of what the network computes, for tools that read no recipe.
 
-    A shift that depends on the picture is that at the latents' `size`, unless diffusers has it too.
+    A shift that depends on the picture is that at the latents' `size` (C, h, w), unless diffusers has it too.
     """
-    path = objective.path
+    path = task.path
     # What the schedulers of tables have no name for is given to none of them right.
     names = {"epsilon": "epsilon", "v": "v_prediction"}
     table: dict[str, Any] = {
-        "prediction_type": names.get(objective.prediction, "sample"),
+        "prediction_type": names.get(task.prediction, "sample"),
         "clip_sample": False,
         "timestep_spacing": "trailing",
     }
@@ -281,7 +281,7 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
     codec, (height, width) = manifest.codec, largest_bucket(manifest)
     return {
         "objective": config.objective.model_dump(
-            mode="json", include={"path", "prediction", "shift"}
+            mode="json", include={"path", "prediction", "network", "shift"}
         ),
         "sampler": config.sampler.model_dump(mode="json"),
         "text": {
@@ -346,9 +346,10 @@ def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence:
     torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
     config, down = trained.config, trained.manifest.codec.downscale
     height, width = largest_bucket(trained.manifest)
-    shift, size = config.sampler.shift or config.objective.shift, (height // down, width // down)
+    shift = config.sampler.shift or config.objective.shift
+    size = (trained.manifest.codec.channels, height // down, width // down)
     entry = save_network(trained, partial / "network", torch_dtype)
-    scheduler = make_scheduler(config.objective, shift, size)
+    scheduler = make_scheduler(config.objective.own, shift, size)
     scheduler.save_pretrained(partial / "scheduler")
     index: dict[str, Any] = {
         "_class_name": ["flowmill_pipeline", "FlowmillPipeline"],

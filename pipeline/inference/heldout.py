@@ -56,7 +56,8 @@ def terms_at(
         t = torch.full((len(places),), time, device=device)
         for number in range(rounds):
             noise = draw_noise(1, level * rounds + number, places, shape, device)
-            pred = network(objective.add_noise(latents, noise, t), t, batch.conditions)
+            x_t = objective.add_noise(latents, noise, t)
+            pred = objective.called(network, x_t, t, batch.conditions)
             terms = objective.loss(pred, latents, noise, t)
             loss[level] += terms.loss / rounds
             x0_mse[level] += terms.x0_mse / rounds

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -56,6 +56,17 @@ class Debiased(Config):
         return alpha * sigma
 
 
+class Velocity(Config):
+    """1 / max(t, t_min)^2 on the x0 loss, t = sigma/(alpha + sigma): the loss of flow, as JiT (2511.13720) trains `sample`."""
+
+    kind: Literal["velocity"] = "velocity"
+    t_min: float = Field(default=0.05, gt=0, lt=1)
+    terminal_weight: ClassVar[float] = 1.0
+
+    def numerator(self, alpha: "Tensor", sigma: "Tensor") -> "Tensor":
+        return (alpha + sigma).minimum(sigma / self.t_min) ** 2
+
+
 class MSE(Config):
     kind: Literal["mse"] = "mse"
 
@@ -68,18 +79,52 @@ class PseudoHuber(Config):
 
 
 Weighting = Annotated[
-    Annotated[Unweighted | MinSNR | SoftMinSNR | Debiased, Field(discriminator="kind")],
+    Annotated[Unweighted | MinSNR | SoftMinSNR | Debiased | Velocity, Field(discriminator="kind")],
     BeforeValidator(named),
 ]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Loss = Annotated[Annotated[MSE | PseudoHuber, Field(discriminator="kind")], BeforeValidator(named)]
 
 
-class ObjectiveConfig(Config):
-    """What the network learns. The default is SD3's; `preset: NAME` starts from configs/objectives.yaml."""
+class Task(Config):
+    """What a network's output means at each t, on which its weights depend."""
 
     path: Path = RectifiedFlow()
     prediction: Literal["epsilon", "v", "sample", "flow", "edm"] = "flow"
+    """The "cosine velocity" of SiT and REPA is pi/2 times `v` on vp_cosine, not `flow`."""
+
+    @property
+    def task(self) -> str:
+        """It all in words."""
+        options = ", ".join(f"{name} {value}" for name, value in self.path if name != "kind")
+        return f"prediction {self.prediction} on path {self.path.kind}" + f" ({options})" * bool(
+            options
+        )
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> "Task":
+        if reasons := list(self._refusals()):
+            raise ValueError("; ".join(reasons))
+        return self
+
+    def _refusals(self) -> Iterator[str]:
+        """The reasons why this combination is meaningless or cannot be learned."""
+        (_, alpha), _ = self.path.ends()
+        if self.prediction == "epsilon" and alpha == 0:
+            yield (
+                "prediction epsilon on a path that ends at SNR 0: there x_t is the noise itself, so "
+                "predicting it teaches nothing, and a sampler divides by alpha = 0. Remedy: v, flow or sample"
+            )
+        if self.prediction == "edm" and self.path.sigma_range is None:
+            yield f"prediction edm needs sigma_data, which path {self.path.kind} has not. Remedy: path edm"
+
+
+class ObjectiveConfig(Task):
+    """What the network learns. The default is SD3's; `preset: NAME` starts from configs/objectives.yaml."""
+
+    network: Task | None = None
+    """What the network computes where that is another task, as its weights learned it: it is called in those terms and
+    answers in these. `start_from.convert` fills it in."""
     timesteps: Timesteps = LogitNormal()
     shift: Shift | None = None
     uniform_fraction: Share = 0.0
@@ -107,32 +152,27 @@ class ObjectiveConfig(Config):
         return merged
 
     @property
-    def task(self) -> str:
-        """What the network's output means at each t, on which its weights depend."""
-        options = ", ".join(f"{name} {value}" for name, value in self.path if name != "kind")
-        return f"prediction {self.prediction} on path {self.path.kind}" + f" ({options})" * bool(
-            options
-        )
+    def own(self) -> Task:
+        """What the network computes."""
+        return self.network or Task(path=self.path, prediction=self.prediction)
 
-    @model_validator(mode="after")
-    def _can_learn(self) -> "ObjectiveConfig":
-        if reasons := list(self._refusals()):
-            raise ValueError("; ".join(reasons))
-        return self
+    def notes(self) -> list[str]:
+        """What to know of a combination that can be learned."""
+        (_, alpha), (_, sigma) = self.path.ends()
+        if self.prediction != "epsilon" or (alpha / sigma) ** 2 >= MIN_TERMINAL_SNR:
+            return []
+        return [
+            f"prediction epsilon on a path that ends at SNR {(alpha / sigma) ** 2:.1g}, as iDDPM's: a sampler divides "
+            f"its error there by alpha = {alpha:.1g}; v, flow or sample have no such end"
+        ]
 
     def _refusals(self) -> Iterator[str]:
-        """The reasons why this combination is meaningless or cannot be learned."""
+        yield from super()._refusals()
         path, timesteps, weighting = self.path, self.timesteps, self.weighting
-        (_, alpha), (clean_sigma, sigma) = path.ends()
-        snr, in_sigma = (alpha / sigma) ** 2, path.sigma_range is not None
-        if self.prediction == "epsilon" and snr < MIN_TERMINAL_SNR:
-            yield (
-                f"prediction epsilon on a path that ends at SNR {snr:.1g}: there x_t is the noise itself, so "
-                "predicting it teaches nothing, and a sampler divides by alpha = 0. Remedy: v, flow or sample"
-            )
-        if self.prediction == "edm" and not in_sigma:
-            yield f"prediction edm needs sigma_data, which path {path.kind} has not. Remedy: path edm"
-        if isinstance(timesteps, LogNormal) and not in_sigma:
+        (_, alpha), (clean_sigma, _) = path.ends()
+        if self.network == Task(path=path, prediction=self.prediction):
+            yield "network has no effect: it is the objective's own. Remedy: remove it"
+        if isinstance(timesteps, LogNormal) and path.sigma_range is None:
             yield (
                 f"timesteps log_normal draw sigma, and path {path.kind} is not made of sigma. Remedy: path "
                 "edm, or logit_normal (on rectified_flow a log-normal sigma/alpha)"
@@ -144,7 +184,7 @@ class ObjectiveConfig(Config):
             )
         if self.uniform_fraction > 0 and isinstance(timesteps, Uniform) and self.shift is None:
             yield "uniform_fraction has no effect: every t is uniform already. Remedy: remove it"
-        if getattr(weighting, "terminal_weight", 1.0) != 1.0 and not (path.discrete and snr == 0):
+        if getattr(weighting, "terminal_weight", 1.0) != 1.0 and not (path.discrete and alpha == 0):
             yield (
                 f"weighting.terminal_weight has no effect: no t drawn on path {path.kind} as configured has "
                 "SNR 0. Remedy: remove it, or path vp_discrete with zero_terminal_snr"

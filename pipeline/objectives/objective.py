@@ -4,7 +4,8 @@ SNR = alpha_t^2 / sigma_t^2. All of it is fp32 whatever the network's dtype. Mod
 the distributions of t, `config` the weightings.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,9 +87,12 @@ class Objective:
         self.sigma_data = getattr(config.path, "sigma_data", 1.0)
 
     def draw_t(
-        self, seed: int, step: int, batch_size: int, latent_size: tuple[int, int]
+        self, seed: int, step: int, batch_size: int, latent_size: tuple[int, ...]
     ) -> PerSample:
-        """t of the whole global batch, stratified; a pure function of (seed, step) for latents of a size (h, w)."""
+        """t of the whole global batch, stratified; a pure function of (seed, step) for latents of a size (C, h, w).
+
+        C may be left out but for a shift by dimension.
+        """
         config = self.config
         generator = make_generator(seed, "timestep", step)
         u = (generator.permutation(batch_size) + generator.random(batch_size)) / batch_size
@@ -100,7 +104,7 @@ class Objective:
         return torch.from_numpy(config.path.snap(t)).float()
 
     def sampling_times(
-        self, num_steps: int, latent_size: tuple[int, int], shift: Shift | None = None
+        self, num_steps: int, latent_size: tuple[int, ...], shift: Shift | None = None
     ) -> Float[Tensor, " n"]:
         """The t at which a sampler calls the network, noisiest first, moved by `shift`, or as in training."""
         t, path = self.config.path.sampling_times(num_steps), self.config.path
@@ -117,6 +121,36 @@ class Objective:
         """x_t = alpha_t latents + sigma_t noise, fp32; the network's input needs no further scaling."""
         alpha, sigma = self.alpha_sigma(t)
         return combine(alpha, latents, sigma, noise)
+
+    def called(
+        self, network: Callable[..., Any], x_t: Latents, t: PerSample, conditions: Any
+    ) -> Any:
+        """What `network` answers for x_t at t, in the terms of this objective whatever its own are.
+
+        It is called with x_t scaled to its own path, at the t of its path with the same SNR or the nearest, and
+        its prediction is converted, in fp32; what it returns beside the prediction is passed on.
+        """
+        if (own := self.config.network) is None:
+            return network(x_t, t, conditions)
+        alpha, sigma = self.alpha_sigma(t)
+        own_t, a, s = own.path.nearest(alpha, sigma)
+        x = x_t.float() * expand(a.hypot(s) / alpha.hypot(sigma), x_t)
+        answer = network(x, own_t, conditions)
+        pred, *rest = answer if isinstance(answer, tuple) else (answer,)
+        sigma_data = getattr(own.path, "sigma_data", 1.0)
+        # Of a clean x_t, the noise is a limit.
+        c = prediction_coefficients(own.prediction, a, s.clamp_min(1e-8), sigma_data)
+        to_x0, to_noise = self._coefficients(t)[:2]
+        of_x = to_x0 * c.x0_x + to_noise * c.noise_x
+        pred = combine(of_x, x, to_x0 * c.x0_p + to_noise * c.noise_p, pred)
+        return (pred, *rest) if rest else pred
+
+    def share_beyond(self, t: PerSample) -> float:
+        """The share of t whose noise level the network's own path lacks."""
+        alpha, sigma = self.alpha_sigma(t)
+        _, a, s = self.config.own.path.nearest(alpha, sigma)
+        sine = (a * sigma - s * alpha) / a.hypot(s) / alpha.hypot(sigma)
+        return float((sine.abs() > 1e-5).float().mean())
 
     def target(self, latents: Latents, noise: Latents, t: PerSample) -> Latents:
         """What the network is to predict, fp32."""

@@ -63,6 +63,10 @@ class NoisePath(Config):
         """The t at which sigma/alpha has this value."""
         raise NotImplementedError
 
+    def nearest(self, alpha: "Tensor", sigma: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+        """t, alpha and sigma, each (B,), at the path's noise level whose sigma/alpha is nearest to the one given."""
+        raise NotImplementedError
+
     def snap(self, t: np.ndarray) -> np.ndarray:
         """The largest t of the path that is not above the one given."""
         return t
@@ -85,6 +89,10 @@ class RectifiedFlow(NoisePath):
         """SD3 2403.03206, eq. 23."""
         return a * t / (1 + (a - 1) * t)
 
+    def nearest(self, alpha: "Tensor", sigma: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+        t = sigma / (alpha + sigma)
+        return t, alpha / (alpha + sigma), t
+
 
 class VPCosine(NoisePath):
     """Continuous cosine: alpha cos(pi t/2), sigma sin(pi t/2)."""
@@ -99,6 +107,10 @@ class VPCosine(NoisePath):
     def shift(self, t: np.ndarray, a: float) -> np.ndarray:
         """Hoogeboom 2301.11093, sec. 3.1."""
         return 2 / math.pi * np.arctan2(a * np.sin(math.pi / 2 * t), np.sin(math.pi / 2 * (1 - t)))
+
+    def nearest(self, alpha: "Tensor", sigma: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+        norm = alpha.hypot(sigma)
+        return 2 / math.pi * sigma.atan2(alpha), alpha / norm, sigma / norm
 
 
 class VPDiscrete(NoisePath):
@@ -120,6 +132,24 @@ class VPDiscrete(NoisePath):
         """Trailing levels (Lin 2305.08891, sec. 3.3): the first step is at the noisiest one."""
         k = np.round(np.arange(num_steps, 0, -1) * NUM_TIMESTEPS / num_steps) - 1
         return k / NUM_TIMESTEPS
+
+    def nearest(self, alpha: "Tensor", sigma: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+        """A t between two levels is linear in ln(sigma/alpha), as k-diffusion's; embeddings of time are smooth in it."""
+        import torch
+
+        alphas, sigmas = vp_table(self.betas, self.zero_terminal_snr, alpha.device)
+        # The floor stands for SNR 0.
+        levels, level = (
+            (s / a.clamp_min(1e-6)).log() for a, s in ((alphas, sigmas), (alpha, sigma))
+        )
+        above = torch.searchsorted(levels, level).clamp(1, NUM_TIMESTEPS - 1)
+        low, high = levels[above - 1], levels[above]
+        k = above - 1 + ((level - low) / (high - low)).clamp(0, 1)
+        # Rounding of fp32 moves a level by less than this.
+        k = torch.where((k - k.round()).abs() < 1e-4, k.round(), k)
+        alpha, sigma = alpha / alpha.hypot(sigma), sigma / alpha.hypot(sigma)
+        alpha = alpha.clamp(alphas[-1], alphas[0])
+        return k / NUM_TIMESTEPS, alpha, sigma.clamp(sigmas[0], sigmas[-1])
 
     def snap(self, t: np.ndarray) -> np.ndarray:
         return np.minimum(np.floor(t * NUM_TIMESTEPS), NUM_TIMESTEPS - 1) / NUM_TIMESTEPS
@@ -162,6 +192,12 @@ class EDM(NoisePath):
         sigma = np.array(self.sigma_range)
         c_in = (sigma**2 + self.sigma_data**2) ** -0.5
         return c_in, c_in * sigma
+
+    def nearest(self, alpha: "Tensor", sigma: "Tensor") -> "tuple[Tensor, Tensor, Tensor]":
+        ratio = (sigma / alpha).clamp(*self.sigma_range)
+        t = (ratio / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+        c_in = (ratio**2 + self.sigma_data**2).rsqrt()
+        return t, c_in, c_in * ratio
 
     def time_of(self, sigma: np.ndarray) -> np.ndarray:
         return np.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)

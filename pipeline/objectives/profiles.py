@@ -34,7 +34,7 @@ class Profile:
         return self.weight / (1 + np.exp(self.log_snr))
 
 
-def make_profile(name: str, config: ObjectiveConfig, latent_size: tuple[int, int]) -> Profile:
+def make_profile(name: str, config: ObjectiveConfig, latent_size: tuple[int, ...]) -> Profile:
     objective = Objective(config)
     t = objective.draw_t(0, 0, NUM_DRAWS, latent_size).sort().values
     alpha, sigma = (c.double().numpy() for c in objective.alpha_sigma(t))

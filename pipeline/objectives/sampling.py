@@ -6,6 +6,7 @@ know the path, the prediction or a zero terminal SNR.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def generate(
 ) -> Float[Tensor, "B C h w"]:
     """Normalised latents, fp32, from standard normal `noise`.
 
-    `network(x_t, t, conditions)` returns the objective's prediction; t is fp32 (B,). In euler_ancestral, sample i's
+    `network(x_t, t, conditions)` returns the objective's prediction, or its own (`Objective.called`); t is fp32 (B,). In euler_ancestral, sample i's
     fresh noise is a function of (seed, indices[i]), whatever the batch; indices are 0, 1, ... by default.
     Raises InputError where the sampler's options have no meaning on the objective's path.
     """
@@ -60,6 +61,7 @@ def generate(
     if scale != 1 and guidance.unconditional is None:
         raise ValueError(f"guidance_scale {scale}: expected unconditional conditions")
     schedule = make_schedule(objective, config, noise)
+    network = partial(objective.called, network)
 
     def velocity(i: int, x_t: Tensor) -> Tensor:
         t = schedule.times[i].expand(len(x_t))
@@ -73,8 +75,7 @@ def generate(
 
 
 def make_schedule(objective: Objective, config: SamplerConfig, noise: Tensor) -> Schedule:
-    height, width = noise.shape[-2:]
-    times = objective.sampling_times(config.num_steps, (height, width), config.shift)
+    times = objective.sampling_times(config.num_steps, tuple(noise.shape[1:]), config.shift)
     alpha, sigma = objective.alpha_sigma(times := times.to(noise.device))
     clean, no_noise = torch.ones_like(alpha[:1]), torch.zeros_like(alpha[:1])
     return Schedule(times, torch.cat([alpha, clean]), torch.cat([sigma, no_noise]))

@@ -75,7 +75,7 @@ class ConstantShift(Config):
     kind: Literal["constant"] = "constant"
     value: PositiveFloat
 
-    def factor(self, latent_size: tuple[int, int]) -> float:
+    def factor(self, latent_size: tuple[int, ...]) -> float:
         return self.value
 
 
@@ -85,8 +85,19 @@ class ResolutionShift(Config):
     kind: Literal["resolution"] = "resolution"
     base_pixels: PositiveInt = 1024
 
-    def factor(self, latent_size: tuple[int, int]) -> float:
-        return math.sqrt(latent_size[0] * latent_size[1] / self.base_pixels)
+    def factor(self, latent_size: tuple[int, ...]) -> float:
+        return math.sqrt(math.prod(latent_size[-2:]) / self.base_pixels)
+
+
+class DimensionShift(Config):
+    """sigma/alpha times sqrt(C h w / base_elements): by all that noise must hide (RAE 2510.11690, 2601.16208)."""
+
+    kind: Literal["dimension"] = "dimension"
+    base_elements: PositiveInt = 4096
+
+    def factor(self, latent_size: tuple[int, ...]) -> float:
+        channels, height, width = latent_size
+        return math.sqrt(channels * height * width / self.base_elements)
 
 
 class FluxShift(Config):
@@ -98,8 +109,8 @@ class FluxShift(Config):
     max_mu: float = 1.15
     """mu at 4096 tokens."""
 
-    def factor(self, latent_size: tuple[int, int]) -> float:
-        tokens = latent_size[0] * latent_size[1] / 4
+    def factor(self, latent_size: tuple[int, ...]) -> float:
+        tokens = math.prod(latent_size[-2:]) / 4
         return math.exp(self.base_mu + (self.max_mu - self.base_mu) * (tokens - 256) / (4096 - 256))
 
 
@@ -108,6 +119,8 @@ Timesteps = Annotated[
     BeforeValidator(named),
 ]
 Shift = Annotated[
-    Annotated[ConstantShift | ResolutionShift | FluxShift, Field(discriminator="kind")],
+    Annotated[
+        ConstantShift | ResolutionShift | DimensionShift | FluxShift, Field(discriminator="kind")
+    ],
     BeforeValidator(named),
 ]

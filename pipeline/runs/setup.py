@@ -32,7 +32,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Difference, Mixture, refuse
 from pipeline.data.eras import ERAS
 from pipeline.data.loader import Loader
-from pipeline.runs.start import check_start, load_start, objective_of
+from pipeline.runs.start import conversion, in_its_terms, load_start, objective_of
 from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
 from pipeline.training.config import EngineConfig
@@ -85,11 +85,12 @@ class Run:
             from models.exchange import load_weights
 
             known = objective_of(Path(config.model.init_from)) is not None
-            doubt = (
-                "" if known else f", taken to have learned {config.objective.task}: nothing says so"
-            )
+            task = config.objective.own.task
+            doubt = "" if known else f", taken to have learned {task}: nothing says so"
             distributed.say(f"{begins} weights of {config.model.init_from}{doubt}")
             load_weights(model, config.model.init_from)
+        if config.objective.network:
+            distributed.say(f"{self.folder}: {conversion(config.objective, self.loader.manifest)}")
         return model
 
     def build_engine(self) -> tuple[Any, WithEMA]:
@@ -130,10 +131,8 @@ def fit_run(config: TrainConfig) -> Run:
         eras=Path(config.run) / ERAS if begun(Path(config.run)) else None,
         model=config.model,
     )
-    config = fit_data(config, loader)
+    config = in_its_terms(fit_data(config, loader))
     config = config.model_copy(update={"engine": _resolve_engine(config)})
-    if not begun(Path(config.run)):
-        check_start(config)
     check_engine(
         config.engine, config.training.global_batch // micro_batch // distributed.world_size()
     )

@@ -17,13 +17,15 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from data_prep.schema import Manifest
 from models.command import read_yaml
 from models.config import InputError, parse_config
 from models.layers import PROJECTOR
 from pipeline.config import CONFIG, StartConfig, TrainConfig, load_run_config
 from pipeline.objectives.config import ObjectiveConfig
+from pipeline.objectives.objective import Objective
 from pipeline.objectives.paths import SCHEDULES
-from pipeline.training.checkpoint import load_weights, newest_record
+from pipeline.training.checkpoint import candidates, load_weights, newest_record
 
 
 def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
@@ -48,9 +50,9 @@ def load_stages(path: Path, overrides: list[str]) -> list[TrainConfig]:
             merged.get("model", {}).pop("init_from", None)
         stage = parse_config(TrainConfig, merged, f"{path}: stages.{name}")
         for former in configs:
-            if stage.start_from and stage.start_from.run == former.run:
+            if (start := stage.start_from) and start.run == former.run:
                 where = f"{path}: stages.{name}: {former.run}"
-                check_objective(where, former.objective, stage.objective)
+                carried(where, former.objective, stage.objective, start.convert)
         configs.append(stage)
     return configs
 
@@ -66,7 +68,7 @@ def objective_of(path: Path) -> ObjectiveConfig | None:
     told = told.get("objective") or _of_scheduler(
         _beside(path, "scheduler/scheduler_config.json") if path.is_dir() else {}
     )
-    known = {key: told[key] for key in ("path", "prediction") if key in told}
+    known = {key: told[key] for key in ("path", "prediction", "network") if told.get(key)}
     return parse_config(ObjectiveConfig, known, str(path)) if known else None
 
 
@@ -95,22 +97,56 @@ def _of_scheduler(about: dict[str, Any]) -> dict[str, Any]:
     return {"path": table, "prediction": predicts.removesuffix("_prediction")}
 
 
-def check_objective(where: str, theirs: ObjectiveConfig | None, ours: ObjectiveConfig) -> None:
-    """Raise InputError where weights would go on with another task; one that is not known passes."""
-    if theirs is not None and theirs.task != ours.task:
+def carried(
+    where: str, theirs: ObjectiveConfig, ours: ObjectiveConfig, convert: bool | None
+) -> ObjectiveConfig:
+    """Our objective with `network` as their weights need it; `convert` is None where there is no such option.
+
+    Raises InputError where they learned another task and neither `convert` nor `network` says to carry them over.
+    """
+    alike, given = theirs.task == ours.task, json.dumps(theirs.own.model_dump(mode="json"))
+    remedy = f"objective.network='{given}'" if convert is None else "start_from.convert=true"
+    if not (alike or convert or ours.network):
         raise InputError(
             f"{where}: its weights learned {theirs.task}, and this run's objective is {ours.task}. Remedy: that "
-            "objective here, or other weights"
+            f"objective here, other weights, or {remedy}, which carries these over"
         )
+    if alike and convert:
+        raise InputError(
+            f"{where}: convert has no effect: its weights learned {ours.task}, as here"
+        )
+    if ours.network not in (None, theirs.own):
+        raise InputError(
+            f"{where}: its network computes {theirs.own.task}, and objective.network is {ours.network.task}. Remedy: "
+            f"objective.network='{given}'"
+        )
+    return ours.model_copy(update={"network": None if theirs.own.task == ours.task else theirs.own})
 
 
-def check_start(config: TrainConfig) -> None:
-    """Raise InputError where the weights that a run begins with learned another task."""
-    if (start := config.start_from) and (Path(start.run) / CONFIG).is_file():
+def in_its_terms(config: TrainConfig) -> TrainConfig:
+    """The config with `objective.network` of the weights that a run has or begins with; raises InputError."""
+    objective, start, given = config.objective, config.start_from, config.model.init_from
+    if candidates(run := Path(config.run)):
+        network = objective.network or load_run_config(run).objective.network
+        objective = objective.model_copy(update={"network": network})
+    elif start and (Path(start.run) / CONFIG).is_file():
         theirs = load_run_config(Path(start.run)).objective
-        check_objective(f"start_from.run: {start.run}", theirs, config.objective)
-    elif given := config.model.init_from:
-        check_objective(f"model.init_from: {given}", objective_of(Path(given)), config.objective)
+        objective = carried(f"start_from.run: {start.run}", theirs, objective, start.convert)
+    elif given and (theirs := objective_of(Path(given))):
+        objective = carried(f"model.init_from: {given}", theirs, objective, None)
+    return config.model_copy(update={"objective": objective})
+
+
+def conversion(config: ObjectiveConfig, manifest: Manifest) -> str:
+    """What is to be said of a network that computes in other terms than the objective's."""
+    objective, codec = Objective(config), manifest.codec
+    bucket = max(manifest.buckets, key=lambda b: b.num_samples)
+    size = (codec.channels, bucket.height // codec.downscale, bucket.width // codec.downscale)
+    share = objective.share_beyond(objective.draw_t(0, 0, 2**14, size))
+    return (
+        f"the network computes {config.own.task} and answers in {config.task}; {share:.1%} of the t drawn have a noise "
+        "level that its own path lacks, and get the nearest"
+    )
 
 
 def finished(config: TrainConfig) -> bool:

@@ -53,7 +53,8 @@ class Forward:
 
     def draw(self, step: int, latent_size: tuple[int, int]) -> Draws:
         """Draws of a step, a pure function of the seed and the step."""
-        t = self.objective.draw_t(self.seed, step, self.global_batch, latent_size)
+        size = (self.codec.channels, *latent_size)
+        t = self.objective.draw_t(self.seed, step, self.global_batch, size)
         dropped = draw_dropout(self.seed, step, self.global_batch, self.caption_dropout)
         return Draws(t, dropped)
 
@@ -66,7 +67,8 @@ class Forward:
         # Where the codec is deterministic, the posterior gives only the shape.
         posterior = noise if batch.posterior is None else batch.posterior
         latents = sample_latents(batch.moments, posterior, self.codec.normalisation)
-        pred = self.network(self.objective.add_noise(latents, noise, t), t, batch.conditions)
+        x_t = self.objective.add_noise(latents, noise, t)
+        pred = self.objective.called(self.network, x_t, t, batch.conditions)
         pred, projection = pred if isinstance(pred, tuple) else (pred, None)
         if scores is None or not self.model.masking:
             terms = self.objective.loss(pred, latents, noise, t)

@@ -264,7 +264,8 @@ class Monitor:
         with distributed.beside("the ledger"):
             self.ledger.write()
         seed, batch, drawn = self.loader.plan.seed, clock.global_batch, self.meter.drawn
-        t = torch.cat([self.objective.draw_t(seed, step, batch, (h, w)) for step, h, w in drawn])
+        sizes = [(step, (self.loader.manifest.codec.channels, h, w)) for step, h, w in drawn]
+        t = torch.cat([self.objective.draw_t(seed, step, batch, size) for step, size in sizes])
         alpha, sigma = self.objective.alpha_sigma(t)
         log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
         board.add(histogram("log_snr", log_snr.numpy(), bins=80), clock.step)

@@ -167,12 +167,8 @@ QWEN_21_SYSTEM = QWEN.format(system="Comprehend and analyze the provided prompt.
 
 def _single(name: str, empty: Any = "caption", **view: Any) -> Convention:
     """A convention of one role without a vector."""
-    return Convention(
-        tokens=[[name]],
-        pooled=[],
-        empty=empty,
-        roles={name: View.model_validate({"pooled": "none"} | view)},
-    )
+    said: dict[str, Any] = {"pooled": "none", **view}
+    return Convention(tokens=[[name]], pooled=[], empty=empty, roles={name: View(**said)})
 
 
 CONVENTIONS = {

@@ -145,6 +145,7 @@ CLIP: dict[str, Any] = {"max_length": 77, "side": "right", "mask_inside": False,
 CLIP_L = View(family="CLIPTextModel", layers=[-2], pooled="none", **CLIP)
 CLIP_G = View(family="CLIPTextModelWithProjection", layers=[-2], pooled="projected", **CLIP)
 T5: dict[str, Any] = {"family": "T5EncoderModel", "side": "right", "pooled": "none"}
+T5_KEPT: dict[str, Any] = T5 | {"mask_inside": False, "pads": "kept"}
 GEMMA: dict[str, Any] = {"family": "Gemma2Model", "side": "right", "pooled": "none"}
 FLUX2_SYSTEM = """You are an AI that reasons about image descriptions. You give structured responses focusing on object relationships, object
 attribution and actions without speculation."""
@@ -156,7 +157,7 @@ Here are examples of how to transform or refine prompts:
 - User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass skyscrapers.
 Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:
 User Prompt: """  # fmt: skip
-LUMINA2_SYSTEM = "You are an assistant designed to generate superior images with the superior degree of image-text alignment based on textual prompts or user prompts."
+LUMINA2 = "You are an assistant designed to generate superior images with the superior degree of image-text alignment based on textual prompts or user prompts. <Prompt Start> {}"
 QWEN = "<|im_start|>system\n{system}<|im_end|>\n"
 QWEN_REST = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 QWEN_SYSTEM = QWEN.format(
@@ -174,98 +175,52 @@ def _single(name: str, empty: Any = "caption", **view: Any) -> Convention:
 CONVENTIONS = {
     "sd15": _single("clip_l", family="CLIPTextModel", **CLIP),
     "sdxl": Convention(
-        tokens=[["clip_l", "clip_g"]],
-        pooled=["clip_g"],
-        empty="zeros",
+        tokens=[["clip_l", "clip_g"]], pooled=["clip_g"], empty="zeros",
         roles={"clip_l": CLIP_L, "clip_g": CLIP_G},
     ),
     "sd3": Convention(
-        tokens=[["clip_l", "clip_g"], ["t5"]],
-        pooled=["clip_l", "clip_g"],
-        roles={
-            "clip_l": CLIP_G,
-            "clip_g": CLIP_G,
-            "t5": View(max_length=256, mask_inside=False, pads="kept", **T5),
-        },
-        optional={"t5": 4096},
+        tokens=[["clip_l", "clip_g"], ["t5"]], pooled=["clip_l", "clip_g"], optional={"t5": 4096},
+        roles={"clip_l": CLIP_G, "clip_g": CLIP_G, "t5": View(max_length=256, **T5_KEPT)},
     ),
     "flux": Convention(
-        tokens=[["t5"]],
-        pooled=["clip_l"],
+        tokens=[["t5"]], pooled=["clip_l"],
         roles={
             "clip_l": View(family="CLIPTextModel", layers=[], pooled="eos", **CLIP),
-            "t5": View(max_length=512, mask_inside=False, pads="kept", **T5),
+            "t5": View(max_length=512, **T5_KEPT),
         },
     ),
     "flux2": _single(
-        "mistral3",
-        family="Mistral3Model",
-        layers=[10, 20, 30],
-        clean="no_img",
-        template=Chat(system=FLUX2_SYSTEM, parts=True),
-        max_length=512,
-        pads="kept",
+        "mistral3", family="Mistral3Model", layers=[10, 20, 30], clean="no_img",
+        template=Chat(system=FLUX2_SYSTEM, parts=True), max_length=512, pads="kept",
     ),
     "flux2_klein": _single(
-        "qwen3",
-        family="Qwen3Model",
-        layers=[9, 18, 27],
-        template=Chat(thinking=False, prompt=True),
-        max_length=512,
-        pads="kept",
+        "qwen3", family="Qwen3Model", layers=[9, 18, 27],
+        template=Chat(thinking=False, prompt=True), max_length=512, pads="kept",
     ),
     "pixart_alpha": _single("t5", clean="lower_strip", max_length=120, **T5),
     "pixart": _single("t5", clean="lower_strip", max_length=300, **T5),
     "sana": _single(
-        "gemma2",
-        "bare",
-        clean="lower_strip",
-        template=SANA_INSTRUCTION + "{}",
-        drop="counted",
-        keep_first=True,
-        max_length=300,
-        **GEMMA,
+        "gemma2", "bare", clean="lower_strip", template=SANA_INSTRUCTION + "{}", drop="counted",
+        keep_first=True, max_length=300, **GEMMA,
     ),
-    "lumina2": _single(
-        "gemma2",
-        "bare",
-        layers=[-2],
-        template=f"{LUMINA2_SYSTEM} <Prompt Start> {{}}",
-        max_length=256,
-        **GEMMA,
-    ),
+    "lumina2": _single("gemma2", "bare", layers=[-2], template=LUMINA2, max_length=256, **GEMMA),
     "qwen_image": _single(
-        "qwen2_5_vl",
-        family="Qwen2_5_VLModel",
-        template=QWEN_SYSTEM + QWEN_REST,
-        drop=34,
+        "qwen2_5_vl", family="Qwen2_5_VLModel", template=QWEN_SYSTEM + QWEN_REST, drop=34,
         max_length=1024,
     ),
     # The pipeline knows no limit.
     "qwen_image_21": _single(
-        "qwen3_vl",
-        family="Qwen3VLModel",
-        layers=[-1],
-        final_norm=False,
-        clean="space_if_empty",
-        template=QWEN_21_SYSTEM + QWEN_REST,
-        drop=QWEN_21_SYSTEM,
-        max_length=1024,
-        side="left",
+        "qwen3_vl", family="Qwen3VLModel", layers=[-1], final_norm=False, clean="space_if_empty",
+        template=QWEN_21_SYSTEM + QWEN_REST, drop=QWEN_21_SYSTEM, max_length=1024, side="left",
     ),
     "z_image": _single(
-        "qwen3",
-        family="Qwen3Model",
-        layers=[-2],
-        template=Chat(thinking=True, prompt=True),
+        "qwen3", family="Qwen3Model", layers=[-2], template=Chat(thinking=True, prompt=True),
         max_length=512,
     ),
     "prx": _single("t5gemma", family="T5GemmaEncoder", clean="deepfloyd", max_length=256),
-    "aura_flow": _single(
-        "umt5", family="UMT5EncoderModel", max_length=256, side="right", pads="zeros"
-    ),
+    "aura_flow": _single("umt5", family="UMT5EncoderModel", max_length=256, side="right", pads="zeros"),
     "chroma": _single("t5", max_length=512, pads="first", **T5),
-}
+}  # fmt: skip
 REFUSED = {
     "hunyuan_dit": "its network pools the padded rows of T5 as well",
     "hidream": "it reads every layer of Llama, 32 MiB of each caption",

@@ -1,5 +1,6 @@
 """Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ def widths(config: Any, view: View) -> tuple[int, int]:
 def stored_bytes(path: Path, view: View) -> tuple[int, int]:
     """Bytes of a stored row and of the vector of an encoder that is not opened."""
     family = text_class(read_text_config(path, view))
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    network: Any = attrgetter(family)(transformers)
+    config = network.config_class.from_pretrained(path, local_files_only=True)
     dim, pooled = widths(config, with_own_pooled(view, family))
     return 2 * dim, 2 * pooled
 

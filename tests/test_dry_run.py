@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from data_prep.config import PrepareConfig
 from data_prep.dry_run import PICTURES, sampled_items
 from data_prep.preparation import prepare
 from data_prep.scan import list_sources
-from data_prep.schema import read_manifest, read_shard_table
+from data_prep.schema import index_path, read_index, read_manifest, read_shard_table
 from data_prep.shards import read_table
 from data_prep.sources.table import TableSource
 from models.command import load_config
@@ -115,6 +116,13 @@ def test_the_printed_numbers_are_those_of_the_preparation(
         name: f"{cut:,} of {total:,}" for name, cut in manifest.counts.cut_captions.items()
     }
     assert manifest.counts.cut_captions["short"] > manifest.counts.cut_captions["middle"] > 0
+    shards = read_shard_table(dataset).to_pylist()
+    for name, rows, row_bytes, kib in found["Text per caption"]:
+        column = list(manifest.members).index(name)
+        indices = [read_index(dataset / index_path(row["path"]))[:, column, 1] for row in shards]
+        mean = np.concatenate(indices).mean()
+        assert rows == f"{mean / number(row_bytes):.1f}"
+        assert kib == f"{(mean + 2 * manifest.text.roles[name].pooled_dim) / 1024:,.1f}"
     title = f"Buckets, latents at 1/{manifest.codec.downscale}"
     latents = {row[0]: row[2] for row in found[title]}
     for row in read_shard_table(dataset).to_pylist():

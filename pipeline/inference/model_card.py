@@ -129,7 +129,7 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str], lic
     rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
     buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
     encoders = [
-        (name, role.family, role.weights_sha256) for name, role in manifest.text.roles.items()
+        (name, role.family, role.weights_sha256) for name, role in manifest.text.used.items()
     ]
     encoders.append(("VAE", manifest.codec.class_name, manifest.codec.weights_sha256))
     frozen = "; ".join(

@@ -197,6 +197,23 @@ def test_what_is_packed_for_such_a_machine_trains_there_without_a_network(tmp_pa
     assert "step 2/2" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["runs", "waits", "bits", "memory"])
+def test_each_call_of_the_first_half_hour_ends_with_figures(call, tmp_path):
+    done = train_factory.run(
+        "tests.benchmarks.gpu", call, "--tiny", "--json", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "out").read_text())["figures"]
+    assert figures
+    if call == "bits":
+        assert [
+            figures[f"{n} debug deterministic"][how]
+            for n in ("DiT", "MMDiT")
+            for how in ("twice", "resumed")
+        ] == [0] * 4
+
+
 @pytest.mark.gpu
 def test_the_doctor_finds_the_gpu(tmp_path):
     if not torch.cuda.is_available():

@@ -34,6 +34,7 @@ from models.config import InputError, parse_config
 from models.networks import build_model
 from pipeline import distributed
 from pipeline.config import TrainConfig
+from pipeline.distributed.sole_writer import SoleWriter
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.loop import train
@@ -114,10 +115,11 @@ def steps_of(config: TrainConfig, synthetic: bool = False) -> Iterator[int]:
     run = fit_run(config)
     if synthetic:
         first = next(run.loader.batches(0))
-        run.loader.batches = lambda start: (replace(first, step=n) for n in itertools.count(start))  # pyright: ignore[reportAttributeAccessIssue]
-    engine = config.engine
-    with StopSignal() as stop, Watchdog(engine.heartbeat_timeout_s, engine.timeout_s) as watchdog:
-        yield from train(run, stop, watchdog)
+        same = lambda start, _: (replace(first, step=n) for n in itertools.count(start))  # noqa: E731
+        run.loader.batches = same  # pyright: ignore[reportAttributeAccessIssue]
+    watchdog = Watchdog(config.engine.heartbeat_timeout_s, config.engine.timeout_s)
+    with StopSignal() as stop, watchdog, SoleWriter(run.folder) as writer:
+        yield from train(run, stop, watchdog, writer)
 
 
 def synchronize(device: torch.device) -> None:

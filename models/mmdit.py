@@ -126,10 +126,11 @@ class MMDiT(PatchTransformer):
         self.proj_out = nn.Linear(dim, self.patch_dim)
         self.position_table = None
         if config.learned_positions:
-            grid = config.position_grid
-            device = self.proj_out.weight.device
-            table = positions_2d(grid, grid, dim, device, config.position_extent, grid)
-            self.position_table = nn.Parameter(table.clone())
+            grid, extent = config.position_grid, config.position_extent
+            table = positions_2d(grid, grid, dim, torch.device("cpu"), extent, grid)
+            self.position_table = nn.Parameter(torch.empty(table.shape))
+            with torch.no_grad():
+                self.position_table.copy_(table)
         initialise(self, [self.proj_out])
 
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:

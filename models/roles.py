@@ -19,6 +19,11 @@ class Role(NamedTuple):
     """For Adam under muP (2203.03466, table 8): the base width's fan_in over this one, of matrices; else 1."""
 
 
+def shape_of(parameter: Any) -> torch.Size:
+    """A parameter's whole shape; at stage 3 DeepSpeed keeps the parameter empty between uses."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """Role of each parameter by name; embeddings, modulation, vectors and both ends are not hidden."""
     modules = model.named_modules()
@@ -32,9 +37,10 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     for name, parameter in model.named_parameters():
         # Tables and registers have two dimensions, but each row is a vector.
         vectors = name in embeddings or "table" in name or "registers" in name
-        matrix = parameter.ndim >= 2 and not vectors
-        features = ("blocks." in name or "mid_block." in name) and parameter.ndim == 2
+        shape = shape_of(parameter)
+        matrix = len(shape) >= 2 and not vectors
+        features = ("blocks." in name or "mid_block." in name) and len(shape) == 2
         hidden = matrix and features and not any(part in name for part in MODULATION)
-        lr_scale = base[name].shape[1] / parameter.shape[1] if base and matrix else 1.0
+        lr_scale = base[name].shape[1] / shape[1] if base and matrix else 1.0
         roles[name] = Role(hidden, matrix, lr_scale)
     return roles

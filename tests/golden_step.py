@@ -4,7 +4,7 @@ import torch
 from pydantic import TypeAdapter
 
 from models.conditions import Conditions
-from models.networks import MODELS, build_model
+from models.networks import MODELS
 from pipeline import distributed
 from pipeline.config import ModelConfig
 from pipeline.data.randomness import draw_noise
@@ -12,6 +12,7 @@ from pipeline.objectives.config import ObjectiveConfig
 from pipeline.objectives.objective import Objective
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.engine import build_engine, grad_norm
+from pipeline.training.first_weights import build_drawn
 
 SIZES = {"latent_channels": 4, "text_dim": 8, "pooled_dim": 8, "latent_downscale": 8}
 BATCH = 4
@@ -25,8 +26,7 @@ def drawn(purpose: str, *shape: int) -> torch.Tensor:
 def step(kind: str) -> tuple[float, float, float]:
     """Loss, gradient norm before clipping, and a checksum of the weights after the step."""
     config = TypeAdapter(ModelConfig).validate_python({"kind": kind, "size": "debug"})
-    torch.manual_seed(0)
-    model = build_model(config.with_sizes(SIZES))
+    model = build_drawn(config.with_sizes(SIZES), 0)
     with torch.no_grad():  # so that nothing is zero, as much of it is at the start
         for number, parameter in enumerate(model.parameters()):
             noise = draw_noise(0, number, [0], tuple(parameter.shape), purpose="weights")[0]

@@ -38,6 +38,7 @@ from pipeline.training.clock import Clock
 from pipeline.training.config import EngineConfig
 from pipeline.training.ema import WithEMA
 from pipeline.training.engine import build_engine, check_engine, micro_batch_size, resolved
+from pipeline.training.first_weights import build_drawn, placement
 
 SCHEDULE = {"training.images"} | {
     f"optimizer.{n}" for n in ("schedule", "warmup_images", "decay_images")
@@ -70,14 +71,16 @@ class Run:
     def build_model(self) -> nn.Module:
         """The network with its first weights, on all ranks alike: random, or as the config says.
 
-        They stay random where the run has a checkpoint, which will be loaded. Collective.
+        They are 0 where the run has a checkpoint, which will be loaded. Collective.
         """
         config, begins = self.config, f"{self.folder}: begins with the"
-        torch.manual_seed(config.seed)
-        model = build_model(config.model)
-        if self.begun:
-            return model
-        if start := config.start_from:
+        start = config.start_from
+        if self.begun or not (start or config.model.init_from):
+            place = placement(config.engine, config.training.global_batch)
+            return build_drawn(config.model, None if self.begun else config.seed, place)
+        # Weights of others are read whole, by every rank, and cut afterwards.
+        model = build_drawn(config.model, config.seed)
+        if start:
             distributed.say(f"{begins} {start.weights} weights of {start.run}")
             load_start(model, start)
         elif config.model.init_from:

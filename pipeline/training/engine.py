@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from models.config import InputError
 from models.layers import compile_blocks
-from models.roles import parameter_roles
+from models.roles import parameter_roles, shape_of
 from pipeline import distributed
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.ema import AdamWithEMA, WithEMA
@@ -177,7 +177,7 @@ def build_engine(
     micro_batch = micro_batch_size(engine_config, global_batch)
     settings = deepspeed_config(engine_config, optimizer_config.clip, micro_batch, global_batch)
     # ZeRO 3 holds a bucket all the time, so it is no larger than the model.
-    bucket = min(BUCKET_ELEMENTS, sum(p.numel() for p in model.parameters()))
+    bucket = min(BUCKET_ELEMENTS, sum(shape_of(p).numel() for p in model.parameters()))
     settings["zero_optimization"]["reduce_bucket_size"] = bucket
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.config import InputError, differences
+from models.roles import shape_of
 from pipeline import distributed
 from pipeline.training.ema import WithEMA
 
@@ -43,11 +44,6 @@ class Piece(NamedTuple):
     def of(self, state: Tensor) -> Tensor:
         """The piece of a state that has the shape of `tensor`, as a view."""
         return state.detach().view(-1)[self.start : self.start + self.size]
-
-
-def shape_of(parameter: Any) -> torch.Size:
-    """A parameter's whole shape; at stage 3 DeepSpeed keeps the parameter empty between uses."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def masters(engine: Any) -> dict[nn.Parameter, Tensor]:

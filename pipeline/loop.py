@@ -53,10 +53,9 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
         for micro_batch in micro_batches:
             terms.append(forward(micro_batch, draws, clock.images_learned))
             monitor.mark("forward")
-            engine.backward(terms[-1].total)
+            last = len(terms) == len(micro_batches)
+            engine.backward(rejection.judge(terms) if last else terms[-1].total)
             monitor.mark("backward")
-            if len(terms) == len(micro_batches):
-                rejection.judge(terms)
             engine.step()
             monitor.mark("optimizer")
         accepted = rejection.settle(clock.step, batch, terms)

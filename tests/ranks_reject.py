@@ -55,9 +55,8 @@ def take(
             terms.append(Terms(t, loss.mean(), {"loss": loss.detach()}))
             if harm == "gradient" and start == BATCH - 2:
                 pred.register_hook(lambda gradient: gradient * float("nan"))
-            engine.backward(loss.mean())
-            if start == begin + share - 2:
-                rejection.judge(terms)
+            last = start == begin + share - 2
+            engine.backward(rejection.judge(terms) if last else terms[-1].total)
             engine.step()
         taken = rejection.settle(step, place, terms)
         after = [full_weights(engine, optimizer, which) for which in ("raw", "ema")]

@@ -46,15 +46,15 @@ class WithEMA(torch.optim.Optimizer):
     """A mixin before an optimizer class: ema <- decay ema + (1 - decay) parameter.
 
     A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it
-    as well. `clip` bounds the gradient's norm where DeepSpeed does not (stage 0 in fp32); 0 only
-    measures it. `veto` says why a step is to change nothing.
+    as well. `clip` bounds the gradient's norm, which `wrapper` has measured, DeepSpeed's optimizer around
+    this one; without one (stage 0 in fp32) it is measured here. 0 does not bound it.
     """
 
     lr: float = 0.0
     decays: dict[str, float] = {"ema": 0.0}
     clip: float | None = None
     watch: Watch | None = None
-    veto: str = ""
+    wrapper: Any = None
     grad_norm: float | None = None
     num_skipped: int = 0
 
@@ -71,10 +71,11 @@ class WithEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.veto:
-            return None
         parameters = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if self.clip is not None:
+        if self.wrapper is not None:
+            norm = torch.as_tensor(self.wrapper._global_grad_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip or math.inf, norm)
+        elif self.clip is not None:
             norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
             self.grad_norm = float(norm)
             # All ranks see the same norm, because the gradients are reduced already.

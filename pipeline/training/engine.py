@@ -112,9 +112,7 @@ def lr_schedule(
     return lambda step: config.lr * factor(step + first)
 
 
-def deepspeed_config(
-    engine: EngineConfig, clip: float, micro_batch: int, global_batch: int
-) -> dict:
+def deepspeed_config(engine: EngineConfig, micro_batch: int, global_batch: int) -> dict:
     zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": engine.zero_stage > 0}
     if engine.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": engine.offload_optimizer}
@@ -128,7 +126,8 @@ def deepspeed_config(
     config: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_clipping": 0.0 if clips_itself(engine) else clip,
+        # It would wait for the GPU once more per group of parameters.
+        "gradient_clipping": 0.0,
         "bf16": {"enabled": bf16},
         "communication_data_type": engine.reduce_precision,
         "zero_optimization": zero,
@@ -144,14 +143,9 @@ def deepspeed_config(
     return config
 
 
-def clips_itself(engine: EngineConfig) -> bool:
-    """Whether DeepSpeed leaves the optimizer bare: it neither reports the norm nor skips NaN."""
-    return engine.zero_stage == 0 and engine.precision == "fp32"
-
-
 def grad_norm(engine: Any, optimizer: WithEMA) -> float | None:
     """Norm of the last step's gradient before clipping, over all parameters and ranks."""
-    norm = engine.get_global_grad_norm() if optimizer.clip is None else optimizer.grad_norm
+    norm = engine.get_global_grad_norm() if optimizer.wrapper else optimizer.grad_norm
     return None if norm is None else float(norm)
 
 
@@ -169,13 +163,11 @@ def build_engine(
     # With ZeRO 3, DeepSpeed's own calls would cause this warning twice per step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     optimizer = build_optimizer(model, optimizer_config)
-    if clips_itself(engine_config):
-        optimizer.clip = optimizer_config.clip
     if engine_config.compile is True:
         # The hooks of ZeRO 3 break graphs.
         compile_blocks(model, fullgraph=engine_config.zero_stage < 3)
     micro_batch = micro_batch_size(engine_config, global_batch)
-    settings = deepspeed_config(engine_config, optimizer_config.clip, micro_batch, global_batch)
+    settings = deepspeed_config(engine_config, micro_batch, global_batch)
     # ZeRO 3 holds a bucket all the time, so it is no larger than the model.
     bucket = min(BUCKET_ELEMENTS, sum(shape_of(p).numel() for p in model.parameters()))
     settings["zero_optimization"]["reduce_bucket_size"] = bucket
@@ -187,4 +179,6 @@ def build_engine(
     )
     # Some stages step on zero gradients to allocate state: Adam's bias correction counts it.
     optimizer.state.clear()
+    optimizer.clip = optimizer_config.clip
+    optimizer.wrapper = None if engine.optimizer is optimizer else engine.optimizer
     return engine, optimizer

@@ -65,7 +65,7 @@ def _fill(value: Tensor, filled: tuple[str, tuple], generator: np.random.Generat
 
 def placement(engine: EngineConfig, global_batch: int) -> Callable[[nn.Parameter], None]:
     """What moves a parameter to this rank's device in training's dtype; at stage 3 its piece alone. Collective there."""
-    settings = deepspeed_config(engine, 0.0, micro_batch_size(engine, global_batch), global_batch)
+    settings = deepspeed_config(engine, micro_batch_size(engine, global_batch), global_batch)
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     cutter: Any = None
     if engine.zero_stage == 3:

@@ -33,8 +33,6 @@ class Rejection:
         self.loader, self.engine, self.optimizer = loader, engine, optimizer
         self.total, self.in_a_row = 0, 0
         self.recent: deque[float] = deque(maxlen=self.config.window)
-        # Loss of the current step, and why it is rejected.
-        self.loss, self.reason = 0.0, ""
         self.skipped = self._skipped()
 
     def _skipped(self) -> int:
@@ -54,45 +52,48 @@ class Rejection:
             with distributed.beside(self.path.name):
                 write_text(self.path, "".join(kept))
 
-    def judge(self, terms: list[Terms]) -> None:
-        """Veto the optimizer's step if the global batch's mean loss demands it. Collective."""
+    def judge(self, terms: list[Terms]) -> Tensor:
+        """The total for the last backward, NaN where the global batch's mean loss is not to be learned from. Collective.
+
+        The step is then skipped by its gradient's norm, the one figure of a step that is waited for.
+        """
         loss = losses_of(terms).mean().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)
-        mean = float(loss) / distributed.world_size()
-        limit = math.inf
+        loss /= distributed.world_size()
+        self.limit = math.inf
         if self.config.spike_factor and len(self.recent) == self.config.window:
-            limit = self.config.spike_factor * sum(self.recent) / self.config.window
-        self.loss, self.reason = mean, ""
-        if not math.isfinite(mean):
-            self.reason = f"loss {mean}"
-        elif mean > limit:
-            self.reason = f"loss {mean:.4g} is above {limit:.4g}"
-        self.optimizer.veto = self.reason
+            self.limit = self.config.spike_factor * sum(self.recent) / self.config.window
+        # On a GPU it is there when the norm is.
+        self.loss = loss.to("cpu", non_blocking=True)
+        fine = loss.isfinite() & (loss <= self.limit)
+        return terms[-1].total * torch.where(fine, 1.0, torch.nan)
 
     def settle(self, step: int, batch: Batch, terms: list[Terms]) -> bool:
         """Whether the optimizer's step was taken. Collective.
 
         Exits with status 1 after too many rejected steps in a row.
         """
-        skipped = self._skipped()
-        if skipped != self.skipped:
-            self.skipped, self.reason = skipped, self.reason or "gradient not finite"
-        if not self.reason:
+        loss, skipped, reason = float(self.loss.numpy()), self._skipped(), "gradient not finite"
+        if skipped == self.skipped:
             self.in_a_row = 0
-            self.recent.append(self.loss)
+            self.recent.append(loss)
             return True
-        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        self._note(step, batch, losses_of(terms))
+        if not math.isfinite(loss):
+            reason = f"loss {loss}"
+        elif loss > self.limit:
+            reason = f"loss {loss:.4g} is above {self.limit:.4g}"
+        self.skipped, self.total, self.in_a_row = skipped, self.total + 1, self.in_a_row + 1
+        self._note(step, reason, batch, losses_of(terms))
         if self.in_a_row == self.config.max_in_a_row:
             message = (
-                f"{self.in_a_row} steps in a row were rejected, the last of them step {step}: {self.reason}. Their "
+                f"{self.in_a_row} steps in a row were rejected, the last of them step {step}: {reason}. Their "
                 f"samples are in {self.path}; the last checkpoint is as it was."
             )
             sys.exit(message if distributed.is_main() else 1)
         return False
 
-    def _note(self, step: int, batch: Batch, losses: Tensor) -> None:
+    def _note(self, step: int, reason: str, batch: Batch, losses: Tensor) -> None:
         """Write down the samples whose loss (b,) is not finite, or else all of them. Collective."""
         mixture = self.loader.era_at(batch.step).mixture
         bad = ~torch.isfinite(losses)
@@ -106,14 +107,14 @@ class Rejection:
         everyone = distributed.gather_objects(rows)
         if distributed.is_main():
             samples = sorted((r for part in everyone for r in part), key=lambda r: r["index"])
-            line = {"step": step, "reason": self.reason, "samples": samples}
+            line = {"step": step, "reason": reason, "samples": samples}
             with distributed.beside(self.path.name):
                 if self.total == 1:
                     # Left over from an attempt of which nothing was kept.
                     self.path.unlink(missing_ok=True)
             with distributed.beside(self.path.name), append_to(self.path) as file:
                 file.write(json.dumps(line) + "\n")
-        distributed.say(f"step {step} rejected: {self.reason}; {self.total} in all")
+        distributed.say(f"step {step} rejected: {reason}; {self.total} in all")
 
 
 def losses_of(terms: list[Terms]) -> Tensor:

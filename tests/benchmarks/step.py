@@ -83,7 +83,7 @@ def bare_deepspeed(config: TrainConfig, model: DiTConfig, batch: dict) -> Callab
     network = build_model(model)
     optimizer = torch.optim.AdamW(parameter_groups(network, 0.0, muon=False), lr=1e-4, fused=True)
     size = config.training.global_batch
-    settings = deepspeed_config(config.engine, 1.0, size, size) | {"gradient_clipping": 1.0}
+    settings = deepspeed_config(config.engine, size, size) | {"gradient_clipping": 1.0}
     engine, *_ = deepspeed.initialize(
         model=network,
         optimizer=optimizer,  # pyright: ignore[reportArgumentType]

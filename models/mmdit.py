@@ -126,8 +126,8 @@ class MMDiT(PatchTransformer):
         self.proj_out = nn.Linear(dim, self.patch_dim)
         self.position_table = None
         if config.learned_positions:
-            grid, extent = config.position_grid, config.position_extent
-            table = positions_2d(grid, grid, dim, torch.device("cpu"), extent, grid)
+            grid = config.position_grid
+            table = self.positions(grid, grid, torch.device("cpu"))
             self.position_table = nn.Parameter(torch.empty(table.shape))
             with torch.no_grad():
                 self.position_table.copy_(table)

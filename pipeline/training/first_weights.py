@@ -36,8 +36,7 @@ def build_drawn(
     """
     with torch.device("meta"), NoteFills():
         model: nn.Module = build_model(config)
-    planned: Any
-    for name, planned in list(model.named_parameters()):
+    for name, planned in dict[str, Any](model.named_parameters()).items():
         owner, _, attribute = name.rpartition(".")
         parameter = nn.Parameter(torch.zeros(planned.shape))
         if seed is not None:

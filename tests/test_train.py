@@ -134,6 +134,26 @@ def test_workers_leave_when_their_launcher_is_killed(tmp_path):
     wait_until(lambda: not any(map(alive, ranks)), 30, "orphans run on")
 
 
+@pytest.mark.slow
+def test_torchrun_starts_all_ranks_again_when_one_is_killed(tmp_path):
+    options = (str(write_config(tmp_path)), "training.images=800000", "optimizer.warmup_images=0")
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_MAX_RESTARTS": "1"}
+    process = train_factory.torchrun("pipeline.train", *options, ranks=2, **own_store)
+    train_factory.wait_for(process, "step 20/")
+    os.kill(workers(process)[1], signal.SIGKILL)
+    train_factory.wait_for(process, "resuming at step")
+    train_factory.wait_for(process, "step 40/")
+    process.kill()
+
+
+def test_restarts_that_would_meet_at_the_addresses_of_the_dead_are_refused(tmp_path):
+    asked = {"TORCHELASTIC_MAX_RESTARTS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = train_factory.run("pipeline.train", str(write_config(tmp_path)), **asked)
+    assert done.returncode == 2
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A finished run's folder: checkpoints of steps 18 and 24."""

@@ -86,14 +86,14 @@ def start(
     return Forked([module, *arguments], environment() | variables, ROOT, merged, ranks)
 
 
-def torchrun(module: str, *arguments: str, ranks: int) -> subprocess.Popen[str]:
+def torchrun(module: str, *arguments: str, ranks: int, **variables: str) -> subprocess.Popen[str]:
     """The command as torchrun starts it, running, its output in one stream."""
     return subprocess.Popen(
         command(module, *arguments, ranks=ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment() | variables,
     )
 
 

@@ -87,7 +87,17 @@ def own_device() -> torch.device:
 
 
 def start(timeout_s: float) -> torch.device:
-    """This rank's device, after joining the launcher's process group, or one of its own."""
+    """This rank's device, after joining the launcher's process group, or one of its own.
+
+    Raises InputError where ranks that torchrun starts again would look for those that died (pytorch issue 135712).
+    """
+    names = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_MAX_RESTARTS")
+    kept, restarts = (os.environ.get(name, "0") for name in names)
+    if kept == "True" and restarts != "0":
+        raise InputError(
+            f"torchrun --max-restarts: got {restarts}, expected 0 while its store keeps the addresses of dead ranks. "
+            "Remedy: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --rdzv-backend=c10d or --standalone"
+        )
     device = own_device()
     use_gpu = device.type == "cuda"
     if not use_gpu:

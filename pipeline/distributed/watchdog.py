@@ -32,7 +32,7 @@ class Watchdog:
 
     def __init__(self, silence_s: float, stuck_s: float):
         """No heartbeat for silence_s: the rank is dead or stopped. No step for stuck_s: stuck."""
-        self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 5.0)
+        self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 2.0)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.main = threading.get_ident()
         self.step, self.idle_s, self.unanswered_s, self.silent_s = 0, 0.0, 0.0, 0.0
@@ -43,10 +43,8 @@ class Watchdog:
         if self.world_size > 1:
             # It has its own connection; a thread that does not use it watches the one that does.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # The store outlives a restart, so each attempt has its own keys.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = dist.TCPStore(host, port, is_master=False)
-            self.store = dist.PrefixStore(f"watchdog/{attempt}", store)
+            self.store = dist.PrefixStore("watchdog", store)
             for target in (self._beat, self._watch):
                 self.threads.append(threading.Thread(target=target, name="watchdog", daemon=True))
                 self.threads[-1].start()
@@ -129,10 +127,14 @@ class Watchdog:
         self._leave(self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}"))
 
     def _silent_ranks(self) -> str:
-        """The ranks that miss two heartbeats: a collective fails as soon as another rank dies."""
-        before = [self._heard(rank) for rank in range(self.world_size)]
+        """The ranks after this one that miss two heartbeats: a collective fails as soon as another rank dies.
+
+        All ranks ask the store at once, so that each asks for a few.
+        """
+        near = [(self.rank + n) % self.world_size for n in range(1, min(32, self.world_size))]
+        before = {rank: self._heard(rank) for rank in near}
         self.over.wait(2.5 * self.beat_s)
-        silent = [heard for rank, heard in enumerate(before) if heard == self._heard(rank)]
+        silent = [heard for rank, heard in before.items() if heard == self._heard(rank)]
         return "".join(f"no answer from {_describe(heard)}" for heard in silent)
 
     def _tell(self, verdict: str) -> str:

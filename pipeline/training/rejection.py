@@ -64,8 +64,9 @@ class Rejection:
         self.limit = math.inf
         if self.config.spike_factor and len(self.recent) == self.config.window:
             self.limit = self.config.spike_factor * sum(self.recent) / self.config.window
-        # On a GPU it is there when the norm is.
-        self.loss = loss.to("cpu", non_blocking=True)
+        # On a GPU it is there when the norm is; a copy to memory that is not page-locked would wait at once.
+        self.loss = torch.empty((), dtype=loss.dtype, pin_memory=loss.is_cuda)
+        self.loss.copy_(loss, non_blocking=True)
         fine = loss.isfinite() & (loss <= self.limit)
         return terms[-1].total * torch.where(fine, 1.0, torch.nan)
 

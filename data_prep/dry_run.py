@@ -1,5 +1,6 @@
 """`flowmill prepare --dry-run`: what the sources hold and what would be made of it, in seconds."""
 
+import hashlib
 import random
 import shutil
 from collections import Counter
@@ -119,6 +120,12 @@ def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listin
             else:
                 captions += drawn
         looked += len(items)
+        taken = [(i.path, i.offset, i.data, i.label) for i in items if not i.reason]
+        if again := len(taken) - len(set(taken)):
+            console.print(
+                f"sources.{name}: {again:,} of {len(items):,} rows are of a picture that another row has; "
+                f"sources.{name}.merge_rows=true gives it the captions of all."
+            )
         for reason, count in fates.most_common():
             share = f"{100 * count / len(items):.2f}"
             rows.append((name, reason, f"{count:,} of {len(items):,}", share))
@@ -166,7 +173,11 @@ def sampled_items(
 def first_items(
     entries: list[Entry], source: SourceConfig, classes: list[str], fields: list[str]
 ) -> list[Item]:
-    """The first of each file, without pictures that came with them."""
+    """The first of each file; of a picture that came with one its hash alone."""
     each = -(-PICTURES // max(len(entries), 1))
     files = (islice(read_entries([entry], source, classes, fields), each) for entry in entries)
-    return [replace(item, data=None) for items in files for item in items]
+    return [
+        replace(item, data=item.data and hashlib.sha256(item.data).digest())
+        for items in files
+        for item in items
+    ]

@@ -173,6 +173,28 @@ def test_a_sample_of_many_pictures_is_counted_as_what_it_is(
     }
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_of_one_picture_are_said_with_the_option_that_keeps_their_captions(
+    tmp_path, vae_folder, text_folder, capsys, kind
+):
+    """As COCO has them, by path, and as bytes."""
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(encoded(pixels(i)))
+    images = [f"{i % 2}.png" for i in range(6)]
+    if kind == "csv":
+        lines = [f"{image},caption {i}" for i, image in enumerate(images)]
+        (tmp_path / "t.csv").write_text("\n".join(["image,caption", *lines]))
+    else:
+        data = [(tmp_path / image).read_bytes() for image in images]
+        columns = {"image": data, "caption": [f"caption {i}" for i in range(6)]}
+        pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    for merge in (False, True):
+        source = {"kind": "table", "path": str(tmp_path), "merge_rows": merge}
+        prepare(config_of(tmp_path, {"t": source}, vae_folder, text_folder), dry_run=True)
+        said = "4 of 6 rows are of a picture that another row has; sources.t.merge_rows=true"
+        assert (said in capsys.readouterr().out) is not merge
+
+
 class DeadlySource(TableSource):
     def read(self, entry, class_names, fields):
         os._exit(1)

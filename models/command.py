@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +118,12 @@ def _explain(error: InputError | OSError) -> str | None:
     """What to tell the user; None where it may be a fault of ours, which a traceback finds."""
     if isinstance(error, InputError):
         return str(error)
+    # safetensors says so of every file that it cannot open.
+    if unopened := re.fullmatch("No such file or directory: (.+)", str(error)):
+        try:
+            os.close(os.open(unopened[1], os.O_RDONLY))
+        except OSError as reason:
+            error = reason
     remedy = REMEDIES.get(error.errno or 0)
     where = f"{error.filename}: " if error.filename else ""
     return remedy and f"{where}{error.strerror}. Remedy: {remedy}"

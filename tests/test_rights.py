@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from models.command import run_command
 from models.files import naming, write_text
@@ -64,6 +65,11 @@ def without_rights(folder: Path) -> None:
         os.seteuid(0)
 
 
+def without_rights_in_rust(folder: Path) -> None:
+    os.seteuid(NOBODY)
+    load_file(folder / "weights")
+
+
 def in_rust(folder: Path) -> None:
     with naming(folder / "weights"):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
@@ -71,9 +77,11 @@ def in_rust(folder: Path) -> None:
 
 TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "right": (without_rights, "mine: Permission denied. Remedy: the right"),
+    "right in Rust": (without_rights_in_rust, "weights: Permission denied. Remedy: the right"),
     "file for folder": (lambda folder: write_text(folder / "file" / "x", ""), "file: File exists"),
     "folder for file": (lambda folder: write_text(folder / "mine", ""), "mine: Is a directory"),
     "below a file": (lambda folder: (folder / "file" / "x").write_text(""), "Not a directory"),
+    "below a file in Rust": (lambda folder: load_file(folder / "file" / "x"), "Not a directory"),
     "full": (lambda _: Path("/dev/full").write_text("x"), "No space left on device. Remedy: make"),
     "full in Rust": (in_rust, "weights: No space left on device. Remedy: make room"),
 }
@@ -81,18 +89,22 @@ TROUBLES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_disk_that_refuses_is_one_message(tmp_path, monkeypatch, capsys, trouble):
-    if trouble == "right" and os.geteuid():
+    if "right" in trouble and os.geteuid():
         pytest.skip("only root may become another user")
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "file").write_text("x")
+    (tmp_path / "weights").write_text("x")
     cause, message = TROUBLES[trouble]
 
     def main() -> None:
         cause(tmp_path)
 
     monkeypatch.setattr(sys, "argv", ["main"])
-    with pytest.raises(SystemExit) as ended:
-        run_command(main)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+    finally:
+        os.seteuid(os.getuid())
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert message in said

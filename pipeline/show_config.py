@@ -20,11 +20,11 @@ CONFIGS = {
 }
 """Stage -> the class of its configs."""
 
-OPEN = {"engine.precision": "auto"} | {
-    f"model.{name}": None
+OPEN = {
+    f"model.{name}"
     for name in ("latent_channels", "latent_downscale", "text_dim", "pooled_dim", "vision_dim")
 }
-"""What a config may leave open, to be the data's or the machine's: a run's folder has it resolved."""
+"""Sizes that a config may leave open, to be the data's: a run's folder has them, and each `auto`, resolved."""
 
 Action = Literal["show", "diff", "schema"]
 
@@ -73,7 +73,8 @@ def show_differences(first: Config, second: Config, unrecorded: set[str]) -> lis
     lines = []
     for key, (old, new) in differences(first, second).items():
         section, kind = key.split(".")[0], ""
-        if section in unrecorded or (key in OPEN and OPEN[key] in (old, new)):
+        resolved = "auto" in (old, new) or (key in OPEN and None in (old, new))
+        if section in unrecorded or resolved:
             continue
         if isinstance(first, TrainConfig):
             changes = {"engine": "speed"} | dict.fromkeys(RESULTS, "results")

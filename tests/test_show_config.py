@@ -62,14 +62,15 @@ def test_a_difference_says_what_it_changes(tmp_path, capsys):
 
 def test_what_a_run_resolved_is_no_difference_and_every_other_key_is_shown_whole(tmp_path, capsys):
     resolved = ["model.latent_channels=4", "model.text_dim=384", "model.pooled_dim=384"]
-    main("show", [str(DEMO), *resolved, "engine.precision=bf16"])
+    resolved += ["engine.precision=bf16", "engine.compile=false"]
+    main("show", [str(DEMO), *resolved])
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     for pair in ([str(DEMO), str(tmp_path)], [str(tmp_path), str(DEMO)]):
         main("diff", pair)
         assert capsys.readouterr().out == "no difference\n"
     # However narrow the terminal is, and whatever a value holds.
     run = f"/[red]:-1:[/] {'x' * 300}"
-    main("show", [str(DEMO), *resolved, "engine.precision=bf16", f"run={run!r}"])
+    main("show", [str(DEMO), *resolved, f"run={run!r}"])
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     main("diff", [str(DEMO), str(tmp_path)])
     assert f"-> {run!r}" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from data_prep.images import (
     perceptual_hash,
     probe,
 )
-from data_prep.storage import is_remote, read_bytes
+from data_prep.storage import is_remote, read_bytes, said_of
 
 # Seconds for attempts at a remote file, on top of the time for decoding.
 READING_S = 60
@@ -187,7 +187,7 @@ def _work(request: Request, config: ImagesConfig) -> Answer:
         try:
             data = read_bytes(address.path, address.offset, address.length)
         except OSError as error:
-            raise Rejected("unreadable", error.strerror or type(error).__name__) from error
+            raise Rejected("unreadable", said_of(error)) from error
     # The time spent waiting for a store does not count against the picture.
     signal.alarm(config.timeout_s)
     content_hash = hashlib.sha256(data).digest()

@@ -106,6 +106,11 @@ def patient(function: Callable[..., Result], *arguments: Any) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
+def said_of(error: OSError) -> str:
+    """What an error of a disk or a store says, without the place."""
+    return error.strerror or type(error).__name__
+
+
 def read_bytes(path: str, offset: int, length: int) -> bytes:
     """Exactly those bytes; raises OSError where there are fewer, or where no attempt succeeds."""
     filesystem, name = filesystem_of(path)

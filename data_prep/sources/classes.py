@@ -43,14 +43,14 @@ class ClassesSource(Source):
     def labels(self) -> str:
         return " ".join(["classes", *self.classes])
 
-    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+    def entries_of(self, walk: Walk) -> Iterator[Entry]:
         """The name of the class goes with every file in its folder, so that no label hangs on the others."""
         name = walk.name.partition("/")[0]
         known = bool(name) and (not self.classes or name in self.classes)
         detail = f"{name} is not in classes" if name else "lies in no class's folder"
         if known and not (walk.files or walk.folders or walk.rejected):
-            yield Entry(source, walk.name, "", 0, class_name=name, reason=EMPTY_FOLDER)
-        for entry in super().entries_of(source, walk):
+            yield Entry(walk.source, walk.name, "", 0, class_name=name, reason=EMPTY_FOLDER)
+        for entry in super().entries_of(walk):
             if known:
                 yield replace(entry, class_name=name)
             elif entry.reason:

@@ -16,42 +16,45 @@ class FolderSource(TextsSource):
 
     kind: Literal["folder"]
 
-    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
-        texts = dict[tuple[str, str], str]()
-        for name, path, _ in walk.files:
-            if extension_of(name) in ("txt", "json") and self.left_out_by(name) != "exclude":
-                texts[stem_of(name), extension_of(name)] = path
-        pictures = {stem_of(name) for name, _, _ in walk.files if self.takes(name)}
-        described = {path for (stem, _), path in texts.items() if stem in pictures}
+    def entries_of(self, walk: Walk) -> Iterator[Entry]:
+        texts, pictures = dict[tuple[str, str], Entry](), set[str]()
+        for file in walk.files:
+            stem, extension = stem_of(file.name), extension_of(file.name)
+            if self.takes(file.name):
+                pictures.add(stem)
+            elif extension in ("txt", "json") and self.left_out_by(file.name) != "exclude":
+                texts[stem, extension] = file
+        described = {text.name for (stem, _), text in texts.items() if stem in pictures}
         others = {
-            stem_of(n).lower(): n
-            for n, p, _ in walk.files
-            if p not in described and not self.takes(n)
+            stem_of(file.name).lower(): file.name
+            for file in walk.files
+            if file.name not in described and not self.takes(file.name)
         }
-        for entry in super().entries_of(source, walk):
-            stem, hint = stem_of(entry.name), ""
+        for entry in super().entries_of(walk):
             if entry.reason == OTHER_FILE or not entry.path:
-                if entry.path not in described:
+                if entry.name not in described:
                     yield entry
                 continue
-            caption, metadata = texts.get((stem, "txt")), texts.get((stem, "json"))
-            if not caption and (near := others.get(entry.name.lower()) or others.get(stem.lower())):
+            stem = stem_of(entry.name)
+            if caption := texts.get((stem, "txt")):
+                stamp = f"{entry.stamp} {caption.stamp}"
+                entry = replace(entry, caption_path=caption.path, stamp=stamp)
+                # A caption of its own makes a picture of a mask.
+                if entry.reason == "companion":
+                    entry = replace(entry, reason=None, detail="")
+            elif near := others.get(entry.name.lower()) or others.get(stem.lower()):
                 hint = f"{near} is there, but its caption would be {stem}.txt"
-            # A caption of its own makes a picture of a mask.
-            reason = None if entry.reason == "companion" and caption else entry.reason
-            detail = entry.detail if reason else hint
-            yield replace(
-                entry, caption_path=caption, metadata_path=metadata, reason=reason, detail=detail
-            )
+                entry = replace(entry, detail=entry.detail or hint)
+            if metadata := texts.get((stem, "json")):
+                stamp = f"{entry.stamp} {metadata.stamp}"
+                entry = replace(entry, metadata_path=metadata.path, stamp=stamp)
+            yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         paths = {"txt": entry.caption_path, "json": entry.metadata_path}
         try:
             texts = {e: read_head(path, MAX_TEXT_BYTES + 1) for e, path in paths.items() if path}
-            said = self.describe(texts)
         except OSError as error:
-            yield Item(entry.name, reason="caption_unreadable", detail=error.strerror or "")
-        except Rejected as rejected:
-            yield Item(entry.name, reason=rejected.reason, detail=rejected.detail)
-        else:
-            yield Item(entry.name, entry.path, 0, entry.size, detail=entry.detail, **said)
+            raise Rejected("caption_unreadable", error.strerror or "") from error
+        said = self.describe(texts)
+        yield Item(entry.name, entry.path, 0, entry.size, detail=entry.detail, **said)

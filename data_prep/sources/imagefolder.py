@@ -4,14 +4,14 @@ import os
 import posixpath
 from collections.abc import Container, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS
-from data_prep.sources.rows import Columns, RowsSource, read_rows
-from data_prep.sources.source import Entry, Item, Weight
-from data_prep.sources.walk import OTHER_FILE, Walk, extension_of, walk_folder
+from data_prep.sources.rows import RowsSource
+from data_prep.sources.source import Item, Weight
+from data_prep.sources.walk import OTHER_FILE, Entry, Walk, extension_of, walk_folder
 from models.config import Entries
 
 
@@ -19,6 +19,10 @@ class ImageFolderSource(RowsSource):
     """Hugging Face's ImageFolder: pictures, and metadata.csv, .jsonl or .parquet with their file_name."""
 
     contents = "metadata.csv, .jsonl or .parquet"
+    inside = True
+    # What is an option of other tables.
+    image: ClassVar[str] = "file_name"  # pyright: ignore[reportIncompatibleVariableOverride]
+    strings: ClassVar[str] = "path"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     kind: Literal["imagefolder"]
     captions: Entries[str, Weight] = Field(default={"text": 1.0}, min_length=1)
@@ -28,10 +32,10 @@ class ImageFolderSource(RowsSource):
         stem, extension = os.path.splitext(os.path.basename(name))
         return stem == "metadata" and extension[1:] in self.files
 
-    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+    def entries_of(self, walk: Walk) -> Iterator[Entry]:
         """Pictures beside metadata are its rows, or `read` says that they have none."""
-        beside = any(self.takes(name) for name, _, _ in walk.files)
-        for entry in super().entries_of(source, walk):
+        beside = any(self.takes(file.name) for file in walk.files)
+        for entry in super().entries_of(walk):
             if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
                 yield entry
             elif not beside:
@@ -49,27 +53,24 @@ class ImageFolderSource(RowsSource):
                 yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
-        columns = Columns(
-            "file_name", self.captions, self.label, fields, self.merge_rows, inside=True
-        )
         named = set[str]()
-        for item, path in read_rows(entry, columns):
-            named.add(path)
+        for item in super().read(entry, class_names, fields):
+            named.add(posixpath.normpath(item.path))
             yield item
         yield from self._unnamed(entry, named)
 
     def _unnamed(self, entry: Entry, named: set[str]) -> Iterator[Item]:
         """Pictures below the metadata, down to the next metadata, of which it has no row."""
-        folder, others = posixpath.dirname(entry.path), list[str]()
-        for walk in walk_folder(folder):
-            names = [name for name, _, _ in walk.files]
+        others = list[str]()
+        for walk in walk_folder(posixpath.dirname(entry.path)):
             if walk.name.startswith(tuple(others)):
                 continue
-            if walk.name and any(self.takes(name) for name in names):
+            if walk.name and any(self.takes(file.name) for file in walk.files):
                 others.append(walk.name)
                 continue
-            for name in names:
-                if extension_of(name) in PICTURE_EXTENSIONS and name not in named:
-                    full = posixpath.join(posixpath.dirname(entry.name), name)
+            for file in walk.files:
+                is_picture = extension_of(file.name) in PICTURE_EXTENSIONS
+                if is_picture and posixpath.normpath(file.path) not in named:
+                    full = posixpath.join(posixpath.dirname(entry.name), file.name)
                     detail = f"{posixpath.basename(entry.name)} has no row of it"
                     yield Item(full, reason="no_metadata", detail=detail)

@@ -1,7 +1,6 @@
 """Rows of Parquet, CSV and JSONL files as items, for every source that has such tables."""
 
 import base64
-import binascii
 import csv
 import hashlib
 import json
@@ -13,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice, product
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
 from data_prep.sources.source import MAX_TEXT_BYTES, Entry, Item, Source, captions_of
 from data_prep.sources.walk import extension_of, is_utf8
-from data_prep.storage import is_remote, local_copy, local_path, size_of
+from data_prep.storage import is_remote, local_copy, local_path, said_of, size_of
 from data_prep.text import encodable, encoding_of, finite, parse_json
 from models.config import InputError
 
@@ -35,6 +34,8 @@ MAX_ARRAY_BYTES = 64 << 20
 # What is raised for a value of Arrow's that Python cannot hold.
 UNREADABLE = (pa.ArrowException, ValueError, ArithmeticError, LookupError)
 Row = dict[str, Any] | Rejected
+# A line of a text file and its number, from 1; None stands for one that is too long.
+Line = tuple[int, str | None]
 
 
 class RowsSource(Source):
@@ -42,77 +43,82 @@ class RowsSource(Source):
 
     files = TABLES
     per_task = 1
+    # Whether paths must lead to pictures beside or below the table.
+    inside: ClassVar[bool] = False
 
     label: str | None = None
     """Column of integers."""
     merge_rows: bool = False
     """Make one picture with all their captions of a table's rows that give the same one, as COCO's do."""
+    image: Any
+    captions: Any
+    strings: Any = "path"
 
     @property
     def labels(self) -> str:
         return "column" if self.label else ""
 
+    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
+        with local_copy(entry.path) as path:
+            table = _Table(entry, path, self, fields)
+            yield from _merged(table) if self.merge_rows else _items(table)
+
 
 @dataclass(frozen=True)
-class Columns:
-    """What the columns of a table mean."""
+class _Table:
+    """A table, as a local file, and what its columns mean."""
 
-    image: str
-    captions: dict[str, float]
-    """Column -> weight."""
-    label: str | None
-    fields: Container[str] = ()
+    entry: Entry
+    path: str
+    source: RowsSource
+    fields: Container[str]
     """Columns that are metadata whatever their type."""
-    merge: bool = False
-    """Whether rows of one picture are made one."""
-    base64: bool = False
-    """Whether a string in the column of pictures is one in base64; else it is a path."""
-    inside: bool = False
-    """Whether paths must lead to pictures beside or below the table."""
 
     def uses(self, name: str) -> bool:
-        return name in (self.image, self.label, *self.captions) or name in self.fields
+        source = self.source
+        return name in (source.image, source.label, *source.captions) or name in self.fields
+
+    def check_columns(self, found: list[str]) -> None:
+        """Raise InputError where a column is not there, or there twice."""
+        wanted = {"image": self.source.image, "label": self.source.label}
+        wanted |= {f"captions.{name}": name for name in self.source.captions}
+        for option, name in wanted.items():
+            if name is not None and found.count(name) != 1:
+                has = "several columns" if name in found else "no column"
+                raise InputError(
+                    f"sources.{self.entry.source}.{option}: {self.entry.path} has {has} {name!r}, "
+                    f"got {encodable(', '.join(found))[:1000]}"
+                )
 
 
-def read_rows(entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
-    """The rows of a table as items, each with the path that it gives; what is broken is an item too.
-
-    Raises InputError where the table lacks a column.
-    """
-    try:
-        with local_copy(entry.path) as path:
-            said = defaultdict[Any, list[Any]](list)
-            if columns.merge:
-                with suppress(Rejected):
-                    for item, _ in _items(path, entry, columns):
-                        said[_picture_of(item)] += item.captions
-            first = dict[Any, str]()
-            for item, image in _items(path, entry, columns):
-                if columns.merge and not item.reason:
-                    name = first.setdefault(_picture_of(item), item.name)
-                    if name == item.name:
-                        item = replace(item, captions=tuple(said[_picture_of(item)]))
-                    else:
-                        item = Item(item.name, reason="merged", detail=f"its captions are {name}'s")
-                yield item, image
-    except Rejected as rejected:
-        yield Item(entry.name, reason=rejected.reason, detail=rejected.detail), ""
-    except OSError as error:
-        detail = error.strerror or type(error).__name__
-        yield Item(entry.name, reason="unreadable", detail=detail), ""
-
-
-def _items(path: str, entry: Entry, columns: Columns) -> Iterator[tuple[Item, str]]:
-    reader = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
-    for number, row in enumerate(reader[extension_of(entry.name)](path, entry, columns)):
-        name = f"{entry.name}/{number:09d}"
+def _items(table: _Table) -> Iterator[Item]:
+    """The rows as items; what is broken is an item too."""
+    rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
+    for number, row in enumerate(rows[extension_of(table.entry.name)](table)):
+        name = f"{table.entry.name}/{number:09d}"
         try:
             if isinstance(row, Rejected):
                 raise row
-            found = _item_of_row(name, row, entry, columns)
+            yield _item_of_row(name, row, table)
         except Rejected as rejected:
-            found = Item(name, reason=rejected.reason, detail=rejected.detail), ""
-        yield found
+            yield Item(name, reason=rejected.reason, detail=rejected.detail)
+
+
+def _merged(table: _Table) -> Iterator[Item]:
+    """The items, of which the first of a picture has the captions of all."""
+    said, first = defaultdict[Any, list[Any]](list), dict[Any, str]()
+    # What is raised here is raised again below.
+    with suppress(Rejected):
+        for item in _items(table):
+            said[_picture_of(item)] += item.captions
+    for item in _items(table):
+        if not item.reason:
+            name = first.setdefault(_picture_of(item), item.name)
+            if name == item.name:
+                item = replace(item, captions=tuple(said[_picture_of(item)]))
+            else:
+                item = Item(item.name, reason="merged", detail=f"its captions are {name}'s")
+        yield item
 
 
 def _picture_of(item: Item) -> tuple[Any, ...]:
@@ -120,49 +126,36 @@ def _picture_of(item: Item) -> tuple[Any, ...]:
     return item.path, hashlib.sha256(item.data or b"").digest(), item.label
 
 
-def _check_columns(found: list[str], entry: Entry, columns: Columns) -> None:
-    wanted = {"image": columns.image, "label": columns.label}
-    wanted |= {f"captions.{name}": name for name in columns.captions}
-    for option, name in wanted.items():
-        if name is not None and found.count(name) != 1:
-            has = "several columns" if name in found else "no column"
-            raise InputError(
-                f"sources.{entry.source}.{option}: {entry.path} has {has} {name!r}, "
-                f"got {encodable(', '.join(found))[:1000]}"
-            )
-
-
-def _parquet_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
+def _parquet_rows(table: _Table) -> Iterator[Row]:
     try:
-        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        file = pq.ParquetFile(table.path, buffer_size=1 << 20, pre_buffer=False)
         schema, groups = file.schema_arrow, range(file.num_row_groups)
         found = schema.names
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None):
             raise
-        raise Rejected("broken_table", _message(error, path, entry)) from error
-    _check_columns(found, entry, columns)
-    used = [field.name for field in schema if columns.uses(field.name)]
+        raise Rejected("broken_table", _message(error, table)) from error
+    table.check_columns(found)
+    used = [name for name in found if table.uses(name)]
     read = [field.name for field in schema if field.name in used or _is_fact(field.type)]
     for group in groups:
         # Where a column that nobody named is broken, the others are read without it.
         done, detail = 0, ""
         for names in (read, used):
-            rows = islice(_rows_of_group(file, group, names), done, None)
             try:
-                for row in rows:
+                for row in islice(_rows_of_group(file, group, names), done, None):
                     yield row
                     done += 1
                 break
             except (pa.ArrowException, OSError) as error:
-                detail = f"row group {group}: {_message(error, path, entry)}"
+                detail = f"row group {group}: {_message(error, table)}"
         for _ in range(done, file.metadata.row_group(group).num_rows):
             yield Rejected("broken_table", detail)
 
 
-def _message(error: Exception, path: str, entry: Entry) -> str:
+def _message(error: Exception, table: _Table) -> str:
     text = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
-    return text.replace(path, entry.name)[:200]
+    return text.replace(table.path, table.entry.name)[:200]
 
 
 def _rows_of_group(file: pq.ParquetFile, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -205,77 +198,60 @@ def _is_fact(kind: pa.DataType) -> bool:
     return any(getattr(types, f"is_{test}")(kind) for test in tests)
 
 
-class _Lines:
-    """The lines of a CSV file for its reader, who may give back those of a row that was none."""
-
-    def __init__(self, path: str):
-        self._lines, self._waiting = _lines(path), deque[tuple[int, str | None]]()
-        self.row, self._room = list[tuple[int, str | None]](), 0
-
-    def begin_row(self) -> None:
-        """Begin to gather the lines of a row, each with its number."""
-        self.row = []
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        number, line = self._waiting.popleft() if self._waiting else next(self._lines)
-        self.row.append((number, line))
-        if line is None:
-            raise csv.Error(f"over {MAX_LINE} characters")
-        self._room = MAX_TEXT_BYTES if len(self.row) == 1 else self._room - len(line)
-        if self._room < 0:
-            raise csv.Error(f"a quote is still open {MAX_TEXT_BYTES} characters behind it")
-        return line
-
-    def give_back(self) -> None:
-        """Let the row's lines but the first be read as rows of their own."""
-        self._waiting.extendleft(reversed(self.row[1:]))
-
-
-def _csv_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
+def _csv_rows(table: _Table) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE)
-    lines, header, why = _Lines(path), list[str](), ""
-    reader = csv.reader(lines, strict=True)
-    while True:
-        lines.begin_row()
+    lines, again, header = _lines(table.path), deque[Line](), list[str]()
+    texts = {table.source.image, *table.source.captions}
+    while line := again.popleft() if again else next(lines, None):
+        read = [line]
         try:
-            row = next(reader)
-            why = _what_is_wrong(row, header, lines.row, columns) if header else ""
-        except StopIteration:
-            break
+            row = next(csv.reader(_until_closed(read, again, lines), strict=True), [])
+            why = _what_is_wrong(row, header, read, table) if header else ""
         except csv.Error as error:
             row, why = [], str(error)
         if why:
-            lines.give_back()
-            yield Rejected("broken_row", f"line {lines.row[0][0]}: {why}")
+            # The lines behind the first may be rows of their own.
+            again.extendleft(reversed(read[1:]))
+            yield Rejected("broken_row", f"line {line[0]}: {why}")
         elif header and row:
-            texts = {columns.image, *columns.captions}
             pairs = zip(header, row, strict=True)
             yield {n: v if n in texts else _number(v) for n, v in pairs}
         elif row:
             header = row
-            _check_columns(header, entry, columns)
+            table.check_columns(header)
     if not header:
         raise Rejected("broken_table", "has no line that names its columns")
 
 
-def _what_is_wrong(
-    row: list[str], header: list[str], lines: list[tuple[int, str | None]], columns: Columns
-) -> str:
+def _until_closed(read: list[Line], again: deque[Line], lines: Iterator[Line]) -> Iterator[str]:
+    """The first line of a row, and while a quote is open the next; `read` gathers them. Raises csv.Error."""
+    room = MAX_TEXT_BYTES
+    while True:
+        _, text = read[-1]
+        if text is None:
+            raise csv.Error(f"over {MAX_LINE} characters")
+        yield text
+        if not (line := again.popleft() if again else next(lines, None)):
+            return
+        read.append(line)
+        room -= len(line[1] or "")
+        if room < 0:
+            raise csv.Error(f"a quote is still open {MAX_TEXT_BYTES} characters behind it")
+
+
+def _what_is_wrong(row: list[str], header: list[str], read: list[Line], table: _Table) -> str:
     """Why it is no row, "" if it is one: a quote that nobody closed makes values of the rows behind it."""
     if row and len(row) != len(header):
         return f"got {len(row)} fields, expected {len(header)}"
-    if len(lines) == 1:
+    if len(read) == 1:
         return ""
-    place, claims = header.index(columns.image), list[int]()
-    for (number, line), quoting in product(lines, (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)):
+    place, claims = header.index(table.source.image), list[int]()
+    for (number, line), quoting in product(read, (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)):
         cells = next(csv.reader([line or ""], quoting=quoting), [])
         if len(cells) == len(header) and _is_like(cells[place], row[place]):
             claims.append(number)
     # The row's own path lies in its first line, or behind the closed quote in its last.
-    first, last = lines[0][0], lines[-1][0]
+    first, last = read[0][0], read[-1][0]
     for number in claims:
         if number != (first if first in claims else last):
             return f"a quote is open until line {last}, but line {number} looks like a row"
@@ -297,32 +273,34 @@ def _number(text: str) -> Any:
     return text or None
 
 
-def _jsonl_rows(path: str, entry: Entry, columns: Columns) -> Iterator[Row]:
-    array, names = _array_in(path), dict[str, None]()
-    numbered = ((f"value {i}", value) for i, value in enumerate(array))
-    for row in (_row_of(value, place) for place, value in numbered) if array else _json_lines(path):
-        names |= dict.fromkeys(row if isinstance(row, dict) else ())
-        yield row
+def _jsonl_rows(table: _Table) -> Iterator[Row]:
+    names = dict[str, None]()
+    for place, value in _json_values(table.path):
+        if isinstance(value, dict):
+            names |= dict.fromkeys(value)
+        elif not isinstance(value, Rejected):
+            detail = f"{place}: got {type(value).__name__}, expected an object"
+            value = Rejected("broken_json", detail)
+        yield value
     if names:
-        _check_columns(list(names), entry, columns)
+        table.check_columns(list(names))
 
 
-def _json_lines(path: str) -> Iterator[Row]:
+def _json_values(path: str) -> Iterator[tuple[str, Any]]:
+    """Every value and the place of it; a Rejected for a line that is none."""
+    if array := _array_in(path):
+        yield from ((f"value {number}", value) for number, value in enumerate(array))
+        return
     for number, line in _lines(path):
+        place = f"line {number}"
         if line is None:
-            yield Rejected("broken_json", f"line {number}: over {MAX_LINE} characters")
+            yield place, Rejected("broken_json", f"{place}: over {MAX_LINE} characters")
         elif line.strip():
             try:
-                row = _row_of(parse_json(line), f"line {number}")
+                value = parse_json(line)
             except ValueError as error:
-                row = Rejected("broken_json", f"line {number}: {error}"[:200])
-            yield row
-
-
-def _row_of(value: Any, place: str) -> Row:
-    if isinstance(value, dict):
-        return value
-    return Rejected("broken_json", f"{place}: got {type(value).__name__}, expected an object")
+                value = Rejected("broken_json", f"{place}: {error}"[:200])
+            yield place, value
 
 
 def _array_in(path: str) -> list[Any]:
@@ -339,8 +317,7 @@ def _array_in(path: str) -> list[Any]:
         return []
 
 
-def _lines(path: str) -> Iterator[tuple[int, str | None]]:
-    """The lines of a text file with their numbers, from 1; None stands for one that is too long."""
+def _lines(path: str) -> Iterator[Line]:
     with open(path, "rb") as file:
         encoding = encoding_of(file.read(MAX_TEXT_BYTES))
     errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
@@ -356,50 +333,45 @@ def _lines(path: str) -> Iterator[tuple[int, str | None]]:
             raise Rejected("broken_table", f"after line {number}: {error}") from error
 
 
-def _item_of_row(
-    name: str, row: dict[str, Any], entry: Entry, columns: Columns
-) -> tuple[Item, str]:
-    """The item, and the path that its row gives; raises Rejected."""
+def _item_of_row(name: str, row: dict[str, Any], table: _Table) -> Item:
+    """The item; raises Rejected."""
+    source, image = table.source, row.get(table.source.image)
     for column, value in row.items():
-        if isinstance(value, Rejected) and columns.uses(column):
+        if isinstance(value, Rejected) and table.uses(column):
             raise value
-    image, label = row.get(columns.image), None
     if isinstance(image, dict):  # Hugging Face's Image
         image = image.get("bytes") or image.get("path")
-    if columns.label is not None:
-        label = row.get(columns.label)
-        if type(label) is not int or not 0 <= label < 2**63:
-            got = f"{columns.label}: got {label!r}"[:150]
-            raise Rejected("no_label", f"{got}, expected an integer from 0 to 2^63 - 1")
+    label = None if source.label is None else row.get(source.label)
+    if source.label is not None and (type(label) is not int or not 0 <= label < 2**63):
+        got = f"{source.label}: got {label!r}"[:150]
+        raise Rejected("no_label", f"{got}, expected an integer from 0 to 2^63 - 1")
     captions = tuple(
         caption
-        for column, weight in columns.captions.items()
+        for column, weight in source.captions.items()
         for caption in captions_of(column, row.get(column), weight)
     )
     facts = {
         key: fact
         for key, value in row.items()
-        if key in columns.fields
-        or (isinstance(value, str | int | float | Decimal) and key not in columns.captions)
+        if key in table.fields
+        or (isinstance(value, str | int | float | Decimal) and key not in source.captions)
         if (fact := _fact(value)) is not None
     }
-    if isinstance(image, str) and columns.base64:
-        facts.pop(columns.image, None)
+    if isinstance(image, str) and source.strings == "base64":
+        facts.pop(source.image, None)
         try:
             image = base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError) as error:
+        except ValueError as error:
             raise Rejected("broken_base64", str(error)[:200]) from error
     if isinstance(image, bytes):
-        size = len(image)
-        return Item(name, "", 0, size, captions, facts, label, data=image), ""
+        return Item(name, "", 0, len(image), captions, facts, label, data=image)
     if not isinstance(image, str) or not image:
-        raise Rejected("no_picture", f"{columns.image}: got {type(image).__name__}")
-    path = _resolve(image, entry, columns.inside)
+        raise Rejected("no_picture", f"{source.image}: got {type(image).__name__}")
+    path = _resolve(image, table.entry, source.inside)
     try:
-        size = size_of(path)
+        return Item(name, path, 0, size_of(path), captions, facts, label)
     except OSError as error:
-        raise Rejected("unreadable", error.strerror or type(error).__name__) from error
-    return Item(name, path, 0, size, captions, facts, label), posixpath.normpath(image)
+        raise Rejected("unreadable", said_of(error)) from error
 
 
 def _fact(value: Any) -> Any:

@@ -16,13 +16,14 @@ from data_prep.images import PICTURE_EXTENSIONS, UNDECODABLE, Rejected
 from data_prep.sources.walk import (
     NO_PICTURES,
     OTHER_FILE,
+    Entry,
     Walk,
     extension_of,
     stamp_of,
     stem_of,
     walk_folder,
 )
-from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient
+from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, said_of
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
@@ -41,23 +42,6 @@ COMPANION = re.compile(
     re.IGNORECASE,
 )
 Weight = Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a source, or the reason why it cannot be one. `name` is relative to the source."""
-
-    source: str
-    name: str
-    path: str
-    size: int
-    caption_path: str | None = None
-    metadata_path: str | None = None
-    class_name: str | None = None
-    reason: str | None = None
-    detail: str = ""
-    stamp: str = ""
-    """Another where the file, or that of its caption, was written again."""
 
 
 @dataclass(frozen=True)
@@ -156,27 +140,31 @@ class Source(Config, ABC):
             return "include"
         return "split" if self.split not in (None, split_of(name)) else ""
 
-    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
-        """A folder's files, and why others are none; `source` is the name of this source in the config."""
-        taken = [name for name, _, _ in walk.files if self.takes(name)]
-        pictures = {stem_of(name) for name in taken if extension_of(name) in PICTURE_EXTENSIONS}
-        for name, path, size in walk.files:
-            reason, detail = None, ""
-            if not self.takes(name):
-                package = UNDECODABLE.get(extension_of(name))
-                reason, detail = OTHER_FILE, f"{package} is not installed" if package else ""
-            elif option := self.left_out_by(name):
-                reason, detail = "left_out", option
-            elif (main := main_of(stem_of(name))) in pictures:
-                reason, detail = "companion", f"beside {main}"
-            yield Entry(source, name, path, size, reason=reason, detail=detail)
-        for name, reason, detail in walk.rejected:
-            yield Entry(source, name, "", 0, reason=reason, detail=detail)
+    def entries_of(self, walk: Walk) -> Iterator[Entry]:
+        """A folder's files, and why others are none."""
+        pictures = {
+            stem_of(file.name)
+            for file in walk.files
+            if self.takes(file.name) and extension_of(file.name) in PICTURE_EXTENSIONS
+        }
+        for file in walk.files:
+            if not self.takes(file.name):
+                package = UNDECODABLE.get(extension_of(file.name))
+                detail = f"{package} is not installed" if package else ""
+                yield replace(file, reason=OTHER_FILE, detail=detail)
+            elif option := self.left_out_by(file.name):
+                yield replace(file, reason="left_out", detail=option)
+            elif (main := main_of(stem_of(file.name))) in pictures:
+                yield replace(file, reason="companion", detail=f"beside {main}")
+            else:
+                yield file
+        yield from walk.rejected
 
     @abstractmethod
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
-        """The items of a file in a fixed order; raises InputError where a table lacks a column.
+        """The items of a file in a fixed order.
 
+        Raises InputError where a table lacks a column, Rejected or OSError where no more can be read.
         Metadata of the names in `fields` is wanted whatever its type.
         """
 
@@ -193,16 +181,14 @@ class Source(Config, ABC):
         count, extensions, others = 0, Counter[str](), OtherFiles()
         # A class is known by its files, whatever those are.
         classes = set[str | None]([None])
-        for walk in walk_folder(root):
-            extensions.update(extension_of(name) for name, _, _ in walk.files)
-            for entry in self.entries_of(source, walk):
-                paths = entry.path, entry.caption_path, entry.metadata_path
-                stamps = (walk.stamps.get(path or "", "") for path in paths)
+        for walk in walk_folder(root, source):
+            extensions.update(extension_of(file.name) for file in walk.files)
+            for entry in self.entries_of(walk):
                 count += entry.reason not in (OTHER_FILE, "left_out") and bool(entry.path)
                 new = entry.class_name not in classes
                 if new or entry.reason != OTHER_FILE or others.has_row(entry.name):
                     classes.add(entry.class_name)
-                    yield replace(entry, stamp=" ".join(stamps))
+                    yield entry
         for name, detail in others.rest():
             yield Entry(source, name, "", 0, reason=OTHER_FILE, detail=detail)
         if not count:
@@ -245,10 +231,14 @@ def read_entries(
 ) -> Iterator[Item]:
     """The items of some entries, in a fixed order; raises InputError where a table lacks a column."""
     for entry in entries:
-        if entry.reason:
-            yield Item(entry.name, reason=entry.reason, detail=entry.detail)
-        else:
+        try:
+            if entry.reason:
+                raise Rejected(entry.reason, entry.detail)
             yield from config.read(entry, class_names or [], fields)
+        except Rejected as rejected:
+            yield Item(entry.name, reason=rejected.reason, detail=rejected.detail)
+        except OSError as error:
+            yield Item(entry.name, reason="unreadable", detail=said_of(error))
 
 
 def captions_of(field: str, value: Any, weight: float) -> list[tuple[bytes | Rejected, float]]:

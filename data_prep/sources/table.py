@@ -1,14 +1,14 @@
 """Tables of pictures: a row is a picture, by its path or by its bytes."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS
-from data_prep.sources.rows import Columns, RowsSource, read_rows
-from data_prep.sources.source import Entry, Item, Weight
-from data_prep.sources.walk import OTHER_FILE, Walk, extension_of
+from data_prep.sources.rows import RowsSource
+from data_prep.sources.source import Weight
+from data_prep.sources.walk import OTHER_FILE, Entry, Walk, extension_of
 from models.config import Entries
 
 
@@ -26,16 +26,8 @@ class TableSource(RowsSource):
     captions: Entries[str, Weight] = Field(default={"caption": 1.0}, min_length=1)
     """Column -> weight."""
 
-    def entries_of(self, source: str, walk: Walk) -> Iterator[Entry]:
+    def entries_of(self, walk: Walk) -> Iterator[Entry]:
         """A picture beside tables is a row of one, or nobody asked for it."""
-        for entry in super().entries_of(source, walk):
+        for entry in super().entries_of(walk):
             if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
                 yield entry
-
-    def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
-        base64 = self.strings == "base64"
-        columns = Columns(
-            self.image, self.captions, self.label, fields, self.merge_rows, base64=base64
-        )
-        for item, _ in read_rows(entry, columns):
-            yield item

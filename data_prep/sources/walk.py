@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.storage import filesystem_of, is_remote, patient
+from data_prep.storage import filesystem_of, is_remote, patient, said_of
 
 # Reasons of what is no picture; counts of pictures leave it out.
 NO_PICTURES = OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = (
@@ -17,40 +17,58 @@ NO_PICTURES = OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a source, or the reason why it cannot be one. `name` is relative to the source."""
+
+    source: str
+    name: str
+    path: str
+    size: int
+    caption_path: str | None = None
+    metadata_path: str | None = None
+    class_name: str | None = None
+    reason: str | None = None
+    detail: str = ""
+    stamp: str = ""
+    """Another where the file, or that of its caption, was written again: its time, or a store's tag of it."""
+
+
 @dataclass
 class Walk:
-    """What lies in one folder, in the order of names.
+    """What lies in one folder of a source, in the order of names.
 
     `name` is relative to the root and ends in a slash; the root's own is empty.
     """
 
+    source: str
     name: str
     path: str
-    files: list[tuple[str, str, int]] = field(default_factory=list)
-    """Name relative to the root, full path, size."""
+    files: list[Entry] = field(default_factory=list)
     folders: list[tuple[str, str]] = field(default_factory=list)
     """Name relative to the root, full path."""
-    rejected: list[tuple[str, str, str]] = field(default_factory=list)
-    """Name, reason, detail."""
-    stamps: dict[str, str] = field(default_factory=dict)
-    """By full path, what is another where a file was written again: its time, or a store's tag of it."""
+    rejected: list[Entry] = field(default_factory=list)
 
-    def add(self, name: str, path: str, size: int | None) -> None:
+    def add(self, name: str, size: int | None, stamp: str = "") -> None:
         """What lies there by its name in the folder: a file of so many bytes, or where that is None a folder."""
-        full = self.name + name
+        full, path = self.name + name, f"{self.path}/{name}"
         if not is_utf8(name):
-            self.rejected.append((readable(full), "name_not_utf8", ""))
+            self.reject(full, "name_not_utf8")
         elif size is None and is_hidden(name):
-            self.rejected.append((f"{full}/", HIDDEN_FOLDER, "with all in it"))
+            self.reject(f"{full}/", HIDDEN_FOLDER, "with all in it")
         elif size is None:
             self.folders.append((f"{full}/", path))
         elif name.startswith("."):
-            self.rejected.append((full, OTHER_FILE, "hidden"))
+            self.reject(full, OTHER_FILE, "hidden")
         else:
-            self.files.append((full, path, size))
+            self.files.append(Entry(self.source, full, path, size, stamp=stamp))
+
+    def reject(self, name: str, reason: str, detail: str = "") -> None:
+        entry = Entry(self.source, readable(name), "", 0, reason=reason, detail=detail)
+        self.rejected.append(entry)
 
 
-def walk_folder(root: str) -> Iterator[Walk]:
+def walk_folder(root: str, source: str = "") -> Iterator[Walk]:
     """Every folder below: first the folder itself, then those in it, each level in the order of names.
 
     Links are followed; a folder that two paths reach is listed once. Hidden and system folders are left out.
@@ -58,15 +76,13 @@ def walk_folder(root: str) -> Iterator[Walk]:
     tree = _read_store(root) if is_remote(root) else None
     seen, waiting = set[tuple[int, int]](), [("", root)]
     while waiting:
-        walk = Walk(*waiting.pop())
+        walk = Walk(source, *waiting.pop())
         if tree is None:
             _look_on_disk(walk, seen)
         else:
             for name, found in sorted(tree[walk.name].items(), key=lambda e: e[0].rstrip("/")):
-                name = name.removesuffix("/")
-                path = f"{walk.path}/{name}"
-                size, walk.stamps[path] = found or (None, "")
-                walk.add(name, path, size)
+                size, stamp = found or (None, "")
+                walk.add(name.removesuffix("/"), size, stamp)
         yield walk
         waiting += reversed(walk.folders)
 
@@ -77,28 +93,25 @@ def _look_on_disk(walk: Walk, seen: set[tuple[int, int]]) -> None:
         status = os.stat(walk.path)
         if (status.st_dev, status.st_ino) in seen:
             where = readable(os.path.realpath(walk.path))
-            walk.rejected.append((walk.name, "folder_already_listed", where))
+            walk.reject(walk.name, "folder_already_listed", where)
             return
         seen.add((status.st_dev, status.st_ino))
         names = sorted(os.listdir(walk.path))
     except OSError as error:
-        walk.rejected.append((walk.name, "unreadable", error.strerror or type(error).__name__))
+        walk.reject(walk.name, "unreadable", said_of(error))
         return
     for name in names:
-        path = os.path.join(walk.path, name)
         try:
-            status = os.stat(path)
+            status = os.stat(f"{walk.path}/{name}")
         except OSError as error:
-            text = error.strerror or type(error).__name__
-            walk.rejected.append((readable(walk.name + name), "unreadable", text))
+            walk.reject(walk.name + name, "unreadable", said_of(error))
             continue
         if stat.S_ISDIR(status.st_mode):
-            walk.add(name, path, None)
+            walk.add(name, None)
         elif stat.S_ISREG(status.st_mode):
-            walk.add(name, path, status.st_size)
-            walk.stamps[path] = str(status.st_mtime_ns)
+            walk.add(name, status.st_size, str(status.st_mtime_ns))
         else:
-            walk.rejected.append((readable(walk.name + name), "not_a_regular_file", ""))
+            walk.reject(walk.name + name, "not_a_regular_file")
 
 
 def _read_store(root: str) -> dict[str, dict[str, tuple[int, str] | None]]:

@@ -26,8 +26,7 @@ from data_prep.metadata import refusal
 from data_prep.report import Listing, class_names, console, cut_listing, encoder_listing, warn
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.classes import count_classes
-from data_prep.sources.source import files_of_row
-from data_prep.sources.walk import OTHER_FILE
+from data_prep.sources.source import files_of, num_files
 from data_prep.storage import is_remote
 from models.text_conventions import rows_stored
 
@@ -75,15 +74,10 @@ def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
         mine = listing.filter(pc.field("source") == name)
         pattern, kind = (r"\d+", "*") if source.per_task == 1 else (r"(?s)^.*?(\.[^./]*)?$", r"\1")
         kinds = compute.replace_substring_regex(mine["name"], pattern, kind)
-        table = mine.append_column("kind", kinds).group_by(["kind", "reason"])
-        groups = table.aggregate([("size", "count"), ("size", "sum")]).to_pylist()
-        others = mine.filter(pc.field("reason") == OTHER_FILE).to_pylist()
-        more = {row["name"]: files_of_row(row["name"], row["detail"]) - 1 for row in others}
-        for group in groups:
-            if group["reason"] == OTHER_FILE:
-                kind = group["kind"]
-                group["size_count"] += more.get(kind if source.per_task == 1 else f"*{kind}", 0)
-        groups.sort(key=lambda group: (group["reason"] or "", -group["size_count"], group["kind"]))
+        table = mine.append_column("kind", kinds).append_column("number", num_files(mine))
+        groups = table.group_by(["kind", "reason"]).aggregate([("number", "sum"), ("size", "sum")])
+        groups = groups.to_pylist()
+        groups.sort(key=lambda group: (group["reason"] or "", -group["number_sum"], group["kind"]))
         for group in groups[:KINDS]:
             taken = f"no: {group['reason']}" if group["reason"] else "yes"
             rows.append((name, group["kind"] or "no ending", taken, *_count_and_mib([group])))
@@ -93,7 +87,7 @@ def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
 
 
 def _count_and_mib(groups: list[dict[str, Any]]) -> tuple[str, str]:
-    count, size = (sum(group[f"size_{what}"] for group in groups) for what in ("count", "sum"))
+    count, size = (sum(group[f"{what}_sum"] for group in groups) for what in ("number", "size"))
     return f"{count:,}", f"{size / 2**20:,.1f}"
 
 
@@ -150,7 +144,7 @@ def sampled_items(
     name: str, source: SourceConfig, listing: pa.Table, fields: list[str]
 ) -> list[Item]:
     """Up to PICTURES of a source, from files chosen at random; raises InputError where a column is missing."""
-    files = listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
+    files = files_of(listing, name)
     classes = list(count_classes({name: source}, listing))
     count = min(PICTURES if source.per_task > 1 else FILES, len(files))
     places = sorted(random.Random(0).sample(range(len(files)), count))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import typer
 
@@ -25,6 +24,7 @@ from data_prep.report import Listing, Progress, console, warn
 from data_prep.scan import list_sources, scan
 from data_prep.schema import CodecRecord, proof_path
 from data_prep.shards import WORK
+from data_prep.sources.source import files_of
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
 from models.command import duration, load_config, run_command
@@ -73,7 +73,7 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
         catalog = pq.read_table(dataset / WORK / "catalog", columns=["source"])
     seen, pictures = Counter(catalog["source"].to_pylist()), 0.0
     for name, source in config.sources.items():
-        every, read = (_of_source(t, name)["size"].to_numpy() for t in (listing, sample))
+        every, read = (files_of(t, name)["size"].to_numpy() for t in (listing, sample))
         # Those of the tars and tables that were not read are reckoned by their bytes.
         of_all = seen[name] * every.sum() / max(read.sum(), 1)
         pictures += len(every) if source.per_task > 1 else of_all
@@ -100,15 +100,10 @@ def sample_of(config: PrepareConfig, listing: pa.Table, wanted: int) -> pa.Table
     """
     rng, parts = random.Random(0), []
     for name, source in config.sources.items():
-        rows = _of_source(listing, name)
+        rows = files_of(listing, name)
         count = -(-wanted // len(config.sources)) if source.per_task > 1 else TABLES
         parts.append(rows.take(sorted(rng.sample(range(len(rows)), min(count, len(rows))))))
     return pa.concat_tables(parts)
-
-
-def _of_source(listing: pa.Table, name: str) -> pa.Table:
-    """The files of a source that can be read."""
-    return listing.filter((pc.field("source") == name) & pc.field("reason").is_null())
 
 
 def _encode(

@@ -29,15 +29,6 @@ from data_prep.shards import WORK, new_table, read_table, write_table
 from data_prep.storage import find_files, is_remote
 from models.config import InputError
 
-SHARD_LIST_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("split", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("num_planned", pa.int64()),
-    ]
-)
 REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
 NOT_PLANNED = ("perceptual_hash", "reason", "detail")
 ROWS_AT_ONCE = 1 << 16
@@ -83,7 +74,7 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
 
 
 def shard_list(dataset: Path) -> list[ShardSpec]:
-    table = read_table(dataset / WORK / "shard_list.parquet", SHARD_LIST_SCHEMA)
+    table = read_table(dataset / WORK / "shard_list.parquet")
     return [ShardSpec(**row) for row in table.to_pylist()]
 
 
@@ -117,7 +108,7 @@ def plan(
             spill(_grouped(sifted, write, buckets, heldout_fraction), paths)
         shards = _write_shards(work / "plan", read_ranges(paths), buckets, samples_per_shard)
     rows = [asdict(spec) for spec in shards]
-    write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows, SHARD_LIST_SCHEMA))
+    write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows))
 
 
 def _grouped(

@@ -1,7 +1,7 @@
 """Commits to a dataset that can be trained on: tables, report, and last the manifest."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -15,9 +15,9 @@ from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
+from data_prep.report import bucket_samples, training_rows
 from data_prep.shards import WORK, new_table, write_table, write_text
-from data_prep.sources.source import count_others
-from data_prep.sources.walk import NO_PICTURES
+from data_prep.sources.source import count_rejects
 from data_prep.storage import write_atomic
 from models.config import InputError
 from models.files import file_sha256
@@ -82,8 +82,8 @@ def _write_rejects(
     Returns how many pictures there are by reason, how many other files by extension, and the first few
     of each reason.
     """
-    examples: dict[str, list[dict[str, str]]] = {}
-    counts, others, kind = Counter[str](), Counter[str](), schema.REJECT_SCHEMA
+    rejected, others, kind = Counter[str](), Counter[str](), schema.REJECT_SCHEMA
+    examples = defaultdict[str, list[dict[str, str]]](list)
     encoded = [reject for commit in commits for reject in commit["rejects"]]
     with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
         batches = pq.ParquetFile(file).iter_batches()
@@ -91,15 +91,13 @@ def _write_rejects(
         with new_table(dataset / schema.REJECTS, kind) as write:
             for table in chain(planned, [pa.Table.from_pylist(encoded, schema=kind)]):
                 write(table)
-                new = Counter(table["reason"].to_pylist())
-                for reason in new:
-                    few = examples.setdefault(reason, [])
-                    mine = table.filter(pc.field("reason") == reason)
+                for reason in table["reason"].unique().to_pylist():
+                    few, mine = examples[reason], table.filter(pc.field("reason") == reason)
                     few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
-                counts.update({r: n for r, n in new.items() if r not in NO_PICTURES})
-                others += count_others(table)
+                for counts, new in zip((rejected, others), count_rejects(table), strict=True):
+                    counts.update(new)
     shown = [row for _, few in sorted(examples.items()) for row in few]
-    return dict(sorted(counts.items())), dict(sorted(others.items())), shown
+    return dict(sorted(rejected.items())), dict(sorted(others.items())), shown
 
 
 def _manifest(
@@ -123,12 +121,8 @@ def _manifest(
         other_files=others,
         cut_captions={name: cut[name] for name in encoders.record["text"]["roles"]},
     )
-    # All where there is no train split.
-    training = [commit for commit in commits if commit["split"] == "train"] or commits
+    training = training_rows(commits)
     latent_mean, latent_std = latent_statistics(training)
-    buckets = Counter[tuple[int, int]]()
-    for commit in training:
-        buckets[commit["height"], commit["width"]] += commit["num_samples"]
     flips, drawn = config.images.flip, config.captions.per_picture
     return schema.Manifest(
         id=schema.fingerprint({"settings": settings, "listing": begun["listing_sha256"]})[:32],
@@ -138,7 +132,7 @@ def _manifest(
         latent_std=latent_std,
         buckets=[
             schema.BucketRecord(height=h, width=w, num_samples=n)
-            for (h, w), n in sorted(buckets.items())
+            for (h, w), n in sorted(bucket_samples(training).items())
         ],
         classes=begun["classes"],
         counts=counts,

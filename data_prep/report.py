@@ -134,15 +134,26 @@ def _falling(counts: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
+def training_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shards of the train split, of a shard table or of commits; all where it has none."""
+    return [row for row in rows if row["split"] == "train"] or rows
+
+
+def bucket_samples(rows: list[dict[str, Any]]) -> Counter[Bucket]:
+    """Samples by bucket, in the shards of a table or of commits."""
+    counts = Counter[Bucket]()
+    for row in rows:
+        counts[row["height"], row["width"]] += row["num_samples"]
+    return counts
+
+
 def bucket_listing(rows: list[dict[str, Any]]) -> Listing:
     """Samples and shards of every bucket of the shard table, from the tallest to the widest."""
-    shards, samples = Counter[Bucket](), Counter[tuple[Bucket, str]]()
-    for row in rows:
-        shards[row["height"], row["width"]] += 1
-        samples[(row["height"], row["width"]), row["split"]] += row["num_samples"]
+    shards = Counter((row["height"], row["width"]) for row in rows)
+    samples = [bucket_samples([r for r in rows if r["split"] == split]) for split in SPLITS]
     lines, bars = list[tuple[str, ...]](), list[float]()
     for (height, width), count in sorted(shards.items(), key=lambda item: item[0][1] / item[0][0]):
-        numbers = [samples[(height, width), split] for split in SPLITS]
+        numbers = [counts[height, width] for counts in samples]
         cells = [f"{number:,}" for number in (*numbers, count)]
         lines.append((f"{height}x{width}", f"{width / height:.2f}", *cells))
         bars.append(sum(numbers))

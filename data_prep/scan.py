@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from data_prep.shards import WORK, read_table, write_table
 from data_prep.sources import Entry, SourceConfig
 from data_prep.sources.classes import count_classes
 from data_prep.sources.rows import RowsSource
-from data_prep.sources.source import split_of
+from data_prep.sources.source import files_of, split_of
 from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import delete, find_files, is_remote
 from data_prep.workers import ATTEMPTS, LOST, Tasks, connect, num_cpus
@@ -35,18 +35,7 @@ PARTS = (".parquet", ".staged.parquet")
 
 LISTING = "listing.parquet"
 LISTING_SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("name", pa.large_string()),
-        ("path", pa.large_string()),
-        ("size", pa.int64()),
-        ("caption_path", pa.large_string()),
-        ("metadata_path", pa.large_string()),
-        ("class_name", pa.string()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("stamp", pa.large_string()),
-    ]
+    [(f.name, pa.int64() if f.type is int else pa.large_string()) for f in fields(Entry)]
 )
 # What of a catalog's row is its content, and where that lies.
 CONTENT = ["key", "source", "name", "content_hash", "captions", "metadata", "label", "reason"]
@@ -61,9 +50,8 @@ def list_sources(config: PrepareConfig) -> pa.Table:
         batches.append(pa.RecordBatch.from_pylist(rows, schema=LISTING_SCHEMA))
     listing = pa.concat_tables(split_others(pa.Table.from_batches(batches, LISTING_SCHEMA)))
     for name, source in config.sources.items():
-        mine = (pc.field("source") == name) & pc.field("reason").is_null()
-        files = listing.filter(mine)["name"].to_pylist() if source.per_task == 1 else ()
-        splits = Counter(split_of(file) for file in files)
+        files = files_of(listing, name)["name"] if source.per_task == 1 else ()
+        splits = Counter(split_of(str(file)) for file in files)
         if len(splits) > 1:
             found = ", ".join(f"{n} of {split or 'none'}" for split, n in sorted(splits.items()))
             console.print(
@@ -85,14 +73,12 @@ def listing_sha256(listing: pa.Table) -> str:
     compute: Any = pc
     digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
     for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
-        beside = [
-            compute.replace_substring_regex(batch[name], ".*/", "")
-            for name in ("caption_path", "metadata_path")
-        ]
         columns = [batch[name] for name in ("source", "name", "class_name", "reason")]
-        texts = [column.cast(pa.large_string()) for column in (*columns, batch["size"])]
+        columns.append(batch["size"].cast(pa.large_string()))
+        for name in ("caption_path", "metadata_path"):
+            columns.append(compute.replace_substring_regex(batch[name], ".*/", ""))
         options = {"null_handling": "replace", "null_replacement": ""}
-        lines = compute.binary_join_element_wise(*texts, *beside, separator, **options)
+        lines = compute.binary_join_element_wise(*columns, separator, **options)
         digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
     return digest.hexdigest()
 
@@ -149,12 +135,8 @@ def refuse_changes(
 
 def _touched(config: PrepareConfig, work: Path, listing: pa.Table) -> Iterator[tuple[Any, ...]]:
     """The parts whose files have another stamp than when they were listed: their place and what was scanned."""
-    before, made, at = (
-        read_table(work / LISTING, LISTING_SCHEMA),
-        find_files(work / "catalog"),
-        0,
-    )
-    since = (work / LISTING).stat().st_mtime
+    before, made = read_table(work / LISTING, LISTING_SCHEMA), find_files(work / "catalog")
+    at, since = 0, (work / LISTING).stat().st_mtime
     differs = pc.not_equal(before["stamp"], listing["stamp"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     for name, source, rows in _partitions(config, listing):
         mine, at = differs[at : at + len(rows)], at + len(rows)

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,11 +23,10 @@ from safetensors.numpy import load
 from data_prep import schema
 from data_prep.drift import drift
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
-from data_prep.report import console, warn
+from data_prep.report import bucket_samples, console, training_rows, warn
 from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
 from data_prep.shards import read_table
-from data_prep.sources.source import count_others
-from data_prep.sources.walk import NO_PICTURES
+from data_prep.sources.source import count_rejects
 from data_prep.storage import find_files, local_copy, open_root
 from models.command import run_command
 from models.config import InputError
@@ -299,21 +297,16 @@ def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[s
 
 
 def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
-    counts, buckets = manifest.counts, Counter[tuple[int, int]]()
-    only_heldout = all(row["split"] == "heldout" for row in rows)
-    for row in rows:
-        if row["split"] == "train" or only_heldout:
-            buckets[row["height"], row["width"]] += row["num_samples"]
+    counts = manifest.counts
     kept = sum(r["num_samples"] // manifest.samples_per_picture[r["split"]] for r in rows)
-    reasons = Counter(rejects["reason"].to_pylist())
-    rejected = {reason: n for reason, n in reasons.items() if reason not in NO_PICTURES}
+    rejected, others = count_rejects(rejects)
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
     checks = {
         "kept": (counts.kept, kept),
-        "rejected": (counts.rejected, rejected),
-        "seen": (counts.seen, counts.kept + sum(rejected.values())),
-        "other_files": (counts.other_files or {}, dict(count_others(rejects))),
-        "buckets": (said, dict(buckets)),
+        "rejected": (counts.rejected, dict(rejected)),
+        "seen": (counts.seen, counts.kept + rejected.total()),
+        "other_files": (counts.other_files or {}, dict(others)),
+        "buckets": (said, dict(bucket_samples(training_rows(rows)))),
     }
     return [
         f"{MANIFEST}: {name}: says {said}, the files hold {found}"

@@ -17,7 +17,7 @@ from data_prep.images import UNDECODABLE
 from data_prep.shards import write_text
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.folder import FolderSource
-from data_prep.sources.source import count_others
+from data_prep.sources.source import count_rejects
 from data_prep.sources.tars import TarSource
 from data_prep.storage import filesystem_of, find_files, names_in, open_root, read_bytes
 from models.config import InputError
@@ -235,7 +235,7 @@ def test_many_files_of_an_extension_are_some_rows_and_a_count(tmp_path):
         rest = {item.name: item.detail for item in found if item.detail}
         assert rest == {f"{place}*.npy": "5 more", f"{place}*": "2 more"}
         columns = {n: [getattr(i, n) for i in found] for n in ("name", "reason", "detail")}
-        assert count_others(pa.table(columns)) == {"npy": 1005, "": 1002, "pdf": 1}
+        assert count_rejects(pa.table(columns))[1] == {"npy": 1005, "": 1002, "pdf": 1}
 
 
 def test_samples_of_a_tar_have_the_bytes_of_their_members(tmp_path):

@@ -15,7 +15,7 @@ from data_prep.catalog import CaptionsConfig, clean_caption
 from data_prep.sources import read_entries
 from data_prep.sources.classes import ClassesSource, count_classes
 from data_prep.sources.imagefolder import ImageFolderSource
-from data_prep.sources.source import count_others
+from data_prep.sources.source import count_rejects
 from data_prep.sources.table import TableSource
 from data_prep.storage import open_root, read_bytes, write_atomic
 from models.config import InputError, parse_config
@@ -351,7 +351,7 @@ def test_a_class_whose_files_get_no_rows_any_more_is_still_a_class(tmp_path):
     source = ClassesSource(kind="classes", path=str(tmp_path))
     listing = pa.Table.from_pylist([asdict(entry) for entry in source.entries("s")])
     assert count_classes({"s": source}, listing) == {"a": 0, "b": 0, "c": 0, "d": 4}
-    assert count_others(listing) == {"pdf": 1006}
+    assert count_rejects(listing)[1] == {"pdf": 1006}
 
 
 def test_class_lists_that_cannot_be_meant_are_refused(tmp_path):

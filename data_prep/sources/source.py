@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS, UNDECODABLE, Rejected
@@ -84,22 +86,28 @@ class OtherFiles:
                 yield f"*.{extension}".rstrip("."), f"{count - MAX_OTHER_ROWS} more"
 
 
-def files_of_row(name: str, detail: str) -> int:
-    """How many other files a row stands for."""
-    several = os.path.basename(name).startswith("*") and detail.endswith(" more")
-    return int(detail.split()[0]) if several else 1
+def files_of(listing: pa.Table, source: str) -> pa.Table:
+    """The files of a source that are to be read."""
+    return listing.filter((pc.field("source") == source) & pc.field("reason").is_null())
 
 
-def count_others(rows: Any) -> Counter[str]:
-    """Other files by extension, and folders by reason, in a listing or a table of rejects."""
-    counts = Counter[str]()
-    columns = (rows[column].to_pylist() for column in ("name", "reason", "detail"))
-    for name, reason, detail in zip(*columns, strict=True):
+def num_files(rows: pa.Table) -> pa.ChunkedArray:
+    """How many files each row of a listing or of rejects stands for: `OtherFiles` makes one for several."""
+    compute: Any = pc
+    found = compute.extract_regex(rows["detail"], r"^(?P<number>[0-9]{1,12}) more$")
+    return compute.struct_field(found, "number").cast(pa.int64()).fill_null(1)
+
+
+def count_rejects(rows: pa.Table) -> tuple[Counter[str], Counter[str]]:
+    """Pictures by reason, and beside them other files by extension and folders by reason."""
+    pictures, others = Counter[str](), Counter[str]()
+    columns = (column.to_pylist() for column in (rows["name"], rows["reason"], num_files(rows)))
+    for name, reason, number in zip(*columns, strict=True):
         if reason == OTHER_FILE:
-            counts[extension_of(name)] += files_of_row(name, detail)
-        elif reason in NO_PICTURES:
-            counts[reason] += 1
-    return counts
+            others[extension_of(name)] += number
+        else:
+            (others if reason in NO_PICTURES else pictures)[reason] += 1
+    return pictures, others
 
 
 class Source(Config, ABC):

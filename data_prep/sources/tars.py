@@ -9,17 +9,12 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
-from data_prep.sources.source import (
-    MAX_TEXT_BYTES,
-    Entry,
-    Item,
-    OtherFiles,
-    main_of,
-)
+from data_prep.sources.source import MAX_TEXT_BYTES, Item, OtherFiles, main_of
 from data_prep.sources.texts import TextsSource
 from data_prep.sources.walk import (
     HIDDEN_FOLDER,
     OTHER_FILE,
+    Entry,
     extension_of,
     hidden_part,
     is_utf8,
@@ -46,19 +41,17 @@ class TarSource(TextsSource):
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         """Samples grouped by key wherever their members lie; what is broken in the tar is an item too."""
-        try:
-            with local_copy(entry.path) as path, open(path, "rb") as file:
-                contents = patient(_scan_headers, file)
-                for key, group in contents.groups.items():
-                    name, main = f"{entry.name}/{key}", contents.groups.get(main_of(key) or "")
-                    if main and main.pictures and not group.texts:
-                        group.problem = group.problem or ("companion", f"beside {main_of(key)}")
+        with local_copy(entry.path) as path, open(path, "rb") as file:
+            contents = patient(_scan_headers, file)
+            for key, group in contents.groups.items():
+                name, main = f"{entry.name}/{key}", contents.groups.get(main_of(key) or "")
+                if main and main.pictures and not group.texts:
+                    group.problem = group.problem or ("companion", f"beside {main_of(key)}")
+                try:
                     item = _item_of_group(file, entry.path, name, group, self)
-                    yield replace(item, copy=path if path != entry.path else "")
-        except OSError as error:
-            detail = error.strerror or type(error).__name__
-            yield Item(entry.name, reason="unreadable", detail=detail)
-            return
+                except Rejected as rejected:
+                    item = Item(readable(name), reason=rejected.reason, detail=rejected.detail)
+                yield replace(item, copy=path if path != entry.path else "")
         rows = [(folder, HIDDEN_FOLDER, "with all in it") for folder in sorted(contents.hidden)]
         rows += [(name, OTHER_FILE, "") for name in contents.others]
         rows += [(name, OTHER_FILE, detail) for name, detail in contents.counter.rest()]
@@ -189,23 +182,21 @@ def _place_of(member: tarfile.TarInfo, groups: dict[str, _Group]) -> _Place | No
 
 
 def _item_of_group(file: Any, path: str, name: str, group: _Group, source: TextsSource) -> Item:
+    """The item of a key; raises Rejected."""
     if not is_utf8(name):
-        return Item(readable(name), reason="name_not_utf8")
-    if len(group.pictures) > 1 and not group.problem:
-        group.problem = ("duplicate_key", f"pictures {', '.join(group.pictures)} share it")
+        raise Rejected("name_not_utf8")
     if group.problem:
-        return Item(name, reason=group.problem[0], detail=group.problem[1])
+        raise Rejected(*group.problem)
+    if len(group.pictures) > 1:
+        raise Rejected("duplicate_key", f"pictures {', '.join(group.pictures)} share it")
     read = partial(patient, _read_member, file)
     texts = {extension: read(place, MAX_TEXT_BYTES + 1) for extension, place in group.texts.items()}
-    try:
-        said = source.describe(texts)
-        if not group.pictures:
-            raise Rejected("no_picture", f"only {', '.join(group.texts)}")
-        place, *_ = group.pictures.values()
-        if place.sparse and place.size > MAX_SPARSE_BYTES:
-            raise Rejected("too_many_bytes", f"{place.size} > {MAX_SPARSE_BYTES}, with holes")
-    except Rejected as rejected:
-        return Item(name, reason=rejected.reason, detail=rejected.detail)
+    said = source.describe(texts)
+    if not group.pictures:
+        raise Rejected("no_picture", f"only {', '.join(group.texts)}")
+    place, *_ = group.pictures.values()
+    if place.sparse and place.size > MAX_SPARSE_BYTES:
+        raise Rejected("too_many_bytes", f"{place.size} > {MAX_SPARSE_BYTES}, with holes")
     data = read(place, place.size) if place.sparse else None
     return Item(name, path, place.offset, place.size, data=data, **said)
 

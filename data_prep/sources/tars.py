@@ -23,6 +23,8 @@ from data_prep.sources.walk import (
 )
 from data_prep.storage import local_copy, patient
 
+# Extensions of what is said of a picture.
+TEXTS = frozenset(("txt", "json"))
 # Bytes of a tar's block.
 BLOCK = 512
 # Bytes of a picture with holes, which is put together in memory.
@@ -44,11 +46,13 @@ class TarSource(TextsSource):
         with local_copy(entry.path) as path, open(path, "rb") as file:
             contents = patient(_scan_headers, file)
             for key, group in contents.groups.items():
-                name, main = f"{entry.name}/{key}", contents.groups.get(main_of(key) or "")
-                if main and main.pictures and not group.texts:
-                    group.problem = group.problem or ("companion", f"beside {main_of(key)}")
+                name = f"{entry.name}/{key}"
                 try:
-                    item = _item_of_group(file, entry.path, name, group, self)
+                    if not is_utf8(key):
+                        raise Rejected("name_not_utf8")
+                    if problem := contents.problem_of(key):
+                        raise Rejected(*problem)
+                    item = self._item(name, entry.path, file, group)
                 except Rejected as rejected:
                     item = Item(readable(name), reason=rejected.reason, detail=rejected.detail)
                 yield replace(item, copy=path if path != entry.path else "")
@@ -60,6 +64,19 @@ class TarSource(TextsSource):
         if contents.broken:
             yield Item(entry.name, reason="broken_tar", detail=contents.broken)
 
+    def _item(self, name: str, path: str, file: Any, group: "_Group") -> Item:
+        """The item of a key's members; raises Rejected."""
+        read = partial(patient, _read_member, file)
+        texts = {e: read(group[e], MAX_TEXT_BYTES + 1) for e in group if e in TEXTS}
+        said = self.describe(texts)
+        place = next((place for e, place in group.items() if e not in TEXTS), None)
+        if place is None:
+            raise Rejected("no_picture", f"only {', '.join(group)}")
+        if place.sparse and place.size > MAX_SPARSE_BYTES:
+            raise Rejected("too_many_bytes", f"{place.size} > {MAX_SPARSE_BYTES}, with holes")
+        data = read(place, place.size) if place.sparse else None
+        return Item(name, path, place.offset, place.size, data=data, **said)
+
 
 class _Place(NamedTuple):
     """Where a member's bytes lie; the header of a sparse one says where its holes are."""
@@ -69,13 +86,8 @@ class _Place(NamedTuple):
     sparse: tarfile.TarInfo | None = None
 
 
-@dataclass
-class _Group:
-    """Members of one key by extension."""
-
-    pictures: dict[str, _Place] = field(default_factory=dict)
-    texts: dict[str, _Place] = field(default_factory=dict)
-    problem: tuple[str, str] | None = None
+# The members of one key by extension.
+_Group = dict[str, _Place]
 
 
 @dataclass
@@ -84,6 +96,8 @@ class _Contents:
 
     groups: dict[str, _Group] = field(default_factory=dict)
     """By key."""
+    problems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By key, the reason and the detail of those that are no samples."""
     hidden: set[str] = field(default_factory=set)
     """Folders that are left out."""
     others: list[str] = field(default_factory=list)
@@ -91,6 +105,18 @@ class _Contents:
     counter: OtherFiles = field(default_factory=OtherFiles)
     broken: str = ""
     """What is wrong with the tar."""
+
+    def problem_of(self, key: str) -> tuple[str, str] | None:
+        """Why the members of a key are no sample, as far as their headers tell."""
+        group, main = self.groups[key], main_of(key) or ""
+        pictures = [extension for extension in group if extension not in TEXTS]
+        if key in self.problems:
+            return self.problems[key]
+        if self.groups.get(main, {}).keys() - TEXTS and not group.keys() & TEXTS:
+            return "companion", f"beside {main}"
+        if len(pictures) > 1:
+            return "duplicate_key", f"pictures {', '.join(pictures)} share it"
+        return None
 
 
 def _scan_headers(file: Any) -> _Contents:
@@ -107,9 +133,9 @@ def _scan_headers(file: Any) -> _Contents:
     except (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError) as error:
         contents.broken = str(error) or type(error).__name__
         if contents.groups:
-            last = next(reversed(contents.groups.values()))
+            last = next(reversed(contents.groups))
             detail = "the last sample before the break; may lack parts"
-            last.problem = last.problem or ("broken_tar", detail)
+            contents.problems.setdefault(last, ("broken_tar", detail))
     return contents
 
 
@@ -153,52 +179,27 @@ def _add_member(contents: _Contents, member: tarfile.TarInfo) -> None:
     if folder := hidden_part(member.name):
         contents.hidden.add(folder)
         return
-    groups = contents.groups
-    extension = extension_of(member.name)
+    key, extension = stem_of(member.name), extension_of(member.name)
     hidden = os.path.basename(member.name).startswith(".")
-    if hidden or extension not in (*PICTURE_EXTENSIONS, "txt", "json"):
+    if hidden or extension not in (*PICTURE_EXTENSIONS, *TEXTS):
         if not member.isdir() and contents.counter.has_row(member.name):
             contents.others.append(member.name)
         return
-    group = groups.setdefault(stem_of(member.name), _Group())
-    place = _place_of(member, groups)
+    group, place = contents.groups.setdefault(key, {}), _place_of(member, contents.groups)
     if place is None:
-        group.problem = ("not_a_regular_file", f"{extension} is a link or special")
-    elif extension in group.pictures or extension in group.texts:
-        group.problem = ("duplicate_key", f"two members end in .{extension}")
-    elif extension in ("txt", "json"):
-        group.texts[extension] = place
+        contents.problems[key] = ("not_a_regular_file", f"{extension} is a link or special")
+    elif extension in group:
+        contents.problems[key] = ("duplicate_key", f"two members end in .{extension}")
     else:
-        group.pictures[extension] = place
+        group[extension] = place
 
 
 def _place_of(member: tarfile.TarInfo, groups: dict[str, _Group]) -> _Place | None:
     """A file's own, or for a hard link that of the member that it leads to; None where there is neither."""
     if member.islnk():
-        target = groups.get(stem_of(member.linkname), _Group())
-        return (target.pictures | target.texts).get(extension_of(member.linkname))
+        return groups.get(stem_of(member.linkname), {}).get(extension_of(member.linkname))
     sparse = member if member.issparse() else None
     return _Place(member.offset_data, member.size, sparse) if member.isreg() else None
-
-
-def _item_of_group(file: Any, path: str, name: str, group: _Group, source: TextsSource) -> Item:
-    """The item of a key; raises Rejected."""
-    if not is_utf8(name):
-        raise Rejected("name_not_utf8")
-    if group.problem:
-        raise Rejected(*group.problem)
-    if len(group.pictures) > 1:
-        raise Rejected("duplicate_key", f"pictures {', '.join(group.pictures)} share it")
-    read = partial(patient, _read_member, file)
-    texts = {extension: read(place, MAX_TEXT_BYTES + 1) for extension, place in group.texts.items()}
-    said = source.describe(texts)
-    if not group.pictures:
-        raise Rejected("no_picture", f"only {', '.join(group.texts)}")
-    place, *_ = group.pictures.values()
-    if place.sparse and place.size > MAX_SPARSE_BYTES:
-        raise Rejected("too_many_bytes", f"{place.size} > {MAX_SPARSE_BYTES}, with holes")
-    data = read(place, place.size) if place.sparse else None
-    return Item(name, path, place.offset, place.size, data=data, **said)
 
 
 def _read_member(file: Any, place: _Place, length: int) -> bytes:

@@ -108,23 +108,21 @@ class ScanSettings:
 
 def scan_partition(
     settings: ScanSettings, name: str, source: SourceConfig, entries: list[Entry], pool: DecodePool
-) -> tuple[int, int]:
-    """Write the catalog part NAME.parquet of some entries; returns its rows, and captions of joined lines.
+) -> int:
+    """Write the catalog part NAME.parquet of some entries; returns its captions of joined lines.
 
     Pictures that came as bytes in a table are laid end to end in STAGED/NAME, for a row of a compressed
     column has no address of its own; that file appears first, and the part is then NAME.staged.parquet.
     """
     work, staged = settings.work, settings.work / STAGED / name
-    temporary, staging, count = temporary_for(work / "catalog" / name), temporary_for(staged), 0
-    scan = _Scan(settings, entries[0].source, pool, str(staging), str(staged))
+    temporary, staging = temporary_for(work / "catalog" / name), temporary_for(staged)
+    scan = _Scan(settings, entries[0].source, pool, staging, staged)
+    items = read_entries(entries, source, settings.class_names, settings.filters.metadata)
     try:
         with pq.ParquetWriter(temporary, CATALOG_SCHEMA, compression="zstd") as writer:
-            rows = scan.rows(
-                read_entries(entries, source, settings.class_names, settings.filters.metadata)
-            )
+            rows = scan.rows(items)
             while some := list(islice(rows, ROWS_AT_ONCE)):
                 writer.write_table(pa.Table.from_pylist(some, CATALOG_SCHEMA))
-                count += len(some)
         settings.check()
         kind = "parquet"
         if staging.exists():
@@ -134,23 +132,24 @@ def scan_partition(
     finally:
         temporary.unlink(missing_ok=True)
         staging.unlink(missing_ok=True)
-    return count, scan.joined
+    return scan.joined
 
 
 # A row as far as it is known, and the question about its picture.
 _Begun = tuple[dict[str, Any], ProbeRequest | None]
 
 
+@dataclass
 class _Scan:
     """The rows of one partition, in the order of its items, several probes ahead."""
 
-    def __init__(
-        self, settings: ScanSettings, source: str, pool: DecodePool, staging: str, staged: str
-    ):
-        self._source, self._pool = source, pool
-        self._captions, self._filters = settings.captions, settings.filters
-        self._staging, self._staged, self._staged_bytes = staging, staged, 0
-        self.joined = 0
+    settings: ScanSettings
+    source: str
+    pool: DecodePool
+    staging: Path
+    staged: Path
+    staged_bytes: int = 0
+    joined: int = 0
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
         begun, asked = list[_Begun](), deque[tuple[list[_Begun], Future[list[Answer]]]]()
@@ -166,45 +165,45 @@ class _Scan:
             yield from _finish(group, answers)
 
     def _ask(self, begun: list[_Begun]) -> Future[list[Answer]]:
-        return self._pool.submit_all([request for _, request in begun if request])
+        return self.pool.submit_all([request for _, request in begun if request])
 
     def _begin(self, item: Item) -> _Begun:
         """The item's row as far as it is known without the picture, and the question about that."""
+        metadata = json.dumps(item.metadata, ensure_ascii=False) if item.metadata else ""
         row: dict[str, Any] = {
-            "key": sample_key(self._source, item.name),
-            "source": self._source,
+            "key": sample_key(self.source, item.name),
+            "source": self.source,
             "name": item.name,
             "path": item.path,
             "offset": item.offset,
             "length": item.length,
             "captions": [],
-            "metadata": encodable(json.dumps(item.metadata, ensure_ascii=False))
-            if item.metadata
-            else "",
+            "metadata": encodable(metadata),
             "label": item.label,
             "reason": item.reason,
             "detail": encodable(item.detail),
         }
         if item.reason:
             return row, None
+        captions = self.settings.captions
         try:
-            row["captions"] = draw_captions(row["key"], item.captions, self._captions)
-            if self._captions.lines == "join":
+            row["captions"] = draw_captions(row["key"], item.captions, captions)
+            if captions.lines == "join":
                 self.joined += any(len(lines_of(said)) > 1 for said, _ in item.captions)
-            if why := refusal(item.metadata, self._filters.metadata):
+            if why := refusal(item.metadata, self.settings.filters.metadata):
                 raise Rejected("metadata", why)
         except Rejected as rejected:
             detail = "; ".join(filter(None, (rejected.detail, row["detail"])))
             return row | {"reason": rejected.reason, "detail": detail}, None
         path = item.copy or item.path
         if item.data is not None:
-            row |= {"path": self._staged, "offset": self._staged_bytes}
-            path = self._staging
+            row |= {"path": str(self.staged), "offset": self.staged_bytes}
+            path = str(self.staging)
             with open(path, "ab") as file:
                 file.write(item.data)
-            self._staged_bytes += len(item.data)
+            self.staged_bytes += len(item.data)
         address = Address(path, row["offset"], item.length)
-        looks = self._filters.near_duplicates is not None
+        looks = self.settings.filters.near_duplicates is not None
         return row, ProbeRequest(address, looks)
 
 
@@ -215,8 +214,8 @@ def _finish(begun: list[_Begun], asked: Future[list[Answer]]) -> Iterator[dict[s
         if isinstance(answer, Rejected):
             row |= {"reason": answer.reason, "detail": answer.detail}
         elif isinstance(answer, Probe):
-            row |= {"height": answer.height, "width": answer.width}
-            row |= {"content_hash": answer.content_hash, "perceptual_hash": answer.perceptual_hash}
+            # What a probe finds are columns of the catalog.
+            row |= vars(answer)
         yield row
 
 

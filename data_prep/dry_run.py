@@ -100,19 +100,16 @@ def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listin
         items = sampled_items(name, source, listing, list(config.filters.metadata))
         fates = Counter[str]()
         for item in items:
-            key, refused = (
-                sample_key(name, item.name),
-                refusal(item.metadata, config.filters.metadata),
-            )
             try:
-                drawn = [] if item.reason else draw_captions(key, item.captions, config.captions)
-                fate = item.reason or ("metadata" if refused else "")
-            except Rejected as rejected:
-                drawn, fate = [], rejected.reason
-            if fate:
-                fates[fate] += 1
-            else:
+                if item.reason:
+                    raise Rejected(item.reason)
+                key = sample_key(name, item.name)
+                drawn = draw_captions(key, item.captions, config.captions)
+                if refusal(item.metadata, config.filters.metadata):
+                    raise Rejected("metadata")
                 captions += drawn
+            except Rejected as rejected:
+                fates[rejected.reason] += 1
         looked += len(items)
         taken = [(i.path, i.offset, i.data, i.label) for i in items if not i.reason]
         if again := len(taken) - len(set(taken)):

@@ -2,7 +2,8 @@
 
 import io
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -175,7 +176,7 @@ def _load_rgb(
     with _open(data, config) as image:
         orientation = _orientation(image)
         width, height = image.size[::-1] if orientation >= 5 else image.size  # as seen
-        try:
+        with _broken_is_rejected():
             if image.format in ("JPEG", "MPO"):
                 gap = max(cover[0] / height, cover[1] / width) * DRAFT_GAP
                 wanted = max(int(image.width * gap), 1), max(int(image.height * gap), 1)
@@ -185,10 +186,6 @@ def _load_rgb(
             rgb = _to_rgb(image, config.background, notes)
             if orientation in TRANSPOSE:
                 rgb = rgb.transpose(TRANSPOSE[orientation])
-        except (Rejected, MemoryError):
-            raise
-        except Exception as error:  # Pillow raises nearly anything on a broken file
-            raise Rejected("undecodable", _describe(error)) from error
     return rgb, (height, width)
 
 
@@ -207,29 +204,31 @@ def _crop_resized(image: Image.Image, bucket: Bucket, top: float, left: float) -
     return np.asarray(resized)
 
 
+@contextmanager
+def _broken_is_rejected() -> Iterator[None]:
+    """Pillow raises nearly anything on a broken file: as Rejected."""
+    try:
+        yield
+    except (Rejected, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise Rejected("undecodable", f"none of {', '.join(FORMATS)}") from error
+    except Exception as error:
+        raise Rejected("undecodable", _describe(error)) from error
+
+
 def _open(data: bytes, config: ImagesConfig) -> ImageFile.ImageFile:
     """The header, within limits; raises Rejected."""
     if not data:
         raise Rejected("empty_file")
     if len(data) > config.max_bytes:
         raise Rejected("too_many_bytes", f"{len(data)} > {config.max_bytes}")
-    try:
+    with _broken_is_rejected():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise Rejected("undecodable", f"none of {', '.join(FORMATS)}") from error
-    except MemoryError:
-        raise
-    # Pillow raises nearly anything on a broken file.
-    except Exception as error:
-        raise Rejected("undecodable", _describe(error)) from error
-    if image.width * image.height > config.max_pixels:
-        raise Rejected("too_many_pixels", f"{image.width}x{image.height}")
-    if config.animated == "reject" and image.format in ("GIF", "WEBP", "PNG", "AVIF", "JXL"):
-        try:
-            animated = getattr(image, "is_animated", False)
-        except Exception as error:  # as above: it reads on
-            raise Rejected("undecodable", _describe(error)) from error
-        if animated:
+        if image.width * image.height > config.max_pixels:
+            raise Rejected("too_many_pixels", f"{image.width}x{image.height}")
+        moving = image.format in ("GIF", "WEBP", "PNG", "AVIF", "JXL")
+        if config.animated == "reject" and moving and getattr(image, "is_animated", False):
             raise Rejected("animated")
     return image
 

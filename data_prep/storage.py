@@ -123,12 +123,7 @@ def read_bytes(path: str, offset: int, length: int) -> bytes:
 def read_head(path: str, length: int) -> bytes:
     """The first bytes, no more than `length`; raises OSError where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-
-    def read() -> bytes:
-        with filesystem.open(name, "rb") as file:
-            return file.read(length)
-
-    return patient(read)
+    return patient(filesystem.head, name, length)
 
 
 def size_of(path: str) -> int:

@@ -70,11 +70,10 @@ def scanned(work, source, captions=CaptionsConfig(), filters=FiltersConfig()) ->
     work = work.with_name(f"{work.name}-work")
     entries = list(source.entries("s"))
     settings = ScanSettings(work, [], IMAGES, captions, filters)
-    count, _ = scan_partition(settings, "part", source, entries, probes())
+    scan_partition(settings, "part", source, entries, probes())
     (part,) = (work / "catalog").iterdir()
     rows = pq.read_table(part).to_pylist()
     part.unlink()
-    assert len(rows) == count
     return rows
 
 
@@ -319,7 +318,7 @@ def test_captions_of_joined_lines_are_counted(tmp_path):
         (tmp_path / f"{i}.txt").write_bytes(text)
     source = FolderSource(kind="folder", path=str(tmp_path))
     work = tmp_path.with_name(f"{tmp_path.name}-work")
-    for lines, expected in (("join", (4, 2)), ("each", (4, 0))):
+    for lines, expected in (("join", 2), ("each", 0)):
         settings = ScanSettings(work, [], IMAGES, CaptionsConfig(lines=lines), FiltersConfig())
         entries = list(source.entries("s"))
         assert scan_partition(settings, "part", source, entries, probes()) == expected

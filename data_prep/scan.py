@@ -21,8 +21,8 @@ from data_prep.report import Progress, console
 from data_prep.shards import WORK, read_table, write_table
 from data_prep.sources import Entry, SourceConfig
 from data_prep.sources.classes import count_classes
-from data_prep.sources.rows import RowsSource
 from data_prep.sources.source import files_of, split_of
+from data_prep.sources.table import TableSource
 from data_prep.sources.walk import NO_PICTURES
 from data_prep.storage import delete, find_files, is_remote
 from data_prep.workers import ATTEMPTS, LOST, Tasks, connect, num_cpus
@@ -149,7 +149,7 @@ def _touched(config: PrepareConfig, work: Path, listing: pa.Table) -> Iterator[t
 
 def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: float) -> bool:
     """Whether a table's rows name a local picture that is gone, or was written again since then."""
-    if not isinstance(source, RowsSource):
+    if not isinstance(source, TableSource):
         return False
     paths = set(read_table(path, pa.schema([CATALOG_SCHEMA.field("path")]))["path"].to_pylist())
     # What came as bytes in the table is as old as the table.

@@ -236,15 +236,15 @@ def test_a_jsonl_file_that_is_one_array_is_read(tmp_path, text, monkeypatch):
     (tmp_path / "t.jsonl").write_text(text)
     found = items(table(tmp_path))
     assert [item.captions[0][0].decode() for item in found] == ["x0", "x1", "x2", "x3"]
-    monkeypatch.setattr("data_prep.sources.rows.MAX_ARRAY_BYTES", 10)
+    monkeypatch.setattr("data_prep.sources.table.MAX_ARRAY_BYTES", 10)
     if "[{" in text or "[\n" in text:
         (found,) = items(table(tmp_path))
         assert (found.reason, found.name) == ("broken_table", "t.jsonl")
 
 
 def test_a_line_that_is_too_long_costs_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.sources.rows.MAX_LINE", 100)
-    monkeypatch.setattr("data_prep.sources.rows.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr("data_prep.sources.table.MAX_LINE", 100)
+    monkeypatch.setattr("data_prep.sources.table.MAX_TEXT_BYTES", 1000)
     save_pictures(tmp_path / "p")
     rows = [("p/0.png", "x"), ("p/1.png", "y" * 500), ("p/2.png", "z" * 95), ("p/3.png", "w")]
     write_csv(tmp_path / "t.csv", rows, ("image", "caption"))
@@ -253,7 +253,7 @@ def test_a_line_that_is_too_long_costs_its_row(tmp_path, monkeypatch):
     reasons = [item.reason for item in items(table(tmp_path))]
     bad = (["broken_row"] * 2, ["broken_json"] * 2)
     assert reasons == [None, *bad[0], None, None, *bad[1], None]
-    monkeypatch.setattr("data_prep.sources.rows.MAX_LINE", 5000)
+    monkeypatch.setattr("data_prep.sources.table.MAX_LINE", 5000)
     lines = ["image,caption", 'p/0.png,"open', *["p,x"] * 500, "p/1.png,y"]
     (tmp_path / "t.jsonl").unlink()
     (tmp_path / "t.csv").write_text("\n".join(lines))

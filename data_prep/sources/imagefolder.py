@@ -1,4 +1,6 @@
 """Hugging Face's ImageFolder: pictures, and a table of metadata that names them."""
+# What is an option of other tables is none here:
+# pyright: reportIncompatibleVariableOverride=false
 
 import os
 import posixpath
@@ -9,22 +11,22 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from data_prep.images import PICTURE_EXTENSIONS
-from data_prep.sources.rows import RowsSource
-from data_prep.sources.source import Item, Weight
+from data_prep.sources.source import Item, Source, Weight
+from data_prep.sources.table import TableSource
 from data_prep.sources.walk import OTHER_FILE, Entry, Walk, extension_of, walk_folder
 from models.config import Entries
 
 
-class ImageFolderSource(RowsSource):
+class ImageFolderSource(TableSource):
     """Hugging Face's ImageFolder: pictures, and metadata.csv, .jsonl or .parquet with their file_name."""
 
     contents = "metadata.csv, .jsonl or .parquet"
+    may_be_one_file = False
     inside = True
-    # What is an option of other tables.
-    image: ClassVar[str] = "file_name"  # pyright: ignore[reportIncompatibleVariableOverride]
-    strings: ClassVar[str] = "path"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     kind: Literal["imagefolder"]
+    image: ClassVar[str] = "file_name"
+    strings: ClassVar[str] = "path"
     captions: Entries[str, Weight] = Field(default={"text": 1.0}, min_length=1)
     """Column -> weight."""
 
@@ -35,7 +37,7 @@ class ImageFolderSource(RowsSource):
     def entries_of(self, walk: Walk) -> Iterator[Entry]:
         """Pictures beside metadata are its rows, or `read` says that they have none."""
         beside = any(self.takes(file.name) for file in walk.files)
-        for entry in super().entries_of(walk):
+        for entry in Source.entries_of(self, walk):
             if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
                 yield entry
             elif not beside:

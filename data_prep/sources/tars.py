@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from data_prep.images import PICTURE_EXTENSIONS, Rejected
+from data_prep.sources.folder import TextsSource
 from data_prep.sources.source import MAX_TEXT_BYTES, Item, OtherFiles, main_of
-from data_prep.sources.texts import TextsSource
 from data_prep.sources.walk import (
     HIDDEN_FOLDER,
     OTHER_FILE,

@@ -101,7 +101,7 @@ def plan(
             shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
         drops = find_duplicates(parts, filters, Path(folder))
-        count = _num_ranges(sum(_num_rows(part) for part in parts), ROWS_PER_RANGE)
+        count = _num_ranges(parts, ROWS_PER_RANGE)
         paths = [Path(folder) / f"range-{number}.arrow" for number in range(count)]
         with new_table(work / "plan_rejects.parquet", REJECT_SCHEMA) as write:
             sifted = sift(parts, filters, drops)
@@ -187,7 +187,7 @@ def find_duplicates(parts: list[Path], filters: FiltersConfig, folder: Path) -> 
     """DROP of every row that an earlier one makes superfluous, by row."""
     exact = np.zeros(0, DROP)
     if filters.duplicates == "reject":
-        count = _num_ranges(sum(_num_rows(part) for part in parts), HASHES_PER_RANGE)
+        count = _num_ranges(parts, HASHES_PER_RANGE)
         exact = same_files(_passing(parts, filters, "content_hash"), count, folder)
     if filters.near_duplicates is None:
         return exact
@@ -278,12 +278,12 @@ def _batches(parts: list[Path], columns: list[str]) -> Iterator[tuple[int, pa.Ta
                 row += len(batch)
 
 
-def _num_rows(part: Path) -> int:
-    with part.open("rb") as file:
-        return pq.read_metadata(file).num_rows
-
-
-def _num_ranges(num_rows: int, size: int) -> int:
+def _num_ranges(parts: list[Path], size: int) -> int:
+    """In how many ranges all rows are, so that each has about `size`."""
+    num_rows = 0
+    for part in parts:
+        with part.open("rb") as file:
+            num_rows += pq.read_metadata(file).num_rows
     return min(max(-(-num_rows // size), 1), MAX_RANGES)
 
 

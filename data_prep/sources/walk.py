@@ -45,23 +45,23 @@ class Walk:
     name: str
     path: str
     files: list[Entry] = field(default_factory=list)
-    folders: list[tuple[str, str]] = field(default_factory=list)
-    """Name relative to the root, full path."""
+    folders: list[str] = field(default_factory=list)
+    """Names like its own."""
     rejected: list[Entry] = field(default_factory=list)
 
     def add(self, name: str, size: int | None, stamp: str = "") -> None:
         """What lies there by its name in the folder: a file of so many bytes, or where that is None a folder."""
-        full, path = self.name + name, f"{self.path}/{name}"
+        full = self.name + name
         if not is_utf8(name):
             self.reject(full, "name_not_utf8")
         elif size is None and is_hidden(name):
             self.reject(f"{full}/", HIDDEN_FOLDER, "with all in it")
         elif size is None:
-            self.folders.append((f"{full}/", path))
+            self.folders.append(f"{full}/")
         elif name.startswith("."):
             self.reject(full, OTHER_FILE, "hidden")
         else:
-            self.files.append(Entry(self.source, full, path, size, stamp=stamp))
+            self.files.append(Entry(self.source, full, f"{self.path}/{name}", size, stamp=stamp))
 
     def reject(self, name: str, reason: str, detail: str = "") -> None:
         entry = Entry(self.source, readable(name), "", 0, reason=reason, detail=detail)
@@ -74,9 +74,10 @@ def walk_folder(root: str, source: str = "") -> Iterator[Walk]:
     Links are followed; a folder that two paths reach is listed once. Hidden and system folders are left out.
     """
     tree = _read_store(root) if is_remote(root) else None
-    seen, waiting = set[tuple[int, int]](), [("", root)]
+    seen, waiting = set[tuple[int, int]](), [""]
     while waiting:
-        walk = Walk(source, *waiting.pop())
+        name = waiting.pop()
+        walk = Walk(source, name, f"{root}/{name}".removesuffix("/"))
         if tree is None:
             _look_on_disk(walk, seen)
         else:

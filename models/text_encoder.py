@@ -1,6 +1,5 @@
 """Frozen text encoders: captions to token embeddings, a mask and one pooled vector."""
 
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from models.weights import (
     brief,
     check_layers,
     load_network,
+    network_class,
     read_text_config,
     text_class,
     tokenizer_folder,
@@ -124,8 +124,8 @@ def widths(config: Any, view: View) -> tuple[int, int]:
 def stored_bytes(path: Path, view: View) -> tuple[int, int]:
     """Bytes of a stored row and of the vector of an encoder that is not opened."""
     family = text_class(read_text_config(path, view))
-    network: Any = attrgetter(family)(transformers)
-    config = network.config_class.from_pretrained(path, local_files_only=True)
+    known = network_class(transformers, family).config_class
+    config = known.from_pretrained(path, local_files_only=True)
     dim, pooled = widths(config, with_own_pooled(view, family))
     return 2 * dim, 2 * pooled
 

@@ -53,7 +53,6 @@ TEXT_ENCODERS = {
     "clip_text_model": "CLIPTextModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
-    # Not among those that the package names itself.
     "t5gemma": "T5GemmaEncoder",
     "gemma2": "Gemma2Model",
     "gemma3": "Gemma3Model",
@@ -66,6 +65,8 @@ TEXT_ENCODERS = {
     "qwen3_vl": "Qwen3VLModel",
     "qwen3_vl_text": "Qwen3VLTextModel",
 }
+# In its module alone, which the package does not name itself.
+HIDDEN_CLASS = "T5GemmaEncoder"
 # The vector that a class gives by itself; of any other it is the mean over the tokens.
 OWN_POOLED = {"CLIPTextModelWithProjection": "projected", "CLIPTextModel": "eos"}
 # By model_type; all give the class token, any registers, then the patches, normalised.
@@ -258,7 +259,7 @@ def stored_values(folder: Path, name: str) -> list[float]:
 
 def network_class(package: Any, name: str) -> Any:
     """A class of diffusers or transformers."""
-    if name == "T5GemmaEncoder":
+    if name == HIDDEN_CLASS:
         package = importlib.import_module("transformers.models.t5gemma.modeling_t5gemma")
     return getattr(package, name)
 

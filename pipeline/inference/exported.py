@@ -30,7 +30,7 @@ from models.config import InputError
 from models.exchange import layout_of, to_diffusers
 from models.files import naming, publish
 from models.networks import MODELS, build_model
-from models.weights import TORCH_DTYPES, Dtype
+from models.weights import HIDDEN_CLASS, TORCH_DTYPES, Dtype
 from pipeline.inference.model_card import model_card, public_name, without_places
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import Task
@@ -312,7 +312,9 @@ def save_encoders(trained: Trained, folder: Path, how: str) -> dict[str, Any]:
     entries: dict[str, Any] = {} if vae else {"vae": [None, None]}
     for number, encoder in enumerate(encoders.text.values(), start=1):
         suffix = f"_{number}" if number > 1 else ""
-        parts.append((f"text_encoder{suffix}", "transformers", encoder.network, encoder.path))
+        hidden = type(encoder.network).__name__ == HIDDEN_CLASS
+        library = type(encoder.network).__module__ if hidden else "transformers"
+        parts.append((f"text_encoder{suffix}", library, encoder.network, encoder.path))
         encoder.tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
         entries[f"tokenizer{suffix}"] = ["transformers", type(encoder.tokenizer).__name__]
     for name, library, network, source in parts:

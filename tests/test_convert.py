@@ -85,7 +85,7 @@ def test_a_converted_network_s_x0_is_the_original_s_at_every_level_that_both_pat
         apart = (after - before).flatten(1).norm(dim=1) / size
         assert len(t) > 15
         assert apart[ratio <= 100].max() < 1e-5, new
-        # Where SNR is below 1e-4 an x0 divides by alpha: the network's own output is compared.
+        # Where SNR is below 1e-4 an x0 has a division by alpha: the network's own output is compared.
         assert (seen[2] - pred).norm() / pred.norm() < 1e-5, new
 
 
@@ -166,9 +166,9 @@ def test_a_network_of_epsilon_goes_on_as_rectified_flow_from_its_own_error(
     assert said.count("of the t drawn have a noise level that its own path lacks") == 1
     objective = load_run_config(run).objective
     assert (objective.own, objective.prediction) == (EPSILON, "flow")
-    # Of the same weights: the levels of a table are half a step apart from those asked for, at most.
+    # The levels of a table are up to half a step from those asked for, which tells most where there is little noise.
     before = heldout(given, Objective(load_run_config(given).objective))
-    torch.testing.assert_close(heldout(given, Objective(objective)), before, rtol=0.02, atol=0)
+    torch.testing.assert_close(heldout(given, Objective(objective)), before, rtol=0.05, atol=0)
     train_factory.train(train_factory.write_config(home, fresh.name), *own, "training.images=8")
     (_, begun), *_, (_, ended) = logged(run)
     print(
@@ -201,7 +201,7 @@ def test_a_converted_run_resumes_goes_on_elsewhere_and_is_exported_as_it_is(home
         of({"preset": "edm"})
     with pytest.raises(InputError, match="convert has no effect"):
         of({}, convert=True)
-    with pytest.raises(InputError, match=r"computes prediction epsilon .* network is prediction v"):
+    with pytest.raises(InputError, match=r"computes prediction epsilon .*network is prediction v"):
         of({"network": {"path": "vp_discrete", "prediction": "v"}})
 
     file, again = tmp_path / "given.safetensors", train_factory.write_config(tmp_path, "again")

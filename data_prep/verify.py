@@ -21,10 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from data_prep import schema
-<<<<<<< ours
 from data_prep.drift import drift
-=======
->>>>>>> theirs
 from data_prep.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.report import bucket_samples, console, training_rows, warn
 from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest

@@ -19,8 +19,9 @@ def main() -> None:
     distributed.start(60)
     whole = build_drawn(MODEL, 5).state_dict()
     for case in sys.argv[1:]:
-        stage, precision = case.split(":")
-        config = EngineConfig(zero_stage=int(stage), precision=precision)  # pyright: ignore[reportArgumentType]
+        stage, precision, *hpz = case.split(":")
+        more = {"hpz_partition_size": int(hpz[0])} if hpz else {}
+        config = EngineConfig(zero_stage=int(stage), precision=precision, **more)  # pyright: ignore[reportArgumentType]
         network = build_drawn(MODEL, 5, placement(config, BATCH))
         kept = sum(p.numel() for p in network.parameters())
         engine, optimizer = build_engine(network, config, OptimizerConfig(), BATCH)

@@ -89,13 +89,6 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> WithEMA:
-    groups = parameter_groups(model, config.weight_decay, config.kind == "muon")
-    # The LR is 0 because DeepSpeed may step once while it sets up.
-    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
-    return (MuonWithEMA if config.kind == "muon" else AdamWithEMA)(groups, fused=True, **options)
-
-
 def lr_schedule(
     config: OptimizerConfig, global_batch: int, num_steps: int
 ) -> Callable[[int], float]:
@@ -162,7 +155,12 @@ def build_engine(
     logger.setLevel(logging.ERROR)
     # With ZeRO 3, DeepSpeed's own calls would cause this warning twice per step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    optimizer = build_optimizer(model, optimizer_config)
+    muon = optimizer_config.kind == "muon"
+    groups = parameter_groups(model, optimizer_config.weight_decay, muon)
+    # The LR is 0 because DeepSpeed may step once while it sets up.
+    options: dict[str, Any] = {"lr": 0.0, "betas": optimizer_config.betas}
+    options |= {"eps": optimizer_config.eps, "fused": True}
+    optimizer = (MuonWithEMA if muon else AdamWithEMA)(groups, **options)
     if engine_config.compile is True:
         # The hooks of ZeRO 3 break graphs.
         compile_blocks(model, fullgraph=engine_config.zero_stage < 3)

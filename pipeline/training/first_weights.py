@@ -40,26 +40,22 @@ def build_drawn(
         owner, _, attribute = name.rpartition(".")
         parameter = nn.Parameter(torch.zeros(planned.shape))
         if seed is not None:
-            generator = make_generator(seed, f"first weights/{name}")
-            _fill(parameter.detach(), planned.filled, generator)
+            parameter.data = _drawn(planned, make_generator(seed, f"first weights/{name}"))
         setattr(model.get_submodule(owner), attribute, parameter)
         place(parameter)
     return model
 
 
-def _fill(value: Tensor, filled: tuple[str, tuple], generator: np.random.Generator) -> None:
-    how, args = filled
+def _drawn(planned: Any, generator: np.random.Generator) -> Tensor:
+    (how, args), shape = planned.filled, tuple(planned.shape)
     # The dispatcher leaves out what is by default.
     low, high = mean, std = (*args, *(0.0, 1.0)[len(args) :])[:2]
     if how == "uniform_":
-        generator.random(dtype=np.float32, out=value.numpy())
-        value.mul_(high - low).add_(low)
-    elif how == "normal_":
-        generator.standard_normal(dtype=np.float32, out=value.numpy())
-        value.mul_(std).add_(mean)
-    else:
-        assert how in ("zero_", "fill_", "copy_"), how
-        getattr(value, how)(*args)
+        return torch.from_numpy(generator.random(shape, np.float32)).mul_(high - low).add_(low)
+    if how == "normal_":
+        return torch.from_numpy(generator.standard_normal(shape, np.float32)).mul_(std).add_(mean)
+    assert how in ("zero_", "fill_", "copy_"), how
+    return getattr(torch.zeros(shape), how)(*args)
 
 
 def placement(engine: EngineConfig, global_batch: int) -> Callable[[nn.Parameter], None]:

@@ -53,10 +53,8 @@ class Rejection:
                 write_text(self.path, "".join(kept))
 
     def judge(self, terms: list[Terms]) -> Tensor:
-        """The total for the last backward, NaN where the global batch's mean loss is not to be learned from. Collective.
-
-        The step is then skipped by its gradient's norm, the one figure of a step that is waited for.
-        """
+        """The total for the last backward, NaN where the global batch's mean loss is to be rejected. Collective."""
+        # The step is then skipped by its gradient's norm, the one figure that a step waits for anyway.
         loss = losses_of(terms).mean().double()
         if distributed.world_size() > 1:
             dist.all_reduce(loss)

@@ -45,6 +45,7 @@ class Kind:
     channels: int = 2
     downscale: int = 8
     bare: bool = False  # moments and tokens only
+    pads: str = "masked"
 
     def members(self) -> dict[str, Member]:
         depth = self.channels * (1 if self.deterministic else 2)
@@ -137,7 +138,8 @@ def make_dataset(
     manifest = make_manifest(kind, plan, codec or {}).with_fingerprint()
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     if kind.encoders:
-        empty = {name: torch.full((2, dim), 0.5) for name, (_, dim) in kind.encoders.items()}
+        rows = {n: length if kind.pads == "kept" else 2 for n, (length, _) in kind.encoders.items()}
+        empty = {n: torch.full((rows[n], dim), 0.5) for n, (_, dim) in kind.encoders.items()}
         empty |= {f"{n}_pooled": torch.full((dim,), 0.25) for n, (_, dim) in kind.encoders.items()}
         save_file({name: value.half() for name, value in empty.items()}, folder / EMPTY_CAPTION)
     return folder
@@ -164,7 +166,11 @@ def make_manifest(
         name: role
         | {
             "weights_sha256": name,
-            "view": {"max_length": length, "pooled": "none" if kind.bare else "mean"},
+            "view": {
+                "max_length": length,
+                "pads": kind.pads,
+                "pooled": "none" if kind.bare else "mean",
+            },
         }
         | {"dim": dim, "pooled_dim": dim}
         for name, (length, dim) in kind.encoders.items()

@@ -17,6 +17,7 @@ from pipeline.config import TrainConfig
 from pipeline.runs.setup import fit_run
 from pipeline.runs.start import load_stages
 from pipeline.show_config import config_class
+from tests import train_factory
 from tests.shard_factory import Kind, make_dataset
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -57,8 +58,11 @@ def test_every_command_and_override_in_a_comment_is_accepted(path):
             named = [w for w in words if w.startswith("configs/")]
             assert all((CONFIGS.parent / name).is_file() for name in named), comment
             parse_arguments(module, words)
-        # Of other files' overrides and shell variables there are none.
-        load(path, *(text.rstrip(".;:,") for text in OVERRIDE.findall(comment)))
+            if named and found["stage"] in ("prepare", "train"):
+                load(CONFIGS.parent / named[0], *(word for word in words if "=" in word))
+        # What is no command's is this file's.
+        rest = COMMAND.sub("", comment)
+        load(path, *(text.rstrip(".;:,") for text in OVERRIDE.findall(rest)))
 
 
 def name_of(fragment: str) -> str:
@@ -154,17 +158,56 @@ ENCODERS = {
     "train_dit_b": ({"clip": (77, 768)}, 16),
     "train_sit_xl_imagenet256": ({}, 4),
     "demo_train": ({"minilm": (32, 384)}, 4),
+    "train_mmdit_flux2": ({"t5gemma": (256, 2304)}, 128),
+    "train_dit_dc_ae": ({"gemma2": (300, 2304)}, 32),
+    "train_dit_qwen_image": ({"qwen3": (512, 2560)}, 16),
+    "train_jit_pixels256": ({}, 3),
+    "train_unet_sdxl": ({"clip_l": (77, 768), "clip_g": (77, 1280)}, 4),
 }
+# What one latent of the recipes' codecs stands for, in pixels; of the others' it is 8.
+DOWNSCALE = {"train_mmdit_flux2": 16, "train_dit_dc_ae": 32, "train_jit_pixels256": 1}
+SIDE_BY_SIDE = "data.text={tokens: [[clip_l, clip_g]], pooled: [clip_g]}"
+
+
+def stand_in(file: str, folder: Path, width: int | None = None) -> list[str]:
+    """Overrides that make a config train on a few samples of the shapes that it is for; width: of all text."""
+    encoders, channels = ENCODERS[file]
+    encoders = {name: (length, width or dim) for name, (length, dim) in encoders.items()}
+    beside = "sdxl" in file
+    kind = Kind(
+        encoders=encoders,
+        channels=channels,
+        label=not encoders,
+        downscale=DOWNSCALE.get(file, 8),
+        pads="kept" if beside else "masked",
+        ragged=not beside,
+    )
+    data = make_dataset(folder / "data", [((64, 64), 16)], kind)
+    few = ["training.global_batch=8", "engine.micro_batch=null", f"data.path={data}"]
+    return [*few, f"run={folder}/run", *([SIDE_BY_SIDE] if beside else [])]
 
 
 @pytest.mark.parametrize("file", sorted(p.stem for p in CONFIGS.glob("*train*.yaml")))
 def test_a_config_fits_the_data_set_that_its_comments_name(file, tmp_path):
-    encoders, channels = ENCODERS[file]
-    kind = Kind(encoders=encoders, channels=channels, downscale=8, label=not encoders)
-    data = make_dataset(tmp_path / "data", [((32, 32), 8)], kind)
-    few = ["training.global_batch=8", "engine.micro_batch=null", f"data.path={data}"]
-    config = load_config(TrainConfig, CONFIGS / f"{file}.yaml", [*few, f"run={tmp_path}/run"])
+    config = load_config(TrainConfig, CONFIGS / f"{file}.yaml", stand_in(file, tmp_path))
     fit_run(config).loader.close()
+
+
+RECIPES = ["mmdit_flux2", "dit_dc_ae", "dit_qwen_image", "jit_pixels256", "unet_sdxl"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_of_today_trains_two_steps_with_small_stand_ins(recipe, tmp_path):
+    file, options = f"train_{recipe}", ["training.images=16", "optimizer.warmup_images=0"]
+    options += ["engine={zero_stage: 0, precision: fp32, compile: false}", "model.size=debug"]
+    options += ["monitor={every_steps: 1, mfu: false, prompts: []}", "checkpoint={every_steps: 2}"]
+    if "jit" not in file:
+        options += ["model.text_dim=null", "model.pooled_dim=null"]
+    given = [*stand_in(file, tmp_path, width=8), *options]
+    train_factory.train(CONFIGS / f"{file}.yaml", *given)
+    losses = [loss for _, loss in train_factory.scalars(tmp_path / "run", "loss/train")]
+    assert len(losses) == 2
+    assert all(0 < loss < 100 for loss in losses)
 
 
 FOLLOW_UPS = [

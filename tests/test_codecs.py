@@ -1,6 +1,10 @@
 """Every class of codec against the code of diffusers' own pipelines: latents, pictures, what is stored of them."""
 
 import io
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +26,11 @@ from models.codec_layouts import LAYOUTS, PIXELS
 from models.command import load_config
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8
+from pipeline.inference.exported import export
+from pipeline.runs.trained import open_trained
+from tests import train_factory
 from tests.prep_factory import config_of_pictures, read_samples
+from tests.test_export import STOCK, draw, opened
 from tests.test_vae import edit_config
 
 
@@ -277,3 +285,39 @@ def test_a_dataset_is_prepared_and_verified_with_it(tmp_path, text_folder, name)
         assert manifest.generations[0].psnr_db > 70
     else:
         assert manifest.codec.normalisation.mean == codec.normalisation.mean
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CASES, PIXELS])
+def test_an_exported_run_decodes_as_the_run_does(tmp_path, text_folder, name):
+    """In stock diffusers with nothing of flowmill there."""
+    folder = PIXELS if name == PIXELS else make(name, tmp_path)[0]
+    changes = [f"vae.path={folder}", "images.resolution=32", "images.bucket_max_aspect=1"]
+    yaml = config_of_pictures(tmp_path, 12, tmp_path, text_folder)
+    prepare(load_config(PrepareConfig, yaml, changes))
+    config = tmp_path / "run.yaml"
+    config.write_text(train_factory.CONFIG.format(data=tmp_path / "dataset", run=tmp_path / "run"))
+    patch = 8 if name == PIXELS else 2
+    options = ["training.images=16", "optimizer.warmup_images=0", "monitor.prompts=[a red apple]"]
+    options += ["monitor.heldout_samples=0", f"model.patch_size={patch}", "optimizer.lr=0.1"]
+    train_factory.train(config, *options)
+    trained = open_trained(tmp_path / "run", "raw", None)
+    export(trained, tmp_path / "out" / "model", "fp32", "copy")
+    case = {
+        "prompts": ["a red apple", "volcano"],
+        "size": [32, 32],
+        "samplers": [{"name": "euler"}],
+    }
+    (tmp_path / "out" / "case.json").write_text(json.dumps(case))
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path / "out" / "model")],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    _, (stock,) = opened(tmp_path / "out" / "model")
+    ours = draw(trained, case, {"name": "euler", "seed": 7})
+    assert (ours.float() - stock).abs().max() < 0.6
+    assert ours.float().std() > 1

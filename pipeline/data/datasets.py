@@ -37,7 +37,7 @@ from pipeline.data.order import Part
 # pyarrow.compute ships no types.
 compute: Any = pyarrow.compute
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
-DTYPES = ("float16", "bfloat16", "float32", "int64")
+DTYPES = ("uint8", "float16", "bfloat16", "float32", "int64")
 
 Bucket = tuple[int, int]
 """Height and width of the pictures in pixels."""

@@ -373,8 +373,8 @@ class PatchTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList()
         self.registers = None
         if config.register_tokens:  # 2309.16588
-            registers = nn.Parameter(torch.empty(config.register_tokens, self.dim))
-            self.registers = nn.init.normal_(registers, std=0.02)
+            self.registers = nn.Parameter(torch.empty(config.register_tokens, self.dim))
+            nn.init.normal_(self.registers, std=0.02)
         # REPA's three layers (2410.06940, A), in training alone: exported weights leave them out.
         self.projector, self.aligned = None, 0
         if isinstance(config, RoutedConfig) and config.alignment is not None:

@@ -128,8 +128,9 @@ def test_every_prediction_takes_every_sampler_along_the_same_trajectory(path, pr
             generate(posterior_mean(o), o, noise, NOTHING, sampler(name, num_steps=8))
             for o in (make(path, prediction), make(path, "flow"))
         ]
-        # fp32, and epsilon at the noisiest level divides by alpha = 0.006 (ddpm), 0.0125 (edm).
-        assert (latents[0] - latents[1]).abs().max() < 5e-4, name
+        # fp32, and epsilon at the noisiest level divides by alpha = 0.006 (ddpm), 0.0125 (edm), 5e-5 (cosine).
+        limit = 0.02 if (path, prediction) == ("cosine_betas", "epsilon") else 5e-4
+        assert (latents[0] - latents[1]).abs().max() < limit, name
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ class DiTBlock(nn.Module):
         self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
         self.norm1 = Modulation(dim, 6) if config.modulation == "block" else None
         if config.modulation == "shared":
-            table = nn.Parameter(torch.empty(6, dim))
-            self.scale_shift_table = nn.init.normal_(table, std=dim**-0.5)
+            self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+            nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
 
     def forward(
         self,
@@ -81,8 +81,8 @@ class DiT(PatchTransformer):
         self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         if config.modulation == "shared":
             self.adaln_single = Modulation(dim, 6)
-            table = nn.Parameter(torch.empty(2, dim))
-            self.scale_shift_table = nn.init.normal_(table, std=dim**-0.5)
+            self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+            nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
         else:
             self.modulation_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, self.patch_dim)

@@ -64,7 +64,7 @@ def main(
     root = open_root(dataset, "dataset")
     problems = verify(root, workers)
     if not problems and (decode or encode):
-        folders = dict(pair.split("=", 1) for pair in text or [])
+        folders = {name: folder for name, _, folder in (pair.partition("=") for pair in text or [])}
         problems = drifted(root, decode, encode, vae, folders)
     for problem in problems:
         console.print("wrong", problem, style="red")
@@ -119,6 +119,9 @@ def drifted(
     from data_prep.recorded import encode_caption, open_codec, open_texts
 
     manifest = schema.read_manifest(dataset)
+    roles = manifest.text.roles
+    if strange := [name for name, folder in text.items() if name not in roles or not folder]:
+        raise InputError(f"--text: got {strange[0]}, expected NAME=FOLDER of {', '.join(roles)}")
     rows = schema.read_shard_table(dataset).to_pylist()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = open_codec(manifest.codec, vae, device) if decode else None

@@ -163,6 +163,9 @@ def test_verify_decodes_and_encodes_every_shard(dataset, tmp_path, capsys):
     save_kl(tmp_path / "vae", layers_per_block=2)
     with pytest.raises(InputError, match="is not the encoder that prepared the data"):
         drifted(dataset, 1, 0, str(tmp_path / "vae"), {})
+    for given in ({"bret": "/x"}, {"bert": ""}):
+        with pytest.raises(InputError, match="expected NAME=FOLDER of bert"):
+            drifted(dataset, 0, 1, None, given)
 
 
 def spoil(dataset: Path, bucket: str) -> str:
@@ -198,6 +201,10 @@ def test_a_new_run_looks_at_its_latents_before_its_first_step(dataset, tmp_path)
     assert f"{path}: " in error
     assert "decode to another picture" in error
     train_factory.train(config, *options, "data.check=0")
+    # Without its proof, as where tars alone were copied, a shard is not compared.
+    for proof in data.rglob("*.proof.safetensors"):
+        proof.unlink()
+    train_factory.train(config, *options, f"run={tmp_path / 'copied'}")
     # A run that has begun does not look again.
     train_factory.train(config, *options, "training.images=24", "--override")
 

@@ -1,5 +1,6 @@
 """Before a new run's first step: whether the codec at hand gives the pictures that the shards were made of."""
 
+import logging
 import random
 import time
 from typing import Any
@@ -10,7 +11,10 @@ from data_prep.schema import proof_path
 from models.config import InputError
 from models.vae import LatentCodec
 from pipeline import distributed
+from pipeline.data.cache import ShardError
 from pipeline.data.loader import Loader
+
+log = logging.getLogger(__name__)
 
 SECONDS = 25.0
 """Time after which no further shard is begun."""
@@ -45,8 +49,13 @@ def _drift_of(loader: Loader, number: int, codec: LatentCodec, count: int) -> st
     dataset, path = mixture.dataset_of(number), mixture.text("path", number)
     if mixture.table["proof_sha256"][number].as_py() is None:
         return ""
-    shard: Any = loader.first.store.open(number)
-    if dataset.cache:
-        dataset.cache.refresh(proof_path(path))
-    wrong = drift(shard.map, read_proof(dataset.home, path), count, codec.picture)
+    # An error on one rank alone would leave the others waiting; reading for training says what is damaged.
+    try:
+        shard: Any = loader.first.store.open(number)
+        if dataset.cache:
+            dataset.cache.refresh(proof_path(path))
+        wrong = drift(shard.map, read_proof(dataset.home, path), count, codec.picture)
+    except (ShardError, OSError, ValueError) as error:
+        log.warning("data.check: %s is not compared with its proof: %s", path, error)
+        return ""
     return wrong and f"{dataset.source.path}/{path}: {wrong}"

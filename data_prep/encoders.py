@@ -209,13 +209,14 @@ class Codec(Encoder):
 
     def members(self) -> dict[str, Member]:
         depth = self.model.channels * (1 if self.model.deterministic else 2)
-        dtype = "float16" if self.model.network else "uint8"
+        dtype = self.model.layout.stored
         return {"moments": Member(dtype=dtype, shape=(depth, None, None))}
 
     def encode(self, batch: Any) -> Arrays:
-        if self.model.network is None:
-            return {"moments": batch.numpy()}
-        return {"moments": _float16(self.model.encode_moments(batch))}
+        moments = self.model.encode_moments(batch).cpu().numpy()
+        # What is over float16's limit becomes infinite, and its picture a reject.
+        with np.errstate(over="ignore"):
+            return {"moments": moments.astype(self.model.layout.stored)}
 
 
 class Text(Encoder):

@@ -28,6 +28,10 @@ class Layout:
     """Whether it encodes to latents, and not to their mean and the logarithm of their variance."""
     needs: ClassVar[tuple[str, ...]] = ("block_out_channels",)
     """What config.json must have."""
+    width: ClassVar[str] = "latent_channels"
+    """Where config.json has the channels."""
+    stored: ClassVar[str] = "float16"
+    """dtype of moments in shards."""
     scaled: ClassVar[bool] = True
     """Whether config.json has one scaling_factor for all channels."""
 
@@ -36,7 +40,7 @@ class Layout:
 
     @property
     def channels(self) -> int:
-        return self.config["latent_channels"]
+        return self.config[self.width]
 
     @property
     def downscale(self) -> int:
@@ -71,7 +75,7 @@ class KLFlux2(Layout):
 
     @property
     def channels(self) -> int:
-        return 4 * self.config["latent_channels"]
+        return 4 * super().channels
 
     @property
     def downscale(self) -> int:
@@ -96,11 +100,8 @@ class KLQwenImage(Layout):
     """Qwen-Image's: a video's of one frame."""
 
     needs = ("temperal_downsample", "z_dim", "latents_mean", "latents_std")
+    width = "z_dim"
     scaled = False
-
-    @property
-    def channels(self) -> int:
-        return self.config["z_dim"]
 
     @property
     def downscale(self) -> int:
@@ -134,11 +135,8 @@ class RAE(DC):
     """A frozen vision transformer and a decoder (2510.11690): normalises inside, of pixels in 0..1."""
 
     needs = ("encoder_hidden_size", "encoder_input_size", "encoder_patch_size", "patch_size")
+    width = "encoder_hidden_size"
     scaled = False
-
-    @property
-    def channels(self) -> int:
-        return self.config["encoder_hidden_size"]
 
     @property
     def downscale(self) -> int:
@@ -164,6 +162,7 @@ class Pixels(DC):
     """No network: the pictures themselves, 0..255."""
 
     needs = ()
+    stored = "uint8"
     scaled = False
 
     @property

@@ -77,10 +77,12 @@ def check_fields(texts: Iterable[str], filters: Mapping[str, MetadataFilter]) ->
     for name, wanted in left.items():
         where = f"filters.metadata.{name}"
         if name in misfits:
+            kind, remedy = "text or number", "a field that has one for each picture"
+            if wanted.one_of is None:
+                kind, remedy = "number", "one_of for texts, or with another name"
             raise InputError(
-                f"{where}: no picture has a {'number' if wanted.one_of is None else 'text or number'} "
-                f"there; got {misfits[name]!r}, expected {wanted.wanted()}. Remedy: --restart with "
-                "one_of for texts, or with another name."
+                f"{where}: no picture has a {kind} there; got {misfits[name]!r}, expected {wanted.wanted()}. "
+                f"Remedy: --restart with {remedy}."
             )
         found = ", ".join(name for name, _ in fields.most_common(20)) or "no metadata at all"
         raise InputError(

@@ -207,10 +207,13 @@ def test_all_ranks_killed_and_started_again_on_another_host_it_goes_on_without_a
     config, job = train_factory.write_config(tmp_path), {"SLURM_JOB_ID": job} if job else {}
     launcher = "torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --master-port"
     launcher = ["-m", *launcher.split(), str(free_port())]
-    command = [sys.executable, *launcher, "-m", "pipeline.train", str(config)]
+    # Long, so that no rank has ended by itself when it is killed on a busy machine.
+    long = "training.images=1920"
+    command = [sys.executable, *launcher, "-m", "pipeline.train", str(config), long]
     first = elsewhere(command, "one", **job)
     train_factory.wait_for(first, "step_00000006, for which")
-    os.killpg(first.pid, signal.SIGKILL)
+    for pid in [first.pid, *train_factory.workers(first)]:
+        os.kill(pid, signal.SIGKILL)
     first.wait()
     second = elsewhere(command, "two", **job)
     output, _ = second.communicate()
@@ -218,7 +221,7 @@ def test_all_ranks_killed_and_started_again_on_another_host_it_goes_on_without_a
     assert ("looking for its heartbeat" in output) is not bool(job)
     assert re.search("goes on in the place of process [0-9]+ on one", output)
     assert "resuming at step" in output
-    train_factory.check_as_undisturbed(tmp_path / "run")
+    train_factory.check_as_undisturbed(tmp_path / "run", long, step=240)
     assert not (tmp_path / "run" / "lock.json").exists()
 
 

@@ -304,3 +304,12 @@ def load_network(
             f"{path}: its weights are not those of its config.json: {min(wrong)}{more}. Remedy: files of one model"
         )
     return network
+
+
+def load_processor(name: str, path: Path) -> Any:
+    """What feeds a network of transformers, by the name of its class; raises InputError."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return getattr(importlib.import_module("transformers"), name).from_pretrained(path, **local)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise InputError(f"{path}: cannot load its {name}: {brief(error)}") from error

@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from data_prep.schema import fingerprint
 from models.config import InputError
 from models.files import file_sha256
-from models.weights import brief, load_network, read_model_config, weights_sha256
+from models.weights import (
+    brief,
+    load_network,
+    load_processor,
+    read_model_config,
+    weights_sha256,
+)
 from pipeline import distributed
 
 KID_SUBSET = 1000  # pictures; torchmetrics' own, of 100 subsets
@@ -68,15 +73,6 @@ class Transformer(nn.Module):
                 "picture. Remedy: another network, or a TorchScript file that pools"
             )
         return pooled.flatten(1)
-
-
-def load_processor(name: str, path: Path) -> Any:
-    """What feeds a network, by transformers' name for it; raises InputError."""
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        return getattr(transformers, name).from_pretrained(path, **local)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load its {name}: {brief(error)}") from error
 
 
 def folder_sha256(path: Path) -> str:

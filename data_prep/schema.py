@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from models.codec_layouts import PIXELS, Normalisation
 from models.config import Config, InputError, parse_config
-from models.text_conventions import Arrangement, Combination, Store, View, fixed
+from models.text_conventions import CONVENTIONS, Arrangement, Combination, Store, View, fixed
 
 FORMAT_VERSION = 2
 
@@ -131,8 +131,10 @@ class TextRecord(Combination):
 
     @property
     def used(self) -> dict[str, RoleRecord]:
-        """The roles that a network reads."""
-        return {name: role for name, role in self.roles.items() if name in self.names}
+        """The roles that a network reads, in the order of the convention's pipeline."""
+        named = CONVENTIONS.get(self.convention)
+        order = named.roles if named else self.roles
+        return {n: self.roles[n] for n in order if n in self.names and n in self.roles}
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows of a role's tokens, at most, and their width."""

@@ -25,22 +25,23 @@ Sample = dict[str, Any]
 def drift(
     tar: IO[bytes],
     proof: dict[str, np.ndarray],
-    count: int,
+    num_decoded: int,
     decode: Callable[[np.ndarray], np.ndarray] | None,
+    num_encoded: int = 0,
     encode: Callable[[str], dict[str, np.ndarray]] | None = None,
 ) -> str:
-    """What differs in the first `count` pictures of a shard's proof, decoded and encoded again; "" if nothing does.
+    """What differs in the first pictures of a shard's proof, decoded and encoded again; "" if nothing does.
 
     decode: moments to the picture (H, W, 3) uint8; encode: a caption to the arrays of every text member.
     """
-    keys = proof_keys(proof)[:count]
+    keys = proof_keys(proof)[: max(num_decoded, num_encoded)]
     found = _read(tar, keys)
     for place, key in enumerate(keys):
         shown = {name: values[place] for name, values in proof.items()}
         problem = f"{key} is not there" if key not in found else ""
-        if decode and not problem:
+        if decode and place < num_decoded and not problem:
             problem = _other_picture(decode(found[key]["moments"]), shown)
-        if encode and not problem:
+        if encode and place < num_encoded and not problem:
             problem = _other_text(encode, found[key], shown)
         if problem:
             return f"{key}: {problem}"

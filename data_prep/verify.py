@@ -125,16 +125,13 @@ def drifted(
     rows = schema.read_shard_table(dataset).to_pylist()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = open_codec(manifest.codec, vae, device) if decode else None
-    texts = open_texts(manifest.text.roles, text, device) if encode else {}
+    encoders = open_texts(roles, text, device) if encode else {}
+    pictures, texts = codec and codec.picture, partial(encode_caption, roles, encoders)
     problems = []
     for row in track(rows, "compare", console=console, transient=True):
         proof = read_proof(dataset, row["path"])
         with local_copy(str(dataset / row["path"])) as tar, Path(tar).open("rb") as file:
-            wrong = codec and drift(file, proof, decode, codec.picture)
-            if texts:
-                wrong = wrong or drift(
-                    file, proof, encode, None, partial(encode_caption, manifest.text.roles, texts)
-                )
+            wrong = drift(file, proof, decode, pictures, encode, texts)
         if wrong:
             problems.append(f"{row['path']}: {wrong}")
     seen = (

@@ -122,7 +122,7 @@ def test_every_fault_is_named_and_a_sound_shard_is_not(dataset, vae_folder, tmp_
     vae = shutil.copytree(vae_folder, tmp_path / "vae")
 
     def wrong(shard: Members) -> str:
-        return drift(as_tar(shard), proof, 4, codec.picture, encode)
+        return drift(as_tar(shard), proof, 4, codec.picture, 4, encode)
 
     assert wrong(members) == ""
     nearly = changed(members, ".moments.npy", lambda m: m * (1 + 2**-11))

@@ -273,6 +273,35 @@ def test_datasets_of_different_encoders_are_not_mixed(tmp_path):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": [-2]}, r"view.layers: got \[-2\], expected \['last'\]"),
+        ({"max_length": 9}, "view.max_length: got 9, expected 5"),
+        ({"template": "say {}"}, "view.template: got say {}, expected None"),
+        ("sd15", "text.convention: got sd15, expected plain"),
+    ],
+)
+def test_text_of_another_view_is_neither_mixed_in_nor_gone_on_with(tmp_path, change, said):
+    folders = [make_dataset(tmp_path / name, MIXED) for name in "ab"]
+    text = (manifest := read_manifest(folders[1])).text
+    if isinstance(change, str):
+        text = text.model_copy(update={"convention": change})
+    else:
+        view = text.roles["mini"].view.model_copy(update=change)
+        role = text.roles["mini"].model_copy(update={"view": view})
+        text = text.model_copy(update={"roles": {"mini": role}})
+    manifest = manifest.model_copy(update={"id": "07her", "text": text}).with_fingerprint()
+    (folders[1] / MANIFEST).write_text(manifest.model_dump_json())
+    sources = {folder.name: {"path": str(folder)} for folder in folders}
+    with pytest.raises(InputError, match=f"does not fit .*\n.*{said}\nRemedy: prepare both"):
+        Loader(parse_config(DataConfig, {"datasets": sources}, "x"), global_batch=8, seed=1)
+    given = {"global_batch": 8, "seed": 1, "eras": tmp_path / "eras"}
+    take(Loader(config(folders[0]), **given), 1)
+    with pytest.raises(InputError, match=f"another dataset than the run's:\n.*id.*\n.*{said}\n"):
+        Loader(config(folders[1]), **given)
+
+
 def shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("shards/*/*.tar"))
 

@@ -48,9 +48,8 @@ Difference = tuple[str, Any, Any]
 
 def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
     """Raise InputError with all that keeps a dataset from being mixed with the run's first one."""
-    got, want = _mixed_by(dataset.manifest), _mixed_by(first.manifest)
-    pairs = [(key, *both) for key, both in differences(got, want).items()]
     what = f"{dataset.source.path}: does not fit {first.source.path}, with which it is to be mixed"
+    pairs = _encoded_otherwise(dataset.manifest, first.manifest)
     refuse(what, pairs, "prepare both with the same encoders, or train on one of them")
 
 
@@ -59,11 +58,17 @@ def check_same(manifest: Manifest, recorded: Manifest, where: str) -> None:
     known = [generation.fingerprint for generation in recorded.generations if generation.complete]
     got = [generation.fingerprint for generation in manifest.generations[: len(known)]]
     pairs = [("id", manifest.id, recorded.id), ("generations", got, known)]
+    pairs += _encoded_otherwise(manifest, recorded)
     remedy = "data.path=FOLDER of that dataset, which may have moved, or a new run"
     refuse(f"{where}: is another dataset than the run's", pairs, remedy)
 
 
-def _mixed_by(manifest: Manifest) -> dict[str, Any]:
+def _encoded_otherwise(manifest: Manifest, other: Manifest) -> list[Difference]:
+    pairs = differences(_encoded_by(manifest), _encoded_by(other))
+    return [(key, *both) for key, both in pairs.items()]
+
+
+def _encoded_by(manifest: Manifest) -> dict[str, Any]:
     """What mixed datasets have in common: not the encoders' paths, dtypes and measured errors."""
     place, rounding = {"path", "dtype"}, {"mean_error", "worst_error"}
     return {

@@ -144,11 +144,6 @@ class TrainConfig(Config):
                 f"optimizer.schedule: warm-up and decay got {needed} steps of {batch} pictures, and training.images "
                 f"{self.training.images} are {steps}. Remedy: a shorter warm-up or decay, or more pictures"
             )
-        if optimizer.kind == "muon" and self.engine.zero_stage > 0:
-            yield (
-                f"optimizer.kind: muon needs whole matrices, and ZeRO {self.engine.zero_stage} cuts them. Remedy: "
-                "engine.zero_stage=0, or optimizer.kind=adamw"
-            )
         if batch % (size := self.engine.micro_batch or 1):
             yield f"engine.micro_batch: got {size}, expected a divisor of the global batch of {batch}"
         if self.start_from and self.model.init_from:

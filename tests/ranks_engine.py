@@ -1,7 +1,12 @@
-"""Run under torchrun: every ZeRO stage and precision against plain torch on the whole batch; prints a line each."""
+"""Run under torchrun: every ZeRO stage and precision against plain torch on the whole batch; prints a line each.
 
+ranks_engine losses      Muon's losses of 50 steps instead, at every stage in fp32
+"""
+
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -10,6 +15,7 @@ from models.dit import DiT
 from models.networks import DiTConfig, build_model
 from pipeline import distributed
 from pipeline.training.config import EngineConfig, OptimizerConfig
+from pipeline.training.ema import WithEMA
 from pipeline.training.engine import build_engine, grad_norm, parameter_groups
 from pipeline.training.norms import BlockNorms, block_of
 from pipeline.training.pieces import full_weights
@@ -98,7 +104,7 @@ def reference(kind: str) -> Result:
     return {n: p.detach() for n, p in model.named_parameters()}, average, float(norm), norms
 
 
-def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
+def engine_of(stage: int, precision: str, kind: str, offload: str) -> tuple[Any, WithEMA]:
     config = EngineConfig(
         zero_stage=stage,  # pyright: ignore[reportArgumentType]
         precision=precision,  # pyright: ignore[reportArgumentType]
@@ -107,14 +113,38 @@ def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
         offload_parameters="cpu" if offload == "both" else "none",
     )
     settings = OPTIMIZER.model_copy(update={"kind": kind})
-    engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
+    return build_engine(fresh_model(), config, settings, BATCH)
+
+
+def learn(engine: Any, batch: list[torch.Tensor]) -> float:
+    """One step; this rank's mean loss."""
+    losses = []
+    for t, x_t, text, pooled, target in shares(batch, 2):
+        pred = engine(x_t, t, Conditions(text, pooled=pooled))
+        loss = (pred.float() - target).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return sum(losses) / len(losses)
+
+
+def losses_of_muon(stage: int) -> list[float]:
+    """The whole batch's loss of 50 steps."""
+    engine, optimizer = engine_of(stage, "fp32", "muon", "none")
+    losses = []
+    for batch in batches() * 10:
+        optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, None)
+        losses.append(learn(engine, batch))
+    everyones = distributed.gather_objects(losses)
+    return [sum(step) / len(step) for step in zip(*everyones, strict=True)]
+
+
+def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
+    engine, optimizer = engine_of(stage, precision, kind, offload)
     watch = BlockNorms(engine, torch.device("cpu"))
     for number, batch in enumerate(batches()):
         optimizer.prepare(OPTIMIZER.lr, {"ema": DECAY}, watch if number == STEPS - 1 else None)
-        for t, x_t, text, pooled, target in shares(batch, 2):
-            pred = engine(x_t, t, Conditions(text, pooled=pooled))
-            engine.backward((pred.float() - target).square().mean())
-            engine.step()
+        learn(engine, batch)
     norm = grad_norm(engine, optimizer)
     assert norm is not None
     norms = {k: v for k, v in watch.collect(norm).items() if "_norm/" in k}
@@ -123,17 +153,27 @@ def ours(stage: int, precision: str, kind: str, offload: str) -> Result:
 
 
 CASES = [
-    *((stage, precision, "adamw", "none") for stage in range(4) for precision in ("fp32", "bf16")),
-    (0, "fp32", "muon", "none"),
-    (0, "bf16", "muon", "none"),
+    *(
+        (stage, precision, kind, "none")
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+        for kind in ("adamw", "muon")
+    ),
     (1, "fp32", "adamw", "optimizer"),
     (2, "bf16", "adamw", "optimizer"),
     (3, "bf16", "adamw", "both"),
+    (2, "fp32", "muon", "optimizer"),
+    (3, "bf16", "muon", "both"),
 ]
 
 
 def main() -> None:
     distributed.start(60)
+    if sys.argv[1:] == ["losses"]:
+        for stage in range(4):
+            distributed.say(" ".join(map(str, ["losses", stage, *losses_of_muon(stage)])))
+        distributed.stop()
+        return
     expected = {kind: reference(kind) for kind in ("adamw", "muon")}
     for case in CASES:
         raw, ema, norm, norms = ours(*case)

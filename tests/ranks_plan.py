@@ -13,7 +13,7 @@ from pipeline import distributed
 from pipeline.runs.planning import num_small
 from pipeline.training import checkpoint
 from pipeline.training.config import EngineConfig, OptimizerConfig
-from pipeline.training.engine import build_engine
+from pipeline.training.engine import build_engine, parameter_groups
 
 MODEL = DiTConfig(size="tiny", latent_channels=4, text_dim=64, pooled_dim=64)
 
@@ -29,14 +29,20 @@ def live_bytes() -> int:
 
 
 def main() -> None:
-    stage, precision, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    stage, precision, kind, folder = int(sys.argv[1]), *sys.argv[2:4], Path(sys.argv[4])
     distributed.start(300)
     torch.set_num_threads(1)
     before = live_bytes()
     model = build_model(MODEL)
     numel, small = sum(p.numel() for p in model.parameters()), num_small(model)
+    hidden = [
+        p for g in parameter_groups(model, 0.0, kind == "muon") if g["muon"] for p in g["params"]
+    ]
+    by_muon = sum(p.numel() for p in hidden)
+    del hidden
     config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=1)  # pyright: ignore[reportArgumentType]
-    engine, optimizer = build_engine(model, config, OptimizerConfig(), distributed.world_size())
+    settings = OptimizerConfig(kind=kind)  # pyright: ignore[reportArgumentType]
+    engine, optimizer = build_engine(model, config, settings, distributed.world_size())
     held = 0
     for _ in range(2):  # the first step allocates the optimizer's states
         text, pooled = torch.randn(1, 4, 64), torch.randn(1, 64)
@@ -50,7 +56,7 @@ def main() -> None:
     saver.save(2, engine, optimizer, {})
     saver.finish()
     written = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    result = {"numel": numel, "small": small, "held": held, "written": written}
+    result = {"numel": numel, "small": small, "by_muon": by_muon, "held": held, "written": written}
     if distributed.is_main():
         print("result " + json.dumps(result), flush=True)
     distributed.stop()

@@ -35,12 +35,12 @@ def spoil(harm: str, batch: list[torch.Tensor]) -> list[torch.Tensor]:
     return batch
 
 
-def take(
-    stage: int, precision: str, harms: list[str], place: Batch, loader: Loader, given: TrainConfig
-) -> str:
+def take(layout: str, harms: list[str], place: Batch, loader: Loader, given: TrainConfig) -> str:
     """One step per harm ("" is none); what was rejected, and the weights of before and after it."""
-    config = EngineConfig(zero_stage=stage, precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
-    engine, optimizer = build_engine(fresh_model(), config, OPTIMIZER, BATCH)
+    stage, precision, *kind = layout.split(":")
+    config = EngineConfig(zero_stage=int(stage), precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
+    settings = OPTIMIZER.model_copy(update={"kind": kind[0]} if kind else {})
+    engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
     rejection = Rejection(given, loader, engine, optimizer)
     share = BATCH // distributed.world_size()
     begin, log = distributed.rank() * share, []
@@ -64,7 +64,8 @@ def take(
         finite = all(bool(y.isfinite().all()) for _, y in pairs)
         moved = any(not torch.equal(x, y) for x, y in pairs)
         log.append(f"{harm or 'fine'}:{taken:d}{moved:d}{finite:d}")
-    counts = {int(s["step"]) for s in optimizer.state.values()}
+    # Muon's states count no steps.
+    counts = {int(s["step"]) for s in optimizer.state.values() if "step" in s}
     return " ".join([*log, f"adam:{sorted(counts)}", f"total:{rejection.total}"])
 
 
@@ -81,11 +82,10 @@ def main() -> None:
     place = next(loader.batches())
     harms = ["", "", "nan", "", "gradient", "spike", "", "inf"]
     for layout in sys.argv[2:]:
-        stage, precision = layout.split(":")
         own = {"run": str(run / layout), "rejection": REJECTION}
         (run / layout).mkdir(exist_ok=True)
         given = parse_config(TrainConfig, data | own, "test")
-        line = take(int(stage), precision, harms, place, loader, given)
+        line = take(layout, harms, place, loader, given)
         if distributed.is_main():
             print("reject", layout, line, flush=True)
     loader.close()

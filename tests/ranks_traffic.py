@@ -24,6 +24,7 @@ NAMES = {
     "allreduce_": "all_reduce",
     "_reduce_scatter_base_": "reduce_scatter",
     "_allgather_base_": "all_gather",
+    "alltoall_base_": "all_to_all",
 }
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -47,8 +48,8 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traffic(settings: dict[str, Any]) -> tuple[dict[str, int], bool]:
-    """Elements in the third step, on this rank, and whether some were sent before backward had ended.
+def traffic(settings: dict[str, Any]) -> tuple[dict[str, float], bool]:
+    """Elements in the third step, the mean of the ranks, and whether some were sent before backward had ended.
 
     Scalars that ranks agree on are left out.
     """
@@ -58,8 +59,9 @@ def traffic(settings: dict[str, Any]) -> tuple[dict[str, int], bool]:
     )
     engine_module.LIVE_ELEMENTS = settings.pop("live", 10**9)
     engine_module.BUCKET_ELEMENTS = settings.pop("bucket", 10**9)
+    optimizer_config = OPTIMIZER.model_copy(update={"kind": settings.pop("kind", "adamw")})
     config = EngineConfig.model_validate(settings)
-    engine, optimizer = build_engine(build_model(model), config, OPTIMIZER, BATCH)
+    engine, optimizer = build_engine(build_model(model), config, optimizer_config, BATCH)
     seen, early = Traffic(), list[bool]()
     # The first layer's gradient is the last.
     first = engine.module.proj_in.weight
@@ -72,7 +74,10 @@ def traffic(settings: dict[str, Any]) -> tuple[dict[str, int], bool]:
                 pred = engine(x_t, t, Conditions(text, pooled=pooled))
                 engine.backward((pred.float() - target).square().mean())
                 engine.step()
-    return {f"{kind} {dtype}": n for (kind, dtype), n in sorted(seen.seen.items())}, early[-1]
+    everyones = distributed.gather_objects(seen.seen)
+    total = sum(everyones, Counter())
+    means = {f"{kind} {dtype}": n / len(everyones) for (kind, dtype), n in sorted(total.items())}
+    return means, early[-1]
 
 
 def main() -> None:

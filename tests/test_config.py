@@ -151,7 +151,6 @@ MISFITS = {
     "optimizer.betas=[1.5,0.9]": "optimizer.betas.0",
     "optimizer.betas=[0.9,1]": "optimizer.betas.1",
     "optimizer.eps=-1": "optimizer.eps",
-    "optimizer.kind=muon engine.zero_stage=2": "muon needs whole matrices",
     "engine.micro_batch=3": "engine.micro_batch: got 3, expected a divisor",
     "data.canonical_partitions=3": "data.canonical_partitions: got 3",
     "training.caption_dropout=0 sampler.guidance_scale=4": "sampler.guidance_scale: got 4",

@@ -28,6 +28,25 @@ def test_every_stage_precision_optimizer_and_offload_trains_as_plain_torch_does(
         assert float(blocks) <= {"fp32": 1e-4, "bf16": 0.1}[case[1]], case
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "ranks", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=len
+)
+def test_muons_losses_are_the_same_at_every_stage_and_number_of_ranks(ranks):
+    runs = {
+        (number, stage): [float(loss) for loss in losses]
+        for number in ranks
+        for stage, *losses in train_factory.results(
+            "losses", "tests.ranks_engine", "losses", ranks=number
+        )
+    }
+    expected = runs[1, "0"]
+    assert len(expected) == 50
+    assert expected[-1] < 0.8 * expected[0]
+    for case, losses in runs.items():
+        assert losses == pytest.approx(expected, rel=1e-4), case
+
+
 def test_what_cannot_be_combined_is_refused_with_the_remedy():
     with pytest.raises(InputError, match=r"summed in bf16.*zero_stage=1"):
         check_engine(EngineConfig(zero_stage=0, precision="bf16"), 2)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,30 +26,34 @@ from pipeline.runs.planning import (
     prepared_data,
     state_bytes,
 )
-from pipeline.training.config import EngineConfig
+from pipeline.training.config import EngineConfig, OptimizerConfig
 from tests import ranks_traffic
 from tests.train_factory import ROOT, environment, results, run, write_config
 
 RECIPES = sorted((ROOT / "configs").glob("train_*.yaml"))
-ALL = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
+ALL = [(stage, dtype, "adamw") for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
+ALL += [(stage, dtype, "muon") for stage, dtype in ((0, "bf16"), (2, "fp32"), (3, "bf16"))]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("stage", "precision"),
-    [c if c == (2, "bf16") else pytest.param(*c, marks=pytest.mark.slow) for c in ALL],
+    ("stage", "precision", "kind"),
+    [c if c == (2, "bf16", "adamw") else pytest.param(*c, marks=pytest.mark.slow) for c in ALL],
 )
 def test_predicted_states_and_checkpoints_are_those_of_two_ranks_within_2_percent(
-    tmp_path, stage, precision
+    tmp_path, stage, precision, kind
 ):
-    done = run("tests.ranks_plan", str(stage), precision, str(tmp_path), ranks=2)
+    done = run("tests.ranks_plan", str(stage), precision, kind, str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr
     line = next(li for li in done.stdout.splitlines() if li.startswith("result "))
     found = json.loads(line.removeprefix("result "))
     engine = EngineConfig(zero_stage=stage, precision=precision)
-    predicted = state_bytes(found["numel"], engine, ranks=2, small=found["small"])
+    numel, by_muon = found["numel"], found["by_muon"]
+    assert (by_muon > 0.2 * numel) == (kind == "muon")
+    predicted = state_bytes(numel, engine, ranks=2, small=found["small"], by_muon=by_muon)
     assert found["held"] == pytest.approx(predicted.total, rel=0.02)
-    assert found["written"] == pytest.approx(checkpoint_bytes(found["numel"]), rel=0.02)
+    written = checkpoint_bytes(numel, by_muon=by_muon)
+    assert found["written"] == pytest.approx(written, rel=0.02)
 
 
 ACTIVATIONS = """
@@ -114,6 +119,10 @@ RELEASED = [
 SOME = [n for n, c in enumerate(TRAFFIC) if c["zero_stage"] > 1][1::6]
 # Several buckets, of which all but the last are to be reduced while backward goes on.
 BUCKETS = {"zero_stage": 1, "precision": "fp32", "micro_batch": 4, "bucket": 100_000}
+MUON = [
+    {"zero_stage": stage, "precision": "bf16", "micro_batch": 2, "kind": "muon"}
+    for stage in (0, 1, 2, 3)
+]
 # Two nodes of two ranks each.
 HPZ = [case | {"hpz_partition_size": 2} for case in RELEASED]
 
@@ -124,10 +133,10 @@ HPZ = [case | {"hpz_partition_size": 2} for case in RELEASED]
     [
         (
             2,
-            [*(TRAFFIC[number] for number in SOME), BUCKETS],
+            [*(TRAFFIC[number] for number in SOME), BUCKETS, MUON[3]],
         ),
         pytest.param(2, TRAFFIC + RELEASED, marks=pytest.mark.slow),
-        pytest.param(4, HPZ, marks=pytest.mark.slow),
+        pytest.param(4, HPZ + MUON, marks=pytest.mark.slow),
     ],
     ids=["some", "all", "two nodes"],
 )
@@ -143,8 +152,11 @@ def test_what_ranks_hand_to_torch_distributed_is_what_the_plan_says(ranks, cases
             assert early
         monkeypatch.setattr(planning, "LIVE_ELEMENTS", case.pop("live", numel))
         repeats, micro_steps = case.pop("checkpointing", False), 8 // ranks // case["micro_batch"]
+        config = SimpleNamespace(optimizer=OptimizerConfig(kind=case.pop("kind", "adamw")))
+        matrices = planning.muon_matrices(config, network)  # pyright: ignore[reportArgumentType]
         engine, expected = EngineConfig(**case), defaultdict[str, float](float)
-        for c in planning.collectives(engine, numel, small, ranks, micro_steps, repeats):
+        sent = planning.collectives(engine, numel, small, ranks, micro_steps, repeats)
+        for c in sent + planning.muon_collectives(matrices, engine.zero_stage, ranks):
             expected[f"{c.kind} {c.dtype}"] += c.elements
         assert elements == {k: n for k, n in expected.items() if n}, case
 

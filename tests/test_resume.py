@@ -21,7 +21,7 @@ from tests.train_factory import scalars, train, workers, write_config
 
 pytestmark = pytest.mark.distributed
 LAYOUTS = [f"{stage}:{precision}" for precision in ("fp32", "bf16") for stage in range(4)]
-FAST = ["0:fp32", "1:bf16", "2:bf16", "3:fp32"]
+FAST = ["0:fp32", "1:bf16:muon", "2:bf16", "3:fp32:muon"]
 
 
 # --- another number of ranks, another stage, another precision
@@ -36,21 +36,24 @@ def check_layouts(found: list[list[str]], count: int) -> None:
     assert len(found) == count
     for source, target, ranks, wrong, _, before, _, after in found:
         assert wrong == "0", (source, target, ranks)  # states that differ in a bit
-        same = source.split(":")[1] == target.split(":")[1]
+        precisions = {name.split(":")[1] for name in (source, target)}
+        same = len(precisions) == 1
         # Another order of summing, which a step of Adam enlarges; forward in another precision.
-        limits = (2e-7, 2e-7) if source[-4:] == target[-4:] == "fp32" else (1e-6, 1e-3)
+        limits = (2e-7, 2e-7) if precisions == {"fp32"} else (1e-6, 1e-3)
         limits = limits if same else (1e-3, 1e-3)
         assert float(before) <= limits[0], (source, target, ranks)
         assert float(after) <= limits[1], (source, target, ranks)
 
 
 def test_a_checkpoint_of_two_ranks_loads_on_one_at_any_stage_to_the_bit(tmp_path):
-    layouts(tmp_path, 2, "write", "2:fp32")
-    check_layouts(layouts(tmp_path, 1, "read", "3:fp32", "1:bf16", "0:fp32"), 3)
+    layouts(tmp_path, 2, "write", "2:fp32:muon")
+    read = ("3:fp32:muon", "1:bf16:muon", "0:fp32:muon")
+    check_layouts(layouts(tmp_path, 1, "read", *read), 3)
 
 
-SOME = ["0:bf16:muon", "2:bf16:offload", "3:fp32"]
-OTHERS = ["0:fp32:muon", "0:bf16:muon", "1:fp32:offload", "2:bf16:offload", "3:bf16:offload"]
+SOME = ["1:bf16:muon", "2:bf16:offload", "3:fp32:muon"]
+MUON = [f"{layout}:muon" for layout in LAYOUTS]
+OTHERS = [*MUON, "1:fp32:offload", "2:bf16:offload", "3:bf16:offload", "3:bf16:muon:offload"]
 
 
 @pytest.mark.parametrize(
@@ -65,11 +68,12 @@ def test_in_its_own_layout_a_run_goes_on_to_the_same_bits(tmp_path, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written", [1, 2])
-def test_every_layout_loads_in_every_other_to_the_bit(tmp_path, written):
-    layouts(tmp_path, written, "write", *LAYOUTS)
-    for read in (1, 2):
-        check_layouts(layouts(tmp_path, read, "read", *LAYOUTS), 64)
+@pytest.mark.parametrize("written", [1, 2, 4])
+@pytest.mark.parametrize("names", [LAYOUTS, MUON], ids=["adamw", "muon"])
+def test_every_layout_loads_in_every_other_to_the_bit(tmp_path, written, names):
+    layouts(tmp_path, written, "write", *names)
+    for read in (1, 2, 4):
+        check_layouts(layouts(tmp_path, read, "read", *names), 64)
 
 
 def seen(run: Path) -> dict[tuple[int, int], int]:
@@ -128,7 +132,9 @@ REJECTED = (
 )
 
 
-@pytest.mark.parametrize("layouts", [FAST, pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize(
+    "layouts", [FAST, pytest.param([*LAYOUTS, *MUON], marks=pytest.mark.slow)], ids=len
+)
 def test_a_bad_step_of_one_rank_changes_nothing_on_any_at_every_stage_and_precision(
     tmp_path, layouts
 ):

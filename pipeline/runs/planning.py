@@ -20,8 +20,14 @@ from pipeline.config import TrainConfig, sizes_of
 from pipeline.data.loader import Loader
 from pipeline.runs.setup import fit_data
 from pipeline.training.config import EngineConfig
-from pipeline.training.engine import BUCKET_ELEMENTS, LIVE_ELEMENTS, PERSISTENT_ELEMENTS
+from pipeline.training.engine import (
+    BUCKET_ELEMENTS,
+    LIVE_ELEMENTS,
+    PERSISTENT_ELEMENTS,
+    parameter_groups,
+)
 from pipeline.training.flops import PEAK_TFLOPS, ModelFlops
+from pipeline.training.optimizers import muon_flops
 
 GIB = 2**30
 # Of a GPU's memory: the rest is CUDA's context, NCCL's buffers, kernels' workspaces and fragments.
@@ -51,9 +57,17 @@ def num_small(model: nn.Module) -> int:
 
 
 def state_bytes(
-    num_parameters: int, engine: EngineConfig, ranks: int, averages: int = 1, small: int = 0
+    num_parameters: int,
+    engine: EngineConfig,
+    ranks: int,
+    averages: int = 1,
+    small: int = 0,
+    by_muon: int = 0,
 ) -> StateBytes:
-    """ZeRO (Rajbhandari 1910.02054, table 1) with our averages, fp32 accumulation and DeepSpeed's buckets."""
+    """ZeRO (Rajbhandari 1910.02054, table 1) with our averages, fp32 accumulation and DeepSpeed's buckets.
+
+    Of its `by_muon` elements Muon keeps one moment.
+    """
     stage, precision = engine.zero_stage, planned_precision(engine)
     size = BYTES[precision]
     gradients = 4 / ranks if stage else size
@@ -64,9 +78,10 @@ def state_bytes(
         weights = small + num_parameters / ranks  # small ones whole, and their partitions too
         weights += num_parameters / (engine.hpz_partition_size or math.inf)
         bucket = min(BUCKET_ELEMENTS, num_parameters)
-    states = _optimizer_bytes(stage, precision, averages) / (ranks if stage else 1)
+    states = num_parameters * _optimizer_bytes(stage, precision, averages) - 4 * by_muon
+    states /= ranks if stage else 1
     buffers = float(bucket * BYTES[engine.reduce_precision])
-    return StateBytes(weights * size, num_parameters * gradients, num_parameters * states, buffers)
+    return StateBytes(weights * size, num_parameters * gradients, states, buffers)
 
 
 def planned_precision(engine: EngineConfig) -> Precision:
@@ -79,9 +94,9 @@ def _optimizer_bytes(stage: Stage, precision: Precision, averages: int) -> int:
     return 8 + 4 * averages + (4 if stage or precision == "bf16" else 0)
 
 
-def checkpoint_bytes(num_parameters: int, averages: int = 1) -> int:
-    """Bytes of one checkpoint: masters, two moments and the averages, fp32, in all ranks' files."""
-    return num_parameters * 4 * (3 + averages)
+def checkpoint_bytes(num_parameters: int, averages: int = 1, by_muon: int = 0) -> int:
+    """Bytes of one checkpoint: masters, two moments (Muon's one) and the averages, fp32, in all ranks' files."""
+    return num_parameters * 4 * (3 + averages) - 4 * by_muon
 
 
 @dataclass(frozen=True)
@@ -208,17 +223,17 @@ def assumed_data(
 class Collective(NamedTuple):
     """What each rank hands to torch.distributed in a step, in all calls of a kind among so many ranks."""
 
-    kind: Literal["all_reduce", "reduce_scatter", "all_gather"]
+    kind: Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
     dtype: Precision
     elements: float
     ranks: int
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a rank sends in a ring (1910.02054, section 7)."""
+        """Bytes that a rank sends, but for all_to_all in a ring (1910.02054, section 7)."""
         others = self.ranks - 1
-        passes = {"all_reduce": 2 * others / self.ranks, "reduce_scatter": others / self.ranks}
-        return self.elements * BYTES[self.dtype] * passes.get(self.kind, others)
+        passes = {"all_reduce": 2 * others / self.ranks, "all_gather": others}
+        return self.elements * BYTES[self.dtype] * passes.get(self.kind, others / self.ranks)
 
 
 @dataclass(frozen=True)
@@ -269,6 +284,24 @@ def collectives(
     ]
 
 
+def muon_matrices(config: TrainConfig, network: nn.Module) -> list[torch.Size]:
+    """Shapes of the matrices that Muon steps on, in the order in which ZeRO lays them out; none for AdamW."""
+    groups = parameter_groups(network, 0.0, config.optimizer.kind == "muon")
+    return [p.shape for group in groups if group["muon"] for p in group["params"]]
+
+
+def muon_collectives(matrices: list[torch.Size], stage: Stage, ranks: int) -> list[Collective]:
+    """Cut matrices go whole to one rank and their updates back; the mean over ranks (tests count it)."""
+    sizes = np.array([shape.numel() for shape in matrices])
+    if stage == 0 or not len(sizes):
+        return []
+    if stage < 3:
+        # One flat tensor, cut in equal parts of an even number of elements.
+        part, ends = 2 * -(-int(sizes.sum()) // (2 * ranks)), np.cumsum(sizes)
+        sizes = sizes[(ends - sizes) // part != (ends - 1) // part]
+    return [Collective("all_to_all", "bf16", 2 * float(sizes.sum()) / ranks, ranks)]
+
+
 @dataclass(frozen=True)
 class Fit:
     """One way to lay the run out: what a GPU holds, the largest micro-batch that fits, and what it sends."""
@@ -299,12 +332,15 @@ def layouts(
     precision = planned_precision(config.engine)
     averages, fits = len(config.ema.names()), []
     num_parameters = sum(p.numel() for p in network.parameters())
-    small = num_small(network)
+    small, matrices = num_small(network), muon_matrices(config, network)
+    by_muon = sum(shape.numel() for shape in matrices)
+    speed = PEAK_TFLOPS[machines.gpu] * 1e12 * machines.mfu
+    muon_s = sum(map(muon_flops, matrices)) / speed
     for checkpointing in (False, True):
         activations = activation_bytes(model, sample, precision, checkpointing)
-        for stage in (0,) if config.optimizer.kind == "muon" else (0, 1, 2, 3):
+        for stage in (0, 1, 2, 3):
             engine = config.engine.model_copy(update={"zero_stage": stage})
-            state = state_bytes(num_parameters, engine, gpus, averages, small)
+            state = state_bytes(num_parameters, engine, gpus, averages, small, by_muon)
             room = USABLE * machines.memory - state.total
             # At stage 0, micro-batches would be summed in bf16.
             whole = stage == 0 and precision == "bf16"
@@ -313,8 +349,10 @@ def layouts(
             micro_batch = max(sizes, default=0)
             steps = share // (micro_batch or 1)
             sent = collectives(engine, num_parameters, small, gpus, steps, checkpointing)
+            sent += muon_collectives(matrices, stage, gpus)
             # The repeated forward is a third of the arithmetic.
             seconds = computing * (4 / 3 if checkpointing else 1) + machines.seconds(sent)
+            seconds += muon_s / (gpus if stage else 1)
             fits.append(Fit(stage, checkpointing, state, activations, micro_batch, sent, seconds))
     return fits
 
@@ -359,7 +397,9 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
     nodes = -(-machines.gpus // machines.gpus_per_node)
     chosen = best or fits[-1]
     sent = sum(part.sent_bytes for part in chosen.sent)
-    saved = checkpoint_bytes(num_parameters, len(config.ema.names()))
+    matrices = muon_matrices(config, network)
+    by_muon = sum(shape.numel() for shape in matrices)
+    saved = checkpoint_bytes(num_parameters, len(config.ema.names()), by_muon)
     kept = config.checkpoint.keep
     if config.checkpoint.keep_every_steps:
         kept += steps // config.checkpoint.keep_every_steps
@@ -370,6 +410,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
         ("steps", f"{steps:,} of {batch} pictures; {config.training.images / max(data.num_pictures, 1):.2f} epochs"),
         ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
+        *([("muon", f"{sum(map(muon_flops, matrices)) / (batch * flops):.2%} more FLOPs, {by_muon / 1e6:,.1f} M parameters; at ZeRO 0 on every GPU, else shared")] if matrices else []),
         ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step at ZeRO {chosen.stage}, gradients summed in {config.engine.reduce_precision}: {machines.seconds(chosen.sent):.3f} s at {machines.within:g} GB/s per GPU within nodes and {machines.between:g} GB/s per node between them, less what backward hides"),

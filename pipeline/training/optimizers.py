@@ -1,30 +1,136 @@
-"""Muon with the averages of the weights."""
+"""Muon with the averages of the weights, at every ZeRO stage.
 
-from typing import Any
+Muon's step is a function of whole matrices, and ZeRO cuts them. Momentum is elementwise and lies on the pieces, as
+Adam's moments do. A matrix that lies on one rank is stepped on there. Each of the others goes to one rank and its
+update back (2502.16982, algorithm 1), in bf16, in which it is orthogonalised anyway: so every stage takes the step of
+whole matrices. A rank has one whole matrix at a time.
+"""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim._muon import (
+    DEFAULT_A,
+    DEFAULT_B,
+    DEFAULT_C,
+    DEFAULT_NS_STEPS,
+    EPS,
+    _adjust_lr,
+    _zeropower_via_newtonschulz,
+)
 
+from models.roles import parameter_roles, shape_of
+from pipeline import distributed
 from pipeline.training.ema import WithEMA
+from pipeline.training.pieces import owned_pieces
 
-# torch's defaults, with the scale at which AdamW's LR and decay fit (2502.16982, 2.2).
-MUON = {
-    "momentum": 0.95,
-    "nesterov": True,
-    "ns_coefficients": (3.4445, -4.7750, 2.0315),
-    "ns_steps": 5,
-    "adjust_lr_fn": "match_rms_adamw",
-    "eps": 1e-7,
-}
+MOMENTUM = 0.95
+
+
+class Matrix(NamedTuple):
+    """Where this rank's part of a matrix lies in its flat tensor, and how many elements each rank holds, in order."""
+
+    shape: torch.Size
+    part: slice
+    held: list[int]
+
+
+class Share(NamedTuple):
+    """The matrices of one of the optimizer's tensors.
+
+    `own` lie wholly on this rank. Of those that several ranks hold, a round has at most one for each rank to
+    orthogonalise; all ranks have the same rounds.
+    """
+
+    own: list[Matrix]
+    rounds: list[dict[int, Matrix]]
+
+
+def divide(matrices: list[Matrix], own: list[Matrix]) -> Share:
+    """Deal out the cut matrices to ranks that hold a part of them, those of a round being about equally large."""
+    queues: dict[int, list[Matrix]] = defaultdict(list)
+    for number, matrix in enumerate(sorted(matrices, key=lambda m: -m.shape.numel())):
+        holders = [rank for rank, held in enumerate(matrix.held) if held]
+        queues[holders[number % len(holders)]].append(matrix)
+    length = max(map(len, queues.values()), default=0)
+    rounds = [{r: q[k] for r, q in queues.items() if k < len(q)} for k in range(length)]
+    return Share(own, rounds)
+
+
+def shares(engine: Any, optimizer: torch.optim.Optimizer) -> dict[Tensor, Share]:
+    """How the ranks share Muon's matrices, by the tensors that this rank's optimizer steps on. Collective."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    roles = parameter_roles(engine.module)
+    own = {piece.name: piece for piece in owned_pieces(engine)}
+    hidden = {n: p for n, p in engine.module.named_parameters() if roles[n].hidden}
+    counts = [own[name].size if name in own else 0 for name in hidden]
+    everyones = distributed.gather_objects(counts) if stage else [counts]
+    flats = [p for g in optimizer.param_groups if g["muon"] for p in g["params"]]
+    found: dict[Tensor, tuple[list[Matrix], list[Matrix]]] = defaultdict(lambda: ([], []))
+    for (name, parameter), *held in zip(hidden.items(), *everyones, strict=True):
+        if stage == 0:
+            flat = own[name].tensor
+        elif stage == 3:
+            group = zero.grad_position[zero.get_param_id(parameter)][0]
+            flat = zero.fp32_partitioned_groups_flat[group]
+        else:
+            # Muon's matrices are one group.
+            (flat,) = flats
+        part, cut = slice(0), sum(map(bool, held)) > 1
+        if name in own:
+            part = slice(own[name].start, own[name].start + own[name].size)
+        if cut or name in own:
+            found[flat][not cut].append(Matrix(shape_of(parameter), part, held))
+    return {flat: divide(*both) for flat, both in found.items()}
+
+
+def exchange(sent: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """A flat tensor to each rank, and one of each rank, of so many elements. Collective."""
+    flat = torch.cat(sent)
+    received = flat.new_empty(sum(sizes))
+    dist.all_to_all_single(received, flat, sizes, [len(part) for part in sent])
+    return list(received.split(sizes))
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """U V^T of a matrix U S V^T, roughly, by torch's Newton-Schulz steps, in bf16 (Jordan 2024)."""
+    coefficients = DEFAULT_A, DEFAULT_B, DEFAULT_C
+    return _zeropower_via_newtonschulz(matrix, coefficients, DEFAULT_NS_STEPS, EPS)
+
+
+def orthogonalised_together(
+    matrices: dict[int, Matrix], parts: dict[int, Tensor]
+) -> dict[int, Tensor]:
+    """This rank's parts, flat, of matrices that each go whole to one rank, by that rank. Collective."""
+    rank, ranks = distributed.rank(), range(distributed.world_size())
+    nothing = next(iter(parts.values())).new_empty(0)
+    mine = matrices.get(rank)
+    sent, sizes = [parts.get(r, nothing) for r in ranks], mine.held if mine else [0 for _ in ranks]
+    received = exchange(sent, sizes)
+    if mine:
+        whole = orthogonalised(torch.cat(received).view(mine.shape))
+        received = list(whole.flatten().split(sizes))
+    return dict(enumerate(exchange(received, [len(part) for part in sent])))
+
+
+def muon_flops(shape: torch.Size) -> float:
+    """FLOPs of `orthogonalised`: three products a step, of which one is of the Gram matrix with itself."""
+    m, n = sorted(shape)
+    return DEFAULT_NS_STEPS * (4.0 * m * m * n + 2.0 * m**3)
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """Muon (Jordan 2024) on groups marked `muon`, AdamW on the others, with one state."""
+    """Muon (Jordan 2024) on groups marked `muon`, AdamW on the others, with one state.
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any):
-        groups = [group | MUON if group["muon"] else group for group in groups]
-        super().__init__(groups, **options)
-        matrices = [g for g in self.param_groups if g["muon"]]
-        self._muon = torch.optim.Muon([p for g in matrices for p in g["params"]])
+    `shares` and the `device` that computes are set once DeepSpeed has cut the parameters; without them no matrix
+    is stepped on. The scale of the step is the one at which AdamW's LR and decay fit (2502.16982, 2.2).
+    """
+
+    shares: dict[Tensor, Share] = {}
+    device = torch.device("cpu")
 
     def step(self, closure: Any = None) -> Any:
         groups = self.param_groups
@@ -33,10 +139,40 @@ class MuonAdamW(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        self._muon.param_groups = [g for g in groups if g["muon"]]
-        self._muon.state = self.state
-        self._muon.step()
+        for group in groups:
+            for tensor in group["params"] if group["muon"] else ():
+                if tensor.grad is not None and tensor in self.shares:
+                    self._step_on(tensor, group["lr"], group["weight_decay"])
         return loss
+
+    @torch.no_grad()
+    def _step_on(self, tensor: Tensor, lr: float, decay: float) -> None:
+        assert tensor.grad is not None
+        state, share = self.state[tensor], self.shares[tensor]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(tensor)
+        state["momentum_buffer"].lerp_(tensor.grad, 1 - MOMENTUM)
+        tensor.mul_(1 - lr * decay)
+        flats = (x.view(-1) for x in (tensor, tensor.grad, state["momentum_buffer"]))
+        weights, gradient, momentum = flats
+
+        def direction(matrix: Matrix) -> Tensor:
+            """This rank's part of Nesterov's direction."""
+            nesterov = gradient[matrix.part].lerp(momentum[matrix.part], MOMENTUM)
+            return nesterov.to(self.device, torch.bfloat16)
+
+        def apply(matrix: Matrix, update: Tensor) -> None:
+            scaled = _adjust_lr(lr, "match_rms_adamw", matrix.shape)
+            weights[matrix.part].add_(update.to(weights.device), alpha=-scaled)
+
+        for matrix in share.own:
+            apply(matrix, orthogonalised(direction(matrix).view(matrix.shape)).flatten())
+        for matrices in share.rounds:
+            updates = orthogonalised_together(
+                matrices, {r: direction(m) for r, m in matrices.items()}
+            )
+            for rank, matrix in matrices.items():
+                apply(matrix, updates[rank])
 
 
 class MuonWithEMA(WithEMA, MuonAdamW):

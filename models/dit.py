@@ -2,7 +2,7 @@
 
 Text enters twice: its tokens by cross-attention in every block (PixArt-alpha 2310.00426), its pooled
 vector beside t in the modulation. `modulation: shared` is PixArt's adaLN-single: one projection for
-all blocks and a table per block.
+all blocks and a table per block; with `none` the norms have weights of their own, and nothing is told of t.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
+    LongSkips,
     Mask,
     MLPEmbedder,
     Modulation,
@@ -23,44 +24,59 @@ from models.layers import (
     Rope,
     Tokens,
     Vector,
+    gated,
     initialise,
+    input_norm,
     modulate,
     positions_2d,
+    sandwich_norm,
 )
 from models.networks import DiTConfig
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text if there is any, MLP; the first and the last are modulated."""
+    """Self-attention, cross-attention to the text if there is any, MLP; the first and the last are modulated.
 
-    def __init__(self, config: DiTConfig):
+    With `skip_linear` a linear first merges the long skip, which lies beside x.
+    """
+
+    def __init__(self, config: DiTConfig, skip: bool):
         super().__init__()
         dim, _, heads = config.shape()
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm, self.norm_ff = input_norm(config), input_norm(config)
+        self.after_attention, self.after_ff = sandwich_norm(config), sandwich_norm(config)
         self.attn1 = Attention(dim, heads, qk_norm=config.qk_norm)
         self.attn2 = Attention(dim, heads, dim, config.qk_norm) if config.text_dim else None
-        self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
+        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), config.swiglu)
         self.norm1 = Modulation(dim, 6) if config.modulation == "block" else None
+        self.scale_shift_table = None
         if config.modulation == "shared":
             self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
             nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
 
     def forward(
         self,
-        x: Tokens,
-        c: Vector | Float[Tensor, "B 6 D"],
+        x: Float[Tensor, "B N _"],
+        c: Vector | Float[Tensor, "B 6 D"] | None,
         text: Float[Tensor, "B L D"] | None,
         mask: Mask,
         rope: Rope,
         attend: AttentionFunction,
     ) -> Tokens:
-        table = c + self.scale_shift_table if self.norm1 is None else self.norm1(c)  # (B, 6, D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unsqueeze(2).unbind(1)
+        if self.skip_linear is not None:
+            x = self.skip_linear(x)
+        shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
+        if c is not None:
+            own: Any = self.scale_shift_table
+            table = self.norm1(c) if self.norm1 is not None else c + own  # (B, 6, D)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unsqueeze(2).unbind(1)
         h = self.attn1(modulate(self.norm(x), shift_a, scale_a), attend, rope=rope)
-        x = torch.addcmul(x, gate_a, h)
+        x = gated(x, gate_a, self.after_attention(h))
         if self.attn2 is not None and text is not None:
             x = x + self.attn2(x, attend, text, mask)
-        return torch.addcmul(x, gate_m, self.ff(modulate(self.norm(x), shift_m, scale_m)))
+        h = self.ff(modulate(self.norm_ff(x), shift_m, scale_m))
+        return gated(x, gate_m, self.after_ff(h))
 
 
 class DiT(PatchTransformer):
@@ -76,14 +92,15 @@ class DiT(PatchTransformer):
         self.caption_projection = self.adaln_single = self.modulation_out = None
         if config.text_dim:
             self.caption_projection = MLPEmbedder(config.text_dim, dim, nn.GELU(approximate="tanh"))
-        blocks = [DiTBlock(config) for _ in range(self.depth)]
+        first = self.depth // 2 + 1 if config.long_skips else self.depth
+        blocks = [DiTBlock(config, i >= first) for i in range(self.depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
-        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm_out, self.scale_shift_table = input_norm(config), None
         if config.modulation == "shared":
             self.adaln_single = Modulation(dim, 6)
             self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
             nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
-        else:
+        elif config.modulation == "block":
             self.modulation_out = Modulation(dim, 2)
         self.proj_out = nn.Linear(dim, self.patch_dim)
         initialise(self, [self.proj_out, *(b.attn2.to_out for b in blocks if b.attn2)])
@@ -94,22 +111,25 @@ class DiT(PatchTransformer):
     def transform(
         self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
-        c: Any = sum(vectors)
-        text = mask = None
+        c: Any = sum(vectors) if vectors else None
+        text = mask = shift = scale = None
         if self.caption_projection is not None:
-            text = self.caption_projection(given("text_emb", conditions.text_emb))  # (B, L, D)
+            text = self.caption_projection(given("text_emb", conditions.text_emb))
+            text = self.adapt(text, conditions.text_mask)  # (B, L, D)
             if conditions.text_mask is not None:
                 mask = conditions.text_mask[:, None, None, :]
         of_blocks = c if self.adaln_single is None else self.adaln_single(c)
-        attend = self.attend(x)
+        attend, skips = self.attend(x), LongSkips(self.depth if self.config.long_skips else 0)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-            return self.run(block, x, of_blocks, text, mask, rope, attend)
+            (x,) = skips.join(block, x)
+            x = self.run(block, x, of_blocks, text, mask, rope, attend)
+            skips.keep(block, x)
+            return x
 
         x, projection = self.through(x, rope, conditions.token_scores, step)
         if self.modulation_out is not None:
-            table = self.modulation_out(c)  # (B, 2, D)
-        else:
-            table = c[:, None] + self.scale_shift_table
-        shift, scale = table.unsqueeze(2).unbind(1)
+            shift, scale = self.modulation_out(c).unsqueeze(2).unbind(1)
+        elif self.scale_shift_table is not None:
+            shift, scale = (c[:, None] + self.scale_shift_table).unsqueeze(2).unbind(1)
         return self.proj_out(modulate(self.norm_out(x), shift, scale)), projection

@@ -83,6 +83,9 @@ LAYOUTS = {
         },
     ),
 }
+# Options that only our own format has a place for.
+OWN_ALONE = ("size_conditioning", "rope", "register_tokens", "patch_bottleneck", "sandwich_norm")
+OWN_ALONE += ("swiglu", "long_skips", "text_adapter", "text_rope")
 # Arguments of diffusers' classes that decide nothing here, or that `check_config` compares by hand.
 IGNORED = ("sample_size", "interpolation_scale", "norm_eps", "out_channels", "num_embeds_ada_norm")
 
@@ -106,9 +109,11 @@ def check_layout(config: NetworkConfig, layout: str) -> None:
     values, (lacks, needs, _) = dict(config), LAYOUTS[layout]
     lines = [
         f"model.{name}: got {values[name]}, which {layout} has no place for"
-        for name in ("size_conditioning", "rope", "register_tokens", "patch_bottleneck", *lacks)
+        for name in (*OWN_ALONE, *lacks)
         if values.get(name)
     ]
+    if values.get("modulation") == "none":
+        lines.append(f"model.modulation: got none, which {layout} has no place for")
     lines += [
         f"model.{name}: got {values.get(name)}, but {layout} needs it"
         for name in needs

@@ -32,8 +32,8 @@ Tokens = Float[Tensor, "B N D"]
 Vector = Float[Tensor, "B D"]
 Mask = Bool[Tensor, "B 1 1 L"] | None
 """Text that attention may look at; None: all of it."""
-Rope = Float[Tensor, "R M e 2"] | None
-"""cos and sin by which the first M tokens are turned, the same (R = 1) or other ones (R = B) for each picture."""
+Rope = Float[Tensor, "R T e 2"] | None
+"""cos and sin by which the first T tokens are turned, the same (R = 1) or other ones (R = B) for each picture."""
 
 
 def patchify(x: Float[Tensor, "B C h w"], patch_size: int) -> Float[Tensor, "B N P"]:
@@ -109,11 +109,14 @@ def positions_2d(
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # else a table first made while sampling could not be trained with
 def rope_2d(
-    height: int, width: int, head_dim: int, device: torch.device
+    height: int, width: int, head_dim: int, device: torch.device, scale: float = 1.0
 ) -> Float[Tensor, "1 N d 2"]:
-    """cos and sin of each patch's rotations (RoFormer 2104.09864): half the pairs turn by row, half by column."""
+    """cos and sin of each patch's rotations (RoFormer 2104.09864): half the pairs turn by row, half by column.
+
+    Positions count patches, times `scale`.
+    """
     quarter = head_dim // 4
-    omega = 1e4 ** -(torch.arange(quarter, device=device) / quarter)
+    omega = scale * 1e4 ** -(torch.arange(quarter, device=device) / quarter)
     row, column = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
@@ -122,10 +125,10 @@ def rope_2d(
 
 
 def rotate(x: Float[Tensor, "B N H d"], rope: Rope) -> Float[Tensor, "B N H d"]:
-    """Turn the pairs (i, i + d/2) of the first M tokens; the tokens after them have no position."""
+    """Turn the pairs (i, i + d/2) of the first T tokens; the tokens after them have no position."""
     if rope is None:
         return x
-    cos, sin = rope[:, :, None].unbind(-1)  # (R, M, 1, d/2)
+    cos, sin = rope[:, : x.shape[1], None].unbind(-1)  # (R, T, 1, d/2)
     head, rest = x[:, : cos.shape[1]], x[:, cos.shape[1] :]
     first, second = head.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -296,14 +299,25 @@ class GELUProjection(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class FeedForward(nn.Module):
-    """The transformer's MLP: `net.0` widens, with GELU, and `net.2` narrows."""
+class SwiGLUProjection(GELUProjection):
+    """Linear to twice the width, whose first half the SiLU of the second gates (Shazeer 2002.05202)."""
 
     def __init__(self, dim: int, hidden_dim: int):
+        super().__init__(dim, 2 * hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.silu(gate)
+
+
+class FeedForward(nn.Module):
+    """The transformer's MLP: `net.0` widens, with GELU or as SwiGLU, and `net.2` narrows."""
+
+    def __init__(self, dim: int, hidden_dim: int, swiglu: bool = False):
         super().__init__()
-        self.net = nn.ModuleList(
-            [GELUProjection(dim, hidden_dim), nn.Identity(), nn.Linear(hidden_dim, dim)]
-        )
+        hidden_dim = int(2 / 3 * hidden_dim) if swiglu else hidden_dim
+        first = (SwiGLUProjection if swiglu else GELUProjection)(dim, hidden_dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden_dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -321,9 +335,61 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c)).unflatten(-1, (self.num, -1))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift, with (B, 1, D) shift and scale."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    """adaLN: x (1 + scale) + shift, with (B, 1, D) shift and scale; x where there is no adaLN."""
+    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
+    """The residual x + gate out, with a (B, 1, D) gate; x + out where there is no adaLN."""
+    return x + out if gate is None else torch.addcmul(x, gate, out)
+
+
+def input_norm(config: RoutedConfig) -> nn.Module:
+    """Norm before attention, MLP and output: modulation scales and shifts it, else it is an RMSNorm with weights."""
+    dim = config.shape()[0]
+    if config.modulation == "none":
+        return nn.RMSNorm(dim, eps=1e-6)
+    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
+def sandwich_norm(config: RoutedConfig) -> nn.Module:
+    """Norm of what attention and MLP return, where the config has one."""
+    return nn.RMSNorm(config.shape()[0], eps=1e-6) if config.sandwich_norm else nn.Identity()
+
+
+class TextBlock(nn.Module):
+    """Self-attention and MLP of the text alone, each after an RMSNorm: i1's text adapter (2606.11289)."""
+
+    def __init__(self, config: RoutedConfig):
+        super().__init__()
+        dim, _, heads = config.shape()
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn = Attention(dim, heads, qk_norm=config.qk_norm)
+        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), config.swiglu)
+
+    def forward(
+        self, text: Float[Tensor, "B L D"], mask: Mask, attend: AttentionFunction
+    ) -> Tensor:
+        text = text + self.attn(self.norm1(text), attend, mask=mask)
+        return text + self.ff(self.norm2(text))
+
+
+class LongSkips:
+    """What the blocks of the first half returned, each for its mirror in the second (U-ViT 2209.12152)."""
+
+    def __init__(self, depth: int):
+        self.half, self.kept = depth // 2, list[tuple[Tensor, ...]]()
+
+    def join(self, block: Any, *streams: Tensor) -> tuple[Tensor, ...]:
+        """What enters a block: its mirror's streams beside these, where it has a `skip_linear` for them."""
+        if block.skip_linear is None:
+            return streams
+        return tuple(torch.cat(pair, -1) for pair in zip(streams, self.kept.pop(), strict=True))
+
+    def keep(self, block: Any, *streams: Tensor) -> None:
+        if block.skip_linear is None and len(self.kept) < self.half:
+            self.kept.append(streams)
 
 
 def kept_patches(scores: Float[Tensor, "B M"], span: Span) -> Int[Tensor, "B K"]:
@@ -382,7 +448,11 @@ class PatchTransformer(nn.Module):
             sizes = [self.dim, *[config.alignment.hidden_size] * 2, config.vision_dim or 0]
             first, second, third = (nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
             self.projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
-        self.time_text_embed = ConditionEmbedder(config, self.dim, timestep_shift)
+        self.time_text_embed = self.text_blocks = None
+        if getattr(config, "modulation", "") != "none":
+            self.time_text_embed = ConditionEmbedder(config, self.dim, timestep_shift)
+        if isinstance(config, RoutedConfig) and config.text_adapter:
+            self.text_blocks = nn.ModuleList(TextBlock(config) for _ in range(config.text_adapter))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -413,7 +483,7 @@ class PatchTransformer(nn.Module):
         In training with `alignment` also the projection of each patch, for the alignment loss.
         """
         check_inputs(x_t, t, conditions)
-        vectors = self.time_text_embed(t, conditions)
+        vectors = self.time_text_embed(t, conditions) if self.time_text_embed is not None else []
         x, projection = self.transform(*self.embed(x_t), vectors, conditions)
         out = unpatchify(x, self.config.patch_size, *x_t.shape[-2:])
         return out if projection is None else (out, projection)
@@ -438,14 +508,24 @@ class PatchTransformer(nn.Module):
             if span and token_scores is not None and number == span.start:
                 whole, whole_rope = x, rope
                 kept = kept_patches(token_scores, span)  # (B, K)
-                x = torch.cat([take(x, kept), x[:, token_scores.shape[1] :]], dim=1)
-                rope = None if rope is None else rope[0, kept]
+                x = torch.cat([take(x, kept), x[:, num:]], dim=1)
+                if rope is not None:
+                    turns = rope.expand(len(x), -1, -1, -1).flatten(2)
+                    turns = torch.cat([take(turns, kept), turns[:, num:]], dim=1)
+                    rope = turns.unflatten(2, (-1, 2))
             if span and kept is not None and number == span.end:
                 x, rope, kept = put_back(whole, kept, x), whole_rope, None
             x = step(block, x, rope)
             if self.projector is not None and self.training and number + 1 == self.aligned:
                 projection = self.projector(x)[:, :num]
         return (x if kept is None else put_back(whole, kept, x))[:, :num], projection
+
+    def adapt(self, text: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None) -> Tensor:
+        """The text as the adapter's blocks leave it, if there are any."""
+        attention_mask = None if mask is None else mask[:, None, None]
+        for block in self.text_blocks or ():
+            text = self.run(block, text, attention_mask, self.attend(text))
+        return text
 
     def attend(self, x: Tensor) -> AttentionFunction:
         """The attention that the config asks for, if it runs on x's device and dtype."""
@@ -480,7 +560,7 @@ def initialise(model: PatchTransformer, zeros: list[nn.Module]) -> None:
                 nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for part in model.time_text_embed.modules():
+    for part in model.time_text_embed.modules() if model.time_text_embed is not None else ():
         if isinstance(part, nn.Embedding if mup else nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
     for module in (*zeros, *(m for m in model.modules() if isinstance(m, Modulation))):

@@ -1,8 +1,11 @@
 """MMDiT (SD3, Esser 2403.03206): text and patches in two streams that meet in every attention.
 
 `qk_norm` and `dual_attention_layers` are SD3.5's. Unlike theirs, padded text can be masked. The text stream ends
-in the last block, where text gives keys and values only.
+in the last block, where text gives keys and values only. i1 (2606.11289) is `modulation: none` with `sandwich_norm`,
+`swiglu`, `qk_norm`, `long_skips`, `text_rope` and a `text_adapter` of 2; its adapter sees padding too, ours does not.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +18,22 @@ from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
+    Latents,
+    LongSkips,
     Modulation,
     PatchTransformer,
     Rope,
     Tokens,
     Vector,
+    gated,
     initialise,
+    input_norm,
     modulate,
     positions_2d,
     qk_normalisation,
+    rope_2d,
     rotate,
+    sandwich_norm,
 )
 from models.networks import MMDiTConfig
 
@@ -49,11 +58,12 @@ class JointAttention(Attention):
         rope: Rope,
     ) -> tuple[Tokens, Float[Tensor, "B L D"] | None]:
         num = x.shape[1]
-        q = rotate(self.norm_q(self.split(self.to_q(x))), rope)
+        q = self.norm_q(self.split(self.to_q(x)))
         if self.add_q_proj is not None:
             q = torch.cat([q, self.norm_added_q(self.split(self.add_q_proj(text)))], dim=1)
-        k = rotate(self.norm_k(self.split(self.to_k(x))), rope)
+        k = self.norm_k(self.split(self.to_k(x)))
         k = torch.cat([k, self.norm_added_k(self.split(self.add_k_proj(text)))], dim=1)
+        q, k = rotate(q, rope), rotate(k, rope)
         v = torch.cat([self.split(self.to_v(x)), self.split(self.add_v_proj(text))], dim=1)
         if mask is not None:
             mask = F.pad(mask, (num, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
@@ -62,47 +72,78 @@ class JointAttention(Attention):
         return self.to_out[0](out[:, :num]), text_out
 
 
-class MMDiTBlock(nn.Module):
-    """Joint attention, with `dual` a second attention among the patches, and an MLP for each stream."""
+def joint_rope(rope: Tensor, tokens: int, length: int, mask: Bool[Tensor, "B L"] | None) -> Tensor:
+    """RoPE's table of patches, registers and text from that of the patches' rows and columns (i1 2606.11289).
 
-    def __init__(self, config: MMDiTConfig, dual: bool, last: bool):
+    Token n of the text is at place n, a patch at the text's length, and registers are not turned: (R, T, d / 2, 2).
+    """
+    _, patches, half, _ = rope.shape
+    ends = rope.new_tensor([length]) if mask is None else mask.sum(1).to(rope.dtype)
+    steps = torch.arange(length, device=rope.device, dtype=rope.dtype).expand(len(ends), -1)
+    places = torch.cat([ends[:, None].expand(-1, patches), steps.new_zeros(len(ends), tokens - patches), steps], dim=1)  # fmt: skip
+    angles = places[..., None] * 1e4 ** -(torch.arange(half, device=rope.device) / half)
+    still = rope.new_tensor([1.0, 0.0]).expand(1, tokens - patches + length, half, 2)
+    axes = torch.cat([rope, still], dim=1).expand(len(ends), -1, -1, -1)
+    return torch.cat([torch.stack([angles.cos(), angles.sin()], dim=-1), axes], dim=2)
+
+
+class MMDiTBlock(nn.Module):
+    """Joint attention, for some blocks a second attention among the patches, and an MLP for each stream.
+
+    With `skip_linear` two linears first merge the long skips, which lie beside x and text. Both streams share the norms.
+    """
+
+    def __init__(self, config: MMDiTConfig, number: int):
         super().__init__()
-        dim, _, heads = config.shape()
+        dim, depth, heads = config.shape()
+        dual, last = number < config.dual_attention_layers, number == depth - 1
         hidden = int(dim * config.mlp_ratio)
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm1 = Modulation(dim, 9 if dual else 6)
-        self.norm1_context = Modulation(dim, 2 if last else 6)
+        self.skip_linear = self.norm1 = self.norm1_context = None
+        if config.long_skips and number > depth // 2:
+            self.skip_linear = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(2))
+        self.norm, self.norm_ff = input_norm(config), input_norm(config)
+        self.after_attention, self.after_ff = sandwich_norm(config), sandwich_norm(config)
+        if config.modulation != "none":
+            self.norm1 = Modulation(dim, 9 if dual else 6)
+            self.norm1_context = Modulation(dim, 2 if last else 6)
         self.attn = JointAttention(dim, heads, config.qk_norm, last)
         self.attn2 = Attention(dim, heads, qk_norm=config.qk_norm) if dual else None
-        self.ff = FeedForward(dim, hidden)
-        self.ff_context = None if last else FeedForward(dim, hidden)
+        self.ff = FeedForward(dim, hidden, config.swiglu)
+        self.ff_context = None if last else FeedForward(dim, hidden, config.swiglu)
 
     def forward(
         self,
-        x: Tokens,
-        text: Float[Tensor, "B L D"],
-        c: Vector,
+        x: Float[Tensor, "B N _"],
+        text: Float[Tensor, "B L _"],
+        c: Vector | None,
         mask: Bool[Tensor, "B L"] | None,
         rope: Rope,
         attend: AttentionFunction,
     ) -> tuple[Tokens, Float[Tensor, "B L D"]]:
-        shift, scale, gate, shift_m, scale_m, gate_m, *dual = self.norm1(c).unsqueeze(2).unbind(1)
-        table = self.norm1_context(c).unsqueeze(2).unbind(1)
+        if self.skip_linear is not None:
+            x, text = self.skip_linear[0](x), self.skip_linear[1](text)
+        own: Any = [None] * 9
+        table: Any = [None] * 6
+        if self.norm1 is not None and self.norm1_context is not None:
+            own = self.norm1(c).unsqueeze(2).unbind(1)
+            table = self.norm1_context(c).unsqueeze(2).unbind(1)
+        shift, scale, gate, shift_m, scale_m, gate_m, *dual = own
         # SD3's order: scale first where there are two.
-        shift_t, scale_t = table[:2] if self.ff_context is not None else table[::-1]
+        shift_t, scale_t = table[:2] if self.ff_context is not None else table[1::-1]
         normed, normed_text = self.norm(x), modulate(self.norm(text), shift_t, scale_t)
         out, text_out = self.attn(modulate(normed, shift, scale), normed_text, attend, mask, rope)
-        x = torch.addcmul(x, gate, out)
+        x = gated(x, gate, self.after_attention(out))
         if self.attn2 is not None:
             shift, scale, gate = dual
             out = self.attn2(modulate(normed, shift, scale), attend, rope=rope)
-            x = torch.addcmul(x, gate, out)
-        x = torch.addcmul(x, gate_m, self.ff(modulate(self.norm(x), shift_m, scale_m)))
+            x = gated(x, gate, self.after_attention(out))
+        out = self.ff(modulate(self.norm_ff(x), shift_m, scale_m))
+        x = gated(x, gate_m, self.after_ff(out))
         if self.ff_context is not None:
             _, _, gate, shift_m, scale_m, gate_m = table
-            text = torch.addcmul(text, gate, text_out)
-            out = self.ff_context(modulate(self.norm(text), shift_m, scale_m))
-            text = torch.addcmul(text, gate_m, out)
+            text = gated(text, gate, self.after_attention(text_out))
+            out = self.ff_context(modulate(self.norm_ff(text), shift_m, scale_m))
+            text = gated(text, gate_m, self.after_ff(out))
         return x, text
 
 
@@ -118,11 +159,10 @@ class MMDiT(PatchTransformer):
             )
         self.context_embedder = nn.Linear(config.text_dim, dim)
         self.transformer_blocks = nn.ModuleList(
-            MMDiTBlock(config, i < config.dual_attention_layers, i == self.depth - 1)
-            for i in range(self.depth)
+            MMDiTBlock(config, number) for number in range(self.depth)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.norm_out = Modulation(dim, 2)
+        self.norm = input_norm(config)
+        self.norm_out = Modulation(dim, 2) if config.modulation != "none" else None
         self.proj_out = nn.Linear(dim, self.patch_dim)
         self.position_table = None
         if config.learned_positions:
@@ -141,18 +181,33 @@ class MMDiT(PatchTransformer):
         table = self.position_table.view(grid, grid, -1)
         return table[top : top + height, left : left + width].flatten(0, 1)
 
+    def embed(self, x_t: Latents) -> tuple[Tokens, Rope]:
+        x, rope = super().embed(x_t)
+        if self.config.text_rope:
+            height, width = (side // self.config.patch_size for side in x_t.shape[-2:])
+            scale = self.config.position_extent / self.config.position_grid
+            rope = rope_2d(height, width, self.dim // self.num_heads // 2, x.device, scale)
+        return x, rope
+
     def transform(
         self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
-        c = sum(vectors)
+        c, mask = sum(vectors) if vectors else None, conditions.text_mask
         text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
-        attend = self.attend(x)
+        text = self.adapt(text, mask)
+        if self.config.text_rope and rope is not None:
+            rope = joint_rope(rope, x.shape[1], text.shape[1], mask)
+        attend, skips = self.attend(x), LongSkips(self.depth if self.config.long_skips else 0)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
             nonlocal text
-            x, text = self.run(block, x, text, c, conditions.text_mask, rope, attend)
+            x, text = skips.join(block, x, text)
+            x, text = self.run(block, x, text, c, mask, rope, attend)
+            skips.keep(block, x, text)
             return x
 
         x, projection = self.through(x, rope, conditions.token_scores, step)
-        scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
+        scale = shift = None
+        if self.norm_out is not None:
+            scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)
         return self.proj_out(modulate(self.norm(x), shift, scale)), projection

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from models.config import Config, InputError, Place
 
 NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
+RoutedType = TypeVar("RoutedType", bound="RoutedConfig")
 
 SIZE_FOR = {"latent_downscale": "size_conditioning", "vision_dim": "alignment"}
 """Sizes that a single option reads; without it they are left open, and one that is given has no effect."""
@@ -167,19 +168,43 @@ class RoutedConfig(TransformerConfig):
     alignment: AlignmentConfig | None = None
     vision_dim: int | None = None
     """Width of the vision encoder's features, 0 for none; the dataset's where left out."""
+    # Parts of the recipe i1 (2606.11289), each of which serves alone.
+    modulation: Any
+    """adaLN per block, PixArt's shared one (dit), or none, which leaves it to the latents to tell t (2502.13129)."""
+    sandwich_norm: bool = False
+    """Norms what attention and MLP return, before it is added (CogView 2105.13290)."""
+    swiglu: bool = False
+    """MLPs gated by SiLU, two thirds as wide, which makes as many weights (2002.05202)."""
+    long_skips: bool = False
+    """Each block of the second half also sees what its mirror in the first returned (U-ViT 2209.12152); depth is odd."""
+    text_adapter: int = Field(default=0, ge=0)
+    """Number of transformer blocks that the text alone passes through first; 2 in i1."""
 
     @model_validator(mode="after")
     def _has_effect(self) -> "RoutedConfig":
-        if self.routing and self.masking:
-            raise ValueError("routing and masking: expected one of them, got both")
+        if self.modulation == "none":
+            for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
+                if getattr(self, name, None):
+                    raise ValueError(
+                        f"{name} has no effect with modulation none. Remedy: remove one"
+                    )
+        for name in ("routing", "long_skips") if self.masking else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} and masking: expected one of them, got both")
         for name in self.NO_EFFECT_WITH_ROPE if self.rope else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
+    def with_sizes(self: RoutedType, sizes: dict[str, Any]) -> RoutedType:
+        return super().with_sizes(sizes | ({"pooled_dim": 0} if self.modulation == "none" else {}))
+
     def shape(self) -> tuple[int, int, int]:
         hidden, depth, heads = super().shape()
-        return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
+        depth += self.masking.mixer_depth if self.masking else 0
+        if self.long_skips and depth % 2 == 0:
+            raise InputError(f"model.depth: got {depth}, expected an odd number with long_skips")
+        return hidden, depth, heads
 
     def check_shape(self) -> None:
         super().check_shape()
@@ -210,6 +235,11 @@ class RoutedConfig(TransformerConfig):
             return None
         start, end = self.routing.start, self.routing.end
         end += depth if end < 0 else 0
+        if self.long_skips and start + end != depth:
+            raise InputError(
+                f"model.routing.end: got {end} of {depth} blocks, expected {depth - start}: with long_skips a "
+                "block and its mirror see the same patches"
+            )
         if not start < end <= depth:
             raise InputError(
                 f"model.routing: got blocks {start} to {end}, expected some of {depth}"
@@ -230,7 +260,7 @@ class DiTConfig(RoutedConfig):
     NO_EFFECT_WITH_ROPE: ClassVar = ("position_extent",)
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
-    modulation: Literal["block", "shared"] = "block"
+    modulation: Literal["block", "shared", "none"] = "block"
     position_extent: float | None = None
     """Positions run from 0 to this, like PixArt's; null counts patches."""
     timestep_shift: Literal[0, 1] = 0
@@ -248,7 +278,9 @@ class MMDiTConfig(RoutedConfig):
         "sd3.5-large": (2432, 38, 38),
     }
     NO_EFFECT_WITH_ROPE: ClassVar = ("learned_positions", "position_extent", "position_grid")
+    NO_EFFECT_WITH_ROPE += ("text_rope",)
     kind: Literal["mmdit"] = "mmdit"
+    modulation: Literal["block", "none"] = "block"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
     dual_attention_layers: int = Field(default=0, ge=0)
     """Number of blocks, counted from the first, with a second attention; 13 in SD3.5 medium."""
@@ -258,6 +290,17 @@ class MMDiTConfig(RoutedConfig):
     """The square's positions run from 0 to this."""
     learned_positions: bool = False
     """Train the positions, which start from the fixed ones."""
+    text_rope: bool = False
+    """Rotary positions beside the fixed ones: half of a head turns by place in the text, after which all patches come,
+    a quarter by row and a quarter by column (i1 2606.11289)."""
+
+    def check_shape(self) -> None:
+        super().check_shape()
+        hidden, _, heads = self.shape()
+        if self.text_rope and hidden % (8 * heads):
+            raise InputError(
+                f"model.text_rope: heads of {hidden // heads}, expected a multiple of 8"
+            )
 
 
 class UViTConfig(TransformerConfig):

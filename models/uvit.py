@@ -15,6 +15,7 @@ from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
+    LongSkips,
     Mask,
     PatchTransformer,
     Rope,
@@ -26,7 +27,7 @@ from models.networks import UViTConfig
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm attention and MLP; with `skip`, a linear merges the long skip first."""
+    """Pre-norm attention and MLP; with `skip`, a linear first merges the long skip, which lies beside x."""
 
     def __init__(self, config: UViTConfig, skip: bool):
         super().__init__()
@@ -37,11 +38,10 @@ class UViTBlock(nn.Module):
         self.ff = FeedForward(dim, int(dim * config.mlp_ratio))
 
     def forward(
-        self, x: Tokens, skip: Tokens | None, mask: Mask, rope: Rope, attend: AttentionFunction
+        self, x: Float[Tensor, "B N _"], mask: Mask, rope: Rope, attend: AttentionFunction
     ) -> Tokens:
         if self.skip_linear is not None:
-            assert skip is not None
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+            x = self.skip_linear(x)
         x = x + self.attn(self.norm1(x), attend, mask=mask, rope=rope)
         return x + self.ff(self.norm2(x))
 
@@ -73,13 +73,11 @@ class UViT(PatchTransformer):
             if conditions.text_mask is not None:
                 mask = F.pad(conditions.text_mask, (x.shape[1], 0), value=True)[:, None, None]
             x = torch.cat([x, text], dim=1)  # (B, patches, registers, conditions, text; D)
-        attend = self.attend(x)
-        skips: list[Tensor] = []
-        for i, block in enumerate(self.transformer_blocks):
-            skip = skips.pop() if i > self.depth // 2 else None
-            x = self.run(block, x, skip, mask, rope, attend)
-            if i < self.depth // 2:
-                skips.append(x)
+        attend, skips = self.attend(x), LongSkips(self.depth)
+        for block in self.transformer_blocks:
+            (x,) = skips.join(block, x)
+            x = self.run(block, x, mask, rope, attend)
+            skips.keep(block, x)
         return self.proj_out(self.norm_out(x[:, :num])), None
 
     def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions = Conditions()) -> Any:

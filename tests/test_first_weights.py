@@ -17,6 +17,17 @@ NETWORKS = [
     {"kind": "dit", "num_classes": 5, "qk_norm": True},
     {"kind": "mmdit", "learned_positions": True, "position_grid": 8, "qk_norm": True},
     {"kind": "uvit"},
+    {
+        "kind": "mmdit",
+        "depth": 3,
+        "modulation": "none",
+        "pooled_dim": 0,
+        "sandwich_norm": True,
+        "swiglu": True,
+        "long_skips": True,
+        "text_adapter": 2,
+        "text_rope": True,
+    },
     {"kind": "unet", "size_conditioning": True},
 ]
 CASES = [f"{stage}:{precision}" for stage in range(4) for precision in ("fp32", "bf16")]

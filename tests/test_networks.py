@@ -39,6 +39,29 @@ VARIANTS = [
     ("uvit", {}),
     ("unet", {}),
 ]
+I1 = {
+    "depth": 3,
+    "modulation": "none",
+    "pooled_dim": 0,
+    "sandwich_norm": True,
+    "swiglu": True,
+    "long_skips": True,
+    "text_adapter": 2,
+    "qk_norm": True,
+}
+# The recipe i1 as a whole, and each of its parts alone.
+RECIPES = [
+    ("mmdit", {**I1, "text_rope": True}),
+    ("dit", I1),
+    *(
+        (k, {part: I1[part], "depth": 3})
+        for k in ("dit", "mmdit")
+        for part in I1
+        if part[0] in "slt"
+    ),
+    *((k, {"modulation": "none", "pooled_dim": 0}) for k in ("dit", "mmdit")),
+    ("mmdit", {"text_rope": True, "dual_attention_layers": 1}),
+]
 
 
 def debug(kind: str, **options: Any) -> nn.Module:
@@ -73,15 +96,17 @@ def predict(model: Any, x_t: torch.Tensor, t: torch.Tensor, **conditions: Any) -
     return model(x_t, t, Conditions(**conditions))
 
 
-@pytest.mark.parametrize(("kind", "options"), VARIANTS)
+@pytest.mark.parametrize(("kind", "options"), VARIANTS + RECIPES)
 def test_an_untrained_network_returns_exactly_zero(kind, options):
-    assert predict(debug(kind, **options, **ALL), **inputs()).abs().max() == 0
+    more = {} if "modulation" in options else ALL
+    assert predict(debug(kind, **options, **more), **inputs()).abs().max() == 0
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         *VARIANTS,
+        *RECIPES,
         *((kind, {"qk_norm": True, "register_tokens": 3}) for kind in TRANSFORMERS),
         *((kind, {"rope": True, "register_tokens": 2}) for kind in TRANSFORMERS),
         *((kind, {"patch_size": 4}) for kind in TRANSFORMERS),
@@ -129,9 +154,12 @@ def test_conditions_of_another_shape_or_number_of_pictures_fail_where_shapes_are
         predict(model, **inputs() | {"text_mask": torch.ones(3, 4, dtype=torch.bool)})
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_tokens_behind_the_mask_and_further_padding_change_nothing(kind):
-    model = randomise(debug(kind))
+NETWORKS = [*((kind, {}) for kind in CONFIGS), *RECIPES]
+
+
+@pytest.mark.parametrize(("kind", "options"), NETWORKS)
+def test_tokens_behind_the_mask_and_further_padding_change_nothing(kind, options):
+    model = randomise(debug(kind, **options))
     given = inputs()
     before = predict(model, **given)
     given["text_emb"] = given["text_emb"].masked_fill(~given["text_mask"][..., None], 7.0)
@@ -141,9 +169,9 @@ def test_tokens_behind_the_mask_and_further_padding_change_nothing(kind):
     torch.testing.assert_close(predict(model, **given), before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_without_a_mask_all_tokens_count(kind):
-    model = randomise(debug(kind))
+@pytest.mark.parametrize(("kind", "options"), NETWORKS)
+def test_without_a_mask_all_tokens_count(kind, options):
+    model = randomise(debug(kind, **options))
     given = inputs()
     whole = given | {"text_mask": torch.ones(3, 5, dtype=torch.bool)}
     expected = predict(model, **given | {"text_mask": None})
@@ -171,11 +199,12 @@ def test_time_in_lower_precision_is_refused_and_fp32_time_survives_a_bf16_networ
     assert (out[0] - out[2]).abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind):
+@pytest.mark.parametrize(("kind", "options"), NETWORKS)
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind, options):
     gradients, kept = [], []
     for checkpointing in (False, True):
-        model = randomise(debug(kind, gradient_checkpointing=checkpointing)).train()
+        options = options | {"gradient_checkpointing": checkpointing}
+        model = randomise(debug(kind, **options)).train()
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, saved=saved: (saved.append(x.numel()), x)[1], lambda x: x
@@ -189,10 +218,10 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(kind):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_every_parameter_has_a_gradient(kind):
-    options = {"register_tokens": 2} if kind in TRANSFORMERS else {}
-    model = randomise(debug(kind, **ALL, **options))
+@pytest.mark.parametrize(("kind", "options"), NETWORKS)
+def test_every_parameter_has_a_gradient(kind, options):
+    options = options | ({"register_tokens": 2} if kind in TRANSFORMERS else {})
+    model = randomise(debug(kind, **options, **({} if "modulation" in options else ALL)))
     predict(model, **inputs()).square().mean().backward()
     lacking = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert lacking == []

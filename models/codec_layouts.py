@@ -6,7 +6,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from models.config import Config
+from models.config import Config, InputError
 
 Vectors = tuple[list[float], list[float]]
 
@@ -51,6 +51,16 @@ class Layout:
     def only_side(self) -> int | None:
         """The one size of picture, square, that it takes; None: any that `downscale` divides."""
         return None
+
+    def check_size(self, size: tuple[int, int], multiple: int) -> None:
+        """Raise InputError where it gives no pictures of `size` (height, width), whose sides `multiple` must divide."""
+        got, only = f"size: got {size[0]}x{size[1]}", self.only_side
+        if only and size != (only, only):
+            raise InputError(
+                f"{got}, expected {only}x{only}, the only one that the codec takes. Remedy: leave it out"
+            )
+        if any(side % multiple for side in size):
+            raise InputError(f"{got}, expected multiples of {multiple}")
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         """The mean and std of raw latents by channel; `stored` gives the fp32 values of one of its weights."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,11 +28,15 @@ from models.command import load_config
 from models.config import InputError
 from models.vae import LatentCodec, sample_latents, to_uint8
 from pipeline.inference.exported import export
+from pipeline.inference.painter import Painter
+from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import open_trained
 from tests import train_factory
 from tests.prep_factory import config_of_pictures, read_samples
 from tests.test_export import STOCK, draw, opened
 from tests.test_vae import edit_config
+
+CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
@@ -257,6 +262,17 @@ def test_a_codec_of_one_square_wants_that_bucket_alone(tmp_path):
     check_settings(settings(tmp_path, folder, bucket_max_aspect=1))
 
 
+def test_a_codec_of_one_square_draws_no_other(tmp_path, trained_run):
+    folder, _ = make("AutoencoderRAE", tmp_path)
+    trained = open_trained(trained_run, "ema", None)
+    encoders = replace(trained.encoders(CPU), codec=LatentCodec.load(folder))
+    drawing = trained.network(CPU), Objective(trained.config.objective), trained.config.sampler
+    for size in ((64, 64), (32, 64)):
+        got = f"size: got {size[0]}x{size[1]}, expected 32x32, the only one that the codec takes. Remedy"
+        with pytest.raises(InputError, match=got):
+            Painter(encoders, ["volcano"]).draw_batch(*drawing, size, [0], [0])
+
+
 @pytest.mark.parametrize(
     ("name", "lost"), [(name, key) for name in CASES for key in LAYOUTS[name.split()[0]].needs]
 )
@@ -321,3 +337,13 @@ def test_an_exported_run_decodes_as_the_run_does(tmp_path, text_folder, name):
     ours = draw(trained, case, {"name": "euler", "seed": 7})
     assert (ours.float() - stock).abs().max() < 0.6
     assert ours.float().std() > 1
+    if name == "AutoencoderRAE":
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            tmp_path / "out" / "model", trust_remote_code=True
+        )
+        with pytest.raises(ValueError, match="got 64x32, expected 32x32, the only one"):
+            pipeline("volcano", height=64, width=32)
+        said = ("--prompt", "volcano", "--size", "64x64")
+        done = train_factory.run("pipeline.sample", str(tmp_path / "run"), *said)
+        assert done.returncode == 2
+        assert "got 64x64, expected 32x32, the only one" in " ".join(done.stderr.split())

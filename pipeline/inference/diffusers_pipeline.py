@@ -88,8 +88,8 @@ class FlowmillPipeline(DiffusionPipeline):
         """
         recipe, device, down = self.recipe, self._execution_device, self.recipe["downscale"]
         height, width = height or recipe["height"], width or recipe["width"]
-        if height % recipe["multiple"] or width % recipe["multiple"]:
-            raise ValueError(f"{height}x{width}: expected multiples of {recipe['multiple']}")
+        layout = LAYOUTS[recipe["codec"]](self.vae.config if self.vae else {})
+        layout.check_size((height, width), recipe["multiple"])
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         places = list(range(len(prompts))) if places is None else places
@@ -114,7 +114,6 @@ class FlowmillPipeline(DiffusionPipeline):
             mean, std = (torch.tensor(factors[n], dtype=torch.float64) for n in ("mean", "std"))
             mean, scale = (v.float().view(-1, 1, 1).to(device) for v in (mean, 1 / std))
             raw = pictures / scale + mean
-            layout = LAYOUTS[recipe["codec"]](self.vae.config if self.vae else {})
             pixels = layout.decode(self.vae, raw.to(self.vae.dtype) if self.vae else raw).float()
             pictures = VaeImageProcessor().postprocess(pixels, output_type)
         self.maybe_free_model_hooks()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from data_prep.recorded import Encoders
 from data_prep.schema import Manifest
 from models.conditions import Conditions
-from models.config import InputError
 from models.files import write_whole
 from models.prompts import join_texts, parse_classes
 from pipeline import distributed
@@ -61,9 +60,8 @@ class Painter:
     ) -> UInt8[Tensor, "B 3 H W"]:
         """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
         down, channels = self.record.downscale, self.record.channels
-        multiple = down * network.config.latent_multiple  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
-        if any(side % multiple for side in size):
-            raise InputError(f"size: got {size[0]}x{size[1]}, expected multiples of {multiple}")
+        config: Any = network.config
+        self.codec.layout.check_size(size, down * config.latent_multiple)
         shape = (channels, size[0] // down, size[1] // down)
         noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
         cond = self._conditions(rows, size)

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, read_manifest
+from data_prep.schema import MANIFEST, SHARD_SCHEMA, SHARD_TABLE, fingerprint, read_manifest
 from models.config import InputError, parse_config
 from models.networks import AlignmentConfig, DiTConfig, RoutingConfig
 from pipeline.data.batch import Batch
 from pipeline.data.cache import ShardError
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Mixture
+from pipeline.data.eras import recorded_manifest
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
 from pipeline.runs.setup import check_fits
@@ -300,6 +301,20 @@ def test_text_of_another_view_is_neither_mixed_in_nor_gone_on_with(tmp_path, cha
     take(Loader(config(folders[0]), **given), 1)
     with pytest.raises(InputError, match=f"another dataset than the run's:\n.*id.*\n.*{said}\n"):
         Loader(config(folders[1]), **given)
+
+
+def test_a_run_on_a_dataset_of_an_older_version_goes_on(tmp_path):
+    """Its manifest lacks what was added since, and its fingerprint is of the rest."""
+    path = make_dataset(tmp_path / "data", MIXED) / MANIFEST
+    whole = json.loads(path.read_text())
+    del whole["text"]["absent"], whole["text"]["roles"]["mini"]["view"]["family"]
+    del whole["fingerprint"]
+    own = fingerprint({"content": whole, "order": list(whole["members"])})
+    path.write_text(json.dumps(whole | {"fingerprint": own}))
+    given = {"global_batch": 8, "seed": 1, "eras": tmp_path / "eras"}
+    take(Loader(config(tmp_path / "data"), **given), 1)
+    loader = Loader(config(tmp_path / "data"), **given)
+    assert recorded_manifest(tmp_path / "eras") == loader.manifest
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -74,7 +74,9 @@ class Eras:
             kept = path.with_name(dataset.identity)
             if not kept.with_suffix(".json").is_file():
                 pq.write_table(dataset.table, kept.with_suffix(".parquet"))
-                write_text(kept.with_suffix(".json"), dataset.manifest.model_dump_json())
+                # Its fingerprint is of what its file says, which an older version wrote with fewer fields.
+                said = dataset.manifest.model_dump_json(exclude_unset=True)
+                write_text(kept.with_suffix(".json"), said)
         write_text(path, json.dumps(entry))
 
     def mixture(self, number: int) -> Mixture:

@@ -447,6 +447,31 @@ def test_datasets_mix_by_their_repeat_factors(tmp_path):
     assert not thirds[0] & thirds[1]
 
 
+def test_an_equal_mix_draws_as_many_of_each_dataset_and_says_how_often(tmp_path):
+    make_dataset(tmp_path / "a", [(SQUARE, 40)])
+    make_dataset(tmp_path / "b", [(SQUARE, 8), (WIDE, 8)], first=1000)
+    sources = {name: {"path": str(tmp_path / name)} for name in "ab"}
+    mix = parse_config(DataConfig, {"datasets": sources, "mix": "equal"}, "mix")
+    loader = Loader(mix, global_batch=2, seed=1)
+    assert loader.steps_per_epoch(0) == 56 // 2
+    seen = Counter(number for batch in take(loader, 4 * 28, 0) for number in numbers(batch))
+    # Four epochs of 28 of each: 2.8 times all of a's 40, and seven times all of b's 16.
+    assert sum(seen[number] for number in range(40)) == 4 * 28
+    assert {seen[number] for number in range(40)} == {2, 3}
+    assert [seen[number] for number in range(1000, 1016)] == [7] * 16
+    # Of 560 pictures 280 are of each.
+    assert loader.first.mixture.epochs(560) == [
+        "a: 40 pictures, 7.00 epochs",
+        "b: 16 pictures, 17.50 epochs",
+    ]
+    for wrong in (
+        {"path": sources["a"]["path"]},
+        {"datasets": {"a": sources["a"] | {"repeat": 2.0}}},
+    ):
+        with pytest.raises(InputError, match="mix: equal"):
+            parse_config(DataConfig, wrong | {"mix": "equal"}, "mix")
+
+
 def grow(folder: Path) -> None:
     """The same dataset with one shard more, which sorts before the others."""
     make_dataset(folder, [(SQUARE, 24), (SQUARE, 16), (WIDE, 40)])

@@ -33,6 +33,8 @@ class DataConfig(Config):
 
     path: Place | None = None
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
+    mix: Literal["repeat", "equal"] = "repeat"
+    """equal: each dataset makes up the same share of an epoch, which stays as long as all are together (i1 2606.11289)."""
     # What changes the order, beside the run's seed and global batch.
     canonical_partitions: Annotated[int, Field(ge=1)] | None = None
     """Ranges per bucket; null: the largest power of two up to 64 that divides the batch."""
@@ -63,6 +65,12 @@ class DataConfig(Config):
     def _one_or_several(self) -> Self:
         if (self.path is None) == (not self.datasets):
             raise ValueError("give either path (one dataset) or datasets (several), and not both")
+        if self.mix == "equal" and (
+            not self.datasets or any(d.repeat != 1 for d in self.datasets.values())
+        ):
+            raise ValueError(
+                "mix: equal weighs several datasets alike. Remedy: no repeat, and datasets"
+            )
         remote = [source.path for source in self.sources.values() if is_remote(source.path)]
         if remote and not self.cache:
             raise ValueError(f"{remote[0]} is remote: give cache.path and cache.max_gib")

@@ -151,8 +151,10 @@ def _check_members(manifest: Manifest, where: Path) -> None:
 class Mixture:
     """The datasets of a run as they stand at one moment, in one shard table."""
 
-    def __init__(self, datasets: list[Dataset], arrangement: Arrangement | None = None):
-        self.datasets, self.arrangement = datasets, arrangement
+    def __init__(
+        self, datasets: list[Dataset], arrangement: Arrangement | None = None, mix: str = "repeat"
+    ):
+        self.datasets, self.arrangement, self.mix = datasets, arrangement, mix
         self.manifest = datasets[0].manifest.arranged(arrangement)
         for other in datasets[1:]:
             check_mixes(other, datasets[0])
@@ -163,6 +165,12 @@ class Mixture:
         self.heights, self.widths = self._column("height"), self._column("width")
         self.heldout = compute.equal(self.table["split"], "heldout").to_numpy()
         self.first_id = np.cumsum(self.sizes) - self.sizes
+        trained = np.where(self.heldout, 0, self.sizes)
+        self.totals = np.bincount(self.dataset, trained, len(datasets)).astype(int).tolist()
+        self.repeats = [Fraction(str(dataset.source.repeat)) for dataset in datasets]
+        if mix == "equal":
+            whole = sum(self.totals)
+            self.repeats = [Fraction(whole, max(len(datasets) * n, 1)) for n in self.totals]
 
     def _column(self, name: str) -> np.ndarray:
         return self.table[name].to_numpy().astype(np.int64)
@@ -174,6 +182,13 @@ class Mixture:
         """Warnings about what the datasets hold."""
         doubts = [(d.source.path, d.manifest.latent_doubt()) for d in self.datasets]
         return [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
+
+    def epochs(self, images: int) -> list[str]:
+        """What so many pictures of training are of each dataset, where there are several."""
+        drawn = float(sum(r * n for r, n in zip(self.repeats, self.totals, strict=True)))
+        every = zip(self.datasets, self.totals, self.repeats, strict=True)
+        lines = [f"{d.name}: {n:,} pictures, {images * r / drawn:.2f} epochs" for d, n, r in every]
+        return lines if len(lines) > 1 else []
 
     def identities(self) -> dict[str, str]:
         return {dataset.name: dataset.identity for dataset in self.datasets}
@@ -206,10 +221,10 @@ class Mixture:
         sides = self.heights << 32 | self.widths
         for both in np.unique(sides[kept]).tolist():
             mine = kept & (sides == both)
-            for number, dataset in enumerate(self.datasets):
+            for number, repeat in enumerate(self.repeats):
                 shards = np.flatnonzero(mine & (self.dataset == number))
                 if len(shards):
-                    part = Part(shards, self.sizes[shards], Fraction(str(dataset.source.repeat)))
+                    part = Part(shards, self.sizes[shards], repeat)
                     found.setdefault((both >> 32, both & 0xFFFFFFFF), []).append(part)
         return found
 

@@ -60,7 +60,7 @@ def dataset_table(era: Era, local: int) -> Table:
         drawn = sum(part.drawn(local + 1) - part.drawn(local) for part in parts)
         total = sum(part.total for part in parts)
         name = f"{dataset.name}: {dataset.source.path}"
-        table.add_row(name, f"{dataset.source.repeat:g}", f"{total:,}", f"{drawn:,}")
+        table.add_row(name, f"{float(era.mixture.repeats[number]):g}", f"{total:,}", f"{drawn:,}")
     return table
 
 

@@ -104,7 +104,7 @@ class Eras:
                     "Remedy: a new run, or the dataset as it was."
                 )
             datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
-        return Mixture(datasets, self.now.arrangement)
+        return Mixture(datasets, self.now.arrangement, self.now.mix)
 
 
 def recorded_manifest(folder: Path) -> Manifest | None:

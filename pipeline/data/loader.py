@@ -150,7 +150,7 @@ class Loader:
         """The datasets as they are now."""
         sources = self.config.sources.items()
         datasets = [read_dataset(name, s, self._caches.get(name)) for name, s in sources]
-        return Mixture(datasets, self.config.text)
+        return Mixture(datasets, self.config.text, self.config.mix)
 
     def _make_era(self, number: int) -> Era:
         entry, mixture = self.eras.entries[number], self.eras.mixture(number)

@@ -139,8 +139,9 @@ def fit_run(config: TrainConfig) -> Run:
     check_engine(
         config.engine, config.training.global_batch // micro_batch // distributed.world_size()
     )
-    for doubt in loader.first.mixture.doubts():
-        distributed.say(doubt)
+    mixture = loader.first.mixture
+    for line in (*mixture.doubts(), *mixture.epochs(config.training.images)):
+        distributed.say(line)
     return Run(config, loader, micro_batch)
 
 

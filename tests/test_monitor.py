@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard.summary import scalar
 
-from models.networks import DiTConfig, build_model
+from models.networks import DiTConfig, MMDiTConfig, build_model
 from pipeline.config import load_run_config
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
@@ -28,10 +28,27 @@ from tests.train_factory import ROOT
 DIT = DiTConfig(size="debug", latent_channels=4, text_dim=8, pooled_dim=8)
 
 
-def test_flops_at_any_size_and_length_are_those_counted_there():
-    counter = ModelFlops(DIT)
+I1 = MMDiTConfig(
+    size="debug",
+    depth=3,
+    latent_channels=4,
+    text_dim=8,
+    pooled_dim=0,
+    modulation="none",
+    sandwich_norm=True,
+    swiglu=True,
+    long_skips=True,
+    text_adapter=2,
+    text_rope=True,
+    position_grid=8,
+)
+
+
+@pytest.mark.parametrize("config", [DIT, I1], ids=lambda config: config.kind)
+def test_flops_at_any_size_and_length_are_those_counted_there(config):
+    counter = ModelFlops(config)
     with torch.device("meta"):
-        network = build_model(DIT)
+        network = build_model(counter.config)
     for height, width, length in ((32, 32, 77), (16, 64, 1), (128, 24, 300)):
         counted = counter._count(network, height, width, length)
         assert counter.picture(height, width, length) == pytest.approx(counted, rel=1e-9)

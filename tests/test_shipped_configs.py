@@ -159,6 +159,7 @@ ENCODERS = {
     "train_sit_xl_imagenet256": ({}, 4),
     "demo_train": ({"minilm": (32, 384)}, 4),
     "train_mmdit_flux2": ({"t5gemma": (256, 2304)}, 128),
+    "train_i1_xl_256": ({"t5gemma": (256, 2304)}, 128),
     "train_dit_dc_ae": ({"gemma2": (300, 2304)}, 32),
     "train_dit_qwen_image": ({"qwen3": (512, 2560)}, 16),
     "train_jit_pixels256": ({}, 3),
@@ -166,6 +167,8 @@ ENCODERS = {
 }
 # What one latent of the recipes' codecs stands for, in pixels; of the others' it is 8.
 DOWNSCALE = {"train_mmdit_flux2": 16, "train_dit_dc_ae": 32, "train_jit_pixels256": 1}
+DOWNSCALE["train_i1_xl_256"] = 16
+SMALL = {"i1_xl_256": ["model.hidden_size=64", "model.depth=3", "model.num_heads=2"]}
 SIDE_BY_SIDE = "data.text={tokens: [[clip_l, clip_g]], pooled: [clip_g]}"
 
 
@@ -183,7 +186,9 @@ def stand_in(file: str, folder: Path, width: int | None = None) -> list[str]:
         ragged=not beside,
     )
     data = make_dataset(folder / "data", [((64, 64), 16)], kind)
-    few = ["training.global_batch=8", "engine.micro_batch=null", f"data.path={data}"]
+    few = ["training.global_batch=8", "engine.micro_batch=null"]
+    named = read_yaml(CONFIGS / f"{file}.yaml", [])["data"].get("datasets", {})
+    few += [f"data.datasets.{name}.path={data}" for name in named] or [f"data.path={data}"]
     return [*few, f"run={folder}/run", *([SIDE_BY_SIDE] if beside else [])]
 
 
@@ -193,13 +198,14 @@ def test_a_config_fits_the_data_set_that_its_comments_name(file, tmp_path):
     fit_run(config).loader.close()
 
 
-RECIPES = ["mmdit_flux2", "dit_dc_ae", "dit_qwen_image", "jit_pixels256", "unet_sdxl"]
+RECIPES = ["i1_xl_256", "mmdit_flux2", "dit_dc_ae", "dit_qwen_image", "jit_pixels256", "unet_sdxl"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_of_today_trains_two_steps_with_small_stand_ins(recipe, tmp_path):
     file, options = f"train_{recipe}", ["training.images=16", "optimizer.warmup_images=0"]
     options += ["engine={zero_stage: 0, precision: fp32, compile: false}", "model.size=debug"]
+    options += SMALL.get(recipe, [])
     options += ["monitor={every_steps: 1, mfu: false, prompts: []}", "checkpoint={every_steps: 2}"]
     if "jit" not in file:
         options += ["model.text_dim=null", "model.pooled_dim=null"]

@@ -33,6 +33,8 @@ class ModelFlops:
 
     def __init__(self, config: Any):
         plain = {"gradient_checkpointing": False, "attention": "sdpa", "alignment": None}
+        # The latents that are counted may be larger than the config's own.
+        plain |= {"position_grid": 64}
         update = {key: value for key, value in plain.items() if hasattr(config, key)}
         self.config = config.model_copy(update=update)
 

@@ -24,6 +24,7 @@ STAGES = {
         "what an objective trains, drawn beside the presets",
     ),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
+    "compare": ("pipeline.compare", "variants at equal compute, paired over seeds, with intervals"),
     "ema": ("pipeline.make_ema", "an EMA of any width after training, from a run's snapshots"),
     "evaluate": ("pipeline.evaluate", "held-out error by noise level, FID, KID, CLIP score"),
     "export": ("pipeline.export", "a diffusers pipeline folder, and one safetensors file"),

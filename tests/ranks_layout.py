@@ -26,9 +26,14 @@ from tests.ranks_engine import BATCH, DECAY, OPTIMIZER, batches, fresh_model, sh
 STEPS = 3
 
 
+def micro_batch() -> int:
+    return min(4, BATCH // distributed.world_size())
+
+
 def engine_of(layout: str) -> tuple[Any, Any]:
     stage, precision, *more = layout.split(":")
-    settings: dict[str, Any] = {"zero_stage": int(stage), "precision": precision, "micro_batch": 4}
+    settings: dict[str, Any] = {"zero_stage": int(stage), "precision": precision}
+    settings["micro_batch"] = micro_batch()
     if "offload" in more:
         settings["offload_optimizer"] = "cpu"
         settings["offload_parameters"] = "cpu" if stage == "3" else "none"
@@ -42,11 +47,11 @@ def engine_of(layout: str) -> tuple[Any, Any]:
 def step(engine: Any, batch: list[torch.Tensor], update: bool) -> float:
     """The loss of the whole batch; with `update` it is learned from."""
     total = 0.0
-    for t, x_t, text, pooled, target in shares(batch, 4):
+    for t, x_t, text, pooled, target in shares(batch, micro_batch()):
         with torch.set_grad_enabled(update):
             pred = engine(x_t, t, Conditions(text, pooled=pooled)).float()
             loss = (pred - target).square().mean()
-        total += float(loss) * 4 / BATCH
+        total += float(loss) * micro_batch() / BATCH
         if update:
             engine.backward(loss)
             engine.step()

@@ -38,8 +38,10 @@ def check_layouts(found: list[list[str]], count: int) -> None:
         assert wrong == "0", (source, target, ranks)  # states that differ in a bit
         precisions = {name.split(":")[1] for name in (source, target)}
         same = len(precisions) == 1
-        # Another order of summing, which a step of Adam enlarges; forward in another precision.
-        limits = (2e-7, 2e-7) if precisions == {"fp32"} else (1e-6, 1e-3)
+        # Another order of summing, which a step of Adam enlarges, and Muon's in bf16 more; forward in another precision.
+        limits = (
+            (2e-7, 2e-6 if "muon" in source else 2e-7) if precisions == {"fp32"} else (1e-6, 1e-3)
+        )
         limits = limits if same else (1e-3, 1e-3)
         assert float(before) <= limits[0], (source, target, ranks)
         assert float(after) <= limits[1], (source, target, ranks)

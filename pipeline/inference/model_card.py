@@ -27,23 +27,28 @@ class History:
     hours: float
 
 
-def read_history(run: Path, global_batch: int) -> History:
-    """What a run logged; nothing where its folder of logs is gone."""
+def read_scalars(run: Path, *tags: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of those tags that a run logged; nothing where its folder of logs is gone."""
     if not (run / "tensorboard").is_dir():
-        return History({}, 0.0)
+        return {}
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    tags, curves = events.Tags()["scalars"], {}
-    for tag in ("loss/train", "loss/x0_mse", "heldout_ema/loss", "heldout_ema/x0_mse"):
-        if tag in tags:
+    curves = {}
+    for tag in tags:
+        if tag in events.Tags()["scalars"]:
             points = {event.step: event.value for event in events.Scalars(tag)}
             steps = sorted(points)
             curves[tag] = (np.array(steps), np.array([points[step] for step in steps]))
-    seconds, last = 0.0, 0
-    for event in events.Scalars("speed/images_per_s") if "speed/images_per_s" in tags else []:
-        seconds += max(0, event.step - last) * global_batch / event.value
-        last = max(last, event.step)
-    return History(curves, seconds / 3600)
+    return curves
+
+
+def read_history(run: Path, global_batch: int) -> History:
+    """What a run logged; nothing where its folder of logs is gone."""
+    shown = ("loss/train", "loss/x0_mse", "heldout_ema/loss", "heldout_ema/x0_mse")
+    curves = read_scalars(run, *shown, "speed/images_per_s")
+    steps, rates = curves.pop("speed/images_per_s", (np.empty(0), np.empty(0)))
+    seconds = np.sum(np.diff(steps, prepend=0) * global_batch / rates)
+    return History(curves, float(seconds) / 3600)
 
 
 def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":

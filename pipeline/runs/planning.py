@@ -1,7 +1,7 @@
 """What a run will take: memory, hours, disk and bandwidth."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -300,6 +300,16 @@ def muon_collectives(matrices: list[torch.Size], stage: Stage, ranks: int) -> li
         part, ends = 2 * -(-int(sizes.sum()) // (2 * ranks)), np.cumsum(sizes)
         sizes = sizes[(ends - sizes) // part != (ends - 1) // part]
     return [Collective("all_to_all", "bf16", 2 * float(sizes.sum()) / ranks, ranks)]
+
+
+def flops_per_step(config: TrainConfig) -> float:
+    """FLOPs of a step over all ranks: the batch forward and backward, and Muon's."""
+    data = prepared_data(config)
+    model, (height, width, tokens, _) = config.model.with_sizes(data.sizes), astuple(data.sample)
+    with torch.device("meta"):
+        matrices = muon_matrices(config, build_model(model))
+    picture = ModelFlops(model).picture(height, width, tokens)
+    return config.training.global_batch * picture + sum(map(muon_flops, matrices))
 
 
 @dataclass(frozen=True)

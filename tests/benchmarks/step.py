@@ -33,7 +33,8 @@ from pipeline.data.loader import Loader
 from pipeline.data.randomness import draw_noise
 from pipeline.loop import steps
 from pipeline.objectives.objective import Objective
-from pipeline.training.engine import deepspeed_config, parameter_groups
+from pipeline.training.config import OptimizerConfig
+from pipeline.training.engine import build_engine, deepspeed_config, parameter_groups
 from pipeline.training.monitor import LossMeter
 from tests.shard_factory import Kind, make_dataset
 
@@ -93,6 +94,21 @@ def bare_deepspeed(config: TrainConfig, model: DiTConfig, batch: dict) -> Callab
     given, target = {k: v for k, v in batch.items() if k != "target"}, batch["target"]
 
     def step() -> None:
+        engine.backward((engine(**given) - target).square().mean())
+        engine.step()
+
+    return step
+
+
+def muon(config: TrainConfig, model: DiTConfig, batch: dict) -> Callable[[], None]:
+    """A step of the trainer's engine with Muon and one average, at the bare loops' LR."""
+    size = config.training.global_batch
+    settings = OptimizerConfig(kind="muon", lr=1e-4)
+    engine, optimizer = build_engine(build_model(model), config.engine, settings, size)
+    given, target = {k: v for k, v in batch.items() if k != "target"}, batch["target"]
+
+    def step() -> None:
+        optimizer.prepare(1e-4, {"ema": 0.999}, None)
         engine.backward((engine(**given) - target).square().mean())
         engine.step()
 
@@ -178,14 +194,18 @@ def measure_stage(
 ) -> tuple[dict[str, float], list[str]]:
     """The figures of one ZeRO stage, and its row of the table."""
     stage = config.engine.zero_stage
-    others = {"deepspeed": bare_deepspeed(config, model, fixed)}
+    others = {
+        "deepspeed": bare_deepspeed(config, model, fixed),
+        "muon": muon(config, model, fixed),
+    }
     if stage == 0:
         others["torch"] = bare_torch(model, fixed)
     wall, cpu = compare(steps(config), others, rounds)
     figures = {}
     for clock, prefix in ((wall, ""), (cpu, "cpu_")):
-        for other in others:
+        for other in others.keys() - {"muon"}:
             figures[f"{prefix}over_{other}_z{stage}"] = clock["ours"] / clock[other]
+        figures[f"{prefix}muon_over_ours_z{stage}"] = clock["muon"] / clock["ours"]
     stall = wall["save"] - wall["plain"]
     if stage == 0:
         figures["save_stall_s"] = stall
@@ -195,6 +215,8 @@ def measure_stage(
         *("" if cell is None else f"{1000 * cell:.1f}" for cell in cells),
         f"{wall['ours'] / wall['deepspeed']:.3f}",
         f"{cpu['ours'] / cpu['deepspeed']:.3f}",
+        f"{wall['muon'] / wall['ours']:.3f}",
+        f"{cpu['muon'] / cpu['ours']:.3f}",
         f"{1000 * (wall['log'] - wall['plain']):.1f}",
         f"{1000 * stall:.0f}",
     ]
@@ -219,6 +241,8 @@ def main(
         "DeepSpeed",
         "ours",
         "over DeepSpeed",
+        "in CPU time",
+        "Muon over AdamW",
         "in CPU time",
         "a log",
         "a save",

@@ -1,0 +1,162 @@
+"""Variants compared at equal compute: the statistics against closed forms and many experiments, the command end to end."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from models.command import load_config
+from models.config import InputError
+from pipeline.compare import parse_changes, plan_job
+from pipeline.config import TrainConfig
+from pipeline.evaluation.comparison import LEVEL, compare_runs, paired, t_quantile
+from pipeline.inference.heldout import LOG_SNR
+from pipeline.runs.planning import flops_per_step
+from tests import train_factory
+from tests.train_factory import write_config
+
+HELD_OUT = [((32, 32), 24)]
+
+
+@pytest.mark.parametrize("dof", [1, 2, 3, 9, 30])
+def test_the_quantile_is_students(dof):
+    for probability in (0.5, 0.9, 0.975, 0.99636):
+        # The error of the sum of a million parts.
+        expected = stats.t.ppf(probability, dof)
+        assert t_quantile(probability, dof) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def experiments(
+    seeds: int, change: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors of two variants, (seeds, levels): a seed moves both alike, and levels near one another together."""
+    gaps = np.abs(np.subtract.outer(LOG_SNR, LOG_SNR))
+    mix = np.linalg.cholesky(NEIGHBOURS ** (gaps / 2)).T
+    alike, own = rng.standard_normal((2, seeds, len(LOG_SNR)))
+    base = np.exp(-np.abs(LOG_SNR)) * (1 + 0.05 * alike @ mix)
+    return base, base + base.mean(0) * (change + 0.01 * own @ mix)
+
+
+NEIGHBOURS = 0.8
+"""Correlation of two seeds' differences at levels that are 2 apart, about what real runs have."""
+
+
+@pytest.mark.parametrize("seeds", [3, 4])
+def test_all_intervals_hold_the_truth_in_95_percent_of_experiments(seeds):
+    rng, change, held = np.random.default_rng(seeds), -0.02, 0
+    for _ in range(10_000):
+        intervals = paired(*experiments(seeds, change, rng))
+        held += all(low <= change <= high for _, low, high in intervals)
+    assert 0.94 <= held / 10_000 <= 0.96
+
+
+def test_a_variant_that_differs_by_chance_alone_is_not_found():
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(10):
+        missed += any(interval.found for interval in paired(*experiments(3, 0.0, rng)))
+    assert missed <= stats.binom.ppf(0.99, 10, 0.05)
+
+
+def test_levels_are_a_family_and_every_other_figure_is_alone():
+    rng = np.random.default_rng(1)
+    names = [*(f"{LEVEL}{level:+d}" for level in LOG_SNR), "images_per_s"]
+    base, other = (
+        [dict(zip(names, rng.random(len(names)) + 1, strict=True)) for _ in range(4)]
+        for _ in range(2)
+    )
+    found = compare_runs(base, other)
+    assert list(found) == names
+    for name, confidence in ((names[0], 0.95 ** (1 / len(LOG_SNR))), ("images_per_s", 0.95)):
+        mean = np.mean([run[name] for run in base])
+        change = [(b[name] - a[name]) / mean for a, b in zip(base, other, strict=True)]
+        expected = stats.ttest_1samp(change, 0).confidence_interval(confidence)
+        assert found[name][1:] == pytest.approx(tuple(expected), rel=1e-5)
+
+
+def compare(folder: Path, *options: str, seeds: int = 2) -> tuple[dict, str]:
+    arguments = (str(folder / "run.yaml"), f"--output={folder / 'out'}", f"--seeds={seeds}")
+    done = train_factory.run("pipeline.compare", *arguments, *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out" / "comparison.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(tmp_path):
+    write_config(tmp_path, heldout=HELD_OUT)
+    options = ("--change=fast=optimizer.lr=3e-3", "--change=fast=optimizer.clip=0.5")
+    options += ("--steps=12", "monitor.log_samples=true")
+    arguments = (str(tmp_path / "run.yaml"), f"--output={tmp_path / 'out'}", "--seeds=2", *options)
+    process = train_factory.start("pipeline.compare", *arguments)
+    train_factory.wait_for(process, "fast, seed 0")
+    for pid in {process.pid, *process.ranks}:
+        os.kill(pid, signal.SIGTERM)
+    process.wait()
+    done = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_0/checkpoints/*/*")
+    }
+    assert len(done) >= 2 * 3
+    found, shown = compare(tmp_path, *options)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert [len(found["runs"][name]) for name in ("base", "fast")] == [2, 2]
+    assert found["differences"]["fast"]["x0_error"]["change"] < 0
+    assert "log SNR +2" in shown
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+    seen = [
+        (tmp_path / "out" / f"{name}_{seed}/samples_seen/rank_00000.txt").read_text()
+        for seed in (0, 1)
+        for name in ("base", "fast")
+    ]
+    # Pairs see the same pictures in the same order; another seed sees others.
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    refused = train_factory.run("pipeline.compare", *arguments, "--steps=13")
+    assert refused.returncode == 2
+    assert "base_0: was trained with another training.images" in refused.stderr
+
+
+def test_equal_flops_are_steps_by_what_a_step_costs(tmp_path):
+    path = write_config(tmp_path, heldout=HELD_OUT)
+    given = [f"run={tmp_path / 'new'}"]
+    plain = plan_job(path, given, 70, None)
+    assert plain.config.training.num_steps == 70
+    muon = plan_job(path, [*given, "optimizer.kind=muon"], None, plain.flops)
+    cost = flops_per_step(muon.config)
+    assert cost > plain.flops / 70
+    assert muon.config.training.num_steps == plain.flops // cost
+    with pytest.raises(InputError, match="at least a step's"):
+        plan_job(path, given, None, 1.0)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path):
+    path = write_config(tmp_path)
+    with pytest.raises(InputError, match="holds nothing out"):
+        plan_job(path, [f"run={tmp_path / 'new'}"], 5, None)
+    for change in ("lr", "base=seed=3", "a b=seed=3", "=x"):
+        with pytest.raises(InputError, match=r"NAME=section\.key=value"):
+            parse_changes(path, [], [change])
+    other = tmp_path / "other.yaml"
+    assert parse_changes(path, ["a=1"], [f"v={other}", "v=b=2", "w=c=3"]) == {
+        "base": (path, ["a=1"]),
+        "v": (other, ["a=1", "b=2"]),
+        "w": (path, ["a=1", "c=3"]),
+    }
+    assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_learning_rate_off_by_3_is_found_by_three_seeds_in_nine_of_ten(tmp_path):
+    write_config(tmp_path, heldout=HELD_OUT)
+    off = load_config(TrainConfig, tmp_path / "run.yaml", []).optimizer.lr / 3
+    options = ("--steps=100", f"--change=low=optimizer.lr={off}", "monitor.every_steps=50")
+    runs = compare(tmp_path, *options, seeds=30)[0]["runs"]
+    found = 0
+    for first in range(0, 30, 3):
+        three = slice(first, first + 3)
+        differences = compare_runs(runs["base"][three], runs["low"][three])
+        found += any(interval.found for interval in differences.values())
+    assert found >= 9

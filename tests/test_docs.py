@@ -69,7 +69,8 @@ def test_every_command_of_the_pages_exists_and_takes_its_options(module):
 def test_every_config_named_on_the_pages_loads_with_the_changes_given(page, command):
     path = next(a for a in command if a.endswith(".yaml"))
     # "..." stands for a path of the reader's.
-    overrides = [a for a in command if re.match(r"[a-z_.]+=", a)]
+    changes = (re.fullmatch(r"(?:--change=[a-z]+=)?([a-z_.]+=.*)", a) for a in command)
+    overrides = [change[1] for change in changes if change]
     tree = read_yaml(ROOT / path, overrides)
     parse_config(config_class(stage_of(tree)), tree, f"{page}: {path}")
 

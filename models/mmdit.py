@@ -72,17 +72,21 @@ class JointAttention(Attention):
         return self.to_out[0](out[:, :num]), text_out
 
 
-def joint_rope(rope: Tensor, tokens: int, length: int, mask: Bool[Tensor, "B L"] | None) -> Tensor:
+def joint_rope(
+    rope: Tensor, sizes: tuple[int, int, int], mask: Bool[Tensor, "B L"] | None
+) -> Tensor:
     """RoPE's table of patches, registers and text from that of the patches' rows and columns (i1 2606.11289).
 
-    Token n of the text is at place n, a patch at the text's length, and registers are not turned: (R, T, d / 2, 2).
+    `sizes` are a head's width, the number of patches and registers, and the text's length. Token n of the text is at
+    place n, a patch at the text's length, and registers are not turned: (R, T, d / 2, 2).
     """
-    _, patches, half, _ = rope.shape
+    (width, tokens, length), patches, turned = sizes, *rope.shape[1:3]
+    half = width // 2 - turned
     ends = rope.new_tensor([length]) if mask is None else mask.sum(1).to(rope.dtype)
     steps = torch.arange(length, device=rope.device, dtype=rope.dtype).expand(len(ends), -1)
     places = torch.cat([ends[:, None].expand(-1, patches), steps.new_zeros(len(ends), tokens - patches), steps], dim=1)  # fmt: skip
     angles = places[..., None] * 1e4 ** -(torch.arange(half, device=rope.device) / half)
-    still = rope.new_tensor([1.0, 0.0]).expand(1, tokens - patches + length, half, 2)
+    still = rope.new_tensor([1.0, 0.0]).expand(1, tokens - patches + length, turned, 2)
     axes = torch.cat([rope, still], dim=1).expand(len(ends), -1, -1, -1)
     return torch.cat([torch.stack([angles.cos(), angles.sin()], dim=-1), axes], dim=2)
 
@@ -196,7 +200,7 @@ class MMDiT(PatchTransformer):
         text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
         text = self.adapt(text, mask)
         if self.config.text_rope and rope is not None:
-            rope = joint_rope(rope, x.shape[1], text.shape[1], mask)
+            rope = joint_rope(rope, (self.dim // self.num_heads, x.shape[1], text.shape[1]), mask)
         attend, skips = self.attend(x), LongSkips(self.depth if self.config.long_skips else 0)
 
         def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:

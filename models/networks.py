@@ -294,14 +294,6 @@ class MMDiTConfig(RoutedConfig):
     """Rotary positions beside the fixed ones: half of a head turns by place in the text, after which all patches come,
     a quarter by row and a quarter by column (i1 2606.11289)."""
 
-    def check_shape(self) -> None:
-        super().check_shape()
-        hidden, _, heads = self.shape()
-        if self.text_rope and hidden % (8 * heads):
-            raise InputError(
-                f"model.text_rope: heads of {hidden // heads}, expected a multiple of 8"
-            )
-
 
 class UViTConfig(TransformerConfig):
     # S to H are those of the paper's table 1. depth includes the middle block, so it is odd.

@@ -13,6 +13,7 @@ import transformers
 import typer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
+from scipy.spatial.distance import cdist
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -25,13 +26,14 @@ from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from pipeline.evaluate import main
 from pipeline.evaluation.config import Options
-from pipeline.evaluation.measure import evaluate
+from pipeline.evaluation.measure import evaluate, find_copies
 from pipeline.evaluation.metrics import (
     ClipNetwork,
     FeatureNetwork,
     clip_score,
     compare,
     precision_recall,
+    squared_mmd,
 )
 from pipeline.evaluation.reference import (
     DatasetPictures,
@@ -280,6 +282,78 @@ def test_precision_and_recall_are_the_paper_s_definition_counted_point_by_point(
     assert found == pytest.approx((inside(fake, real), inside(real, fake)))
 
 
+def gaussians(number: int, width: int, mean: float, std: float) -> tuple[torch.Tensor, ...]:
+    """Draws of N(0, 1) and of N(mean, std^2), each independent in every feature."""
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(2, number, width, generator=generator, dtype=torch.float64)
+    return real, mean + std * fake
+
+
+def rbf_kernel(x: torch.Tensor, y: torch.Tensor, gamma: float) -> np.ndarray:
+    return np.exp(-gamma * cdist(x, y, "sqeuclidean"))
+
+
+def test_mmd_of_gaussians_is_the_integral_and_that_of_scipys_distances():
+    sigma, width, mean, std = 3.0, 4, 0.8, 0.5
+    real, fake = gaussians(3000, width, mean, std)
+
+    def kernel(variance: float, shift: float) -> float:
+        """Mean of the kernel over a difference that is N(shift, variance) in every feature."""
+        whole = sigma**2 + variance
+        return (sigma**2 / whole) ** (width / 2) * np.exp(-width * shift**2 / (2 * whole))
+
+    expected = kernel(2, 0) + kernel(2 * std**2, 0) - 2 * kernel(1 + std**2, mean)
+    found = squared_mmd(real, fake, sigma)
+    assert found == pytest.approx(expected, rel=0.05)
+    rbf = [
+        rbf_kernel(a, b, 1 / (2 * sigma**2)).mean()
+        for a, b in ((real, real), (fake, fake), (real, fake))
+    ]
+    assert found == pytest.approx(rbf[0] + rbf[1] - 2 * rbf[2], rel=1e-9)
+
+
+def test_cmmd_takes_features_of_length_one_its_sigma_and_its_scale():
+    real, fake = gaussians(50, 8, 1.0, 1.0)
+    unit = [x / x.norm(dim=1, keepdim=True) for x in (real, fake)]
+    pairs = [rbf_kernel(a, b, 1 / 200).mean() for a, b in ((unit[0],) * 2, (unit[1],) * 2, unit)]
+    found = compare(real, fake, CPU)["cmmd"]
+    assert found == pytest.approx(1000 * (pairs[0] + pairs[1] - 2 * pairs[2]), rel=1e-6)
+
+
+def test_half_the_pictures_show_the_bias_and_extrapolation_takes_most_of_it():
+    """FD of Gaussians is |mean|^2 + sum (1 - std)^2 (1706.08500); that of finite sets is more by about c / number."""
+    width, mean, std = 48, 0.1, 0.8
+    found = compare(*gaussians(1000, width, mean, std), CPU)
+    expected = width * (mean**2 + (1 - std) ** 2)
+    bias, twice = found["fd"] - expected, found["fd_at_half"] - expected
+    # 1.06 and 2.11 over 2.40; extrapolated 0.01.
+    assert bias > 0.3 * expected
+    assert 1.8 < twice / bias < 2.2
+    assert abs(found["fd_extrapolated"] - expected) < 0.1 * bias
+    assert found["cmmd_at_half"] > found["cmmd"] > found["cmmd_extrapolated"] > 0
+
+
+def test_copies_of_training_pictures_are_counted_and_shown(tmp_path, network_file, sets):
+    network = FeatureNetwork.load("inception", network_file, CPU)
+    paths = {name: find_pictures(folder) for name, folder in sets.items()}
+    (tmp_path / "pictures").mkdir()
+    for i, source in enumerate([*paths["more"][:3], *paths["noise"][:7]]):
+        shutil.copy(source, tmp_path / "pictures" / f"{i}.png")
+    drawn = FilePictures(str(tmp_path / "pictures"), find_pictures(tmp_path / "pictures"))
+    train, held = FilePictures("", paths["more"]), FilePictures("", paths["real"])
+    fake, usual, seen = (features_of(network, p, 7, CPU, tmp_path) for p in (drawn, held, train))
+    found = find_copies("inception", drawn, fake, usual, train, seen)
+    assert found == {"copies_inception": pytest.approx(0.3)}
+    picture = np.asarray(Image.open(tmp_path / "copies_inception.png"))
+    side = 120  # 24 pixels, five times as large
+    first, second = (
+        picture[6 : 6 + side, 6 : 6 + side],
+        picture[6 : 6 + side, 12 + side : 12 + 2 * side],
+    )
+    assert np.array_equal(first, second)
+    assert np.array_equal(first[::5, ::5], np.asarray(Image.open(tmp_path / "pictures" / "0.png")))
+
+
 def save_clip(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -407,10 +481,14 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
     clip = save_clip(tmp_path / "clip")
     arguments = (trained_run, f"--features=inception={network_file}", f"--clip={clip}")
     more = ("--num-pictures=14", "sampler.num_steps=3", "sampler.guidance_scale=2", "--heldout=6")
+    more += ("--train-pictures=9",)
     output = call(*arguments, *more, f"--output={tmp_path / 'out'}")
     path, figures, measured_with = measured_by(output)
-    names = ("kid", "kid_std", "precision", "recall")
-    drawn = {"fid", "clip_score", *(f"{name}_inception" for name in names)}
+    names = ("kid", "kid_std", "precision", "recall", "cmmd", "cmmd_extrapolated")
+    names += tuple(f"{name}_at_half" for name in ("kid", "kid_std", "precision", "recall", "cmmd"))
+    names += ("copies",)
+    drawn = {"fid", "fid_at_half", "fid_extrapolated", "clip_score"}
+    drawn |= {f"{name}_inception" for name in names}
     errors = {f"x0_error_at_log_snr_{level:+d}" for level in LOG_SNR}
     assert figures.keys() == drawn | errors
     for name in drawn:
@@ -427,8 +505,12 @@ def test_every_figure_says_what_it_was_measured_with_and_a_second_call_draws_not
         assert f"{value:.5g}" in line
     rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
     said = " ".join(row[3].strip() for row in rows)
-    assert said.count("sampler.num_steps 3; sampler.guidance_scale 2") == 2  # networks
-    assert said.count("num_pictures 14") == 2
+    assert (
+        said.count("sampler.num_steps 3; sampler.guidance_scale 2") == 3
+    )  # networks, and copies by one
+    assert said.count("num_pictures 14") == 3
+    assert measured_with["copies_inception"]["num_train"] == 9
+    assert (path.parent / "copies_inception.png").is_file()
     logged = train_factory.scalars(trained_run, FID)
     assert logged[-1] == (120, pytest.approx(figures["fid"]))
     # Half of the pictures and the features of the rest are lost: only those are made again.

@@ -35,6 +35,9 @@ class Options:
     ] = None
     split: Annotated[Literal["heldout", "train"], typer.Option(help="of a dataset")] = "heldout"
     num_reference: Annotated[int, typer.Option(min=2, help="at most")] = 50_000
+    train_pictures: Annotated[
+        int, typer.Option(min=0, help="of the run's, among which to look for copies")
+    ] = 0
     prompts_file: Annotated[
         Path | None, typer.Option(help="one per line; else the reference's captions")
     ] = None
@@ -75,6 +78,8 @@ class Options:
                 raise InputError(
                     f"{option}: {path}: no such file or folder; nothing is fetched by name"
                 )
+        if self.train_pictures and (not self.networks or self.split == "train"):
+            raise InputError("--train-pictures: needs --features, and --split heldout to judge by")
         if self.prompts_file is not None:
             read_prompts([], self.prompts_file)
         if self.size is not None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import interpolate
 from torch.utils.tensorboard.summary import scalar
 
 from data_prep.schema import fingerprint
@@ -19,7 +21,13 @@ from pipeline.data.config import DataConfig
 from pipeline.data.datasets import check_same
 from pipeline.data.loader import Loader
 from pipeline.evaluation.config import Options
-from pipeline.evaluation.metrics import ClipNetwork, FeatureNetwork, clip_score, compare
+from pipeline.evaluation.metrics import (
+    ClipNetwork,
+    FeatureNetwork,
+    clip_score,
+    compare,
+    nearest,
+)
 from pipeline.evaluation.reference import (
     DatasetPictures,
     FilePictures,
@@ -29,6 +37,7 @@ from pipeline.evaluation.reference import (
     share,
 )
 from pipeline.evaluation.subjects import Subject, open_exported
+from pipeline.inference.grid import grid
 from pipeline.inference.heldout import LOG_SNR, x0_errors
 from pipeline.inference.painter import Request, draw_files, largest_bucket
 from pipeline.objectives.objective import Objective
@@ -162,14 +171,39 @@ def open_reference(
     return reference, every, [sizes[i % len(sizes)] for i in range(count)]
 
 
+def find_copies(
+    name: str, drawn: FilePictures, fake: Tensor, held: Tensor, train: Pictures, seen: Tensor
+) -> dict[str, float]:
+    """Share of drawn pictures nearer to one of training's than all but 1% of the held-out ones are: 0.01 by chance.
+
+    The eight nearest pairs, in one size, lie beside the pictures, with their distance over the held-out ones' median.
+    """
+    near, places = nearest(fake, seen)
+    usual = nearest(held, seen)[0]
+    pairs, labels = list[Tensor](), list[str]()
+    for place in near.argsort()[:8].tolist():
+        theirs = int(places[place])
+        pairs += [*drawn.read(place, place + 1), *train.read(theirs, theirs + 1)]
+        labels += [f"{place}: {near[place] / usual.median():.2f}", f"training {theirs}"]
+    pairs = [interpolate(p[None].float(), pairs[0].shape[1:]).to(torch.uint8) for p in pairs]
+    grid(torch.cat(pairs), labels, 2).save(Path(drawn.name).with_name(f"copies_{name}.png"))
+    return {f"copies_{name}": float((near < usual.quantile(0.01)).float().mean())}
+
+
 def measure_pictures(
     subject: Subject,
     trained: Trained | None,
-    loader: Loader | None,
+    loaders: tuple[Loader | None, Loader | None],
     options: Options,
     device: torch.device,
 ) -> tuple[str, list[Measurement]]:
-    """What the pictures go by, and what each network asked for says of them; figures on rank 0. Collective."""
+    """What the pictures go by, and what each network asked for says of them; figures on rank 0. Collective.
+
+    `loaders` are of the run's own dataset and of the reference.
+    """
+    own, loader = loaders
+    if options.train_pictures and own is None:
+        raise InputError("--train-pictures: the dataset that this was trained on is not here")
     networks = [FeatureNetwork.load(name, path, device) for name, path in options.networks.items()]
     clip = ClipNetwork(options.clip, device) if options.clip else None
     reference, prompts, sizes = open_reference(subject, trained, loader, options, device)
@@ -184,11 +218,21 @@ def measure_pictures(
         fake = features_of(network, pictures, batch_size, device, cache)
         real = features_of(network, reference, batch_size, device, cache)
         values = compare(real, fake, device) if distributed.is_main() else {}
-        labels = {"fd": "fid"} if network.name == "inception" else {}
-        figures = {labels.get(m, f"{m}_{network.name}"): value for m, value in values.items()}
+        figures = {f"{m}_{network.name}": value for m, value in values.items()}
+        if network.name == "inception":
+            fid = {m.replace("fd", "fid"): v for m, v in values.items() if m.startswith("fd")}
+            figures = fid | {m: v for m, v in figures.items() if not m.startswith("fd")}
         about = {"reference": reference.name, "num_reference": len(real)}
         about |= {"network": network.name, "network_sha256": network.sha256}
         measurements.append(Measurement(figures, drawn | about))
+        if options.train_pictures and trained is not None and own is not None:
+            vae, limit = trained.config.encoders.vae, options.train_pictures
+            train = DatasetPictures(own, "train", limit, vae, device)
+            seen, figures = features_of(network, train, batch_size, device, cache), {}
+            if distributed.is_main():
+                figures = find_copies(network.name, pictures, fake, real, train, seen)
+            about |= {"num_train": len(seen)}
+            measurements.append(Measurement(figures, drawn | about))
     captions = prompts
     if subject.num_classes:
         captions = [parse_class(prompt, subject.num_classes)[1] for prompt in prompts]
@@ -225,7 +269,7 @@ def evaluate(
     found, name = list[Measurement | None](), subject.name
     # Pictures first: what they are measured by may turn out not to be there.
     if options.features or options.clip:
-        pictures, found = measure_pictures(subject, trained, other or own, options, device)
+        pictures, found = measure_pictures(subject, trained, (own, other or own), options, device)
         name = f"{name}_{pictures}"
     if trained is not None and own is not None and options.heldout:
         found = [measure_heldout(trained, own, options, device), *found]

@@ -70,6 +70,9 @@ class Options:
     overrides: SamplerOverrides = None
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be repeated")] = None
     prompts_file: Annotated[Path | None, typer.Option(help="one prompt per line")] = None
+    suite: Annotated[
+        Path | None, typer.Option(help="JSONL (GenEval) or CSV (DPG): prompts, for their scorer")
+    ] = None
     images_per_prompt: Annotated[int, typer.Option(min=1)] = 1
     columns: Annotated[
         str | None,
@@ -91,7 +94,15 @@ def cells_like(options: Options, recipe: dict[str, Any]) -> tuple[list[Cell], Op
     """The one cell that a picture of ours is of, and the options that it was drawn with."""
     o = options
     _, overrides = split_places(o.overrides)
-    if o.prompt or o.prompts_file or o.columns or overrides or o.size or o.images_per_prompt > 1:
+    if (
+        o.prompt
+        or o.prompts_file
+        or o.suite
+        or o.columns
+        or overrides
+        or o.size
+        or o.images_per_prompt > 1
+    ):
         raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
     fields = {key: recipe[key] for key in SamplerConfig.model_fields}
     sampler = parse_config(SamplerConfig, fields, "--like")
@@ -100,11 +111,13 @@ def cells_like(options: Options, recipe: dict[str, Any]) -> tuple[list[Cell], Op
     return [cell], replace(options, **same)
 
 
-def cells_of(options: Options, saved: SamplerConfig) -> list[Cell]:
-    """The sheet that the options ask for, row by row."""
+def cells_of(options: Options, saved: SamplerConfig, suite: list[str]) -> list[Cell]:
+    """The sheet that the options ask for, or that of a suite's prompts, row by row."""
     _, overrides = split_places(options.overrides)
     variants = parse_columns(options.columns, parse_sampler(saved, overrides))
-    prompts = read_prompts(options.prompt or [], options.prompts_file)
+    if suite and (options.prompt or options.prompts_file or options.columns):
+        raise InputError("--suite: says what is drawn. Remedy: no --prompt and no --columns")
+    prompts = suite or read_prompts(options.prompt or [], options.prompts_file)
     rows = [prompt for prompt in prompts for _ in range(options.images_per_prompt)]
     return [Cell(prompt, i, *v) for i, prompt in enumerate(rows) for v in variants.items()]
 
@@ -118,16 +131,18 @@ def main(options: Options) -> None:
     from pipeline import distributed
     from pipeline.inference.painter import Request, largest_bucket
     from pipeline.inference.sheet import draw_sheet, make_folder
+    from pipeline.inference.suites import begin_suite, join_grids, read_suite
     from pipeline.runs.trained import open_trained
 
     places, _ = split_places(options.overrides)
     config = load_run_config(options.run, places)
     device = distributed.join(config.engine.timeout_s)
     recipe = read_recipe(options.like) if options.like else None
+    suite = read_suite(options.suite) if options.suite else []
     if recipe:
         cells, options = cells_like(options, recipe)
     else:
-        cells = cells_of(options, config.sampler)
+        cells = cells_of(options, config.sampler, [entry.prompt for entry in suite])
     config.check_samplers(*(cell.sampler for cell in cells))
     size = parse_size(options.size) if options.size else None
     trained = open_trained(options.run, options.weights, options.step, places)
@@ -147,16 +162,22 @@ def main(options: Options) -> None:
     what = f"{len(cells)} pictures of {size[0]}x{size[1]} to {folder}"
     distributed.say(f"{what}: {json.dumps(settings)}")
     if not options.dry_run:
-        make_folder(folder, options.overwrite)
+        each = options.images_per_prompt
+        paths = [folder / f"{i:05d}_{_slug(cell.prompt)}.png" for i, cell in enumerate(cells)]
+        if suite:
+            paths = begin_suite(folder, suite, each)
+        else:
+            make_folder(folder, options.overwrite)
         requests = [
-            Request(folder / f"{i:05d}_{_slug(c.prompt)}.png", c.prompt, c.place, size, c.sampler)
-            for i, c in enumerate(cells)
+            Request(path, c.prompt, c.place, size, c.sampler)
+            for path, c in zip(paths, cells, strict=True)
         ]
         labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-        across = 5 if options.images_per_prompt == 1 else options.images_per_prompt
+        across = 5 if each == 1 else each
         if options.columns:
             across = len({cell.label for cell in cells})
-        draw_sheet(trained, requests, labels, across, options.batch_size, device)
+        draw_sheet(trained, requests, labels, 0 if suite else across, options.batch_size, device)
+        join_grids(folder, suite, paths)
     distributed.stop()
 
 

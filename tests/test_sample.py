@@ -18,6 +18,7 @@ from models.config import InputError
 from models.prompts import parse_class
 from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.inference.grid import grid
+from pipeline.inference.suites import begin_suite, read_suite
 from pipeline.objectives.config import SamplerConfig
 from pipeline.sample import main, parse_columns, read_recipe
 from tests import train_factory
@@ -102,6 +103,54 @@ def test_a_sheet_has_a_row_a_prompt_and_a_column_a_value_from_the_same_noise(tra
     width, height = Image.open(sheet / "grid.png").size
     assert width == 2 * (128 + 6) + 6  # two columns
     assert height > 2 * 128
+
+
+def test_a_suite_is_drawn_in_the_layout_of_its_scorer(trained_run, tmp_path):
+    lines = [{"tag": "colors", "prompt": "red square"}, {"tag": "counting", "prompt": "a dog"}]
+    (tmp_path / "geneval.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    rows = 'item_id,text,question\nCOCO_1,"red square, small",is it red?\nCOCO_1,"red square, small",a square?\n7,a dog,a dog?\n'
+    (tmp_path / "dpg.csv").write_text(rows)
+    more = ("--images-per-prompt", "4")
+    geneval = ("--suite", str(tmp_path / "geneval.jsonl"), "--output", str(tmp_path / "geneval"))
+    folder = sample(trained_run, *geneval, *more)
+    # What djghosh13/geneval's evaluate_images.py reads: each folder's one line, and every number.png of its samples.
+    assert sorted(p.name for p in folder.iterdir()) == ["00000", "00001"]
+    for number, line in enumerate(lines):
+        assert json.loads((folder / f"{number:05d}" / "metadata.jsonl").read_text()) == line
+        samples = sorted((folder / f"{number:05d}" / "samples").iterdir())
+        assert [p.name for p in samples] == [f"{i:05d}.png" for i in range(4)]
+        recipes = [read_recipe(path) for path in samples]
+        assert [(r["prompt"], r["index"]) for r in recipes] == [
+            (line["prompt"], 4 * number + i) for i in range(4)
+        ]
+    dpg = ("--suite", str(tmp_path / "dpg.csv"), "--output", str(tmp_path / "dpg"))
+    folder = sample(trained_run, *dpg, *more)
+    # What ELLA's compute_dpg_bench.py reads: a picture of 2 x 2 by the name of each item, and nothing else.
+    assert sorted(p.name for p in (folder / "grids").iterdir()) == ["7.png", "COCO_1.png"]
+    whole = np.asarray(Image.open(folder / "grids" / "7.png"))
+    parts = [np.asarray(Image.open(folder / f"00001/samples/{i:05d}.png")) for i in range(4)]
+    assert np.array_equal(whole, np.vstack([np.hstack(parts[:2]), np.hstack(parts[2:])]))
+    with pytest.raises(InputError, match="is not empty"):
+        begin_suite(folder, read_suite(tmp_path / "dpg.csv"), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a dog"}\n{"text": "a cat"}\n', "KeyError('prompt')"),
+        ("a.jsonl", '{"prompt": 3}\n', "no text"),
+        ("a.jsonl", "a dog\n", "JSONDecodeError"),
+        ("a.csv", "item_id,text\n../../x,a dog\n", "'../../x'"),
+        ("a.csv", "id,text\n1,a dog\n", "KeyError('item_id')"),
+    ],
+)
+def test_a_suite_that_cannot_be_read_is_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        read_suite(tmp_path / name)
+    assert message in str(error.value)
+    with pytest.raises(InputError, match=r"none\.csv"):
+        read_suite(tmp_path / "none.csv")
 
 
 def test_a_picture_is_drawn_again_alone_from_what_it_says_of_itself(trained_run, tmp_path):

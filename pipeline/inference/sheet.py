@@ -37,12 +37,12 @@ def draw_sheet(
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """One PNG per request, drawn by all ranks, and grid.png of all beside them. Collective."""
+    """One PNG per request, drawn by all ranks, and with `columns` grid.png of all beside them. Collective."""
     objective = Objective(trained.config.objective)
     draw = drawer(trained.encoders(device), trained.network(device), objective)
     draw_files(requests, draw, trained.facts, batch_size)
     distributed.barrier()
-    if distributed.is_main():
+    if columns and distributed.is_main():
         pictures = torch.stack([read_picture(request.path) for request in requests])
         path = requests[0].path.with_name("grid.png")
         grid(pictures, labels, columns).save(path)

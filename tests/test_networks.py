@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import SwiGLU
 from jaxtyping import TypeCheckError
 from torch import nn
 
@@ -258,6 +259,47 @@ def test_every_block_compiles_whole_and_predicts_the_same(kinds):
         assert 0 < int(graphs) < 3 * int(blocks)
 
 
+def test_a_dit_of_i1s_parts_is_the_forward_written_out():
+    model: Any = randomise(debug("dit", **I1))
+    given = inputs()
+    mask = given["text_mask"][:, None, None]
+    text = model.caption_projection(given["text_emb"])
+    for block in model.text_blocks:
+        text = text + block.attn(block.norm1(text), layers.sdpa, mask=mask)
+        text = text + block.ff(block.norm2(text))
+
+    def through(block: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x + block.after_attention(block.attn1(block.norm(x), layers.sdpa))
+        x = x + block.attn2(x, layers.sdpa, text, mask)
+        return x + block.after_ff(block.ff(block.norm_ff(x)))
+
+    first, middle, last = model.transformer_blocks
+    early = through(first, model.embed(given["x_t"])[0])
+    late = torch.cat([through(middle, early), early], dim=-1)
+    out = model.proj_out(model.norm_out(through(last, last.skip_linear(late))))
+    expected = layers.unpatchify(out, 2, 8, 8)
+    torch.testing.assert_close(predict(model, **given), expected, rtol=1e-5, atol=1e-5)
+    assert not any("norm1.linear" in name or "embed" in name for name in model.state_dict())
+
+
+def test_swiglu_is_that_of_diffusers():
+    ours, theirs = layers.SwiGLUProjection(8, 6), SwiGLU(8, 6)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(("kind", "options"), RECIPES[:2])
+def test_routing_that_leaves_no_patch_out_changes_nothing(kind, options):
+    """Patches, their turns and their long skips come back to where they were."""
+    plain = randomise(debug(kind, **options, register_tokens=2))
+    routing = {"ratio": 0.05, "start": 1, "end": -1}
+    routed = randomise(debug(kind, **options, register_tokens=2, routing=routing))
+    scores = torch.rand(3, 16)
+    found = predict(routed, **inputs(), token_scores=scores)
+    torch.testing.assert_close(found, predict(plain, **inputs()))
+
+
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_rope_turns_with_distance_alone(kind):
     """A picture of one pattern, moved by a patch each way, gives attention the same inner products."""
@@ -338,6 +380,14 @@ def test_sizes_have_the_published_parameter_counts(config, millions):
         (lambda: debug("unet", pooled_dim=0, size_conditioning=True), "pooled_dim"),
         (lambda: debug("dit", rope=True, position_extent=32), "no effect with rope"),
         (lambda: debug("mmdit", rope=True, learned_positions=True), "no effect with rope"),
+        (lambda: debug("mmdit", rope=True, text_rope=True), "no effect with rope"),
+        (lambda: debug("dit", long_skips=True), "depth: got 2, expected an odd"),
+        (lambda: debug("mmdit", modulation="none"), "pooled_dim has no effect"),
+        (lambda: debug("dit", **I1, masking={}), "long_skips and masking"),
+        (
+            lambda: debug("dit", **I1, routing={"start": 0, "end": -1}).config.span,
+            "end: got 2 of 3 blocks, expected 3",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_built_says_why(make, message):

@@ -45,6 +45,8 @@ TEXT = ("a red apple", "volcano")  # of two lengths, so that one is padded
 SHARED = {"kind": "dit", "modulation": "shared", "position_extent": 4.0, "pooled_dim": 0}
 CLASSES = {"kind": "dit", "num_classes": 5, "timestep_shift": 1}
 MMDIT = {"kind": "mmdit", "qk_norm": True}
+I1 = {"kind": "mmdit", "depth": 3, "modulation": "none", "pooled_dim": 0, "sandwich_norm": True}
+I1 |= {"swiglu": True, "long_skips": True, "text_adapter": 1, "text_rope": True}
 SQUARE = ("3", "0")
 DDIM = {"name": "ddim", "guidance_scale": 2.0}
 FLOW_TABLE = {"path": "vp_discrete", "prediction": "flow", "timesteps": "uniform"}
@@ -71,6 +73,7 @@ CASES: dict[str, tuple[dict, Any, dict, tuple[str, ...], str]] = {
     "dit_of_classes": (CLASSES, "min-snr-v", DDIM, SQUARE, "DiTTransformer2DModel"),
     "pixart": (SHARED, "sd15-epsilon", DDIM, TEXT, "PixArtTransformer2DModel"),
     "mmdit": (MMDIT, "flux-shift", {"guidance_scale": 2.0}, TEXT, "SD3Transformer2DModel"),
+    "i1": (I1, "sd3-rf-logit-normal", {"guidance_scale": 2.0}, TEXT, "FlowmillNetwork"),
     "uvit": ({"kind": "uvit"}, "edm", {}, TEXT, "FlowmillNetwork"),
     "uvit_flow_on_a_table": (
         {"kind": "uvit"},

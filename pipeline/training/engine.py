@@ -15,7 +15,7 @@ from models.roles import parameter_roles, shape_of
 from pipeline import distributed
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from pipeline.training.ema import AdamWithEMA, WithEMA
-from pipeline.training.optimizers import MuonWithEMA, shares
+from pipeline.training.optimizers import MuonWithEMA, muon_rounds
 
 BUCKET_ELEMENTS = 50_000_000
 """Most elements of gradients reduced at once: with several, backward can hide all but the last."""
@@ -178,7 +178,7 @@ def build_engine(
     # Some stages step on zero gradients to allocate state: Adam's bias correction counts it.
     optimizer.state.clear()
     if isinstance(optimizer, MuonWithEMA):
-        optimizer.shares = shares(engine, optimizer)
+        optimizer.rounds = muon_rounds(engine, optimizer)
         optimizer.device = distributed.own_device()
     optimizer.clip = optimizer_config.clip
     optimizer.wrapper = None if engine.optimizer is optimizer else engine.optimizer

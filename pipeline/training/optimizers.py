@@ -38,53 +38,46 @@ class Matrix(NamedTuple):
     held: list[int]
 
 
-class Share(NamedTuple):
-    """The matrices of one of the optimizer's tensors.
-
-    `own` lie wholly on this rank. Of those that several ranks hold, a round has at most one for each rank to
-    orthogonalise; all ranks have the same rounds.
-    """
-
-    own: list[Matrix]
-    rounds: list[dict[int, Matrix]]
+Round = dict[int, Matrix]
+"""Matrices by the rank that orthogonalises each: several that are cut, or one that lies wholly on this rank."""
 
 
-def divide(matrices: list[Matrix], own: list[Matrix]) -> Share:
-    """Deal out the cut matrices to ranks that hold a part of them, those of a round being about equally large."""
+def rounds_of_cut(matrices: list[Matrix]) -> list[Round]:
+    """Deal cut matrices out to ranks that hold a part of them, those of a round being about equally large."""
     queues: dict[int, list[Matrix]] = defaultdict(list)
     for number, matrix in enumerate(sorted(matrices, key=lambda m: -m.shape.numel())):
         holders = [rank for rank, held in enumerate(matrix.held) if held]
         queues[holders[number % len(holders)]].append(matrix)
     length = max(map(len, queues.values()), default=0)
-    rounds = [{r: q[k] for r, q in queues.items() if k < len(q)} for k in range(length)]
-    return Share(own, rounds)
+    return [{r: q[k] for r, q in queues.items() if k < len(q)} for k in range(length)]
 
 
-def shares(engine: Any, optimizer: torch.optim.Optimizer) -> dict[Tensor, Share]:
-    """How the ranks share Muon's matrices, by the tensors that this rank's optimizer steps on. Collective."""
+def muon_rounds(engine: Any, optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Round]]:
+    """Muon's matrices by the tensors that this rank's optimizer steps on; ranks have the same rounds of cut ones. Collective."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     roles = parameter_roles(engine.module)
     own = {piece.name: piece for piece in owned_pieces(engine)}
     hidden = {n: p for n, p in engine.module.named_parameters() if roles[n].hidden}
     counts = [own[name].size if name in own else 0 for name in hidden]
     everyones = distributed.gather_objects(counts) if stage else [counts]
-    flats = [p for g in optimizer.param_groups if g["muon"] for p in g["params"]]
-    found: dict[Tensor, tuple[list[Matrix], list[Matrix]]] = defaultdict(lambda: ([], []))
+    tensors = [p for g in optimizer.param_groups if g["muon"] for p in g["params"]]
+    rounds: dict[Tensor, list[Round]] = defaultdict(list)
+    cut: dict[Tensor, list[Matrix]] = defaultdict(list)
     for (name, parameter), *held in zip(hidden.items(), *everyones, strict=True):
-        if stage == 0:
-            flat = own[name].tensor
-        elif stage == 3:
+        piece = own.get(name)
+        if stage == 3:
             group = zero.grad_position[zero.get_param_id(parameter)][0]
-            flat = zero.fp32_partitioned_groups_flat[group]
+            tensor = zero.fp32_partitioned_groups_flat[group]
         else:
-            # Muon's matrices are one group.
-            (flat,) = flats
-        part, cut = slice(0), sum(map(bool, held)) > 1
-        if name in own:
-            part = slice(own[name].start, own[name].start + own[name].size)
-        if cut or name in own:
-            found[flat][not cut].append(Matrix(shape_of(parameter), part, held))
-    return {flat: divide(*both) for flat, both in found.items()}
+            # At stages 1 and 2 they are one group, of one tensor.
+            tensor = piece.tensor if piece else tensors[0]
+        part = slice(piece.start, piece.start + piece.size) if piece else slice(0)
+        matrix = Matrix(shape_of(parameter), part, held)
+        if sum(map(bool, held)) > 1:
+            cut[tensor].append(matrix)
+        elif piece:
+            rounds[tensor].append({distributed.rank(): matrix})
+    return {t: rounds[t] + rounds_of_cut(cut[t]) for t in {**rounds, **cut}}
 
 
 def exchange(sent: list[Tensor], sizes: list[int]) -> list[Tensor]:
@@ -101,13 +94,13 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return _zeropower_via_newtonschulz(matrix, coefficients, DEFAULT_NS_STEPS, EPS)
 
 
-def orthogonalised_together(
-    matrices: dict[int, Matrix], parts: dict[int, Tensor]
-) -> dict[int, Tensor]:
+def orthogonalised_together(matrices: Round, parts: dict[int, Tensor]) -> dict[int, Tensor]:
     """This rank's parts, flat, of matrices that each go whole to one rank, by that rank. Collective."""
     rank, ranks = distributed.rank(), range(distributed.world_size())
-    nothing = next(iter(parts.values())).new_empty(0)
     mine = matrices.get(rank)
+    if mine and len(parts[rank]) == mine.shape.numel():
+        return {rank: orthogonalised(parts[rank].view(mine.shape)).flatten()}
+    nothing = next(iter(parts.values())).new_empty(0)
     sent, sizes = [parts.get(r, nothing) for r in ranks], mine.held if mine else [0 for _ in ranks]
     received = exchange(sent, sizes)
     if mine:
@@ -125,11 +118,11 @@ def muon_flops(shape: torch.Size) -> float:
 class MuonAdamW(torch.optim.AdamW):
     """Muon (Jordan 2024) on groups marked `muon`, AdamW on the others, with one state.
 
-    `shares` and the `device` that computes are set once DeepSpeed has cut the parameters; without them no matrix
+    `rounds` and the `device` that computes are set once DeepSpeed has cut the parameters; without them no matrix
     is stepped on. The scale of the step is the one at which AdamW's LR and decay fit (2502.16982, 2.2).
     """
 
-    shares: dict[Tensor, Share] = {}
+    rounds: dict[Tensor, list[Round]] = {}
     device = torch.device("cpu")
 
     def step(self, closure: Any = None) -> Any:
@@ -141,14 +134,14 @@ class MuonAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             for tensor in group["params"] if group["muon"] else ():
-                if tensor.grad is not None and tensor in self.shares:
+                if tensor.grad is not None and tensor in self.rounds:
                     self._step_on(tensor, group["lr"], group["weight_decay"])
         return loss
 
     @torch.no_grad()
     def _step_on(self, tensor: Tensor, lr: float, decay: float) -> None:
         assert tensor.grad is not None
-        state, share = self.state[tensor], self.shares[tensor]
+        state = self.state[tensor]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(tensor)
         state["momentum_buffer"].lerp_(tensor.grad, 1 - MOMENTUM)
@@ -165,9 +158,7 @@ class MuonAdamW(torch.optim.AdamW):
             scaled = _adjust_lr(lr, "match_rms_adamw", matrix.shape)
             weights[matrix.part].add_(update.to(weights.device), alpha=-scaled)
 
-        for matrix in share.own:
-            apply(matrix, orthogonalised(direction(matrix).view(matrix.shape)).flatten())
-        for matrices in share.rounds:
+        for matrices in self.rounds[tensor]:
             updates = orthogonalised_together(
                 matrices, {r: direction(m) for r, m in matrices.items()}
             )

@@ -30,19 +30,26 @@ def test_the_quantile_is_students(dof):
         assert t_quantile(probability, dof) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+CORRELATION = [
+    [1.00, 0.93, 0.87, 0.89, 0.74, -0.05, -0.00],
+    [0.93, 1.00, 0.91, 0.88, 0.74, 0.03, 0.07],
+    [0.87, 0.91, 1.00, 0.91, 0.75, -0.13, -0.04],
+    [0.89, 0.88, 0.91, 1.00, 0.86, -0.14, -0.08],
+    [0.74, 0.74, 0.75, 0.86, 1.00, -0.15, -0.22],
+    [-0.05, 0.03, -0.13, -0.14, -0.15, 1.00, 0.85],
+    [-0.00, 0.07, -0.04, -0.08, -0.22, 0.85, 1.00],
+]
+"""Correlation of the differences at LOG_SNR, as 30 pairs of the last test's runs had them."""
+
+
 def experiments(
     seeds: int, change: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Errors of two variants, (seeds, levels): a seed moves both alike, and levels near one another together."""
-    gaps = np.abs(np.subtract.outer(LOG_SNR, LOG_SNR))
-    mix = np.linalg.cholesky(NEIGHBOURS ** (gaps / 2)).T
+    """Errors of two variants, (seeds, levels), whose differences are correlated; a seed moves both alike."""
+    mix = np.linalg.cholesky(CORRELATION).T
     alike, own = rng.standard_normal((2, seeds, len(LOG_SNR)))
     base = np.exp(-np.abs(LOG_SNR)) * (1 + 0.05 * alike @ mix)
     return base, base + base.mean(0) * (change + 0.01 * own @ mix)
-
-
-NEIGHBOURS = 0.8
-"""Correlation of two seeds' differences at levels that are 2 apart, about what real runs have."""
 
 
 @pytest.mark.parametrize("seeds", [3, 4])
@@ -158,5 +165,5 @@ def test_a_learning_rate_off_by_3_is_found_by_three_seeds_in_nine_of_ten(tmp_pat
     for first in range(0, 30, 3):
         three = slice(first, first + 3)
         differences = compare_runs(runs["base"][three], runs["low"][three])
-        found += any(interval.found for interval in differences.values())
+        found += differences["x0_error"].found
     assert found >= 9

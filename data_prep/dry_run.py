@@ -23,11 +23,13 @@ from data_prep.config import PrepareConfig
 from data_prep.encoders import configured
 from data_prep.images import Rejected, list_buckets
 from data_prep.metadata import refusal
+from data_prep.output import read_intakes
 from data_prep.report import Listing, class_names, console, cut_listing, encoder_listing, warn
+from data_prep.scan import compare
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of, num_files
-from data_prep.storage import is_remote
+from data_prep.storage import is_remote, open_root
 from models.text_conventions import rows_stored
 
 # Pictures per source whose captions are read, and the files that they are taken from where each holds many.
@@ -57,6 +59,12 @@ def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[
     Listing(f"Buckets, latents at 1/{cell}", ("bucket", "aspect", "latents"), rows).print()
     for found in sample_listings(config, listing):
         found.print()
+    dataset = open_root(config.output, "output")
+    if begun := read_intakes(dataset):
+        found = compare(begun, listing)
+        console.print(f"Growth: {found.num_new:,} new files after {len(begun)} generations.")
+        if said := found.misses(config.output):
+            warn(f"{said}. Remedy: restore them, or --allow-missing to go on with what is new.")
     room = ""
     if not is_remote(config.output):
         folder = Path(config.output).absolute()

@@ -21,7 +21,7 @@ from data_prep.images import Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import Member, captions_sha256
-from data_prep.shards import WORK, ShardWriter, commit_path, read_commit, write_text
+from data_prep.shards import ShardWriter, commit_path, read_commit, work_of, write_text
 from data_prep.workers import ATTEMPTS, LOST, Actors, Worker
 from models.config import InputError
 
@@ -137,7 +137,7 @@ class ShardEncoder(Worker):
             return commit
         from models.text_encoder import count_cut
 
-        planned = read_planned(self._dataset / WORK, number).to_pylist()
+        planned = read_planned(work_of(self._dataset, spec.generation), number).to_pylist()
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
         sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
@@ -177,7 +177,8 @@ class ShardEncoder(Worker):
 
     def try_picture(self, spec: ShardSpec, number: int, place: int) -> None:
         """Encode one picture of a shard for nothing, which finds the one that kills its encoder."""
-        rows = read_planned(self._dataset / WORK, number).slice(place, 1).to_pylist()
+        work = work_of(self._dataset, spec.generation)
+        rows = read_planned(work, number).slice(place, 1).to_pylist()
         for batch in self._batches(spec, rows, []):
             for _ in self._encode_batch(batch, [], self._flips(spec)):
                 pass

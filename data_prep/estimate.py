@@ -21,9 +21,10 @@ from data_prep.encoders import weight_of
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import latent_statistics
 from data_prep.report import Listing, Progress, console, warn
-from data_prep.scan import list_sources, scan
+from data_prep.scan import Intake, list_sources, scan
 from data_prep.schema import CodecRecord, proof_path
 from data_prep.shards import WORK
+from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of
 from data_prep.storage import find_files
 from data_prep.workers import Actors, connect, share_out
@@ -67,8 +68,9 @@ def estimate(config: PrepareConfig, wanted: int) -> Estimate:
     connect(config.ray)
     with tempfile.TemporaryDirectory(prefix="flowmill-plan-") as folder:
         dataset = Path(folder)
-        scan(config, dataset, sample)
-        shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset)
+        classes = list(count_classes(config.sources, sample))
+        scan(config, Intake(dataset / WORK, sample, classes))
+        shards = make_plan(config.model_copy(update={"samples_per_shard": small}), dataset / WORK)
         num, spent, size, proof, doubt = _encode(config, dataset, shards, wanted)
         catalog = pq.read_table(dataset / WORK / "catalog", columns=["source"])
     seen, pictures = Counter(catalog["source"].to_pylist()), 0.0

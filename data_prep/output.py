@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,20 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.config import PrepareConfig
-from data_prep.plan import shard_list
 from data_prep.report import console
-from data_prep.scan import LISTING, LISTING_SCHEMA, listing_sha256, split_others
+from data_prep.scan import (
+    LISTING,
+    LISTING_SCHEMA,
+    Comparison,
+    Intake,
+    changed_content,
+    compare,
+    listing_sha256,
+)
 from data_prep.schema import AUDITED, MANIFEST, read_manifest
-from data_prep.shards import WORK, read_commits, read_table, write_table, write_text
+from data_prep.shards import WORK, read_table, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.classes import count_classes
-from data_prep.storage import delete, is_remote, names_in, open_root, patient
+from data_prep.storage import delete, find_files, is_remote, names_in, open_root, patient
 from models.config import InputError, differences
 from models.lock import Lock
 
@@ -77,10 +86,10 @@ def lock_output(config: PrepareConfig) -> Lock:
 
 def open_output(
     config: PrepareConfig, settings: dict[str, Any], listing: pa.Table, restart: bool
-) -> tuple[Path, pa.Table]:
-    """The output folder, of these settings and sources; raises InputError where it is of others.
+) -> tuple[Path, Comparison]:
+    """The output folder, and its generations beside the sources as they are; a new one's first is begun.
 
-    Returns the listing as well, its files that are no pictures as they were when the output was begun.
+    Raises InputError where the output is of other settings.
     """
     dataset = open_root(config.output, "output")
     work = dataset / WORK
@@ -90,27 +99,65 @@ def open_output(
             for path in (work / "config.json", *(dataset / name for name in OURS)):
                 if count := delete(path):
                     console.print(f"deleted {path} ({count} files)")
-        if (work / "config.json").exists():
-            begun = json.loads((work / "config.json").read_text())
-            _refuse_other_settings(config.output, begun["settings"], settings)
-            listing = _refuse_other_sources(config.output, work, listing)
+        if facts := begun_facts(dataset):
+            _refuse_other_settings(config.output, facts[0]["settings"], settings)
         else:
-            write_table(work / LISTING, listing)
-            decisive, _ = split_others(listing)
-            classes = count_classes(config.sources, listing)
-            begun = {"settings": settings, "listed": len(decisive), "classes": list(classes)}
-            begun["listing_sha256"] = listing_sha256(listing)
-            write_text(work / "config.json", json.dumps(begun, indent=1))
+            begin(config, dataset, settings, compare([], listing))
     except OSError as error:
         why = error.strerror or error
         raise InputError(f"output: cannot write {config.output}: {why}") from error
-    return dataset, listing
+    return dataset, compare(read_intakes(dataset), listing)
+
+
+def begun_facts(dataset: Path) -> list[dict[str, Any]]:
+    """What work/config.json says of each generation that was begun: the file that begins one.
+
+    The first one's has the settings too, with sources that were added since.
+    """
+    path = dataset / WORK / "config.json"
+    if not path.exists():
+        return []
+    first = json.loads(path.read_text())
+    return [first, *first.get("grown", [])]
+
+
+def read_intakes(dataset: Path) -> list[Intake]:
+    """Every generation that was begun."""
+    found = enumerate(begun_facts(dataset))
+    places = [(number, work_of(dataset, number), facts) for number, facts in found]
+    return [
+        Intake(work, read_table(work / LISTING, LISTING_SCHEMA), facts["classes"], number)
+        for number, work, facts in places
+    ]
+
+
+def begin(
+    config: PrepareConfig, dataset: Path, settings: dict[str, Any], found: Comparison
+) -> Intake:
+    """Let a generation take what is new in the sources."""
+    number, classes = len(found.begun), found.begun[-1].classes if found.begun else []
+    work, facts = work_of(dataset, number), begun_facts(dataset)
+    write_table(work / LISTING, found.new)
+    added = count_classes(config.sources, found.new)
+    # Labels that are in use stay what they are.
+    classes = [*classes, *(name for name in added if name not in classes)]
+    said: dict[str, Any] = {"listed": found.num_new, "classes": classes}
+    said["listing_sha256"] = listing_sha256(found.new)
+    if number:
+        said["missing"] = len(found.gone) + len(found.changed)
+        said = facts[0] | {"grown": [*facts[1:], said]}
+    write_text(dataset / WORK / "config.json", json.dumps(said | {"settings": settings}, indent=1))
+    return Intake(work, found.new, classes, number)
 
 
 def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise InputError with every difference, but for sources that were added."""
+    known, now = begun["config"]["sources"], settings["config"]
+    sources = {name: source for name, source in now["sources"].items() if name in known}
+    same = settings | {"config": now | {"sources": sources}}
     changes = [
         f"  {key.removeprefix('config.')}: {old} -> {new}"
-        for key, (old, new) in differences(begun, settings).items()
+        for key, (old, new) in differences(begun, same).items()
     ]
     if changes:
         raise InputError(
@@ -119,27 +166,37 @@ def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[st
         )
 
 
-def _refuse_other_sources(output: str, work: Path, listing: pa.Table) -> pa.Table:
-    decisive, others = split_others(read_table(work / LISTING, LISTING_SCHEMA))
-    listing, _ = split_others(listing)
-    # A stamp is a hint, no change.
-    before, now = (table.drop_columns(["stamp"]) for table in (decisive, listing))
-    if before.equals(now):
-        return pa.concat_tables([listing, others])
-    old = {(row["source"], row["name"]): row for row in before.to_pylist()}
-    new = {(row["source"], row["name"]): row for row in now.to_pylist()}
-    changed = [name for name in old.keys() & new.keys() if old[name] != new[name]]
-    groups = {"added": new.keys() - old.keys(), "gone": old.keys() - new.keys(), "changed": changed}
-    found = [f"{len(g)} {word} ({'/'.join(min(g))}, ...)" for word, g in groups.items() if g]
-    raise InputError(
-        f"sources: not what they were when {output} was begun: files {', '.join(found)}. "
-        "Remedy: restore them, choose another output, or --restart to delete it and start anew."
-    )
+def refuse_changes(
+    config: PrepareConfig, found: Comparison, allow_missing: bool, check: Callable[[], None]
+) -> Comparison:
+    """The comparison with what a second look at touched files finds.
+
+    Raises InputError where files are gone or changed, unless that is allowed.
+    """
+    if allow_missing or not (found.gone or found.changed):
+        more = {name for intake in found.begun for name in changed_content(config, intake, check)}
+        found = replace(found, changed=[*({*found.changed} | more) - {*found.gone}])
+    if said := found.misses(config.output):
+        if not allow_missing:
+            raise InputError(
+                f"{said}. Remedy: restore them, --allow-missing to go on with the {found.num_new:,} new files "
+                "(rename a changed one to have it read), another output, or --restart to delete it and start anew."
+            )
+        console.print(f"{said}.")
+    return found
 
 
-def is_complete(dataset: Path) -> bool:
-    """Whether there is a manifest and every shard that it speaks of."""
-    if not (dataset / MANIFEST).is_file():
-        return False
-    read_manifest(dataset)
-    return all(read_commits(dataset, [spec.path for spec in shard_list(dataset)]))
+def unfinished(dataset: Path) -> list[int]:
+    """The generations that are to be made or, having lost a shard, to be mended."""
+    facts, done = begun_facts(dataset), 0
+    if (dataset / MANIFEST).is_file():
+        done = sum(generation.complete for generation in read_manifest(dataset).generations)
+    there = find_files(dataset / "shards")
+
+    def is_whole(number: int) -> bool:
+        commits = sealed_commits(work_of(dataset, number))
+        places = ((c["path"].split("/")[1], c.get("sizes", {})) for c in commits or ())
+        sizes = {f"{folder}/{name}": size for folder, s in places for name, size in s.items()}
+        return commits is not None and number < done and sizes.items() <= there.items()
+
+    return [number for number in range(len(facts)) if not is_whole(number)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -20,7 +21,7 @@ from data_prep.images import Bucket
 from data_prep.plan import read_planned
 from data_prep.proof import SIDE, png, proof_keys, read_proof
 from data_prep.schema import Manifest
-from data_prep.shards import WORK
+from data_prep.shards import work_of
 
 SHEET_PAIRS, SHEET_COLUMNS = 24, 4
 # Pixels: between the pictures of a pair, around pairs, and of the lines of text below them.
@@ -39,20 +40,23 @@ class Shown:
     decoded: np.ndarray
 
 
-def shown_pictures(dataset: Path, commits: list[dict[str, Any]]) -> list[Shown]:
-    """Up to SHEET_PAIRS pictures, the buckets by turns; commits are in the order of the plan."""
+def shown_pictures(dataset: Path, generation: int, commits: list[dict[str, Any]]) -> list[Shown]:
+    """Up to SHEET_PAIRS pictures, the buckets by turns; commits are in the order of the generation's plan."""
+    work = work_of(dataset, generation)
     shards: dict[Bucket, list[int]] = defaultdict(list)
     for number, commit in enumerate(commits):
         if commit["num_samples"]:
             shards[commit["height"], commit["width"]].append(number)
     turns = (n for turn in zip_longest(*shards.values()) for n in turn if n is not None)
-    pictures = chain.from_iterable(_pictures_of(dataset, commits[n], n) for n in turns)
+    pictures = chain.from_iterable(
+        _pictures_of(dataset, commits[n], read_planned(work, n)) for n in turns
+    )
     return list(islice(pictures, SHEET_PAIRS))
 
 
-def _pictures_of(dataset: Path, commit: dict[str, Any], number: int) -> Iterator[Shown]:
-    planned = read_planned(dataset / WORK, number).select(["key", "captions"]).to_pylist()
-    captions = {row["key"]: row["captions"][0] for row in planned}
+def _pictures_of(dataset: Path, commit: dict[str, Any], planned: pa.Table) -> Iterator[Shown]:
+    rows = planned.select(["key", "captions"]).to_pylist()
+    captions = {row["key"]: row["captions"][0] for row in rows}
     proof, bucket = read_proof(dataset, commit["path"]), f"{commit['height']}x{commit['width']}"
     names = ("psnr_db", "original", "decoded")
     for key, *shown in zip(proof_keys(proof), *(proof[name] for name in names), strict=True):
@@ -90,6 +94,7 @@ def html_report(
 ) -> str:
     """The page's text, wherever the dataset lies; rejects: some of each reason."""
     counts, encoders = manifest.counts, manifest.encoders()
+    psnr = [generation.psnr_db for generation in manifest.generations if generation.num_shards]
     columns = ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
     environment = Environment(
@@ -111,10 +116,11 @@ def html_report(
             "samples": f"{sum(commit['num_samples'] for commit in commits):,}",
             "shards": f"{len(commits):,}",
             "MiB": f"{sum(commit['bytes'] for commit in commits) / 2**20:,.1f}",
-            "PSNR of decoded latents": f"{manifest.generations[-1].psnr_db} dB",
+            "PSNR of decoded latents": f"{psnr[-1]} dB",
         },
         listings=[
             *report.count_listings(manifest),
+            report.generation_listing(manifest),
             report.bucket_listing(commits),
             *histograms(commits),
             report.caption_listing(manifest),

@@ -1,15 +1,16 @@
 """Into which shard each picture goes: filters, duplicates, buckets, cuts. A pure function of the catalog.
 
 Streams: the catalog is read twice, column by column and batch by batch, and sorted on disk by ranges of the
-keys. In memory are one range, 17 bytes per duplicate and, where near duplicates are looked for, 16 per picture.
+keys. In memory are one range, 17 bytes per duplicate and, where near duplicates are looked for, 16 per picture;
+of a growth 40 per new picture too, and of what earlier generations kept a block.
 """
 
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -17,20 +18,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
 from data_prep.config import PrepareConfig
-from data_prep.duplicates import DROP, near_duplicates, same_files
+from data_prep.duplicates import (
+    DROP,
+    EARLIER,
+    KNOWN,
+    hash_words,
+    known_files,
+    known_looks,
+    near_duplicates,
+    same_files,
+    write_known,
+)
 from data_prep.images import Bucket, list_buckets, nearest_bucket
 from data_prep.metadata import check_fields
 from data_prep.schema import REJECT_SCHEMA, SPLITS
-from data_prep.shards import WORK, new_table, read_table, write_table
+from data_prep.shards import new_table, read_table, sealed_commits, write_table
 from data_prep.storage import find_files, is_remote
 from models.config import InputError
 
 REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
-NOT_PLANNED = ("perceptual_hash", "reason", "detail")
+NOT_PLANNED = ("reason", "detail")
+HASHES = ["content_hash", "perceptual_hash"]
 ROWS_AT_ONCE = 1 << 16
 # Full rows that are sorted in memory at once.
 ROWS_PER_RANGE = 400_000
@@ -53,16 +66,20 @@ class ShardSpec:
     height: int
     width: int
     num_planned: int
+    generation: int = 0
 
 
-def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
-    """The shards to be made; raises InputError if no picture is left to fill one."""
-    work = dataset / WORK
+def make_plan(config: PrepareConfig, work: Path, earlier: Sequence[Path] = ()) -> list[ShardSpec]:
+    """The shards of a generation, `earlier` the folders of those before it.
+
+    Raises InputError if no picture is left to fill one of the first generation.
+    """
     if not (work / "shard_list.parquet").is_file():
         buckets, size = list_buckets(config.images), config.samples_per_shard
-        plan(work, buckets, config.filters, size, config.heldout_fraction)
-    shards = shard_list(dataset)
-    if not shards:
+        known = [known_table(folder, config.filters) for folder in earlier]
+        plan(work, buckets, config.filters, size, config.heldout_fraction, known)
+    shards = shard_list(work)
+    if not shards and not earlier:
         rejects = read_table(work / "plan_rejects.parquet")
         counts = Counter(rejects["reason"].to_pylist()).most_common()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
@@ -73,9 +90,8 @@ def make_plan(config: PrepareConfig, dataset: Path) -> list[ShardSpec]:
     return shards
 
 
-def shard_list(dataset: Path) -> list[ShardSpec]:
-    table = read_table(dataset / WORK / "shard_list.parquet")
-    return [ShardSpec(**row) for row in table.to_pylist()]
+def shard_list(work: Path) -> list[ShardSpec]:
+    return [ShardSpec(**row) for row in read_table(work / "shard_list.parquet").to_pylist()]
 
 
 def plan(
@@ -84,31 +100,66 @@ def plan(
     filters: FiltersConfig,
     samples_per_shard: int,
     heldout_fraction: float,
+    known: Sequence[Path] = (),
 ) -> None:
     """Write plan/NNNNNN.parquet (a row per picture, a row group a shard), the rejects, and last the shard list.
 
-    Raises InputError where the filters speak of metadata that no picture has.
+    `known` are the tables of every earlier generation's pictures, of which no duplicate is taken. Raises
+    InputError where the filters speak of metadata that no picture has.
     """
     made = r"part-([0-9]{6}|[1-9][0-9]{6,})(\.staged)?\.parquet"
     names = sorted(name for name in find_files(work / "catalog") if re.fullmatch(made, name))
     parts = [work / "catalog" / name for name in names]
     texts = (t for _, rows in _batches(parts, ["metadata"]) for t in rows["metadata"].to_pylist())
-    check_fields(texts, filters.metadata)
+    # What is new may lack a field that was there before.
+    check_fields(texts, {} if known else filters.metadata)
+    with _aside(work) as folder:
+        drops = find_duplicates(parts, filters, folder, known)
+        count = _num_ranges(parts, ROWS_PER_RANGE)
+        paths = [folder / f"range-{number}.arrow" for number in range(count)]
+        with new_table(work / "plan_rejects.parquet", REJECT_SCHEMA) as write:
+            sifted = sift(parts, filters, drops)
+            spill(_grouped(sifted, write, buckets, heldout_fraction), paths)
+        cut = _cut(read_ranges(paths), samples_per_shard)
+        shards = _write_shards(work / "plan", cut, buckets, len(known))
+    rows = [asdict(spec) for spec in shards]
+    write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows))
+
+
+@contextmanager
+def _aside(work: Path) -> Iterator[Path]:
+    """A folder for what is sorted on disk; one that a killed run left behind is deleted."""
     local = not is_remote(work)
-    # A killed run leaves its folder behind.
     for leftover in work.iterdir() if local else ():
         if re.fullmatch(r"plan-[a-z0-9_]{8}\.tmp", leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(".tmp", "plan-", work if local else None) as folder:
-        drops = find_duplicates(parts, filters, Path(folder))
-        count = _num_ranges(parts, ROWS_PER_RANGE)
-        paths = [Path(folder) / f"range-{number}.arrow" for number in range(count)]
-        with new_table(work / "plan_rejects.parquet", REJECT_SCHEMA) as write:
-            sifted = sift(parts, filters, drops)
-            spill(_grouped(sifted, write, buckets, heldout_fraction), paths)
-        shards = _write_shards(work / "plan", read_ranges(paths), buckets, samples_per_shard)
-    rows = [asdict(spec) for spec in shards]
-    write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows))
+        yield Path(folder)
+
+
+def known_table(work: Path, filters: FiltersConfig) -> Path:
+    """known.npy of a finished generation, written where it is not there: what it planned and did not reject."""
+    path, planned = work / "known.npy", sorted(find_files(work / "plan"))
+    if path.is_file():
+        return path
+    parts = [work / "plan" / name for name in planned]
+    rejects = [r["key"] for commit in sealed_commits(work) or () for r in commit["rejects"]]
+    gone = pa.array(rejects, pa.string())
+
+    def tables() -> Iterator[np.ndarray]:
+        looks = filters.near_duplicates is not None
+        for _, table in _batches(parts, ["key", *HASHES[: 1 + looks]]):
+            table = table.filter(~pc.field("key").isin(gone))
+            found = np.zeros(len(table), KNOWN)
+            found["hash"] = hash_words(table["content_hash"])
+            found["key"] = key_words(table["key"]).astype(">u2").view("u1")
+            if looks:
+                found["looks"] = table["perceptual_hash"].to_numpy()
+            yield found
+
+    with _aside(work) as folder:
+        write_known(path, tables(), _num_ranges(parts, HASHES_PER_RANGE), folder)
+    return path
 
 
 def _grouped(
@@ -134,23 +185,27 @@ def read_planned(work: Path, number: int) -> pa.Table:
 
 
 def sift(
-    parts: list[Path], filters: FiltersConfig, drops: np.ndarray
+    parts: list[Path], filters: FiltersConfig, found: tuple[np.ndarray, np.ndarray]
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Taken rows and rejects, batch by batch; each is rejected by the first rule that applies."""
+    """Taken rows and rejects, batch by batch; each is rejected by the first rule that applies.
+
+    `found` are the duplicates, as `find_duplicates` returns them.
+    """
+    drops, _ = found
     originals = np.unique(drops["original"])
     keys = np.zeros(len(originals), dtype="S20")
     for first, table in _batches(parts, CATALOG_SCHEMA.names):
         fate = _fate(table, filters)
-        begin, end = np.searchsorted(drops["row"], [first, first + len(table)])
-        mine = drops[begin:end]
-        fate[mine["row"] - first] = np.where(mine["distance"] < 0, DUPLICATE, NEAR)
+        mine, known = (_of_batch(duplicates, first, table, fate) for duplicates in found)
         # An original comes before its duplicates, so its key is known by then.
         low, high = np.searchsorted(originals, [first, first + len(table)])
         keys[low:high] = table["key"].take(originals[low:high] - first).to_pylist()
         same = keys[np.searchsorted(originals, mine["original"])].astype(str)
-        said = {
-            r: pair for r, *pair in zip(mine["row"] - first, same, mine["distance"], strict=True)
-        }
+        pairs = zip(mine["row"] - first, same, mine["distance"], strict=True)
+        said = {row: _alike(key, distance) for row, key, distance in pairs}
+        for row, generation, distance, key in known.tolist():
+            alike = _alike(key.decode(), distance)
+            said[row - first] = f"{alike} (generation {generation})"
         rejected = table.select(REJECTED).filter(fate != TAKEN).to_pylist()
         rejects = [
             _reject(row, int(fate[i]), said.get(i))
@@ -158,6 +213,18 @@ def sift(
         ]
         taken = table.filter(fate == TAKEN).drop_columns(list(NOT_PLANNED))
         yield taken, pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
+
+
+def _of_batch(duplicates: np.ndarray, first: int, table: pa.Table, fate: np.ndarray) -> np.ndarray:
+    """The duplicates among a batch's rows, which is their fate."""
+    begin, end = np.searchsorted(duplicates["row"], [first, first + len(table)])
+    mine = duplicates[begin:end]
+    fate[mine["row"] - first] = np.where(mine["distance"] < 0, DUPLICATE, NEAR)
+    return mine
+
+
+def _alike(key: str, distance: int) -> str:
+    return f"same file as {key}" if distance < 0 else f"{distance} of 64 bits from {key}"
 
 
 def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
@@ -173,32 +240,49 @@ def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
     return fate
 
 
-def _reject(row: dict[str, Any], fate: int, same: list[Any] | None) -> dict[str, Any]:
-    reason, detail = REASONS.get(fate, row["reason"]), row["detail"]
+def _reject(row: dict[str, Any], fate: int, alike: str | None) -> dict[str, Any]:
+    reason, detail = REASONS.get(fate, row["reason"]), alike or row["detail"]
     if fate in (TOO_SMALL, ASPECT):
         detail = f"{row['width']}x{row['height']}"
-    elif same:
-        key, distance = same
-        detail = f"same file as {key}" if distance < 0 else f"{distance} of 64 bits from {key}"
     return {**{n: row[n] for n in ("key", "source", "name")}, "reason": reason, "detail": detail}
 
 
-def find_duplicates(parts: list[Path], filters: FiltersConfig, folder: Path) -> np.ndarray:
-    """DROP of every row that an earlier one makes superfluous, by row."""
-    exact = np.zeros(0, DROP)
+def find_duplicates(
+    parts: list[Path], filters: FiltersConfig, folder: Path, known: Sequence[Path] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """DROP of every row that an earlier one makes superfluous, EARLIER of those that a known picture does, by row."""
+    exact, earlier = np.zeros(0, DROP), np.zeros(0, EARLIER)
     if filters.duplicates == "reject":
+        if known:
+            rows, column = _passing_rows(parts, filters, "content_hash")
+            earlier = known_files(rows, hash_words(column), known)
         count = _num_ranges(parts, HASHES_PER_RANGE)
         exact = same_files(_passing(parts, filters, "content_hash"), count, folder)
+        # All rows with the hash of a known picture are its duplicates, the first of them too.
+        exact = exact[~np.isin(exact["row"], earlier["row"])]
     if filters.near_duplicates is None:
-        return exact
-    gone = np.append(exact["row"], -1)
-    rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for passing, column in _passing(parts, filters, "perceptual_hash"):
-        stays = gone[np.searchsorted(exact["row"], passing)] != passing
-        rows.append(passing[stays])
-        hashes.append(column.to_numpy()[stays])
-    near = near_duplicates(np.concatenate(rows), np.concatenate(hashes), filters.near_duplicates)
-    return np.sort(np.concatenate([exact, near]), order="row")
+        return exact, earlier
+    rows, column = _passing_rows(parts, filters, "perceptual_hash")
+    stays = ~np.isin(rows, np.concatenate([exact["row"], earlier["row"]]))
+    rows, looks = rows[stays], column.to_numpy()[stays]
+    if known:
+        near = known_looks(rows, looks, known, filters.near_duplicates)
+        earlier = np.sort(np.concatenate([earlier, near]), order="row")
+        stays = ~np.isin(rows, near["row"])
+        rows, looks = rows[stays], looks[stays]
+    near = near_duplicates(rows, looks, filters.near_duplicates)
+    return np.sort(np.concatenate([exact, near]), order="row"), earlier
+
+
+def _passing_rows(
+    parts: list[Path], filters: FiltersConfig, column: str
+) -> tuple[np.ndarray, pa.ChunkedArray]:
+    """All of `_passing` at once."""
+    found = list(_passing(parts, filters, column))
+    chunks = [chunk for _, values in found for chunk in values.chunks]
+    kind = CATALOG_SCHEMA.field(column).type
+    rows = np.concatenate([np.zeros(0, np.int64), *(rows for rows, _ in found)])
+    return rows, pa.chunked_array(chunks, kind)
 
 
 def _passing(
@@ -234,18 +318,19 @@ def read_ranges(paths: list[Path]) -> Iterator[pa.Table]:
 
 
 def _write_shards(
-    folder: Path, ranges: Iterator[pa.Table], buckets: list[Bucket], size: int
+    folder: Path, cut: Iterator[tuple[int, pa.Table]], buckets: list[Bucket], generation: int
 ) -> list[ShardSpec]:
     """Write the pictures of every shard, SHARDS_PER_FILE to a file."""
-    shards, counts, cut = list[ShardSpec](), Counter[int](), _cut(ranges, size)
+    shards, counts = list[ShardSpec](), Counter[int]()
+    prefix = f"g{generation:04d}-" if generation else ""
     while first := next(cut, None):
         path = folder / f"{len(shards) // SHARDS_PER_FILE:06d}.parquet"
         with new_table(path, first[1].schema) as write:
             for group, table in chain([first], islice(cut, SHARDS_PER_FILE - 1)):
                 write(table)
                 (height, width), split = buckets[group // len(SPLITS)], SPLITS[group % len(SPLITS)]
-                name = f"shards/{height}x{width}/{split}-{counts[group]:06d}.tar"
-                shards.append(ShardSpec(name, split, height, width, len(table)))
+                name = f"shards/{height}x{width}/{prefix}{split}-{counts[group]:06d}.tar"
+                shards.append(ShardSpec(name, split, height, width, len(table), generation))
                 counts[group] += 1
     return shards
 

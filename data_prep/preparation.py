@@ -6,20 +6,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+from safetensors.numpy import load
 
 from data_prep.catalog import STAGED
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.encoders import weight_of
-from data_prep.output import is_complete, lock_output, open_output
+from data_prep.output import begin, lock_output, open_output, refuse_changes, unfinished
 from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import finalise, publish
 from data_prep.report import Progress, console, print_result, status, warn
-from data_prep.scan import list_sources, refuse_changes, scan
-from data_prep.schema import read_manifest
-from data_prep.shards import WORK, read_commits
+from data_prep.scan import Intake, list_sources, scan
+from data_prep.schema import EMPTY_CAPTION, read_manifest
+from data_prep.shards import read_commits, sealed_commits, work_of
 from data_prep.storage import delete, is_remote
 from data_prep.workers import Actors, connect, share_out
 from models.files import full_disk_is_said, is_temporary
@@ -27,9 +27,15 @@ from models.lock import Lock
 
 
 def prepare(
-    config: PrepareConfig, dry_run: bool = False, restart: bool = False
+    config: PrepareConfig,
+    dry_run: bool = False,
+    restart: bool = False,
+    allow_missing: bool = False,
 ) -> dict[str, float]:
-    """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
+    """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError.
+
+    A generation that was begun is finished first, as it was listed; what is new in the sources makes the next.
+    """
     spent = dict[str, float]()
     with _stage(spent, "list", "listing the sources and checking the encoders"):
         settings = check_settings(config)
@@ -40,17 +46,25 @@ def prepare(
         print_plan(config, listing, settings["hashes"])
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
-        dataset, listing = open_output(config, settings, listing, restart)
+        dataset, found = open_output(config, settings, listing, restart)
         _tidy(dataset)
-        refuse_changes(config, dataset, listing, lock.check)
-        if is_complete(dataset):
+        found = refuse_changes(config, found, allow_missing, lock.check)
+        todo, intakes = unfinished(dataset), found.begun
+        if not (todo or found.num_new):
             console.print(f"{dataset} is complete; nothing to do.")
         else:
             with _stage(spent, "start Ray", "starting Ray"):
                 connect(config.ray)
-            _make(config, dataset, listing, lock, spent)
+        for number in todo:
+            _make(config, dataset, intakes[number], lock, spent)
+        if found.num_new:
+            lock.check()
+            intakes = [*intakes, begin(config, dataset, settings, found)]
+            console.print(f"generation {len(found.begun)}: {found.num_new:,} new files")
+            _make(config, dataset, intakes[-1], lock, spent)
         lock.check()
-        delete(dataset / WORK / STAGED)
+        for intake in intakes:
+            delete(intake.work / STAGED)
         _tidy(dataset)
         print_result(dataset, read_manifest(dataset), spent)
     return spent
@@ -63,14 +77,18 @@ def _tidy(dataset: Path) -> None:
 
 
 def _make(
-    config: PrepareConfig, dataset: Path, listing: pa.Table, lock: Lock, spent: dict[str, float]
+    config: PrepareConfig, dataset: Path, intake: Intake, lock: Lock, spent: dict[str, float]
 ) -> None:
-    """Scan, plan, encode and finalise; raises InputError where another preparation takes over."""
+    """Scan, plan, encode and finalise a generation; raises InputError where another preparation takes over."""
     with _stage(spent, "scan"):
-        scan(config, dataset, listing, lock.check)
+        scan(config, intake, lock.check)
     lock.check()
     with _stage(spent, "plan", "planning the shards"):
-        shards = make_plan(config, dataset)
+        earlier = [work_of(dataset, number) for number in range(intake.number)]
+        shards = make_plan(config, intake.work, earlier)
+    if not shards:
+        console.print(f"generation {intake.number}: every new picture was rejected")
+        return finalise(config, dataset, intake.number, [], _recorded(dataset))
     weight = weight_of(config)
     shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
@@ -81,16 +99,24 @@ def _make(
             commits = encode(config, dataset, shards, actors, encoders)
     lock.check()
     with _stage(spent, "finalise", "writing tables and report"):
-        finalise(config, dataset, commits, encoders)
+        finalise(config, dataset, intake.number, commits, encoders)
+
+
+def _recorded(dataset: Path) -> Encoders:
+    """What the encoders said of themselves when an earlier generation was made."""
+    manifest, empty = read_manifest(dataset), dataset / EMPTY_CAPTION
+    record = manifest.model_dump(include={"codec", "text", "vision"}, mode="json")
+    caption = load(empty.read_bytes()) if empty.is_file() else {}
+    return Encoders(record, manifest.members, caption)
 
 
 @contextmanager
 def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
     """Count what is done as this stage, and say so where it draws no bar of its own."""
-    begin = time.monotonic()
+    start = time.monotonic()
     with status(doing) if doing else nullcontext():
         yield
-    spent[name] = time.monotonic() - begin
+    spent[name] = spent.get(name, 0.0) + time.monotonic() - start
 
 
 def encode(
@@ -104,6 +130,10 @@ def encode(
     commits = read_commits(dataset, [spec.path for spec in shards])
     todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
     total = sum(shard.num_planned for shard in shards)
+    generation, every = shards[0].generation, config.publish_every_shards
+    if sealed_commits(work_of(dataset, generation)):
+        # It lost a shard, and is published whole.
+        every = None
     done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
     with Progress("encode", total, "pictures", done) as progress:
         for count, (number, commit) in enumerate(encode_shards(actors, todo), start=1):
@@ -111,7 +141,7 @@ def encode(
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
             progress.update(done, rejected)
-            if config.publish_every_shards and count % config.publish_every_shards == 0:
-                publish(config, dataset, [c for c in commits if c], encoders)
+            if every and count % every == 0:
+                publish(config, dataset, generation, [c for c in commits if c], encoders)
     assert all(commits), "the actors returned before every shard was committed"
     return [commit for commit in commits if commit]

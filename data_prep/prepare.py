@@ -1,4 +1,4 @@
-"""Pictures to shards: `flowmill prepare CONFIG.yaml [section.key=value ...]`. Run it again to resume."""
+"""Pictures to shards: `flowmill prepare CONFIG.yaml [section.key=value ...]`. Run it again to resume or to grow."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +19,18 @@ def main(
         bool,
         typer.Option("--restart", help="Delete what an earlier preparation left in the output."),
     ] = False,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Add what is new though files are gone or changed, whose samples stay.",
+        ),
+    ] = False,
 ) -> None:
     """Prepare pictures for training: latents and text embeddings in shards."""
     from data_prep.preparation import prepare
 
-    prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart)
+    prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart, allow_missing)
 
 
 if __name__ == "__main__":

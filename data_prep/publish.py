@@ -1,8 +1,7 @@
 """Commits to a dataset that can be trained on: tables, report, and last the manifest."""
 
-import json
 from collections import Counter, defaultdict
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,9 +13,10 @@ import pyarrow.parquet as pq
 from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders
+from data_prep.output import begun_facts
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.report import bucket_samples, training_rows
-from data_prep.shards import WORK, new_table, write_table, write_text
+from data_prep.shards import new_table, seal, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.source import count_rejects
 from data_prep.storage import write_atomic
 from models.config import InputError
@@ -27,44 +27,75 @@ EXAMPLES = 3
 
 
 def finalise(
-    config: PrepareConfig, dataset: Path, commits: list[dict[str, Any]], encoders: Encoders
+    config: PrepareConfig,
+    dataset: Path,
+    generation: int,
+    commits: list[dict[str, Any]],
+    encoders: Encoders,
 ) -> None:
-    """Tables, the empty caption, the contact sheet, the report, and last the manifest."""
-    if not any(commit["num_samples"] for commit in commits):
-        _write_rejects(dataset, commits)
+    """Seal a generation, then tables, the empty caption, the contact sheet, the report, and last the manifest.
+
+    Raises InputError where nothing is left of the first one, or where a shard that was lost came out otherwise.
+    """
+    work, empty = work_of(dataset, generation), not any(c["num_samples"] for c in commits)
+    if empty and not generation:
+        _write_rejects(dataset, [commits])
         raise InputError(f"{dataset}: every picture was rejected; see {schema.REJECTS}")
-    shown = shown_pictures(dataset, commits)
+    for before, now in zip(sealed_commits(work) or commits, commits, strict=True):
+        if (got := now.get("sha256")) != (expected := before.get("sha256")):
+            raise InputError(
+                f"{dataset / now['path']}: was lost, and encoding it again gave other bytes than generation "
+                f"{generation} recorded: sha256 got {got}, expected {expected}. Remedy: restore a copy; its "
+                "sources, or this hardware, are not what they were."
+            )
+    seal(work, commits)
+    made = _made(dataset, generation, commits)
+    newest = max(n for n, some in enumerate(made) if any(c["num_samples"] for c in some))
+    shown = shown_pictures(dataset, newest, made[newest])
     sheet = contact_sheet(shown)
     write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
-    publish(config, dataset, commits, encoders, shown)
+    publish(config, dataset, generation, commits, encoders, shown)
+
+
+def _made(
+    dataset: Path, generation: int, commits: list[dict[str, Any]]
+) -> list[list[dict[str, Any]]]:
+    """The commits of every generation: this one's, and of others those of which each is sealed."""
+    numbers = range(len(begun_facts(dataset)))
+    found = [commits if n == generation else sealed_commits(work_of(dataset, n)) for n in numbers]
+    return [some for some in found if some is not None]
 
 
 def publish(
     config: PrepareConfig,
     dataset: Path,
+    generation: int,
     commits: list[dict[str, Any]],
     encoders: Encoders,
     shown: list[Shown] | None = None,
 ) -> None:
-    """Make of these commits a dataset that can be trained on; without `shown` more are still to come.
+    """Make of these commits and other generations a dataset that can be trained on; without `shown` more will come.
 
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
     """
     from safetensors.numpy import save
 
-    table = [c | {"generation": 0} for c in commits if c["num_samples"]]
-    table.sort(key=lambda c: c["path"])
+    made = _made(dataset, generation, commits)
+    table = [c | {"generation": n} for n, some in enumerate(made) for c in some if c["num_samples"]]
+    table.sort(key=lambda c: (c["generation"], c["path"]))
     if not any(commit["split"] == "train" for commit in table) and shown is None:
         return
-    rejected, others, examples = _write_rejects(dataset, commits)
+    rejects, examples = _write_rejects(dataset, made)
     rows = pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
     write_table(dataset / schema.SHARD_TABLE, rows)
     if encoders.empty_caption:
         # save_file would make it a file that its owner alone may read.
         data = save(encoders.empty_caption)
         write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
-    manifest = _manifest(config, dataset, table, (rejected, others), encoders)
+    roles = list(encoders.record["text"]["roles"])
+    generations = _generations(begun_facts(dataset), made, rejects, roles)
+    manifest = _manifest(config, dataset, table, generations, encoders)
     if shown is not None:
         manifest = manifest.completed()
         write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
@@ -75,57 +106,51 @@ def publish(
 
 
 def _write_rejects(
-    dataset: Path, commits: list[dict[str, Any]]
-) -> tuple[dict[str, int], dict[str, int], list[dict[str, str]]]:
-    """Those of scan and plan in the order of the sources, then those of encoding.
+    dataset: Path, made: list[list[dict[str, Any]]]
+) -> tuple[list[tuple[Counter[str], Counter[str]]], list[dict[str, str]]]:
+    """Of each generation those of scan and plan in the order of the sources, then those of encoding.
 
-    Returns how many pictures there are by reason, how many other files by extension, and the first few
-    of each reason.
+    Returns for each how many pictures there are by reason and how many other files by extension, and of all the
+    first few of each reason.
     """
-    rejected, others, kind = Counter[str](), Counter[str](), schema.REJECT_SCHEMA
+    kind, counts = schema.REJECT_SCHEMA, [(Counter[str](), Counter[str]()) for _ in made]
     examples = defaultdict[str, list[dict[str, str]]](list)
-    encoded = [reject for commit in commits for reject in commit["rejects"]]
-    with (dataset / WORK / "plan_rejects.parquet").open("rb") as file:
-        batches = pq.ParquetFile(file).iter_batches()
-        planned = (pa.Table.from_batches([batch], kind) for batch in batches)
-        with new_table(dataset / schema.REJECTS, kind) as write:
-            for table in chain(planned, [pa.Table.from_pylist(encoded, schema=kind)]):
+    with new_table(dataset / schema.REJECTS, kind) as write:
+        for number, commits in enumerate(made):
+            for table in _rejects(work_of(dataset, number), commits):
                 write(table)
                 for reason in table["reason"].unique().to_pylist():
                     few, mine = examples[reason], table.filter(pc.field("reason") == reason)
                     few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
-                for counts, new in zip((rejected, others), count_rejects(table), strict=True):
-                    counts.update(new)
-    shown = [row for _, few in sorted(examples.items()) for row in few]
-    return dict(sorted(rejected.items())), dict(sorted(others.items())), shown
+                for counted, new in zip(counts[number], count_rejects(table), strict=True):
+                    counted.update(new)
+    return counts, [row for _, few in sorted(examples.items()) for row in few]
+
+
+def _rejects(work: Path, commits: list[dict[str, Any]]) -> Iterator[pa.Table]:
+    encoded = [reject for commit in commits for reject in commit["rejects"]]
+    with (work / "plan_rejects.parquet").open("rb") as file:
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield pa.Table.from_batches([batch], schema.REJECT_SCHEMA)
+    yield pa.Table.from_pylist(encoded, schema=schema.REJECT_SCHEMA)
 
 
 def _manifest(
     config: PrepareConfig,
     dataset: Path,
     commits: list[dict[str, Any]],
-    rejects: tuple[dict[str, int], dict[str, int]],
+    generations: list[schema.Generation],
     encoders: Encoders,
 ) -> schema.Manifest:
-    rejected, others = rejects
-    begun = json.loads((dataset / WORK / "config.json").read_text())
-    # What decides how a picture is prepared, whatever the sources are.
-    decisive = {k: v for k, v in begun["settings"]["config"].items() if k != "sources"}
-    settings = begun["settings"] | {"config": decisive}
-    kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in commits)
-    cut = sum((Counter(commit["cut_captions"]) for commit in commits), Counter[str]())
-    counts = schema.Counts(
-        seen=kept + sum(rejected.values()),
-        kept=kept,
-        rejected=rejected,
-        other_files=others,
-        cut_captions={name: cut[name] for name in encoders.record["text"]["roles"]},
-    )
+    facts = begun_facts(dataset)
     training = training_rows(commits)
     latent_mean, latent_std = latent_statistics(training)
     flips, drawn = config.images.flip, config.captions.per_picture
+    counts = [generation.counts for generation in generations]
     return schema.Manifest(
-        id=schema.fingerprint({"settings": settings, "listing": begun["listing_sha256"]})[:32],
+        id=schema.fingerprint(
+            {"settings": _decisive(facts), "listing": facts[0]["listing_sha256"]}
+        )[:32],
         **encoders.record,
         members=encoders.members,
         latent_mean=latent_mean,
@@ -134,42 +159,79 @@ def _manifest(
             schema.BucketRecord(height=h, width=w, num_samples=n)
             for (h, w), n in sorted(bucket_samples(training).items())
         ],
-        classes=begun["classes"],
-        counts=counts,
+        classes=facts[len(generations) - 1]["classes"],
+        counts=schema.Counts(
+            seen=sum(c.seen for c in counts),
+            kept=sum(c.kept for c in counts),
+            rejected=_summed([c.rejected for c in counts]),
+            other_files=_summed([c.other_files or {} for c in counts]),
+            cut_captions={
+                n: sum(c.cut_captions[n] for c in counts) for n in counts[0].cut_captions
+            },
+        ),
         samples_per_picture={"train": drawn * (1 + flips), "heldout": drawn},
-        generations=[_generation(begun, settings, commits, counts)],
+        generations=generations,
         base=None,
         prepare_config=config.model_dump(mode="json", exclude=INDECISIVE),
         files={},
     )
 
 
-def _generation(
-    begun: dict[str, Any],
-    settings: dict[str, Any],
-    commits: list[dict[str, Any]],
-    counts: schema.Counts,
-) -> schema.Generation:
+def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
+    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
+
+
+def _decisive(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What decides how a picture is prepared, whatever the sources are."""
+    settings = facts[0]["settings"]
+    config = {name: value for name, value in settings["config"].items() if name != "sources"}
+    return settings | {"config": config}
+
+
+def _generations(
+    facts: list[dict[str, Any]],
+    made: list[list[dict[str, Any]]],
+    rejects: list[tuple[Counter[str], Counter[str]]],
+    roles: list[str],
+) -> list[schema.Generation]:
+    """The record of every generation, whose fingerprint goes on from the one before."""
+    found, settings = list[schema.Generation](), schema.fingerprint(_decisive(facts))
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
-    link: dict[str, Any] = {
-        "previous": "",
-        "settings_sha256": schema.fingerprint(settings),
-        "listing_sha256": begun["listing_sha256"],
-        "counts": counts.model_dump(mode="json"),
-        "num_labels": max(len(begun["classes"]), *(commit["num_labels"] for commit in commits)),
-        "shards": [[commit[name] for name in columns] for commit in commits],
-    }
-    return schema.Generation(
-        number=0,
-        complete=False,
-        listed=begun["listed"],
-        counts=counts,
-        num_shards=len(commits),
-        num_labels=link["num_labels"],
-        psnr_db=round(mean(value for commit in commits for value in commit["psnr_db"]), 2),
-        listing_sha256=begun["listing_sha256"],
-        fingerprint=schema.fingerprint(link),
-    )
+    for number, (commits, (rejected, others)) in enumerate(zip(made, rejects, strict=True)):
+        shards = sorted((c for c in commits if c["num_samples"]), key=lambda c: c["path"])
+        begun, kept = facts[number], sum(c["num_planned"] - len(c["rejects"]) for c in shards)
+        counts = schema.Counts(
+            seen=kept + rejected.total(),
+            kept=kept,
+            rejected=_summed([rejected]),
+            other_files=_summed([others]),
+            cut_captions={name: sum(c["cut_captions"][name] for c in shards) for name in roles},
+        )
+        labels = (commit["num_labels"] for commit in shards)
+        link: dict[str, Any] = {
+            "previous": found[-1].fingerprint if found else "",
+            "settings_sha256": settings,
+            "listing_sha256": begun["listing_sha256"],
+            "counts": counts.model_dump(mode="json"),
+            "num_labels": max([len(begun["classes"]), *labels]),
+            "shards": [[commit[name] for name in columns] for commit in shards],
+        }
+        psnr = [value for commit in shards for value in commit["psnr_db"]]
+        found.append(
+            schema.Generation(
+                number=number,
+                complete=number < len(made) - 1,
+                listed=begun["listed"],
+                counts=counts,
+                num_shards=len(shards),
+                num_labels=link["num_labels"],
+                psnr_db=round(mean(psnr), 2) if psnr else None,
+                listing_sha256=begun["listing_sha256"],
+                fingerprint=schema.fingerprint(link),
+                missing=begun.get("missing", 0),
+            )
+        )
+    return found
 
 
 def latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

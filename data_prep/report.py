@@ -102,7 +102,8 @@ class Listing:
 def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> None:
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
-    for listing in (*count_listings(manifest), bucket_listing(rows), caption_listing(manifest)):
+    listings = (*count_listings(manifest), generation_listing(manifest))
+    for listing in (*listings, bucket_listing(rows), caption_listing(manifest)):
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
@@ -128,6 +129,17 @@ def count_listings(manifest: Manifest) -> list[Listing]:
     rows = [(extension or "none", f"{count:,}") for extension, count in others]
     bars = [count for _, count in others]
     return [pictures, Listing("Other files", ("extension", "count"), rows, bars=bars)]
+
+
+def generation_listing(manifest: Manifest) -> Listing:
+    """What each growth of the sources brought; no rows where there was none."""
+    head = ("generation", "rejected", "files", "kept", "shards", "gone or changed")
+    rows = list[tuple[str, ...]]()
+    for found in manifest.generations if len(manifest.generations) > 1 else ():
+        numbers = (found.listed, found.counts.kept, found.num_shards, found.missing)
+        reasons = [f"{count:,} {reason}" for reason, count in _falling(found.counts.rejected)]
+        rows.append((f"{found.number}", ", ".join(reasons), *(f"{n:,}" for n in numbers)))
+    return Listing("Generations", head, rows, words=2)
 
 
 def _falling(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from data_prep.config import PrepareConfig
 from data_prep.decoder import DecodePool
 from data_prep.images import ImagesConfig
 from data_prep.report import Progress, console
-from data_prep.shards import WORK, read_table, write_table
+from data_prep.shards import read_table, write_table
 from data_prep.sources import Entry, SourceConfig
-from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of, split_of
 from data_prep.sources.table import TableSource
 from data_prep.sources.walk import NO_PICTURES
@@ -38,9 +37,22 @@ LISTING = "listing.parquet"
 LISTING_SCHEMA = pa.schema(
     [(f.name, pa.int64() if f.type is int else pa.large_string()) for f in fields(Entry)]
 )
+# What of an entry decides a result; a stamp is a hint.
+DECISIVE = [name for name in LISTING_SCHEMA.names if name != "stamp"]
 # What of a catalog's row is its content, and where that lies.
 CONTENT = ["key", "source", "name", "content_hash", "captions", "metadata", "label", "reason"]
 PLACE = ["offset", "length"]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What a generation takes of the sources: its own entries, and where its work lies."""
+
+    work: Path
+    listing: pa.Table
+    classes: list[str]
+    """Names by label, those of earlier generations first."""
+    number: int = 0
 
 
 def list_sources(config: PrepareConfig) -> pa.Table:
@@ -72,28 +84,91 @@ def listing_sha256(listing: pa.Table) -> str:
     """The hash of what the sources hold: neither the folders that they lie in nor times."""
     listing, _ = split_others(listing)
     compute: Any = pc
-    digest, separator = hashlib.sha256(), pa.scalar("\0", pa.large_string())
+    digest = hashlib.sha256()
     for batch in listing.to_batches(max_chunksize=ENTRIES_AT_ONCE):
-        columns = [batch[name] for name in ("source", "name", "class_name", "reason")]
-        columns.append(batch["size"].cast(pa.large_string()))
+        columns = [batch[name] for name in ("source", "name", "class_name", "reason", "size")]
         for name in ("caption_path", "metadata_path"):
             columns.append(compute.replace_substring_regex(batch[name], ".*/", ""))
-        options = {"null_handling": "replace", "null_replacement": ""}
-        lines = compute.binary_join_element_wise(*columns, separator, **options)
-        digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+        digest.update("".join(f"{line}\n" for line in _lines(columns).to_pylist()).encode())
     return digest.hexdigest()
 
 
-def scan(
-    config: PrepareConfig,
-    dataset: Path,
-    listing: pa.Table,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """One catalog part per partition of the sources; parts that exist are not made again."""
-    made, staged = (set(find_files(dataset / WORK / name)) for name in ("catalog", STAGED))
-    settings, todo = _settings(config, dataset / WORK, listing, check), list[Any]()
-    for name, source, rows in _partitions(config, listing):
+def _lines(columns: list[Any]) -> Any:
+    """Rows of columns as one text each."""
+    compute: Any = pc
+    texts = [column.cast(pa.large_string()) for column in columns]
+    options = {"null_handling": "replace", "null_replacement": ""}
+    return compute.binary_join_element_wise(*texts, pa.scalar("\0", pa.large_string()), **options)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The sources as they are beside what the generations of an output took of them."""
+
+    begun: list[Intake]
+    """Every generation so far, its entries' stamps as they are now."""
+    new: pa.Table
+    """What none of them has, last what is no picture."""
+    gone: list[str]
+    changed: list[str]
+
+    @property
+    def num_new(self) -> int:
+        return len(split_others(self.new)[0])
+
+    def misses(self, where: str) -> str:
+        """What is said of files that are not what they were; "" where all are."""
+        groups = {"gone": self.gone, "changed": self.changed}
+        found = [
+            f"{len(names):,} {word} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+            for word, names in groups.items()
+            if names
+        ]
+        since = f"since generation {len(self.begun) - 1} of {where}"
+        return f"sources: files {', '.join(found)} {since}; earlier samples stay" if found else ""
+
+
+def compare(begun: list[Intake], listing: pa.Table) -> Comparison:
+    """What has become of the files since they were listed, and which are new."""
+    compute: Any = pc
+    now, others = split_others(listing)
+    parts = [split_others(intake.listing) for intake in begun]
+    before, known = (
+        pa.concat_tables([LISTING_SCHEMA.empty_table(), *(part[i] for part in parts)])
+        for i in (0, 1)
+    )
+    names, there, seen, other = (
+        _lines([table["source"], table["name"]]) for table in (before, now, known, others)
+    )
+    place = compute.index_in(names, value_set=there)
+    found = now.take(place)
+    same = compute.equal(*(_lines([t[name] for name in DECISIVE]) for t in (before, found)))
+    gone = place.is_null()
+    changed = compute.and_not(compute.invert(same), gone)
+    # The stamp of what is not as it was says nothing.
+    stamps = compute.if_else(same, found["stamp"], before["stamp"])
+    looked, first = list[Intake](), 0
+    for intake, (mine, rest) in zip(begun, parts, strict=True):
+        column = stamps.slice(first, len(mine))
+        mine = mine.set_column(mine.schema.get_field_index("stamp"), "stamp", column)
+        looked.append(replace(intake, listing=pa.concat_tables([mine, rest])))
+        first += len(mine)
+    fresh = [
+        table.filter(compute.invert(compute.is_in(mine, value_set=theirs)))
+        for table, mine, theirs in ((now, there, names), (others, other, seen))
+    ]
+    lost = (
+        [f"{row['source']}/{row['name']}" for row in before.filter(which).to_pylist()]
+        for which in (gone, changed)
+    )
+    return Comparison(looked, pa.concat_tables(fresh), *lost)
+
+
+def scan(config: PrepareConfig, intake: Intake, check: Callable[[], None] = lambda: None) -> None:
+    """One catalog part per partition of a generation's entries; parts that exist are not made again."""
+    made, staged = (set(find_files(intake.work / name)) for name in ("catalog", STAGED))
+    settings, todo = _settings(config, intake.work, intake.classes, check), list[Any]()
+    for name, source, rows in _partitions(config, intake.listing):
         # A part whose pictures were staged wants them there, so long as shards are to be made.
         there = f"{name}.staged.parquet" in made and name in staged
         if not (there or f"{name}.parquet" in made):
@@ -101,17 +176,15 @@ def scan(
     _scan_parts(todo, "scan")
 
 
-def refuse_changes(
-    config: PrepareConfig, dataset: Path, listing: pa.Table, check: Callable[[], None]
-) -> None:
-    """Scan again what was touched since the sources were listed; raises InputError where its content changed."""
-    work, again = dataset / WORK, dataset / WORK / "again"
-    touched = list(_touched(config, work, listing))
+def changed_content(config: PrepareConfig, intake: Intake, check: Callable[[], None]) -> list[str]:
+    """The pictures that were changed, or what is said of them, by a second scan of what was touched since it was listed."""
+    work, again = intake.work, intake.work / "again"
+    touched = list(_touched(config, intake))
     if not touched:
-        return
+        return []
     connect(config.ray)
     delete(again)
-    settings = _settings(config, again, listing, check)
+    settings = _settings(config, again, intake.classes, check)
     _scan_parts([(settings, *part) for _, *part in touched], "check")
     changed = list[str]()
     for path, name, *_ in touched:
@@ -125,17 +198,14 @@ def refuse_changes(
                 changed += [f"{row['source']}/{row['name']}" for row in rows]
                 break
     delete(again)
-    if changed:
-        raise InputError(
-            f"sources: not what they were when {config.output} was begun: pictures or what is said of them, "
-            f"{len(changed)} changed ({', '.join(sorted(changed)[:3])}{', ...' * (len(changed) > 3)}). Remedy: "
-            "restore them, choose another output, or --restart to delete it and start anew."
-        )
-    write_table(work / LISTING, listing)
+    if not changed:
+        write_table(work / LISTING, intake.listing)
+    return changed
 
 
-def _touched(config: PrepareConfig, work: Path, listing: pa.Table) -> Iterator[tuple[Any, ...]]:
+def _touched(config: PrepareConfig, intake: Intake) -> Iterator[tuple[Any, ...]]:
     """The parts whose files have another stamp than when they were listed: their place and what was scanned."""
+    work, listing = intake.work, intake.listing
     before, made = read_table(work / LISTING, LISTING_SCHEMA), find_files(work / "catalog")
     at, since = 0, (work / LISTING).stat().st_mtime
     differs = pc.not_equal(before["stamp"], listing["stamp"]).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
@@ -168,10 +238,9 @@ def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: fl
 
 
 def _settings(
-    config: PrepareConfig, work: Path, listing: pa.Table, check: Callable[[], None]
+    config: PrepareConfig, work: Path, classes: list[str], check: Callable[[], None]
 ) -> ScanSettings:
-    names = list(count_classes(config.sources, listing))
-    return ScanSettings(work, names, config.images, config.captions, config.filters, check)
+    return ScanSettings(work, classes, config.images, config.captions, config.filters, check)
 
 
 def _scan_parts(todo: list[Any], what: str) -> None:
@@ -236,8 +305,9 @@ def _partitions(
     """Neighbours of one source in the listing, many files, or one tar or table, by the name of their part."""
     number = 0
     for some, at_once in zip(split_others(listing), (None, ENTRIES_AT_ONCE), strict=True):
-        for name, source in config.sources.items():
-            rows = some.filter(pc.field("source") == name)
+        # In the order in which they were listed.
+        for name in some["source"].unique().to_pylist():
+            source, rows = config.sources[name], some.filter(pc.field("source") == name)
             for begin in range(0, len(rows), size := at_once or source.per_task):
                 yield f"part-{number:06d}", source, rows.slice(begin, size)
                 number += 1

@@ -38,7 +38,7 @@ STD_RANGE = (0.5, 2.0)
 
 SHARD_SCHEMA = pa.schema(
     [
-        # shards/HxW/SPLIT-000000.tar, relative to the dataset
+        # shards/HxW/SPLIT-000000.tar, relative to the dataset; g0001-SPLIT-... of generation 1
         ("path", pa.string()),
         ("generation", pa.int32()),
         # The bucket's, in pixels.
@@ -211,6 +211,8 @@ class Generation(Config):
     """The mean over the proofs' pictures, decoded from their latents."""
     listing_sha256: str
     fingerprint: str
+    missing: int = 0
+    """Files of earlier generations that were gone or changed when it was begun; their samples stay."""
 
 
 class BaseRecord(Config):
@@ -360,7 +362,7 @@ def captions_sha256(captions: list[tuple[str, list[str]]]) -> str | None:
 
 
 def read_shard_table(dataset: Path) -> pa.Table:
-    """shards.parquet, in the order of `path`."""
+    """shards.parquet, in the order of `generation` and `path`."""
     with (dataset / SHARD_TABLE).open("rb") as file:
         return pq.read_table(file, schema=SHARD_SCHEMA)
 

@@ -23,6 +23,7 @@ from models.files import file_sha256
 
 # Folder of a dataset with everything that resuming needs.
 WORK = "work"
+SEALED = "sealed.jsonl"
 # Threads that read commits, each of which costs an object store's round trip.
 READERS = 16
 
@@ -137,6 +138,11 @@ class ShardWriter:
             self._tar.fileobj.close()
 
 
+def work_of(dataset: Path, generation: int) -> Path:
+    """The folder with what resuming a generation needs, but for its shards' commits."""
+    return dataset / WORK / (f"g{generation:04d}" if generation else "")
+
+
 def commit_path(dataset: Path, shard: str) -> Path:
     """The record that says that a shard is whole: written last."""
     return dataset / WORK / shard.replace("shards/", "commits/").replace(".tar", ".json")
@@ -165,3 +171,17 @@ def read_commits(dataset: Path, shards: list[str]) -> list[dict[str, Any] | None
 
     with ThreadPoolExecutor(READERS) as threads:
         return list(threads.map(read, shards))
+
+
+def seal(work: Path, commits: list[dict[str, Any]]) -> None:
+    """Keep a finished generation's commits in one file, in the order of its plan: nothing is added to it."""
+    write_text(work / SEALED, "".join(f"{json.dumps(commit)}\n" for commit in commits))
+
+
+def sealed_commits(work: Path) -> list[dict[str, Any]] | None:
+    """The commits of a finished generation; None where it has not finished."""
+    path = work / SEALED
+    if not path.is_file():
+        return None
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]

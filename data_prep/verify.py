@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -36,6 +37,7 @@ KEY = re.compile(r"[0-9a-f]{20}")
 # Of one picture, by name: its arrays, or what a proof says of it; and where its arrays lie, offset and bytes.
 Arrays = dict[str, np.ndarray]
 Places = dict[str, tuple[int, int]]
+Audit = tuple[str, str, str, np.ndarray]
 
 
 class Wrong(Exception):
@@ -92,7 +94,11 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
         return [*problems, f"{SHARD_TABLE} or {REJECTS}: {error}"]
     answers = list(_audit_all(dataset, manifest, rows, workers))
     wrong = [f"{row['path']}: {w}" for row, (w, *_) in zip(rows, answers, strict=True) if w]
-    problems += wrong + _order_problems(rows, [keys for _, *keys in answers])
+    wrong += _order_problems(rows, [keys for _, *keys, _ in answers])
+    ends = np.sort(np.concatenate([np.zeros(0, "u8"), *(ends for *_, ends in answers)]))
+    # Of one that is out of order it was said.
+    twice = [] if wrong else ends[1:][ends[1:] == ends[:-1]].tolist()
+    problems += wrong + [f"a key that ends in {end:016x} is in two shards" for end in twice]
     problems += _count_problems(manifest, rows, rejects)
     problems += _strangers(dataset, rows)
     if manifest.text.roles:
@@ -145,7 +151,7 @@ def drifted(
 
 def _audit_all(
     dataset: Path, manifest: Manifest, rows: list[dict[str, Any]], workers: int
-) -> Iterator[tuple[str, str, str]]:
+) -> Iterator[Audit]:
     audit = partial(audit_shard, dataset, manifest)
     if workers == 1 or len(rows) < 2 * workers:
         yield from map(audit, rows)
@@ -155,8 +161,8 @@ def _audit_all(
         yield from track(answers, "verify", len(rows), console=console, transient=True)
 
 
-def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple[str, str, str]:
-    """What is wrong with the shard ("" if nothing), its first and its last key."""
+def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> Audit:
+    """What is wrong with the shard ("" if nothing), its first and last key, and the ends of all, uint64 (n,)."""
     paths = (row["path"], schema.index_path(row["path"]), schema.proof_path(row["path"]))
     tar, index, proof = (dataset / path for path in paths)
     try:
@@ -178,10 +184,10 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> tuple
             found = schema.read_index(Path(places))
             keys = _audit_samples(Path(shard), found, manifest, row, proved)
     except Wrong as wrong:
-        return str(wrong), "", ""
+        return str(wrong), "", "", np.zeros(0, "u8")
     except (OSError, ValueError, tarfile.TarError) as error:
-        return f"{type(error).__name__}: {error}", "", ""
-    return "", keys[0], keys[-1]
+        return f"{type(error).__name__}: {error}", "", "", np.zeros(0, "u8")
+    return "", keys[0], keys[-1], np.array([int(key[-16:], 16) for key in keys], "u8")
 
 
 def _audit_samples(
@@ -285,11 +291,11 @@ def _audit_array(
     return (offset, size), values.reshape(shape)
 
 
-def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[str]:
-    """Shards of one bucket and split follow each other in their keys, so that no sample is in two."""
-    problems, last = [], dict[tuple[int, int, str], str]()
+def _order_problems(rows: list[dict[str, Any]], keys: list[list[Any]]) -> list[str]:
+    """A generation's shards of one bucket and split follow each other in their keys, so that no sample is in two."""
+    problems, last = [], dict[tuple[Any, ...], str]()
     for row, (first_key, last_key) in zip(rows, keys, strict=True):
-        group = (row["height"], row["width"], row["split"])
+        group = (row["generation"], row["height"], row["width"], row["split"])
         if first_key and first_key <= last.get(group, ""):
             problems.append(f"{row['path']}: key {first_key} should be in an earlier shard")
         last[group] = last_key or last.get(group, "")
@@ -298,11 +304,16 @@ def _order_problems(rows: list[dict[str, Any]], keys: list[list[str]]) -> list[s
 
 def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
     counts = manifest.counts
-    kept = sum(r["num_samples"] // manifest.samples_per_picture[r["split"]] for r in rows)
+    shards, kept = Counter(row["generation"] for row in rows), Counter[int]()
+    for row in rows:
+        each = manifest.samples_per_picture[row["split"]]
+        kept[row["generation"]] += row["num_samples"] // each
+    generations = {g.number: (g.num_shards, g.counts.kept) for g in manifest.generations}
     rejected, others = count_rejects(rejects)
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}
     checks = {
-        "kept": (counts.kept, kept),
+        "kept": (counts.kept, kept.total()),
+        "generations": (generations, {n: (shards[n], kept[n]) for n in generations | shards}),
         "rejected": (counts.rejected, dict(rejected)),
         "seen": (counts.seen, counts.kept + rejected.total()),
         "other_files": (counts.other_files or {}, dict(others)),

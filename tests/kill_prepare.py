@@ -3,6 +3,8 @@
 Victims are an actor, a process that decodes or scans, the second raylet with all its workers, and the
 driver, which is then started again. Each run ends only when the dataset is whole, and is compared with an
 undisturbed one of one actor on one raylet: every byte of every file, so no sample is lost or doubled.
+With `--generations 3` pictures are added twice, the last of them while the second generation is being made, and
+a tenth of each generation are files that the one before it has.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -117,10 +120,10 @@ def sample_keys(dataset: Path) -> list[str]:
     return keys
 
 
-def some_pictures(folder: Path, count: int) -> Path:
+def some_pictures(folder: Path, count: int, first: int = 0) -> Path:
     """Captioned pictures in a folder, every fiftieth of them broken."""
-    fill_folder(folder, count)
-    for i in range(0, count, 50):
+    fill_folder(folder, count, first)
+    for i in range(first, first + count, 50):
         (folder / f"cut{i}.png").write_bytes(encoded(pixels(i))[:-100])
         (folder / f"cut{i}.txt").write_text("cut")
     return folder
@@ -140,10 +143,49 @@ def at_random(rng: random.Random, budget: int, mean_s: float) -> Callable[[list[
     return choose
 
 
+@dataclass
+class Sources:
+    """A folder of pictures that grows by what lies ready beside it."""
+
+    folder: Path
+    count: int
+    each: int
+    added: int = 0
+
+    def ready(self) -> None:
+        for number in range(self.count):
+            folder = self.folder.parent / "ready" / f"{number}"
+            some_pictures(folder, self.each, first=number * self.each * 9 // 10)
+
+    def empty(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.added = 0
+
+    def add(self, upto: int) -> None:
+        while self.added < upto:
+            name = f"{self.added}"
+            shutil.copytree(self.folder.parent / "ready" / name, self.folder / name)
+            self.added += 1
+
+    def hurried(
+        self, choose: Callable[[list[str]], str | None], output: Path
+    ) -> Callable[[list[str]], str | None]:
+        """Choose victims, and with the first one after generation 1 was begun add what is for the next."""
+
+        def chosen(alive: list[str]) -> str | None:
+            victim = choose(alive)
+            if victim and (output / "work" / "g0001" / "catalog").exists():
+                self.add(self.count)
+            return victim
+
+        return chosen
+
+
 def main(
     kills: Annotated[int, typer.Option(min=1, help="how many in all")] = 30,
     a_run: Annotated[int, typer.Option(min=1, help="how many a run, before it is left alone")] = 8,
     pictures: Annotated[int, typer.Option(min=50)] = 1200,
+    generations: Annotated[int, typer.Option(min=1, help="of `pictures` each")] = 1,
     every_s: Annotated[float, typer.Option(help="mean time between kills")] = 4.0,
     seed: int = 0,
 ) -> None:
@@ -155,10 +197,11 @@ def main(
     random.seed(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sources = {"pictures": some_pictures(folder / "pictures", pictures)}
+        sources = Sources(folder / "pictures", generations, pictures)
+        sources.ready()
         config = write_config(
             folder / "c.yaml",
-            sources,
+            {"pictures": sources.folder},
             save_kl(folder / "vae"),
             save_encoder(folder / "text", "bert"),
             images={"resolution": 64, "bucket_multiple": 8},
@@ -167,8 +210,10 @@ def main(
         cluster = TwoRaylets(folder)
         try:
             output = folder / "reference"
-            alone = drive(config, cluster.environment, f"output={output}", "ray.num_actors=1")
-            assert alone.wait() == 0, (folder / "driver.log").read_text()
+            for number in range(generations):
+                sources.add(number + 1)
+                alone = drive(config, cluster.environment, f"output={output}", "ray.num_actors=1")
+                assert alone.wait() == 0, (folder / "driver.log").read_text()
             expected, keys = dataset_bytes(output), sample_keys(output)
             print(f"undisturbed: {len(keys)} samples, {len(expected)} files", flush=True)
             cluster.new_other()
@@ -176,8 +221,12 @@ def main(
                 left = kills - sum(total[kind] for kind in VICTIMS)
                 output = folder / f"run-{total['runs']}"
                 overrides = [f"output={output}", "ray.num_actors=3", "ray.decoders_per_actor=1"]
-                choose = at_random(rng, min(a_run, left), every_s)
-                killed = disturbed_run(cluster, config, overrides, choose)
+                choose = sources.hurried(at_random(rng, min(a_run, left), every_s), output)
+                sources.empty()
+                killed = Counter[str]()
+                for number in range(generations):
+                    sources.add(number + 1)
+                    killed += disturbed_run(cluster, config, overrides, choose)
                 found, now = dataset_bytes(output), Counter(sample_keys(output))
                 same = sum(found.get(name) == data for name, data in expected.items())
                 lost, doubled = set(keys) - now.keys(), [k for k, n in now.items() if n > 1]

@@ -35,7 +35,7 @@ from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.encoders import PROCESS_BYTES, configured, weight_of
 from data_prep.estimate import estimate
 from data_prep.images import decode
-from data_prep.output import is_complete, open_output
+from data_prep.output import open_output, refuse_changes, unfinished
 from data_prep.plan import ShardSpec, shard_list
 from data_prep.preparation import prepare
 from data_prep.prepare import main
@@ -288,7 +288,7 @@ def test_a_proof_shows_originals_and_what_the_codec_makes_of_their_latents(
             np.testing.assert_allclose(after, decoded, atol=1)  # on the edge of rounding
     assert seen > 4
     sheet = np.asarray(Image.open(reference / "contact_sheet.png"))
-    first = read_proof(reference, shard_list(reference)[0].path)
+    first = read_proof(reference, shard_list(reference / "work")[0].path)
     pair = (
         ImageOps.contain(Image.fromarray(first[n][0]), (128, 128)) for n in ("original", "decoded")
     )
@@ -302,11 +302,12 @@ def test_a_proof_shows_originals_and_what_the_codec_makes_of_their_latents(
 @pytest.mark.parametrize("suffix", [".tar", ".idx.npy", ".proof.safetensors"])
 def test_a_committed_shard_that_was_cut_short_is_to_be_made_again(reference, tmp_path, suffix):
     copy = shutil.copytree(reference, tmp_path / "copy")
-    assert is_complete(copy)
+    assert unfinished(copy) == []
     path = sorted(copy.glob(f"shards/*/*{suffix}"))[-1]
     os.truncate(path, path.stat().st_size - 1)
-    assert not is_complete(copy)
-    assert read_commits(copy, [spec.path for spec in shard_list(copy)]).count(None) == 1
+    assert unfinished(copy) == [0]
+    paths = [spec.path for spec in shard_list(copy / "work")]
+    assert read_commits(copy, paths).count(None) == 1
 
 
 def test_running_it_again_does_nothing(reference, messy, capsys):
@@ -575,7 +576,10 @@ def test_another_config_on_the_same_output_is_refused_with_the_difference(refere
 def begin(config: Path, *overrides: str, restart: bool = False) -> Path:
     """All of a preparation that comes before the work."""
     settings = load_config(PrepareConfig, config, list(overrides))
-    return open_output(settings, check_settings(settings), list_sources(settings), restart)[0]
+    decisive, listing = check_settings(settings), list_sources(settings)
+    dataset, found = open_output(settings, decisive, listing, restart)
+    refuse_changes(settings, found, False, lambda: None)
+    return dataset
 
 
 def test_other_weights_under_the_same_path_are_refused(small, tmp_path):
@@ -620,7 +624,8 @@ def test_sources_that_changed_are_refused_until_a_restart(small, tmp_path, capsy
     (tmp_path / "pictures" / "odd" / "0001.jpg").unlink()
     with pytest.raises(InputError) as caught:
         begin(small)
-    assert "2 added (p/even/0004.png, ...), 1 gone (p/odd/0001.jpg, ...)" in str(caught.value)
+    assert "files 1 gone (p/odd/0001.jpg) since generation 0" in str(caught.value)
+    assert "go on with the 2 new files" in str(caught.value)
     begin(small, restart=True)
     assert f"deleted {dataset / 'manifest.json'}" in capsys.readouterr().out
     assert not (dataset / "manifest.json").exists()
@@ -958,7 +963,9 @@ def test_a_change_that_keeps_the_size_is_named_and_the_old_content_is_no_change(
     finally:
         rewritten(path, before)
     assert f"1 changed ({told})" in str(caught.value)
-    assert "Remedy: restore them, choose another output, or --restart" in str(caught.value)
+    assert "Remedy: restore them, --allow-missing to go on with the 0 new files" in str(
+        caught.value
+    )
     capsys.readouterr()
     run(one_of_each)
     assert "nothing to do" in capsys.readouterr().out

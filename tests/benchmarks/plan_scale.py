@@ -48,8 +48,8 @@ from data_prep.catalog import (
 from data_prep.config import PrepareConfig
 from data_prep.decoder import Address, DecodePool, ProbeRequest
 from data_prep.images import ImagesConfig, list_buckets, probe
-from data_prep.plan import make_plan, plan
-from data_prep.scan import list_sources, scan
+from data_prep.plan import known_table, make_plan, plan
+from data_prep.scan import Intake, list_sources, scan
 from data_prep.sources import Entry, read_entries
 from data_prep.storage import read_bytes
 from data_prep.workers import connect
@@ -59,6 +59,8 @@ from tests.prep_factory import encoded, pixels, write_config
 ROOT = Path(__file__).parent.parent.parent
 TARS = 100
 ROWS_PER_PART = 10_000  # as of a tar
+# Pictures by which the planned ones grow.
+NEW = 1000
 HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
@@ -70,8 +72,9 @@ def strings(digits: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), count, buffers)
 
 
-def write_part(path: Path, rng: np.random.Generator, total: int) -> None:
-    count = ROWS_PER_PART
+def write_part(
+    path: Path, rng: np.random.Generator, total: int, count: int = ROWS_PER_PART
+) -> None:
     original = rng.integers(0, total, count)
     hashes = rng.integers(0, 256, (count, 32), dtype=np.uint8)
     again = rng.random(count) < 0.1  # the same file as that of a number drawn from a few
@@ -109,12 +112,22 @@ def peak_mib() -> int:
     return int(found[1]) >> 10 if found else 0
 
 
+def catalog_part(work: Path, number: int) -> Path:
+    (work / "catalog").mkdir(parents=True, exist_ok=True)
+    return work / "catalog" / f"part-{number:06d}.parquet"
+
+
 def one(work: Path, near: int | None) -> None:
-    """Plan the catalog in this process; prints seconds and peak MiB."""
+    """Plan the catalog in this process, as a growth of the planned one beside it if there is any.
+
+    Prints seconds, that of the table of known pictures among them, and peak MiB.
+    """
     before = peak_mib()
     started, cpu = time.perf_counter(), time.process_time()
     images = ImagesConfig(resolution=256)
-    plan(work, list_buckets(images), FiltersConfig(min_side=256, near_duplicates=near), 2000, 0.001)
+    filters, old = FiltersConfig(min_side=256, near_duplicates=near), work.parent / "old"
+    known = [known_table(old, filters)] if work != old and old.exists() else []
+    plan(work, list_buckets(images), filters, 2000, 0.001, known)
     peak = peak_mib()
     shards = pq.read_metadata(work / "shard_list.parquet").num_rows
     rejects = pq.read_metadata(work / "plan_rejects.parquet").num_rows
@@ -184,10 +197,10 @@ def scan_parts(folder: Path, pictures: int) -> dict[str, float]:
         pq.write_table(table, folder / "rows.parquet", compression="zstd")
 
     spent["Parquet"], _ = timed(write_parquet)
-    dataset = folder / "dataset"
+    intake = Intake(folder / "dataset" / "work", listing, [])
     spent["start Ray"], _ = timed(lambda: connect(config.ray))
-    spent["scan"], _ = timed(lambda: scan(config, dataset, listing))
-    spent["plan"], _ = timed(lambda: make_plan(config, dataset))
+    spent["scan"], _ = timed(lambda: scan(config, intake))
+    spent["plan"], _ = timed(lambda: make_plan(config, intake.work))
     return {name: 1e6 * seconds / pictures for name, seconds in spent.items()}
 
 
@@ -220,20 +233,22 @@ def main(
         Console().print(scanned)
     for size in [1_000_000, 10_000_000] if rows is None else rows:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            catalog, rng = Path(temporary) / "catalog", np.random.default_rng(0)
-            catalog.mkdir()
+            rng = np.random.default_rng(0)
+            old, new = (Path(temporary) / name for name in ("old", "new"))
             for number in range(size // ROWS_PER_PART):
-                write_part(catalog / f"part-{number:06d}.parquet", rng, size)
-            for bits in (-1, near):
+                write_part(catalog_part(old, number), rng, size)
+            write_part(catalog_part(new, 0), rng, size, NEW)
+            for work, bits in ((old, near), (new, near), (old, -1)):
                 command = [sys.executable, "-m", "tests.benchmarks.plan_scale"]
-                command += ["--work", temporary, "--side", str(bits)]
+                command += ["--work", str(work), "--side", str(bits)]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 got = json.loads(done.stdout)
                 name = f"{size:.0e}".replace("+0", "") + ("" if bits < 0 else f"_near{bits}")
+                name += "_grown" if work == new else ""
                 flat |= {f"wall_s_{name}": got["wall_s"], f"peak_mib_{name}": got["peak_mib"]}
                 flat[f"cpu_s_{name}"] = got["cpu_s"]
                 table.add_row(
-                    f"{size:,}",
+                    f"{size:,}" + (f" and {NEW:,}" if work == new else ""),
                     "off" if bits < 0 else f"within {bits} bits",
                     f"{got['wall_s']:.1f}",
                     f"{got['cpu_s']:.1f}",

@@ -498,6 +498,38 @@ def test_a_dataset_that_grows_is_used_from_the_next_epoch_on(tmp_path):
         assert [joined(parts) for parts in steps] == log[start:]
 
 
+@pytest.mark.parametrize("fault", ["lost a shard", "another codec", "more classes", "no dataset"])
+def test_what_a_run_cannot_train_on_is_not_taken_up_and_said(tmp_path, caplog, fault):
+    """At its next epoch it finds something else in the dataset's place, and goes on with what it has."""
+    folder = make_dataset(tmp_path / "data", [(SQUARE, 24), (SQUARE, 16)], Kind({}, label=True))
+    model = DiTConfig(size="debug", latent_channels=4, num_classes=10)
+    options = {"global_batch": 8, "seed": 1, "eras": tmp_path / "eras", "model": model}
+    loader = Loader(config(folder, grow=True, prefetch=0), **options)
+    batches = loader.batches()
+    log = [numbers(next(batches)) for _ in range(5)]
+    manifest, table = read_manifest(folder), pq.read_table(folder / SHARD_TABLE)
+    if fault == "lost a shard":
+        pq.write_table(table.slice(1), folder / SHARD_TABLE)
+        expected = "was prepared again with other shards"
+    elif fault == "another codec":
+        codec = manifest.codec.model_copy(update={"weights_sha256": "0ther"})
+        manifest, expected = manifest.model_copy(update={"codec": codec}), "weights_sha256"
+    else:
+        later = manifest.generations[0].model_copy(update={"number": 3, "num_labels": 12})
+        generations = [*manifest.generations, later]
+        manifest = manifest.model_copy(update={"generations": generations})
+        expected = f"generation 3 of {folder} has 12 classes, model.num_classes is 10"
+    (folder / MANIFEST).write_text(manifest.with_fingerprint().model_dump_json())
+    if fault == "no dataset":
+        (folder / MANIFEST).unlink()
+        expected = "no such file"
+    log += [numbers(next(batches)) for _ in range(10)]
+    for epoch in range(3):
+        assert sorted(itertools.chain(*log[5 * epoch : 5 * epoch + 5])) == list(range(40))
+    assert len(loader.eras.entries) == 1
+    assert expected in caplog.text
+
+
 def test_a_run_goes_on_with_the_shards_it_began_with(tmp_path):
     folder, eras = tmp_path / "data", tmp_path / "eras"
     make_dataset(folder, [(SQUARE, 24), (SQUARE, 16)])

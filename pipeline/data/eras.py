@@ -1,6 +1,7 @@
 """The eras of a run: which shards its epochs use. One ends where a dataset has grown."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 from data_prep.schema import SHARD_SCHEMA, Manifest, parse_manifest
 from models.config import InputError
 from models.files import write_text
-from pipeline.data.datasets import Mixture, check_same, compute
+from pipeline.data.datasets import Dataset, Mixture, check_mixes, check_same, compute
+
+log = logging.getLogger(__name__)
 
 ERAS = "eras"
 """Folder of a run that holds its eras."""
@@ -31,10 +34,19 @@ class Eras:
     """
 
     def __init__(
-        self, folder: Path | None, rank: int, stop: threading.Event, look: Callable[[], Mixture]
+        self,
+        folder: Path | None,
+        rank: int,
+        stop: threading.Event,
+        look: Callable[[], Mixture],
+        num_classes: int = 0,
     ):
-        """`look` returns the datasets as they are now; `stop` ends the waiting for rank 0."""
+        """`look` returns the datasets as they are now; `stop` ends the waiting for rank 0.
+
+        Data that need more classes than `num_classes` are not taken up, where that is not 0.
+        """
         self.folder, self.rank, self.stop, self.look = folder, rank, stop, look
+        self.num_classes = num_classes
         self.now = look()
         self.entries = [self._entry(0, 0)]
         settled = f"epoch_{'[0-9]' * 8}.json"
@@ -45,11 +57,11 @@ class Eras:
         return {"epoch": epoch, "first_step": first_step, "datasets": self.now.identities()}
 
     def _follow(self, entry: dict[str, Any]) -> None:
-        """Take in what was settled of an epoch: the first, or one later than all so far."""
+        """Take in what was settled of an epoch: one before the last era's is known already."""
         if entry["epoch"] == 0:
             self.entries[0] = entry
-        elif entry["datasets"] != self.entries[-1]["datasets"]:
-            self.entries.append(entry)
+        elif entry["epoch"] > (last := self.entries[-1])["epoch"]:
+            self.entries += [entry] * (entry["datasets"] != last["datasets"])
 
     def settle(self, epoch: int, first_step: int) -> bool:
         """Agree with all ranks on an epoch's data; whether that changed the known eras."""
@@ -58,7 +70,7 @@ class Eras:
         before, path = list(self.entries), self.folder / f"epoch_{epoch:08d}.json"
         if self.rank == 0 and not path.is_file():
             if epoch:
-                self.now = self.look()
+                self.now = self._grown()
             self._decide(path, self._entry(epoch, first_step))
         end = time.monotonic() + WAIT_S
         while not path.is_file():
@@ -66,6 +78,30 @@ class Eras:
                 raise TimeoutError(f"{path}: rank 0 has not settled the data of epoch {epoch}")
         self._follow(json.loads(path.read_text()))
         return self.entries != before
+
+    def _grown(self) -> Mixture:
+        """The datasets as they are now, or as they were in the last era where they hold something else."""
+        last = self.mixture(len(self.entries) - 1)
+        try:
+            found = self.look()
+            for old, new in zip(last.datasets, found.datasets, strict=True):
+                if new.identity != old.identity:
+                    check_mixes(new, old)
+                    _check_contains(new, old.manifest, old.table)
+                    self._check_classes(new)
+        except InputError as error:
+            log.warning("warning: data: not taken up, the run goes on with what it has: %s", error)
+            return last
+        return found
+
+    def _check_classes(self, dataset: Dataset) -> None:
+        last = max(dataset.manifest.generations, key=lambda generation: generation.num_labels)
+        if self.num_classes and last.num_labels > self.num_classes:
+            raise InputError(
+                f"generation {last.number} of {dataset.source.path} has {last.num_labels} classes, "
+                f"model.num_classes is {self.num_classes}. Remedy: a new run with {last.num_labels} that starts "
+                "from this one."
+            )
 
     def _decide(self, path: Path, entry: dict[str, Any]) -> None:
         """Let the run use the datasets as they are now from an epoch on."""
@@ -97,12 +133,7 @@ class Eras:
             record = self.folder / f"{identity}.json"
             manifest = parse_manifest(record.read_text(), record)
             table = pq.read_table(record.with_suffix(".parquet"), schema=SHARD_SCHEMA)
-            check_same(dataset.manifest, manifest, dataset.source.path)
-            if not _contains(dataset.table, table):
-                raise InputError(
-                    f"{dataset.source.path}: was prepared again with other shards since this run began. "
-                    "Remedy: a new run, or the dataset as it was."
-                )
+            _check_contains(dataset, manifest, table)
             datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
         return Mixture(datasets, self.now.arrangement, self.now.mix)
 
@@ -116,7 +147,14 @@ def recorded_manifest(folder: Path) -> Manifest | None:
     return parse_manifest(record.read_text(), record)
 
 
-def _contains(table: pa.Table, part: pa.Table) -> bool:
-    """Whether every shard of `part` is in `table`, by path and content."""
-    keys = [compute.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (table, part)]
-    return compute.all(compute.is_in(keys[1], value_set=keys[0])).as_py()
+def _check_contains(dataset: Dataset, recorded: Manifest, part: pa.Table) -> None:
+    """Raise InputError unless it is the recorded dataset, and has every shard of `part` by path and content."""
+    check_same(dataset.manifest, recorded, dataset.source.path)
+    keys = [
+        compute.binary_join_element_wise(t["path"], t["sha256"], " ") for t in (dataset.table, part)
+    ]
+    if not compute.all(compute.is_in(keys[1], value_set=keys[0])).as_py():
+        raise InputError(
+            f"{dataset.source.path}: was prepared again with other shards since this run began. "
+            "Remedy: a new run, or the dataset as it was."
+        )

@@ -142,7 +142,7 @@ class Loader:
             if config.cache and is_remote(source.path)
         }
         self.skipped = Skipped()
-        self.eras = Eras(eras, rank, self._stop, self._look)
+        self.eras = Eras(eras, rank, self._stop, self._look, model.num_classes if model else 0)
         self._era = lru_cache(maxsize=2)(self._make_era)
         self.first = self._era(0)
 

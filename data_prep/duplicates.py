@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, pairwise
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,10 +124,7 @@ def known_looks(
     """
     # Each table costs a look per known row, and a comparison where bits agree by chance.
     costs = {k: comb(most + k, k) * (1 + len(rows) / 2 ** (64 * k // (most + k))) for k in _CHOICES}
-    tables, bits = (
-        list[tuple[np.uint64, np.ndarray, np.ndarray, np.ndarray]](),
-        len(rows).bit_length(),
-    )
+    tables, bits = list[tuple[Any, ...]](), len(rows).bit_length()
 
     def slots(masked: np.ndarray) -> np.ndarray:
         return masked * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(60 - bits)

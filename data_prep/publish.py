@@ -108,7 +108,7 @@ def publish(
 def _write_rejects(
     dataset: Path, made: list[list[dict[str, Any]]]
 ) -> tuple[list[tuple[Counter[str], Counter[str]]], list[dict[str, str]]]:
-    """Of each generation those of scan and plan in the order of the sources, then those of encoding.
+    """Generation by generation those of scan and plan in the order of the sources, then those of encoding.
 
     Returns for each how many pictures there are by reason and how many other files by extension, and of all the
     first few of each reason.
@@ -143,14 +143,13 @@ def _manifest(
     encoders: Encoders,
 ) -> schema.Manifest:
     facts = begun_facts(dataset)
+    begun = {"settings": _decisive(facts), "listing": facts[0]["listing_sha256"]}
     training = training_rows(commits)
     latent_mean, latent_std = latent_statistics(training)
     flips, drawn = config.images.flip, config.captions.per_picture
     counts = [generation.counts for generation in generations]
     return schema.Manifest(
-        id=schema.fingerprint(
-            {"settings": _decisive(facts), "listing": facts[0]["listing_sha256"]}
-        )[:32],
+        id=schema.fingerprint(begun)[:32],
         **encoders.record,
         members=encoders.members,
         latent_mean=latent_mean,
@@ -208,29 +207,28 @@ def _generations(
             cut_captions={name: sum(c["cut_captions"][name] for c in shards) for name in roles},
         )
         labels = (commit["num_labels"] for commit in shards)
-        link: dict[str, Any] = {
-            "previous": found[-1].fingerprint if found else "",
-            "settings_sha256": settings,
+        said: dict[str, Any] = {
             "listing_sha256": begun["listing_sha256"],
             "counts": counts.model_dump(mode="json"),
             "num_labels": max([len(begun["classes"]), *labels]),
+        }
+        link = said | {
+            "previous": found[-1].fingerprint if found else "",
+            "settings_sha256": settings,
             "shards": [[commit[name] for name in columns] for commit in shards],
         }
         psnr = [value for commit in shards for value in commit["psnr_db"]]
-        found.append(
-            schema.Generation(
-                number=number,
-                complete=number < len(made) - 1,
-                listed=begun["listed"],
-                counts=counts,
-                num_shards=len(shards),
-                num_labels=link["num_labels"],
-                psnr_db=round(mean(psnr), 2) if psnr else None,
-                listing_sha256=begun["listing_sha256"],
-                fingerprint=schema.fingerprint(link),
-                missing=begun.get("missing", 0),
-            )
+        generation = schema.Generation(
+            number=number,
+            complete=number < len(made) - 1,
+            listed=begun["listed"],
+            num_shards=len(shards),
+            psnr_db=round(mean(psnr), 2) if psnr else None,
+            fingerprint=schema.fingerprint(link),
+            missing=begun.get("missing", 0),
+            **said,
         )
+        found.append(generation)
     return found
 
 

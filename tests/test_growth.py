@@ -1,6 +1,8 @@
 """Data sets that grow: what is new makes a generation, and what was there stays as it is, bit by bit."""
 
 import io
+import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from data_prep.scan import list_sources
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.sources import sample_key
 from data_prep.verify import verify
+from models import files
 from models.command import load_config
 from models.config import InputError
 from pipeline.data.config import DataConfig
@@ -244,6 +247,49 @@ def test_labels_stay_what_they_are_when_a_class_comes_before_them(
     }
     names = {"b/0.png": 0, "d/0.png": 1, "a/0.png": 2, "d/1.png": 1}
     assert labels == {sample_key("k", name): label for name, label in names.items()}
+
+
+class Died(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.mark.slow
+def test_a_growth_that_dies_before_any_of_its_drivers_commits_is_taken_up_again(
+    tmp_path, ray_address, vae_folder, text_folder, monkeypatch
+):
+    config = small_config(tmp_path, vae_folder, text_folder, filters={"near_duplicates": 2})
+    whole, publish, committed = run(config), files.publish, list[str]()
+    still = shutil.copytree(whole, tmp_path / "still")
+    fill_folder(tmp_path / "p", 8, first=20)
+    add(tmp_path / "p", "copy.png", encoded(pixels(0)))
+    run(config, f"output={still}")
+    expected = dataset_bytes(still)
+
+    def dying(temporary: Path, path: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Died
+        committed.append(path.name)
+        publish(temporary, path)
+
+    for number in itertools.count():
+        output = shutil.copytree(whole, tmp_path / f"died-{number}")
+        before, left = inodes(output), number
+        committed.clear()
+        monkeypatch.setattr(files, "publish", dying)
+        try:
+            run(config, f"output={output}")
+            break
+        except Died:
+            monkeypatch.setattr(files, "publish", publish)
+        run(config, f"output={output}")
+        assert dataset_bytes(output) == expected, committed
+        assert before.items() <= inodes(output).items()
+        shutil.rmtree(output)
+    names = {"listing.parquet", "config.json", "known.npy", "plan_rejects.parquet", "manifest.json"}
+    names |= {"shard_list.parquet", "sealed.jsonl", "shards.parquet", "rejects.parquet"}
+    assert names <= set(committed)
 
 
 def slow_known(hashes: np.ndarray, known: list[np.ndarray], most: int) -> dict[int, tuple]:

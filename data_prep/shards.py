@@ -140,7 +140,7 @@ class ShardWriter:
 
 def work_of(dataset: Path, generation: int) -> Path:
     """The folder with what resuming a generation needs, but for its shards' commits."""
-    return dataset / WORK / (f"g{generation:04d}" if generation else "")
+    return dataset / WORK / f"g{generation:04d}" if generation else dataset / WORK
 
 
 def commit_path(dataset: Path, shard: str) -> Path:

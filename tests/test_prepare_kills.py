@@ -50,12 +50,17 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
     store = s3fs.S3FileSystem(skip_instance_cache=True)
     for folder in sources.values():
         store.put(str(folder), f"bucket/{folder.name}", recursive=True)
+    # It grows as well, here and there.
+    more = fill_folder(tmp_path / "pictures" / "more", 6, first=400)
+    prepare(load_config(PrepareConfig, config, []))
     overrides = [f"sources.{name}.path={bucket}/{f.name}" for name, f in sources.items()]
     overrides += [f"output={bucket}/dataset", "ray.num_actors=2", "ray.decoders_per_actor=1"]
     cluster = TwoRaylets(tmp_path)
     try:
         cluster.new_other()
         killed = disturbed_run(cluster, config, overrides, each_in_turn())
+        store.put(str(more), "bucket/pictures/more", recursive=True)
+        disturbed_run(cluster, config, overrides, lambda alive: None)
     finally:
         cluster.stop()
     assert {kind: killed[kind] for kind in IN_TURN} == dict.fromkeys(IN_TURN, 1)
@@ -72,7 +77,8 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
     keys = sample_keys(dataset)
     counts = read_manifest(dataset).counts
     assert len(set(keys)) == len(keys) == counts.kept
-    assert counts.kept == counts.seen - sum(counts.rejected.values()) == 57
+    assert counts.kept == counts.seen - sum(counts.rejected.values()) == 63
+    assert [generation["counts"]["kept"] for generation in a["generations"]] == [57, 6]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from data_prep.schema import (
     captions_sha256,
     index_path,
     proof_path,
+    read_manifest,
 )
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
@@ -101,6 +102,18 @@ def shard_rows(dataset: Path) -> list[dict]:
 def dataset(tmp_path) -> Path:
     write_manifest(tmp_path, shard_rows(tmp_path))
     return tmp_path
+
+
+def test_a_key_that_two_generations_have_is_found(dataset):
+    again = write_shard(dataset, FIRST.replace("train", "g0001-train"), range(4, 5))
+    rows = [*shard_rows(dataset), again | {"generation": 1}]
+    (first,) = read_manifest(dataset).generations
+    counts = first.counts.model_copy(update={"kept": 1})
+    later = first.model_copy(update={"number": 1, "num_shards": 1, "counts": counts})
+    write_manifest(dataset, rows, generations=[first, later])
+    assert only_problem(dataset) == f"a key that ends in {4:016x} is in two shards"
+    write_manifest(dataset, rows, generations=[first, later.model_copy(update={"num_shards": 2})])
+    assert any("generations: says" in problem for problem in verify(dataset))
 
 
 def only_problem(dataset: Path) -> str:

@@ -15,14 +15,13 @@ from data_prep.encoders import (
     configured,
 )
 from data_prep.images import ImagesConfig, list_buckets
+from data_prep.schema import text_record
 from data_prep.sources import SourceConfig
 from models.config import Config, Entries, InputError
 from models.text_conventions import (
     CONVENTIONS,
     REFUSED,
     Combination,
-    Convention,
-    combination,
     own_view,
 )
 from models.weights import Dtype
@@ -98,14 +97,8 @@ class PrepareConfig(Config):
 
     def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of the text; `roles`: what the encoders say of themselves."""
-        encoders, absent = self.text_encoders, dict[str, tuple[int, int]]()
-        read = combination(self.text, {name: encoder.view for name, encoder in encoders.items()})
-        if isinstance(read, Convention):
-            missing = read.optional.keys() - encoders.keys()
-            absent = {n: (read.roles[n].max_length, read.optional[n]) for n in missing}
-        name = self.text if isinstance(self.text, str) else "custom"
-        said = {"convention": name, "roles": roles, "absent": absent}
-        return said | {key: getattr(read, key) for key in Combination.model_fields}
+        views = {name: encoder.view for name, encoder in self.text_encoders.items()}
+        return text_record(self.text, roles, views)
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:

@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ class Eras:
                     f"{dataset.source.path}: was prepared again with other shards since this run began. "
                     "Remedy: a new run, or the dataset as it was."
                 )
-            datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
+            datasets.append(dataset.recorded(manifest, table, identity))
         return Mixture(datasets, self.now.arrangement)
 
 

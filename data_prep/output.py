@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.config import PrepareConfig
+from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.plan import shard_list
 from data_prep.report import console
 from data_prep.scan import LISTING, LISTING_SCHEMA, listing_sha256, split_others
@@ -49,7 +49,7 @@ class StoreLock(Lock):
         patient(self._path.fs.pipe_file, self._path.path, text.encode())
 
 
-def lock_output(config: PrepareConfig) -> Lock:
+def lock_output(config: PrepareConfig | LayerConfig) -> Lock:
     """The lock of an output folder that may be written to; raises InputError where that may not be."""
     in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_ray_job and not (is_remote(config.output) or os.path.isabs(config.output)):
@@ -58,7 +58,7 @@ def lock_output(config: PrepareConfig) -> Lock:
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
         )
     dataset = open_root(config.output, "output")
-    for name, source in config.sources.items():
+    for name, source in config.sources.items() if isinstance(config, PrepareConfig) else ():
         if f"{dataset}/".startswith(f"{open_root(source.path, 'path')}/"):
             raise InputError(
                 f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
@@ -92,7 +92,7 @@ def open_output(
                     console.print(f"deleted {path} ({count} files)")
         if (work / "config.json").exists():
             begun = json.loads((work / "config.json").read_text())
-            _refuse_other_settings(config.output, begun["settings"], settings)
+            refuse_other_settings(config.output, begun["settings"], settings)
             listing = _refuse_other_sources(config.output, work, listing)
         else:
             write_table(work / LISTING, listing)
@@ -107,7 +107,7 @@ def open_output(
     return dataset, listing
 
 
-def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+def refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     changes = [
         f"  {key.removeprefix('config.')}: {old} -> {new}"
         for key, (old, new) in differences(begun, settings).items()

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_prep.catalog import STAGED
-from data_prep.config import PrepareConfig, check_settings
+from data_prep.config import LayerConfig, PrepareConfig, check_settings
 from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.encoders import weight_of
@@ -31,7 +31,7 @@ def prepare(
 ) -> dict[str, float]:
     """The whole preparation, doing only what is not done yet; returns seconds by stage. Raises InputError."""
     spent = dict[str, float]()
-    with _stage(spent, "list", "listing the sources and checking the encoders"):
+    with stage(spent, "list", "listing the sources and checking the encoders"):
         settings = check_settings(config)
         listing = list_sources(config)
     if doubt := config.vae.doubt():
@@ -41,22 +41,22 @@ def prepare(
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset, listing = open_output(config, settings, listing, restart)
-        _tidy(dataset)
+        tidy(dataset)
         refuse_changes(config, dataset, listing, lock.check)
         if is_complete(dataset):
             console.print(f"{dataset} is complete; nothing to do.")
         else:
-            with _stage(spent, "start Ray", "starting Ray"):
+            with stage(spent, "start Ray", "starting Ray"):
                 connect(config.ray)
             _make(config, dataset, listing, lock, spent)
         lock.check()
         delete(dataset / WORK / STAGED)
-        _tidy(dataset)
+        tidy(dataset)
         print_result(dataset, read_manifest(dataset), spent)
     return spent
 
 
-def _tidy(dataset: Path) -> None:
+def tidy(dataset: Path) -> None:
     """Delete what killed processes left, which may be what fills the disk."""
     for path in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
         path.unlink(missing_ok=True)
@@ -66,26 +66,26 @@ def _make(
     config: PrepareConfig, dataset: Path, listing: pa.Table, lock: Lock, spent: dict[str, float]
 ) -> None:
     """Scan, plan, encode and finalise; raises InputError where another preparation takes over."""
-    with _stage(spent, "scan"):
+    with stage(spent, "scan"):
         scan(config, dataset, listing, lock.check)
     lock.check()
-    with _stage(spent, "plan", "planning the shards"):
+    with stage(spent, "plan", "planning the shards"):
         shards = make_plan(config, dataset)
     weight = weight_of(config)
     shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
     with Actors(ShardEncoder, settings, shares, console.print) as actors:
-        with _stage(spent, "load encoders", "loading the encoders"):
+        with stage(spent, "load encoders", "loading the encoders"):
             encoders: Encoders = actors.describe()
-        with _stage(spent, "encode"):
+        with stage(spent, "encode"):
             commits = encode(config, dataset, shards, actors, encoders)
     lock.check()
-    with _stage(spent, "finalise", "writing tables and report"):
+    with stage(spent, "finalise", "writing tables and report"):
         finalise(config, dataset, commits, encoders)
 
 
 @contextmanager
-def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
+def stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
     """Count what is done as this stage, and say so where it draws no bar of its own."""
     begin = time.monotonic()
     with status(doing) if doing else nullcontext():
@@ -94,7 +94,7 @@ def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None
 
 
 def encode(
-    config: PrepareConfig,
+    config: PrepareConfig | LayerConfig,
     dataset: Path,
     shards: list[ShardSpec],
     actors: Actors,
@@ -111,7 +111,8 @@ def encode(
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
             progress.update(done, rejected)
-            if config.publish_every_shards and count % config.publish_every_shards == 0:
+            every = isinstance(config, PrepareConfig) and config.publish_every_shards
+            if isinstance(config, PrepareConfig) and every and count % every == 0:
                 publish(config, dataset, [c for c in commits if c], encoders)
     assert all(commits), "the actors returned before every shard was committed"
     return [commit for commit in commits if commit]

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from data_prep.config import PrepareConfig
-from models.command import load_config, run_command
+from data_prep.config import LayerConfig, PrepareConfig
+from models.command import read_yaml, run_command
+from models.config import parse_config
 
 
 def main(
@@ -20,10 +21,16 @@ def main(
         typer.Option("--restart", help="Delete what an earlier preparation left in the output."),
     ] = False,
 ) -> None:
-    """Prepare pictures for training: latents and text embeddings in shards."""
+    """Prepare pictures for training: latents and text embeddings in shards; with `base`, a layer over a dataset."""
+    data, where = read_yaml(config, overrides or []), str(config)
+    if "base" in data:
+        from data_prep.layer import prepare_layer
+
+        prepare_layer(parse_config(LayerConfig, data, where), dry_run, restart)
+        return
     from data_prep.preparation import prepare
 
-    prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart)
+    prepare(parse_config(PrepareConfig, data, where), dry_run, restart)
 
 
 if __name__ == "__main__":

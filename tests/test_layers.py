@@ -45,7 +45,7 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
         tensors = {name: value for name, value in vars(a).items() if torch.is_tensor(value)}
-        assert {"moments", "text_emb", "text_mask", "pooled", "micro", "label"} <= tensors.keys()
+        assert {"moments", "text_emb", "text_mask", "micro"} <= tensors.keys()
         assert a.bucket == b.bucket
         for name, value in tensors.items():
             assert torch.equal(value, getattr(b, name)), name

@@ -1,8 +1,10 @@
 """Captions from a table: its rows sorted by the pictures' keys, so that a shard reads those of its own."""
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +53,23 @@ def sort_captions(config: LayerCaptions, work: Path, keys: Iterable[list[str]]) 
     if (work / SAID).is_file():
         return
     local = None if is_remote(work) else work
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".tmp", ".captions-", local) as folder:
+    # A killed run leaves its folder behind.
+    for leftover in work.glob("captions-*.tmp") if local else ():
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(".tmp", "captions-", local) as folder:
         paths, own = (
             [Path(folder) / f"{what}-{number}.arrow" for number in range(RANGES)]
             for what in ("said", "keys")
         )
-        with new_table(work / STRAYS, REJECT_SCHEMA) as write:
-            broken = list[dict[str, Any]]()
-            spill(_tables(_captions(config, broken)), paths)
-            spill((pa.table({"key": some, "group": [0] * len(some)}) for some in keys if some), own)
+        broken = list[dict[str, Any]]()
+        spill(_tables(_captions(config, broken)), paths)
+        spill((pa.table({"key": some, "group": [0] * len(some)}) for some in keys if some), own)
+        # The captions' own table appears last.
+        tables = new_table(work / SAID, SAID_SCHEMA), new_table(work / STRAYS, REJECT_SCHEMA)
+        with tables[0] as write_said, tables[1] as write:
             write(pa.Table.from_pylist(broken, REJECT_SCHEMA))
-            with new_table(work / SAID, SAID_SCHEMA) as write_said:
-                for said, mine in zip(paths, own, strict=True):
-                    _match(said, mine, write_said, write)
+            for said, mine in zip(paths, own, strict=True):
+                _match(said, mine, write_said, write)
 
 
 def _match(said: Path, own: Path, write_said: Any, write: Any) -> None:
@@ -156,7 +161,7 @@ def _said(
         detail = f"got {encodable(str(key))[:100]!r}, expected a key of 20 hexadecimal digits"
         raise Rejected("caption_no_picture", detail)
     weight = 1.0 if config.weight is None else row.get(config.weight)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
         got = encodable(str(weight))[:100]
         raise Rejected("caption_weight", f"{config.weight}: got {got}, expected a number over 0")
     for text, part in captions_of(config.caption, row.get(config.caption), float(weight)) or [

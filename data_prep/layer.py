@@ -68,7 +68,6 @@ class LayerSpec(ShardSpec):
 @dataclass(frozen=True)
 class LayerSettings(EncoderSettings):
     base: Path = Path()
-    per_picture: int = 1
 
 
 class LayerEncoder(ShardEncoder):
@@ -78,86 +77,38 @@ class LayerEncoder(ShardEncoder):
         super().__init__(settings, num_decoders)
         assert isinstance(settings.config, LayerConfig)
         self._captions, self._base = settings.config.captions, settings.base
-        self._per_picture = settings.per_picture
 
     def _planned(self, spec: ShardSpec, number: int) -> list[dict[str, Any]]:
-        """The pictures in the base's batches: those that were rejected for their numbers are among them."""
+        """The pictures in the base's batches, with their captions or why they have none.
+
+        Those that the base rejected for their numbers were in its batches too.
+        """
         assert isinstance(spec, LayerSpec)
         gone = {key for key, reason in spec.rejected if reason != "not_finite"}
         rows = read_planned(self._base / WORK, spec.number).to_pylist()
-        return [row for row in rows if row["key"] not in gone]
-
-    def encode_shard(
-        self, spec: ShardSpec, number: int, deadly: Collection[int] = ()
-    ) -> dict[str, Any]:
-        """As that of a dataset: a picture that is rejected leaves empty rows in the index."""
-        if commit := read_commit(self._dataset, spec.path):
-            return commit
-        assert isinstance(spec, LayerSpec)
-        planned, rejects = self._planned(spec, number), Rejects()
-        crashed = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
-        lost = {key for key, _ in spec.rejected}
-        keys = [row["key"] for row in planned if row["key"] not in lost]
-        rows = self._with_captions(planned, rejects)
-        said = {row["key"]: row["captions"] for row in rows}
-        rows = [r for r in rows if r["key"] not in {c["key"] for c in crashed}]
-        writer = ShardWriter(self._dataset, spec.path, list(self._members()))
-        samples, kept, coming = ProofSamples(self._config.thumbnails_per_shard), {}, iter(keys)
-        try:
-            for batch in self._batches(spec, rows, rejects):
-                for row, _, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
-                    key, captions = row["key"], row["captions"]
-                    if key in lost:
-                        continue
-                    while next(coming) != key:
-                        writer.skip(spec.each)
-                    facts = {"caption": captions[0], "source": row["source"], "name": row["name"]}
-                    facts |= {"captions": captions} if len(captions) > 1 else {}
-                    writer.add(key, arrays, facts, self._variants(captions, self._flips(spec)))
-                    samples.add(ProofSample(key, captions[0], None, arrays))
-                    kept[key] = row
-            for _ in coming:
-                writer.skip(spec.each)
-            proof = b""
-            if kept:
-                proof, _ = make_proof(samples.in_order(), [], list(self._members("captions")))
-            self._check()
-            rejects = [r for r in crashed + rejects if r["key"] not in lost]
-            places = [i for i, key in enumerate(keys) if key not in kept]
-            about = {n: v for n, v in asdict(spec).items() if n not in ("number", "rejected")}
-            commit = about | writer.commit(proof) | {"rejects": rejects, "num_kept": len(kept)}
-            commit["missing"] = [i * spec.each + n for i in places for n in range(spec.each)]
-            told = [(key, said.get(key)) for key in keys] if self._texts else []
-            commit["captions_sha256"] = schema.captions_sha256(told)
-            self._commit(commit, list(kept.values()))
-        finally:
-            writer.abandon()
-        return commit
-
-    def _with_captions(self, rows: list[dict[str, Any]], rejects: Rejects) -> list[dict[str, Any]]:
-        """The rows with the captions that a table gives them; those without are rejected."""
+        rows = [row for row in rows if row["key"] not in gone]
         if self._captions is None or not rows:
             return rows
         told = read_said(self._dataset / WORK, [row["key"] for row in rows])
-        config = CaptionsConfig(
-            **self._captions.model_dump(include=set(CaptionsConfig.model_fields) - {"per_picture"}),
-            per_picture=self._per_picture,
-        )
-        found = list[dict[str, Any]]()
+        per_picture = spec.each // (1 + self._flips(spec))
+        limits = self._captions.model_dump(include=set(CaptionsConfig.model_fields))
+        config = CaptionsConfig.model_validate(limits | {"per_picture": per_picture})
         for row in rows:
             try:
                 if row["key"] not in told:
-                    raise Rejected("caption_missing", f"{self._captions.table} has none of its key")
-                drawn = draw_captions(row["key"], told[row["key"]], config)
-                found.append(row | {"captions": drawn})
+                    raise Rejected("caption_missing", "the table has none of its key")
+                row["captions"] = draw_captions(row["key"], told[row["key"]], config)
             except Rejected as rejected:
-                rejects.append(reject(row, rejected.reason, rejected.detail))
-        return found
+                row |= {"captions": None, "why": rejected}
+        return rows
 
     def _batches(
         self, spec: ShardSpec, rows: list[dict[str, Any]], rejects: Rejects
     ) -> Iterator[list[Decoded]]:
-        """The rows in the base's batches; pictures are decoded only where an encoder looks at them."""
+        """Rows with captions in the base's batches; pictures are decoded only where an encoder looks at them."""
+        bad = [row for row in rows if row["captions"] is None]
+        rejects += [reject(row, row["why"].reason, row["why"].detail) for row in bad]
+        rows = [row for row in rows if row["captions"] is not None]
         if self._members("pixels"):
             staged = str(self._base / WORK / STAGED)
             if any(row["path"].startswith(staged) for row in rows):
@@ -170,6 +121,50 @@ class LayerEncoder(ShardEncoder):
         size = self._numbers.batch_size
         for begin in range(0, len(rows), size):
             yield [(row, None) for row in rows[begin : begin + size]]
+
+    def encode_shard(
+        self, spec: ShardSpec, number: int, deadly: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """As that of a dataset: a picture that is rejected leaves empty rows in the index."""
+        if commit := read_commit(self._dataset, spec.path):
+            return commit
+        assert isinstance(spec, LayerSpec)
+        planned, lost = self._planned(spec, number), {key for key, _ in spec.rejected}
+        keys = [row["key"] for row in planned if row["key"] not in lost]
+        rows = [row for place, row in enumerate(planned) if place not in deadly]
+        rejects = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
+        writer = ShardWriter(self._dataset, spec.path, list(self._members()))
+        samples, kept, coming = ProofSamples(self._config.thumbnails_per_shard), {}, iter(keys)
+        try:
+            for batch in self._batches(spec, rows, rejects):
+                for row, _, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
+                    key, captions = row["key"], row["captions"]
+                    if key in lost:
+                        continue
+                    while next(coming) != key:
+                        writer.skip(spec.each)
+                    facts = {"source": row["source"], "name": row["name"], "caption": captions[0]}
+                    facts |= {"captions": captions} if len(captions) > 1 else {}
+                    writer.add(key, arrays, facts, self._variants(captions, self._flips(spec)))
+                    samples.add(ProofSample(key, captions[0], None, arrays))
+                    kept[key] = row
+            for _ in coming:
+                writer.skip(spec.each)
+            texts, proof = list(self._members("captions")), b""
+            if kept:
+                proof, _ = make_proof(samples.in_order(), [], texts)
+            self._check()
+            about = {n: v for n, v in asdict(spec).items() if n not in ("number", "rejected")}
+            commit = about | writer.commit(proof) | {"num_kept": len(kept)}
+            commit["rejects"] = [r for r in rejects if r["key"] not in lost]
+            places = [i * spec.each for i, key in enumerate(keys) if key not in kept]
+            commit["missing"] = [first + n for first in places for n in range(spec.each)]
+            told = [(row["key"], row["captions"]) for row in planned if row["key"] not in lost]
+            commit["captions_sha256"] = schema.captions_sha256(told) if texts else None
+            self._commit(commit, list(kept.values()))
+        finally:
+            writer.abandon()
+        return commit
 
 
 def prepare_layer(
@@ -206,8 +201,7 @@ def prepare_layer(
         weight, images = weight_of(config), ImagesConfig(**of_base.get("images", {}))
         assert config.encode is not None
         shares = share_out(config.ray, config.encode.threads, len(specs), weight)
-        per_picture = of_base.get("captions", {}).get("per_picture", 1)
-        told = LayerSettings(config, dataset, lock.check, images, base, per_picture)
+        told = LayerSettings(config, dataset, lock.check, images, base)
         with Actors(LayerEncoder, told, shares, console.print) as actors:
             with stage(spent, "load encoders", "loading the encoders"):
                 encoders: Encoders = actors.describe()

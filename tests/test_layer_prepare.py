@@ -21,11 +21,13 @@ from data_prep.sources.source import sample_key
 from data_prep.verify import verify
 from models.command import load_config
 from models.config import InputError
+from models.networks import AlignmentConfig, DiTConfig
 from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from tests.prep_factory import config_of_pictures, encoded, pixels
+from tests.test_alignment import save_vision
 from tests.test_layers import assert_same, stack, take
 from tests.test_text_encoder import save_encoder
 
@@ -75,18 +77,24 @@ def config(tmp_path_factory, vae_folder, text_folder, ray_address) -> Path:
 
 
 @pytest.fixture(scope="module")
-def at_once(config, other_text) -> Path:
+def at_once(config, other_text, vit) -> Path:
     encoders = yaml.safe_load(config.read_text())["text_encoders"] | {"t5": other_text}
     path = config.with_name("both.yaml")
-    tree = yaml.safe_load(config.read_text()) | {"text_encoders": encoders}
+    tree = yaml.safe_load(config.read_text()) | {"text_encoders": encoders, "vision_encoder": vit}
     path.write_text(yaml.safe_dump(tree | {"output": str(config.parent / "both")}))
     return run(path)
 
 
 @pytest.fixture(scope="module")
-def base(config, at_once) -> Path:
-    """The base, whose pictures are gone once it is prepared."""
+def vit(tmp_path_factory) -> dict[str, Any]:
+    return {"path": str(save_vision(tmp_path_factory.mktemp("vit"))), "patch_pixels": 8}
+
+
+@pytest.fixture(scope="module")
+def base(config, at_once, vit) -> Path:
+    """The base, whose pictures are gone once it and a layer of what is seen in them are prepared."""
     base = run(config)
+    lay(base, "vit", {}, vision_encoder=vit)
     (config.parent / "pictures").rename(config.parent / "gone")
     return base
 
@@ -99,8 +107,13 @@ def t5(base, other_text) -> Path:
 def test_a_second_text_encoder_gives_the_batches_of_both_at_once_and_opens_no_picture(
     base, t5, at_once
 ):
-    config, flat = stack(base, t5=t5), DataConfig(path=str(at_once))
-    assert_same(take(config, 30), take(flat, 30))
+    config = stack(base, vit=base.parent / "vit", t5=t5)
+    flat, aligned = DataConfig(path=str(at_once)), AlignmentConfig(block=1)
+    model = DiTConfig(size="debug", alignment=aligned, vision_dim=24)
+    one, other = (take(c, 30, model=model) for c in (config, flat))
+    assert one[0].vision is not None
+    assert_same(one, other)
+    assert verify(base.parent / "vit") == []
     manifests = read_manifest(t5), Loader(config, global_batch=8, seed=1).manifest
     assert list(manifests[0].members) == ["t5", "t5_pooled"]
     whole = read_manifest(at_once)
@@ -196,11 +209,10 @@ def test_captions_of_a_table_go_to_their_pictures_and_other_rows_are_rejects(
     assert all(captions <= set(said[key]) for key, captions in seen.items())
     counts = Counter(pq.read_table(new / REJECTS)["reason"].to_pylist())
     kept = read_manifest(base).counts.kept
-    wrong = 2 if by == "key" else 1
-    assert counts == {"caption_missing": kept - len(said), "caption_no_picture": wrong}
+    assert counts == {"caption_missing": kept - len(said), "caption_no_picture": 2}
     manifest = read_manifest(new)
     assert manifest.counts.kept == len(said)
-    assert manifest.counts.seen == kept + wrong
+    assert manifest.counts.seen == kept + 2
 
 
 def test_a_table_that_lacks_a_column_or_changed_is_refused(base, text_folder, tmp_path):

@@ -18,7 +18,7 @@ from data_prep.images import ImagesConfig, list_buckets
 from data_prep.schema import text_record
 from data_prep.sources import SourceConfig
 from data_prep.storage import AbsolutePath
-from models.config import Config, Entries, InputError, Place
+from models.config import Config, Entries, InputError, Place, parse_config
 from models.text_conventions import (
     CONVENTIONS,
     REFUSED,
@@ -171,6 +171,11 @@ class LayerConfig(Config):
         read = CONVENTIONS[self.text] if isinstance(self.text, str) else self.text
         said = {"convention": self.text if isinstance(self.text, str) else "custom", "roles": roles}
         return said | {key: getattr(read, key) for key in Combination.model_fields}
+
+
+def config_of(data: dict[str, Any], where: str) -> PrepareConfig | LayerConfig:
+    """What a YAML file of flowmill prepare holds: a preparation, or with `base` a layer; raises InputError."""
+    return parse_config(LayerConfig if "base" in data else PrepareConfig, data, where)
 
 
 def check_settings(config: PrepareConfig) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from typing import Annotated
 
 import typer
 
-from data_prep.config import LayerConfig, PrepareConfig
+from data_prep.config import LayerConfig, config_of
 from models.command import read_yaml, run_command
-from models.config import parse_config
 
 
 def main(
@@ -22,15 +21,15 @@ def main(
     ] = False,
 ) -> None:
     """Prepare pictures for training: latents and text embeddings in shards; with `base`, a layer over a dataset."""
-    data, where = read_yaml(config, overrides or []), str(config)
-    if "base" in data:
+    found = config_of(read_yaml(config, overrides or []), str(config))
+    if isinstance(found, LayerConfig):
         from data_prep.layer import prepare_layer
 
-        prepare_layer(parse_config(LayerConfig, data, where), dry_run, restart)
+        prepare_layer(found, dry_run, restart)
         return
     from data_prep.preparation import prepare
 
-    prepare(parse_config(PrepareConfig, data, where), dry_run, restart)
+    prepare(found, dry_run, restart)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     else:
         path = path / CONFIG if path.is_dir() else path
         tree = read_yaml(path, overrides)
+    if "base" in tree:
+        from data_prep.config import config_of
+
+        return config_of(tree, str(path))
     stage = next((stage for stage, key in STAGES.items() if key in tree), None)
     if stage is None:
         keys = ", ".join(f"{key} ({stage})" for stage, key in STAGES.items())

@@ -16,6 +16,7 @@ from pipeline.objectives.config import PRESETS
 CONFIGS = {
     "train": "pipeline.config:TrainConfig",
     "prepare": "data_prep.config:PrepareConfig",
+    "layer": "data_prep.config:LayerConfig",
     "fit-vae": "data_prep.config:FitVaeConfig",
 }
 """Stage -> the class of its configs."""
@@ -47,11 +48,9 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     else:
         path = path / CONFIG if path.is_dir() else path
         tree = read_yaml(path, overrides)
-    if "base" in tree:
-        from data_prep.config import config_of
-
-        return config_of(tree, str(path))
     stage = next((stage for stage, key in STAGES.items() if key in tree), None)
+    # A layer's config is one of flowmill prepare too.
+    stage = "layer" if "base" in tree else stage
     if stage is None:
         keys = ", ".join(f"{key} ({stage})" for stage, key in STAGES.items())
         raise InputError(

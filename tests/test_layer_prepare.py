@@ -26,6 +26,8 @@ from models.text_conventions import View
 from models.text_encoder import TextEncoder
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
+from tests import train_factory
+from tests.conftest import RUN
 from tests.prep_factory import config_of_pictures, encoded, pixels
 from tests.test_alignment import save_vision
 from tests.test_layers import assert_same, stack, take
@@ -255,3 +257,27 @@ def test_a_base_that_is_no_base_is_refused_with_what_to_do(base, t5, text_folder
                 | {"max_length": 8}
             },
         )
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stack_learns_to_the_bit_what_one_on_all_at_once_does(
+    base, t5, at_once, tmp_path
+):
+    run = RUN.replace("images: 960", "images: 160").replace("every_steps: 60", "every_steps: 20")
+    runs = {"flat": str(at_once), "stack": str(t5)}
+    for name, data in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(run.format(data=data, run=tmp_path / name))
+        train_factory.train(tmp_path / f"{name}.yaml")
+    assert train_factory.unlike(tmp_path / "stack", tmp_path / "flat", step=20) == []
+    show = train_factory.run("pipeline.show_data", str(tmp_path / "stack"), "--show", "3")
+    assert show.returncode == 0, show.stderr
+    assert "a red apple" in show.stdout
+    given = str(tmp_path / "stack")
+    for stage in (
+        ["pipeline.plan", str(tmp_path / "stack.yaml")],
+        ["pipeline.evaluate", given, "--heldout", "4"],
+        ["pipeline.sample", given, "--prompt", "x", "sampler.num_steps=2"],
+        ["pipeline.export", given, str(tmp_path / "exported")],
+    ):
+        done = train_factory.run(*stage)
+        assert done.returncode == 0, (stage, done.stderr)

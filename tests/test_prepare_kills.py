@@ -77,10 +77,13 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_thirty_random_kills_over_repeated_runs_change_no_byte():
+@pytest.mark.parametrize(
+    "options", [["--kills", "30"], ["--layer", "--kills", "10", "--every-s", "1.5"]]
+)
+def test_random_kills_over_repeated_runs_change_no_byte(options):
     # It makes a temporary folder of its own: in pytest's, Ray's sockets would have names over 107 bytes.
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kill_prepare", "--kills", "30"],
+        [sys.executable, "-m", "tests.kill_prepare", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -188,6 +188,12 @@ def prepare_layer(
         dataset = _open_layer(config, base, settings, restart)
         tidy(dataset)
         done = read_commits(dataset, [spec.path for spec in specs])
+        for spec, commit in zip(specs, done, strict=True):
+            if commit and commit["base_sha256"] != spec.base_sha256:
+                raise InputError(
+                    f"output: {dataset}/{spec.path} was made over another shard of {config.base}, which was prepared "
+                    "again since. Remedy: another output, or --restart to delete it and start anew."
+                )
         if (dataset / schema.MANIFEST).is_file() and all(done):
             reached = schema.read_manifest(dataset).base
             if reached and reached.fingerprint == _last(manifest).fingerprint:

@@ -16,8 +16,8 @@ from pipeline.objectives.config import PRESETS
 CONFIGS = {
     "train": "pipeline.config:TrainConfig",
     "prepare": "data_prep.config:PrepareConfig",
-    "layer": "data_prep.config:LayerConfig",
     "fit-vae": "data_prep.config:FitVaeConfig",
+    "layer": "data_prep.config:LayerConfig",
 }
 """Stage -> the class of its configs."""
 

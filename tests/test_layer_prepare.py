@@ -17,6 +17,7 @@ from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.layer import prepare_layer
 from data_prep.preparation import prepare
 from data_prep.schema import REJECTS, index_path, read_manifest, read_shard_table
+from data_prep.shards import commit_path
 from data_prep.sources.source import sample_key
 from data_prep.verify import verify
 from models.command import load_config
@@ -257,6 +258,15 @@ def test_a_base_that_is_no_base_is_refused_with_what_to_do(base, t5, text_folder
                 | {"max_length": 8}
             },
         )
+
+
+def test_a_layer_begun_over_a_base_that_was_encoded_again_is_not_gone_on_with(base, t5, tmp_path):
+    layer, spec = shutil.copytree(t5, tmp_path / "t5"), read_shard_table(t5).to_pylist()[0]["path"]
+    path = commit_path(layer, spec)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_sha256": "0ther"}))
+    given = yaml.safe_load((base.parent / "t5.yaml").read_text()) | {"output": str(layer)}
+    with pytest.raises(InputError, match=f"{spec} was made over another shard of {base}"):
+        prepare_layer(LayerConfig.model_validate(given))
 
 
 @pytest.mark.slow

@@ -35,8 +35,8 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # The keys of files and folders that a preparation or a training reads.
 READ = re.compile(
-    r"(sources|text_encoders)\..+\.path|(vae|vision_encoder)\.path|(stages\..+\.)?"
-    r"(data\.(datasets\..+\.)?path|encoders\.(vae|text\..+)|model\.init_from|start_from\.run)"
+    r"(sources|text_encoders)\..+\.path|(vae|vision_encoder)\.path|base|captions\.table|(stages\..+\.)?"
+    r"(data\.(datasets\..+\.)?(path|layers\..+)|encoders\.(vae|text\..+)|model\.init_from|start_from\.run)"
 )
 
 
@@ -90,9 +90,9 @@ def check_stage(
     written = flatten(read_yaml(folder / file, overrides))
     inputs = {key: path for key, path in written.items() if path and READ.fullmatch(key)}
     if action == "prepare":
-        from data_prep.config import PrepareConfig
+        from data_prep.config import config_of
 
-        prepare = load_config(PrepareConfig, folder / file, overrides)
+        prepare = config_of(read_yaml(folder / file, overrides), file)
         return file, inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes
     from pipeline.config import TrainConfig

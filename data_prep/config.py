@@ -15,14 +15,14 @@ from data_prep.encoders import (
     configured,
 )
 from data_prep.images import ImagesConfig, list_buckets
+from data_prep.schema import text_record
 from data_prep.sources import SourceConfig
-from models.config import Config, Entries, InputError
+from data_prep.storage import AbsolutePath
+from models.config import Config, Entries, InputError, Place, parse_config
 from models.text_conventions import (
     CONVENTIONS,
     REFUSED,
     Combination,
-    Convention,
-    combination,
     own_view,
 )
 from models.weights import Dtype
@@ -98,14 +98,8 @@ class PrepareConfig(Config):
 
     def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of the text; `roles`: what the encoders say of themselves."""
-        encoders, absent = self.text_encoders, dict[str, tuple[int, int]]()
-        read = combination(self.text, {name: encoder.view for name, encoder in encoders.items()})
-        if isinstance(read, Convention):
-            missing = read.optional.keys() - encoders.keys()
-            absent = {n: (read.roles[n].max_length, read.optional[n]) for n in missing}
-        name = self.text if isinstance(self.text, str) else "custom"
-        said = {"convention": name, "roles": roles, "absent": absent}
-        return said | {key: getattr(read, key) for key in Combination.model_fields}
+        views = {name: encoder.view for name, encoder in self.text_encoders.items()}
+        return text_record(self.text, roles, views)
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:
@@ -116,6 +110,72 @@ class PrepareConfig(Config):
                 "classes, all from a column of integers, or none"
             )
         return self
+
+
+class LayerCaptions(CaptionsConfig):
+    """Captions from a table in place of the base's; `per_picture` are drawn as for the base."""
+
+    table: AbsolutePath
+    """A file of Parquet, CSV or JSONL, or a folder of them. Several rows of a picture are several captions."""
+    by: Literal["key", "name"] = "key"
+    """How a row names its picture: column `key`, or columns `source` and `name`, as KEY.json has them."""
+    caption: str = "caption"
+    """Column of the caption, or of a list of equally good ones."""
+    weight: str | None = None
+    """Column of the caption's weight; null: all weigh the same."""
+
+    @model_validator(mode="after")
+    def _per_picture_is_the_bases(self) -> Self:
+        if "per_picture" in self.model_fields_set:
+            raise ValueError("per_picture: no effect, for a layer has as many samples as its base")
+        return self
+
+
+class LayerConfig(Config):
+    """A layer: more members for the pictures of a dataset, which stays as it is."""
+
+    base: Place
+    """The dataset's folder."""
+    captions: LayerCaptions | None = None
+    """Null: the base's."""
+    text: Annotated[str | Combination, AfterValidator(_known)] = "plain"
+    """That of the base and all layers, whose encoders together are to be those of the convention."""
+    text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
+    vision_encoder: VisionEncoderConfig | None = None
+    encode: EncodeConfig | None = None
+    """Null: the base's, so that the numbers are those of a preparation with all encoders at once."""
+    thumbnails_per_shard: int = Field(default=4, ge=1)
+    """Captions of a shard that its proof speaks of."""
+    ray: RayConfig = RayConfig()
+    output: str
+    """A local path, or any fsspec URL; not within the base."""
+
+    @model_validator(mode="after")
+    def _adds_something(self) -> Self:
+        encoders = self.text_encoders
+        if self.captions and not encoders:
+            raise ValueError("captions: no effect without text_encoders")
+        if not (encoders or self.vision_encoder):
+            raise ValueError(
+                "a layer needs text_encoders or a vision_encoder: base alone adds none"
+            )
+        for name, given in encoders.items():
+            encoders[name] = given.model_copy(update=dict(own_view(self.text, name, given)))
+        return self
+
+    def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
+        """What the layer's manifest says of its text, which is read with that of its base."""
+        views = {name: encoder.view for name, encoder in self.text_encoders.items()}
+        if self.text == "plain":
+            return text_record(self.text, roles, views)
+        read = CONVENTIONS[self.text] if isinstance(self.text, str) else self.text
+        said = {"convention": self.text if isinstance(self.text, str) else "custom", "roles": roles}
+        return said | {key: getattr(read, key) for key in Combination.model_fields}
+
+
+def config_of(data: dict[str, Any], where: str) -> PrepareConfig | LayerConfig:
+    """What a YAML file of flowmill prepare holds: a preparation, or with `base` a layer; raises InputError."""
+    return parse_config(LayerConfig if "base" in data else PrepareConfig, data, where)
 
 
 def check_settings(config: PrepareConfig) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import PrepareConfig
+from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.decoder import Address, DecodePool, DecodeRequest
-from data_prep.encoders import Arrays, Codec, Encoder, Text, Vision, configured
-from data_prep.images import Picture, Rejected
+from data_prep.encoders import Arrays, Codec, EncodeConfig, Encoder, Text, Vision, configured
+from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import Member, captions_sha256
@@ -25,12 +25,13 @@ from data_prep.shards import ShardWriter, commit_path, read_commit, work_of, wri
 from data_prep.workers import ATTEMPTS, LOST, Actors, Worker
 from models.config import InputError
 
+CRASH = f"its encoder died {ATTEMPTS} times"
 # Where each bin begins.
 SIDES = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 WORDS = (0, 1, 2, 5, 10, 20, 40, 80, 160)
 HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption": WORDS}
-# A row of the plan and its picture.
-Decoded = tuple[dict[str, Any], Picture]
+# A row of the plan and its Picture, None where no encoder looks at it.
+Decoded = tuple[dict[str, Any], Any]
 
 # torch is imported by `describe`: this module is also imported where only decoding is done.
 
@@ -49,9 +50,25 @@ class Encoders:
 class EncoderSettings:
     """What an actor is made with; `check` raises InputError where the dataset is another process's by now."""
 
-    config: PrepareConfig
+    config: PrepareConfig | LayerConfig
     dataset: Path
     check: Callable[[], None] = lambda: None
+    base_images: ImagesConfig | None = None
+    """How a layer's base looked at its pictures."""
+
+    @property
+    def images(self) -> ImagesConfig:
+        own = self.config.images if isinstance(self.config, PrepareConfig) else None
+        return self.base_images or own or ImagesConfig()
+
+    def beside(self) -> dict[str, Member]:
+        """The members of no encoder."""
+        if isinstance(self.config, LayerConfig):
+            return {}
+        members = {"micro": Member(dtype="float32", shape=(4,))}
+        if any(source.labels for source in self.config.sources.values()):
+            members["label"] = Member(dtype="int64", shape=())
+        return members
 
 
 class ShardEncoder(Worker):
@@ -64,9 +81,9 @@ class ShardEncoder(Worker):
         from ray.util.metrics import Counter
 
         self._config, self._dataset = settings.config, settings.dataset
-        self._check = settings.check
-        self._has_labels = any(source.labels for source in self._config.sources.values())
-        self._pool = DecodePool(self._config.images, num_decoders)
+        self._check, self._images, self._beside = settings.check, settings.images, settings.beside()
+        self._numbers = self._config.encode or EncodeConfig()
+        self._pool = DecodePool(self._images, num_decoders)
         self._encoding = threading.Lock()
         self._encoders: list[Encoder] = []
         self._pictures = Counter("flowmill_pictures", "pictures encoded and committed")
@@ -79,18 +96,16 @@ class ShardEncoder(Worker):
         visions = [e.record() for e in self._encoders if isinstance(e, Vision)]
         roles = {text.name: text.record() for text in self._texts}
         text = self._config.text_record(roles)
-        record = {
-            "codec": self._codec.record(),
-            "text": text,
-            "vision": visions[0] if visions else None,
-        }
+        record = {"text": text, "vision": visions[0] if visions else None}
+        if any(isinstance(encoder, Codec) for encoder in self._encoders):
+            record["codec"] = self._codec.record()
         empty_caption = dict[str, np.ndarray]()
         for encoder in self._texts:
             empty_caption |= encoder.encode_empty(text["empty"])
         return Encoders(record, self._members(), empty_caption)
 
     def _open(self) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(self._config.encode.threads)
+        os.environ["OMP_NUM_THREADS"] = str(self._numbers.threads)
         # Torch takes a VAE's activations from the kernel anew at every layer; of small pages that alone
         # is a third of the time on CPUs.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -98,7 +113,7 @@ class ShardEncoder(Worker):
 
         from models.numerics import be_deterministic
 
-        torch.set_num_threads(self._config.encode.threads)
+        torch.set_num_threads(self._numbers.threads)
         be_deterministic()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._encoders = [
@@ -120,11 +135,7 @@ class ShardEncoder(Worker):
         for encoder in self._encoders:
             if reads in (None, encoder.reads):
                 members |= encoder.members()
-        if reads is None:
-            members["micro"] = Member(dtype="float32", shape=(4,))
-            if self._has_labels:
-                members["label"] = Member(dtype="int64", shape=())
-        return members
+        return members | (self._beside if reads is None else {})
 
     def encode_shard(
         self, spec: ShardSpec, number: int, deadly: Collection[int] = ()
@@ -135,15 +146,12 @@ class ShardEncoder(Worker):
         """
         if commit := read_commit(self._dataset, spec.path):
             return commit
-        from models.text_encoder import count_cut
-
-        planned = read_planned(work_of(self._dataset, spec.generation), number).to_pylist()
+        planned = self._planned(spec, number)
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
         sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
         samples = ProofSamples(self._config.thumbnails_per_shard)
-        crash = f"its encoder died {ATTEMPTS} times"
-        rejects = [_reject(planned[place], "encoder_crash", crash) for place in deadly]
+        rejects = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
@@ -160,37 +168,46 @@ class ShardEncoder(Worker):
             commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
             commit |= {"latent_square_sum": sums[2].tolist()}
             commit |= {"psnr_db": psnr_db, "rejects": rejects}
-            captions = [caption for row in kept for caption in row["captions"]]
-            commit["cut_captions"] = {
-                text.name: count_cut(text.model.tokenizer, captions, text.model.view)
-                for text in self._texts
-            }
-            write_text(commit_path(self._dataset, spec.path), json.dumps(commit))
+            self._commit(commit, kept)
         finally:
             writer.abandon()
+        return commit
+
+    def _commit(self, commit: dict[str, Any], kept: list[dict[str, Any]]) -> None:
+        """Write a shard's commit record, and count."""
+        from models.text_encoder import count_cut
+
+        captions = [caption for row in kept for caption in row["captions"]]
+        commit["cut_captions"] = {
+            text.name: count_cut(text.model.tokenizer, captions, text.model.view)
+            for text in self._texts
+        }
+        write_text(commit_path(self._dataset, commit["path"]), json.dumps(commit))
         if kept:
             self._pictures.inc(len(kept))
             self._bytes.inc(commit["bytes"])
-        for reject in rejects:
-            self._rejects.inc(1, {"reason": reject["reason"]})
-        return commit
+        for rejected in commit["rejects"]:
+            self._rejects.inc(1, {"reason": rejected["reason"]})
+
+    def _planned(self, spec: ShardSpec, number: int) -> list[dict[str, Any]]:
+        """The rows of the plan for the shard that is its `number`th."""
+        return read_planned(work_of(self._dataset, spec.generation), number).to_pylist()
 
     def try_picture(self, spec: ShardSpec, number: int, place: int) -> None:
         """Encode one picture of a shard for nothing, which finds the one that kills its encoder."""
-        work = work_of(self._dataset, spec.generation)
-        rows = read_planned(work, number).slice(place, 1).to_pylist()
+        rows = self._planned(spec, number)[place : place + 1]
         for batch in self._batches(spec, rows, []):
             for _ in self._encode_batch(batch, [], self._flips(spec)):
                 pass
 
     def _flips(self, spec: ShardSpec) -> bool:
-        return self._config.images.flip and spec.split == "train"
+        return self._images.flip and spec.split == "train"
 
     def _batches(
         self, spec: ShardSpec, rows: list[dict[str, Any]], rejects: list[dict[str, str]]
     ) -> Iterator[list[Decoded]]:
         """Decoded pictures in the plan's order, `batch_size` at a time; at most two batches are ahead."""
-        size, batch = self._config.encode.batch_size, list[Decoded]()
+        size, batch = self._numbers.batch_size, list[Decoded]()
         asked = ((row, self._pool.submit(self._request(row, spec))) for row in rows)
         waiting = deque(islice(asked, 2 * size))
         while waiting:
@@ -200,7 +217,7 @@ class ShardEncoder(Worker):
                 batch.append((row, answer))
             else:
                 assert isinstance(answer, Rejected)
-                rejects.append(_reject(row, answer.reason, answer.detail))
+                rejects.append(reject(row, answer.reason, answer.detail))
             waiting.extend(islice(asked, 1))
             if len(batch) == size or (batch and not waiting):
                 yield batch
@@ -208,7 +225,7 @@ class ShardEncoder(Worker):
 
     def _request(self, row: dict[str, Any], spec: ShardSpec) -> DecodeRequest:
         address = Address(row["path"], row["offset"], row["length"])
-        crop_at = (0.5, 0.5) if self._config.images.crop == "center" else _random_pair(row["key"])
+        crop_at = (0.5, 0.5) if self._images.crop == "center" else _random_pair(row["key"])
         return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
 
     def _encode_batch(
@@ -217,11 +234,7 @@ class ShardEncoder(Worker):
         """Every picture's arrays by name: of its distinct captions, the second's end in .2, and so on."""
         captions = [list(dict.fromkeys(row["captions"])) for row, _ in batch]
         with self._encoding:
-            pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
-            seen = in_halves(partial(self._encode, "pixels"), pixels)
-            if flip:
-                mirrored = in_halves(partial(self._encode, "pixels"), pixels[:, :, ::-1].copy())
-                seen |= {f"{name}.flip": values for name, values in mirrored.items()}
+            seen = self._see(batch, flip) if self._members("pixels") else {}
             text = in_halves(partial(self._encode, "captions"), list(chain(*captions)))
         place = 0
         for i, (row, picture) in enumerate(batch):
@@ -229,16 +242,26 @@ class ShardEncoder(Worker):
             for number in range(len(captions[i])):
                 arrays |= {_numbered(n, number): v[place + number] for n, v in text.items()}
             place += len(captions[i])
-            arrays["micro"] = picture.micro
-            if flip:
-                arrays["micro.flip"] = _mirrored(picture)
-            if self._has_labels:
+            if "micro" in self._beside:
+                arrays["micro"] = picture.micro
+                if flip:
+                    arrays["micro.flip"] = _mirrored(picture)
+            if "label" in self._beside:
                 arrays["label"] = np.array(row["label"], np.int64)
             if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                 detail = f"{', '.join(bad)}: NaN, or over 65504, what float16 holds"
-                rejects.append(_reject(row, "not_finite", detail))
+                rejects.append(reject(row, "not_finite", detail))
             else:
                 yield row, picture, arrays
+
+    def _see(self, batch: list[Decoded], flip: bool) -> dict[str, Any]:
+        """What the encoders of pictures make of a batch, and of its mirror images where those are wanted."""
+        pixels = np.stack([picture.pixels for _, picture in batch])  # (B, H, W, 3)
+        seen = in_halves(partial(self._encode, "pixels"), pixels)
+        if flip:
+            mirrored = in_halves(partial(self._encode, "pixels"), pixels[:, :, ::-1].copy())
+            seen |= {f"{name}.flip": values for name, values in mirrored.items()}
+        return seen
 
     def _encode(self, reads: str, batch: Any) -> Arrays:
         """Every member's array of each picture, uint8 (B, H, W, 3), or of each caption."""
@@ -362,7 +385,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _reject(row: dict[str, Any], reason: str, detail: str) -> dict[str, str]:
+def reject(row: dict[str, Any], reason: str, detail: str) -> dict[str, str]:
     names = {name: row[name] for name in ("key", "source", "name")}
     return names | {"reason": reason, "detail": detail}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_prep.config import PrepareConfig
+from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.report import console
 from data_prep.scan import (
     LISTING,
@@ -58,7 +58,7 @@ class StoreLock(Lock):
         patient(self._path.fs.pipe_file, self._path.path, text.encode())
 
 
-def lock_output(config: PrepareConfig) -> Lock:
+def lock_output(config: PrepareConfig | LayerConfig) -> Lock:
     """The lock of an output folder that may be written to; raises InputError where that may not be."""
     in_ray_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if in_ray_job and not (is_remote(config.output) or os.path.isabs(config.output)):
@@ -67,7 +67,7 @@ def lock_output(config: PrepareConfig) -> Lock:
             "Ray's copy of the working directory. Remedy: output=/shared/disk/..."
         )
     dataset = open_root(config.output, "output")
-    for name, source in config.sources.items():
+    for name, source in config.sources.items() if isinstance(config, PrepareConfig) else ():
         if f"{dataset}/".startswith(f"{open_root(source.path, 'path')}/"):
             raise InputError(
                 f"output: {config.output} lies in sources.{name}.path {source.path}, whose files it would "
@@ -100,7 +100,7 @@ def open_output(
                 if count := delete(path):
                     console.print(f"deleted {path} ({count} files)")
         if facts := begun_facts(dataset):
-            _refuse_other_settings(config.output, facts[0]["settings"], settings)
+            refuse_other_settings(config.output, facts[0]["settings"], settings)
         else:
             begin(config, dataset, settings, compare([], listing))
     except OSError as error:
@@ -150,11 +150,11 @@ def begin(
     return Intake(work, found.new, classes, number)
 
 
-def _refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+def refuse_other_settings(output: str, begun: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raise InputError with every difference, but for sources that were added."""
-    known, now = begun["config"]["sources"], settings["config"]
-    sources = {name: source for name, source in now["sources"].items() if name in known}
-    same = settings | {"config": now | {"sources": sources}}
+    known, now = begun["config"].get("sources", {}), settings["config"]
+    sources = {n: s for n, s in now.get("sources", {}).items() if n in known}
+    same = settings | {"config": now | ({"sources": sources} if known else {})}
     changes = [
         f"  {key.removeprefix('config.')}: {old} -> {new}"
         for key, (old, new) in differences(begun, same).items()

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.numpy import load
 
 from data_prep.catalog import STAGED
-from data_prep.config import PrepareConfig, check_settings
+from data_prep.config import LayerConfig, PrepareConfig, check_settings
 from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.encoders import weight_of
@@ -37,7 +37,7 @@ def prepare(
     A generation that was begun is finished first, as it was listed; what is new in the sources makes the next.
     """
     spent = dict[str, float]()
-    with _stage(spent, "list", "listing the sources and checking the encoders"):
+    with stage(spent, "list", "listing the sources and checking the encoders"):
         settings = check_settings(config)
         listing = list_sources(config)
     if doubt := config.vae.doubt():
@@ -47,13 +47,13 @@ def prepare(
         return {}
     with lock_output(config) as lock, full_disk_is_said(f"output: {config.output}"):
         dataset, found = open_output(config, settings, listing, restart)
-        _tidy(dataset)
+        tidy(dataset)
         found = refuse_changes(config, found, allow_missing, lock.check)
         todo, intakes = unfinished(dataset), found.begun
         if not (todo or found.num_new):
             console.print(f"{dataset} is complete; nothing to do.")
         else:
-            with _stage(spent, "start Ray", "starting Ray"):
+            with stage(spent, "start Ray", "starting Ray"):
                 connect(config.ray)
         for number in todo:
             _make(config, dataset, intakes[number], lock, spent)
@@ -65,12 +65,12 @@ def prepare(
         lock.check()
         for intake in intakes:
             delete(intake.work / STAGED)
-        _tidy(dataset)
+        tidy(dataset)
         print_result(dataset, read_manifest(dataset), spent)
     return spent
 
 
-def _tidy(dataset: Path) -> None:
+def tidy(dataset: Path) -> None:
     """Delete what killed processes left, which may be what fills the disk."""
     for path in filter(is_temporary, [] if is_remote(dataset) else dataset.rglob(".*.tmp")):
         path.unlink(missing_ok=True)
@@ -80,10 +80,10 @@ def _make(
     config: PrepareConfig, dataset: Path, intake: Intake, lock: Lock, spent: dict[str, float]
 ) -> None:
     """Scan, plan, encode and finalise a generation; raises InputError where another preparation takes over."""
-    with _stage(spent, "scan"):
+    with stage(spent, "scan"):
         scan(config, intake, lock.check)
     lock.check()
-    with _stage(spent, "plan", "planning the shards"):
+    with stage(spent, "plan", "planning the shards"):
         earlier = [work_of(dataset, number) for number in range(intake.number)]
         shards = make_plan(config, intake.work, earlier)
     if not shards:
@@ -93,12 +93,12 @@ def _make(
     shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
     with Actors(ShardEncoder, settings, shares, console.print) as actors:
-        with _stage(spent, "load encoders", "loading the encoders"):
+        with stage(spent, "load encoders", "loading the encoders"):
             encoders: Encoders = actors.describe()
-        with _stage(spent, "encode"):
+        with stage(spent, "encode"):
             commits = encode(config, dataset, shards, actors, encoders)
     lock.check()
-    with _stage(spent, "finalise", "writing tables and report"):
+    with stage(spent, "finalise", "writing tables and report"):
         finalise(config, dataset, intake.number, commits, encoders)
 
 
@@ -111,7 +111,7 @@ def _recorded(dataset: Path) -> Encoders:
 
 
 @contextmanager
-def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
+def stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]:
     """Count what is done as this stage, and say so where it draws no bar of its own."""
     start = time.monotonic()
     with status(doing) if doing else nullcontext():
@@ -120,7 +120,7 @@ def _stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None
 
 
 def encode(
-    config: PrepareConfig,
+    config: PrepareConfig | LayerConfig,
     dataset: Path,
     shards: list[ShardSpec],
     actors: Actors,
@@ -130,10 +130,10 @@ def encode(
     commits = read_commits(dataset, [spec.path for spec in shards])
     todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
     total = sum(shard.num_planned for shard in shards)
-    generation, every = shards[0].generation, config.publish_every_shards
-    if sealed_commits(work_of(dataset, generation)):
-        # It lost a shard, and is published whole.
-        every = None
+    generation, every = shards[0].generation, None
+    # One that lost a shard is published whole, and so is a layer.
+    if isinstance(config, PrepareConfig) and not sealed_commits(work_of(dataset, generation)):
+        every = config.publish_every_shards
     done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
     with Progress("encode", total, "pictures", done) as progress:
         for count, (number, commit) in enumerate(encode_shards(actors, todo), start=1):
@@ -141,7 +141,7 @@ def encode(
             done += commit["num_planned"]
             rejected += len(commit["rejects"])
             progress.update(done, rejected)
-            if every and count % every == 0:
+            if isinstance(config, PrepareConfig) and every and count % every == 0:
                 publish(config, dataset, generation, [c for c in commits if c], encoders)
     assert all(commits), "the actors returned before every shard was committed"
     return [commit for commit in commits if commit]

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from data_prep.config import PrepareConfig
-from models.command import load_config, run_command
+from data_prep.config import LayerConfig, config_of
+from models.command import read_yaml, run_command
+from models.config import InputError
 
 
 def main(
@@ -27,10 +28,18 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """Prepare pictures for training: latents and text embeddings in shards."""
+    """Prepare pictures for training: latents and text embeddings in shards; with `base`, a layer over a dataset."""
+    found = config_of(read_yaml(config, overrides or []), str(config))
+    if isinstance(found, LayerConfig):
+        from data_prep.layer import prepare_layer
+
+        if allow_missing:
+            raise InputError("--allow-missing: a layer has no sources of which files could be gone")
+        prepare_layer(found, dry_run, restart)
+        return
     from data_prep.preparation import prepare
 
-    prepare(load_config(PrepareConfig, config, overrides or []), dry_run, restart, allow_missing)
+    prepare(found, dry_run, restart, allow_missing)
 
 
 if __name__ == "__main__":

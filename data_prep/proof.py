@@ -22,11 +22,11 @@ PROJECTED = 64
 
 @dataclass(frozen=True)
 class ProofSample:
-    """A picture as it was encoded, (H, W, 3) uint8, and its stored arrays by member."""
+    """A picture as it was encoded, (H, W, 3) uint8, None of a layer, and its stored arrays by member."""
 
     key: str
     caption: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     arrays: dict[str, np.ndarray]
 
 
@@ -48,15 +48,18 @@ class ProofSamples:
 def make_proof(
     samples: list[ProofSample], decoded: list[np.ndarray], texts: list[str]
 ) -> tuple[bytes, list[float]]:
-    """The file's bytes, and the PSNR in dB of each decoded picture; texts: members to be projected."""
-    psnr = [psnr_db(s.pixels, after) for s, after in zip(samples, decoded, strict=True)]
-    arrays = {
-        "key": np.stack([np.frombuffer(s.key.encode(), np.uint8) for s in samples]),
-        "original": np.stack([thumbnail(s.pixels) for s in samples]),
-        "decoded": np.stack([thumbnail(pixels) for pixels in decoded]),
-        "psnr_db": np.array(psnr, np.float32),
-        "caption_sha256": np.stack([caption_hash(s.caption) for s in samples]),
-    }
+    """The file's bytes, and the PSNR in dB of each decoded picture; texts: members to be projected.
+
+    A layer's proof shows no pictures.
+    """
+    keys = [np.frombuffer(s.key.encode(), np.uint8) for s in samples]
+    hashes = [caption_hash(s.caption) for s in samples]
+    arrays, psnr = {"key": np.stack(keys), "caption_sha256": np.stack(hashes)}, list[float]()
+    if originals := [s.pixels for s in samples if s.pixels is not None]:
+        psnr = [psnr_db(*pair) for pair in zip(originals, decoded, strict=True)]
+        arrays["original"] = np.stack([thumbnail(pixels) for pixels in originals])
+        arrays["decoded"] = np.stack([thumbnail(pixels) for pixels in decoded])
+        arrays["psnr_db"] = np.array(psnr, np.float32)
     for name in texts:
         arrays[f"{name}.projection"] = np.stack([project(s.arrays[name]) for s in samples])
     return save(arrays), psnr

@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 
 from models.codec_layouts import PIXELS, Normalisation
 from models.config import Config, InputError, parse_config
-from models.text_conventions import CONVENTIONS, Arrangement, Combination, Store, View, fixed
+from models.text_conventions import (
+    CONVENTIONS,
+    Arrangement,
+    Combination,
+    Convention,
+    Store,
+    View,
+    combination,
+    fixed,
+)
 
 FORMAT_VERSION = 2
 
@@ -54,6 +63,9 @@ SHARD_SCHEMA = pa.schema(
         ("proof_sha256", pa.string()),
         # The hash of [[key, captions as drawn], ...]; null where no sample has a caption.
         ("captions_sha256", pa.string()),
+        # Of a layer alone: the hash of the base's tar, and the rows of its index that the layer lacks.
+        ("base_sha256", pa.string()),
+        ("missing", pa.list_(pa.int32())),
     ]
 )
 REJECT_SCHEMA = pa.schema(
@@ -221,6 +233,7 @@ class BaseRecord(Config):
     path: str
     id: str
     fingerprint: str
+    """That of its last generation which the layer reaches."""
 
 
 class Manifest(Config):
@@ -276,7 +289,8 @@ class Manifest(Config):
 
     def with_fingerprint(self) -> "Manifest":
         content = self.model_dump(mode="json")
-        return self.model_copy(update={"fingerprint": _content_fingerprint(content)})
+        # Every field is set, as in a file of these.
+        return self.model_validate(content | {"fingerprint": _content_fingerprint(content)})
 
     def shape_in_bucket(self, name: str, height: int, width: int) -> tuple[int | None, ...]:
         """A member's shape in samples of a bucket, pixels; None is left of a text's number of tokens."""
@@ -353,9 +367,23 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     return manifest
 
 
-def captions_sha256(captions: list[tuple[str, list[str]]]) -> str | None:
-    """The hash of a shard's keys and captions as drawn; None where none of its pictures has a caption."""
-    if not any(any(texts) for _, texts in captions):
+def text_record(text: str | Combination, roles: dict[str, Any], views: dict[str, View]) -> Any:
+    """TextRecord's fields of roles that are read so; raises InputError where their views do not fit it."""
+    read, absent = combination(text, views), dict[str, tuple[int, int]]()
+    if isinstance(read, Convention):
+        missing = read.optional.keys() - views.keys()
+        absent = {n: (read.roles[n].max_length, read.optional[n]) for n in missing}
+    name = text if isinstance(text, str) else "custom"
+    said = {"convention": name, "roles": roles, "absent": absent}
+    return said | {key: getattr(read, key) for key in Combination.model_fields}
+
+
+def captions_sha256(captions: Sequence[tuple[str, list[str] | None]]) -> str | None:
+    """The hash of a shard's keys and captions as drawn; None where none of its pictures has a caption.
+
+    Of a layer all pictures of the base's shard count, with null for those that got no caption.
+    """
+    if not any(any(texts or ()) for _, texts in captions):
         return None
     text = json.dumps(captions, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

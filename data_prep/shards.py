@@ -97,6 +97,10 @@ class ShardWriter:
         for variant in variants or [{}]:
             self._index.append([places[variant.get(name, name)] for name in self._members])
 
+    def skip(self, rows: int) -> None:
+        """Rows of the index that lead nowhere: a layer lacks them."""
+        self._index += [[(0, 0)] * len(self._members)] * rows
+
     def _append(self, name: str, data: bytes) -> int:
         """Offset just past the data."""
         member = tarfile.TarInfo(name)

@@ -100,6 +100,8 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     twice = [] if wrong else ends[1:][ends[1:] == ends[:-1]].tolist()
     problems += wrong + [f"a key that ends in {end:016x} is in two shards" for end in twice]
     problems += _count_problems(manifest, rows, rejects)
+    if manifest.base:
+        problems += _base_problems(dataset, manifest.base, rows)
     problems += _strangers(dataset, rows)
     if manifest.text.roles:
         problems += _empty_caption_problems(dataset / EMPTY_CAPTION, manifest)
@@ -125,6 +127,10 @@ def drifted(
     from data_prep.recorded import encode_caption, open_codec, open_texts
 
     manifest = schema.read_manifest(dataset)
+    if decode and manifest.base:
+        raise InputError(
+            f"--decode: {dataset} is a layer, whose base has the latents. Remedy: --encode."
+        )
     roles = manifest.text.roles
     if strange := [name for name, folder in text.items() if name not in roles or not folder]:
         raise InputError(f"--text: got {strange[0]}, expected NAME=FOLDER of {', '.join(roles)}")
@@ -176,10 +182,11 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> Audit
             for path, local, column in (*hashed, (proof, proof, "proof_sha256")):
                 if file_sha256(local) != row[column]:
                     raise Wrong(f"{path.name} is not what the table says (sha256)")
-            said = read_proof(dataset, row["path"])
+            # That of a layer which has none of the shard's pictures is empty.
+            said = read_proof(dataset, row["path"]) if proof.stat().st_size else {}
             proved = {
                 key: {name: values[i] for name, values in said.items()}
-                for i, key in enumerate(proof_keys(said))
+                for i, key in enumerate(proof_keys(said) if said else ())
             }
             found = schema.read_index(Path(places))
             keys = _audit_samples(Path(shard), found, manifest, row, proved)
@@ -187,7 +194,8 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> Audit
         return str(wrong), "", "", np.zeros(0, "u8")
     except (OSError, ValueError, tarfile.TarError) as error:
         return f"{type(error).__name__}: {error}", "", "", np.zeros(0, "u8")
-    return "", keys[0], keys[-1], np.array([int(key[-16:], 16) for key in keys], "u8")
+    ends = np.array([int(key[-16:], 16) for key in keys], "u8")
+    return ("", keys[0], keys[-1], ends) if keys else ("", "", "", ends)
 
 
 def _audit_samples(
@@ -197,6 +205,10 @@ def _audit_samples(
     members, each = list(manifest.members), manifest.samples_per_picture[row["split"]]
     if index.shape[:2] != (row["num_samples"], len(members)):
         raise Wrong(f"index {index.shape}, expected {row['num_samples']} samples, {len(members)}")
+    missing = row["missing"] or []
+    if (empty := np.flatnonzero((index == 0).all(axis=(1, 2))).tolist()) != missing:
+        raise Wrong(f"its index has nothing in rows {empty}, the table says {missing}")
+    index = np.delete(index, missing, axis=0)
     captions = list[tuple[str, list[str]]]()
     with tarfile.open(path, "r:") as tar:
         for begin in range(0, len(index), each):
@@ -214,7 +226,9 @@ def _audit_samples(
     for (before, _), (after, _) in pairwise(captions):
         if after <= before:
             raise Wrong(f"key {after} is out of order or there twice")
-    if schema.captions_sha256(captions) != row["captions_sha256"]:
+    # What is said of a picture that a layer rejected is not in its tar.
+    told = captions if manifest.text.roles or not manifest.base else []
+    if not missing and schema.captions_sha256(told) != row["captions_sha256"]:
         raise Wrong("its captions are not those that the table says (sha256)")
     return [key for key, _ in captions]
 
@@ -305,6 +319,7 @@ def _order_problems(rows: list[dict[str, Any]], keys: list[list[Any]]) -> list[s
 def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
     counts = manifest.counts
     shards, kept = Counter(row["generation"] for row in rows), Counter[int]()
+    rows = [r | {"num_samples": r["num_samples"] - len(r["missing"] or ())} for r in rows]
     for row in rows:
         each = manifest.samples_per_picture[row["split"]]
         kept[row["generation"]] += row["num_samples"] // each
@@ -324,6 +339,38 @@ def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.
         for name, (said, found) in checks.items()
         if said != found
     ]
+
+
+def _base_problems(
+    dataset: Path, record: schema.BaseRecord, rows: list[dict[str, Any]]
+) -> list[str]:
+    """Shards of a layer that are not of the base's as they are now, or not of its pictures row by row."""
+    try:
+        base = open_root(record.path, "base")
+        below = {row["path"]: row for row in schema.read_shard_table(base).to_pylist()}
+        each, problems = schema.read_manifest(base).samples_per_picture, list[str]()
+        for row in rows:
+            path = row["path"]
+            if path not in below or below[path]["sha256"] != row["base_sha256"]:
+                problems.append(f"{path}: was made for another shard of {record.path}")
+                continue
+            keys, step = _keys_of(base / path), each[row["split"]]
+            gone = {number // step for number in row["missing"] or ()}
+            expected = [key for number, key in enumerate(keys) if number not in gone]
+            if (found := _keys_of(dataset / path)) != expected or len(keys) * step != row[
+                "num_samples"
+            ]:
+                at = next((k for k, e in zip(found, expected) if k != e), f"{len(found)} pictures")  # noqa: B905
+                problems.append(f"{path}: its pictures are not the base's, row by row: {at}")
+    except (InputError, OSError, tarfile.TarError) as error:
+        return [f"base: {record.path}: {error}"]
+    return problems
+
+
+def _keys_of(shard: Path) -> list[str]:
+    """The keys of a shard's pictures in their order."""
+    with local_copy(str(shard)) as path, tarfile.open(path, "r:") as tar:
+        return [name.split(".")[0] for name in tar.getnames() if name.endswith(".json")]
 
 
 def _strangers(dataset: Path, rows: list[dict[str, Any]]) -> list[str]:

@@ -19,10 +19,10 @@ Options = TypeVar("Options")
 RunFolder = Annotated[Path, typer.Argument(help="folder of a training run")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
-PLACES = r"data\.path|data\.datasets\.[^.]+\.path|encoders\.vae|encoders\.text\.[^.]+"
+PLACES = r"data\.(datasets\.[^.]+\.)?(path|layers\.[^.]+)|encoders\.vae|encoders\.text\.[^.]+"
 """Keys of a run's config that say where something lies, which may have moved since."""
 
-MOVED = "data.path, encoders.vae or encoders.text.NAME=FOLDER of what has moved"
+MOVED = "data.path, data.layers.NAME, encoders.vae or encoders.text.NAME=FOLDER of what has moved"
 PlaceOverrides = Annotated[list[str] | None, typer.Argument(help=MOVED)]
 SamplerOverrides = Annotated[list[str] | None, typer.Argument(help=f"sampler.key=value; {MOVED}")]
 Weights = Annotated[str, typer.Option(help="raw, ema, or another average")]

@@ -17,6 +17,7 @@ CONFIGS = {
     "train": "pipeline.config:TrainConfig",
     "prepare": "data_prep.config:PrepareConfig",
     "fit-vae": "data_prep.config:FitVaeConfig",
+    "layer": "data_prep.config:LayerConfig",
 }
 """Stage -> the class of its configs."""
 
@@ -48,6 +49,8 @@ def read_config(path: Path, overrides: list[str]) -> Config:
         path = path / CONFIG if path.is_dir() else path
         tree = read_yaml(path, overrides)
     stage = next((stage for stage, key in STAGES.items() if key in tree), None)
+    # A layer's config is one of flowmill prepare too.
+    stage = "layer" if "base" in tree else stage
     if stage is None:
         keys = ", ".join(f"{key} ({stage})" for stage, key in STAGES.items())
         raise InputError(

@@ -9,7 +9,9 @@ a tenth of each generation are files that the one before it has.
 
 import contextlib
 import io
+import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +34,11 @@ from tests.ray_cluster import RayCluster, below
 
 ROOT = Path(__file__).parent.parent
 VICTIMS = ("actor", "decoder", "scanner", "raylet", "driver")
-CMDLINES = {"actor": "ray::ShardEncoder", "decoder": "data_prep.decoder", "scanner": "ray::_scan"}
+CMDLINES = {
+    "actor": "ray::(Shard|Layer)Encoder",
+    "decoder": "data_prep.decoder",
+    "scanner": "ray::_scan",
+}
 
 
 class TwoRaylets(RayCluster):
@@ -48,7 +54,7 @@ class TwoRaylets(RayCluster):
         other = below(self._other) if self._other else []
         if kind == "raylet":
             return [p for p in other if p.name() == "raylet"]
-        return [p for p in below(self._head) + other if CMDLINES[kind] in command_line(p)]
+        return [p for p in below(self._head) + other if re.search(CMDLINES[kind], command_line(p))]
 
     def new_other(self) -> None:
         """The second node; of one whose raylet was killed nothing is left."""
@@ -129,6 +135,17 @@ def some_pictures(folder: Path, count: int, first: int = 0) -> Path:
     return folder
 
 
+def config_of_layer(folder: Path) -> Path:
+    """A second encoder over the base, whose pictures are gone by now."""
+    from tests.test_text_encoder import save_encoder
+
+    shutil.rmtree(folder / "pictures")
+    path = folder / "layer.yaml"
+    encoder = {"path": str(save_encoder(folder / "t5", "t5")), "max_length": 8}
+    path.write_text(json.dumps({"base": str(folder / "base"), "text_encoders": {"t5": encoder}}))
+    return path
+
+
 def at_random(rng: random.Random, budget: int, mean_s: float) -> Callable[[list[str]], str | None]:
     """Choose a victim about every `mean_s`, `budget` times."""
     due, left = time.monotonic() + rng.expovariate(1 / mean_s), budget
@@ -187,6 +204,9 @@ def main(
     pictures: Annotated[int, typer.Option(min=50)] = 1200,
     generations: Annotated[int, typer.Option(min=1, help="of `pictures` each")] = 1,
     every_s: Annotated[float, typer.Option(help="mean time between kills")] = 4.0,
+    layer: Annotated[
+        bool, typer.Option("--layer", help="of a text layer over the pictures")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Kill, resume, compare; exit status 1 where a byte differs."""
@@ -209,6 +229,10 @@ def main(
         )
         cluster = TwoRaylets(folder)
         try:
+            if layer:
+                base = drive(config, cluster.environment, f"output={folder / 'base'}")
+                assert base.wait() == 0, (folder / "driver.log").read_text()
+                config = config_of_layer(folder)
             output = folder / "reference"
             for number in range(generations):
                 sources.add(number + 1)

@@ -3,8 +3,9 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_prep.schema import (
     MANIFEST,
     SHARD_SCHEMA,
     SHARD_TABLE,
+    BaseRecord,
     BucketRecord,
     CodecRecord,
     Counts,
@@ -26,7 +28,10 @@ from data_prep.schema import (
     Manifest,
     Member,
     TextRecord,
+    captions_sha256,
     index_path,
+    read_manifest,
+    read_shard_table,
 )
 from models.files import file_sha256
 
@@ -46,8 +51,18 @@ class Kind:
     downscale: int = 8
     bare: bool = False  # moments and tokens only
     pads: str = "masked"
+    only: tuple[str, ...] = ()  # members that are stored of all: a layer's, or its base's
+    caption: str = "number"
+
+    @property
+    def own(self) -> dict[str, tuple[int, int]]:
+        return {n: e for n, e in self.encoders.items() if not self.only or n in self.only}
 
     def members(self) -> dict[str, Member]:
+        whole = self.whole_members()
+        return {n: member for n, member in whole.items() if not self.only or n in self.only}
+
+    def whole_members(self) -> dict[str, Member]:
         depth = self.channels * (1 if self.deterministic else 2)
         members = {"moments": Member(dtype="float16", shape=(depth, None, None))}
         for name, (_, dim) in self.encoders.items():
@@ -62,7 +77,7 @@ class Kind:
     def sample(self, number: int, bucket: Bucket) -> Sample:
         """micro[0] is the sample's number; its other arrays are drawn from it."""
         rng, arrays = np.random.default_rng(number), {}
-        for name, member in self.members().items():
+        for name, member in self.whole_members().items():
             shape = tuple(side for side in member.shape if side is not None)
             if name == "moments":
                 shape = *shape, bucket[0] // self.downscale, bucket[1] // self.downscale
@@ -74,10 +89,16 @@ class Kind:
             arrays["micro"] = np.array([number, *bucket, 0], np.float32)
         if self.label:
             arrays["label"] = np.array(number % 10, np.int64)
-        return arrays
+        return {name: arrays[name] for name in self.members()}
 
 
-def write_tar(path: Path, samples: list[Sample], keys: list[str], facts: bool = True) -> None:
+def write_tar(
+    path: Path,
+    samples: list[Sample],
+    keys: list[str],
+    facts: bool = True,
+    caption: str = "number",
+) -> None:
     """A plain WebDataset shard with USTAR headers; facts: with KEY.json."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -92,7 +113,7 @@ def write_tar(path: Path, samples: list[Sample], keys: list[str], facts: bool = 
                 np.lib.format.write_array(file, array, allow_pickle=False)
                 add(f"{key}.{name}.npy", file.getvalue())
             if facts:
-                add(f"{key}.json", json.dumps({"caption": f"number {int(key)}"}).encode())
+                add(f"{key}.json", json.dumps({"caption": f"{caption} {int(key)}"}).encode())
 
 
 def make_index(path: Path, samples: list[Sample]) -> np.ndarray:
@@ -104,7 +125,8 @@ def make_index(path: Path, samples: list[Sample]) -> np.ndarray:
         [(ends[f"{key}.{name}.npy"] - array.nbytes, array.nbytes) for name, array in sample.items()]
         for key, sample in zip(keys, samples, strict=True)
     ]
-    return np.array(spans, np.int64)
+    members = len(samples[0]) if samples else 0
+    return np.array(spans, np.int64).reshape(len(samples), members, 2)
 
 
 def make_dataset(
@@ -115,9 +137,15 @@ def make_dataset(
     heldout: list[tuple[Bucket, int]] | None = None,
     first: int = 0,
     codec: dict[str, Any] | None = None,
-    write: Callable[[Path, list[Sample], list[str]], None] = write_tar,
+    write: Callable[[Path, list[Sample], list[str]], None] | None = None,
+    missing: Collection[int] = (),
+    base: Path | None = None,
 ) -> Path:
-    """Write a dataset of shards (bucket, samples), numbered from `first`; codec: fields of its record."""
+    """Write a dataset of shards (bucket, samples), numbered from `first`; codec: fields of its record.
+
+    The numbers in `missing` are left out; of a layer, which lies over `base`, their rows are empty.
+    """
+    below = {r["path"]: r["sha256"] for r in read_shard_table(base).to_pylist()} if base else {}
     kind, rows, number = kind or Kind(), [], first
     plan = [("train", *shard) for shard in shards] + [
         ("heldout", *shard) for shard in heldout or []
@@ -126,21 +154,37 @@ def make_dataset(
         path = f"shards/{bucket[0]}x{bucket[1]}/{split}-{serial:06d}.tar"
         tar, index = folder / path, folder / index_path(path)
         tar.parent.mkdir(parents=True, exist_ok=True)
-        samples = [kind.sample(n, bucket) for n in range(number, number + count)]
+        numbers = range(number, number + count)
+        there = [n for n in numbers if n not in missing]
+        samples = [kind.sample(n, bucket) for n in there]
         tar.unlink(missing_ok=True)  # never change a file in place: it may be mapped
-        write(tar, samples, [f"{n:08d}" for n in range(number, number + count)])
-        np.save(index, make_index(tar, samples))
+        (write or partial(write_tar, caption=kind.caption))(
+            tar, samples, [f"{n:08d}" for n in there]
+        )
+        found, lacks = make_index(tar, samples), None
+        if base:
+            lacks = [n - number for n in numbers if n in missing]
+            whole = np.zeros((count, len(kind.members()), 2), np.int64)
+            whole[[n - number for n in there]] = found
+            found = whole
+        np.save(index, found)
         number += count
-        hashes = file_sha256(tar), file_sha256(index), None, None
-        rows.append((path, 0, *bucket, split, count, tar.stat().st_size, *hashes))
+        said = captions_sha256([(f"{n:08d}", [f"{kind.caption} {n}"]) for n in numbers])
+        hashes = file_sha256(tar), file_sha256(index), None, said, below.get(path), lacks
+        rows.append((path, 0, *bucket, split, len(found), tar.stat().st_size, *hashes))
     columns = [list(column) for column in zip(*sorted(rows), strict=True)]
     pq.write_table(pa.table(columns, schema=SHARD_SCHEMA), folder / SHARD_TABLE)
-    manifest = make_manifest(kind, plan, codec or {}).with_fingerprint()
+    manifest = make_manifest(kind, plan, codec or {})
+    if base:
+        of_base = read_manifest(base)
+        record = BaseRecord(path=str(base), id=of_base.id, fingerprint="f1rst")
+        manifest = manifest.model_copy(update={"id": "1a7e2", "base": record})
+    manifest = manifest.with_fingerprint()
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
-    if kind.encoders:
-        rows = {n: length if kind.pads == "kept" else 2 for n, (length, _) in kind.encoders.items()}
-        empty = {n: torch.full((rows[n], dim), 0.5) for n, (_, dim) in kind.encoders.items()}
-        empty |= {f"{n}_pooled": torch.full((dim,), 0.25) for n, (_, dim) in kind.encoders.items()}
+    if kind.own:
+        rows = {n: length if kind.pads == "kept" else 2 for n, (length, _) in kind.own.items()}
+        empty = {n: torch.full((rows[n], dim), 0.5) for n, (_, dim) in kind.own.items()}
+        empty |= {f"{n}_pooled": torch.full((dim,), 0.25) for n, (_, dim) in kind.own.items()}
         save_file({name: value.half() for name, value in empty.items()}, folder / EMPTY_CAPTION)
     return folder
 
@@ -173,7 +217,7 @@ def make_manifest(
             },
         }
         | {"dim": dim, "pooled_dim": dim}
-        for name, (length, dim) in kind.encoders.items()
+        for name, (length, dim) in kind.own.items()
     }
     text = {
         "tokens": [[name] for name in roles],

@@ -84,7 +84,12 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "options", [("--kills", "30"), ("--kills", "12", "--generations", "3", "--pictures", "150")]
+    "options",
+    [
+        ("--kills", "30"),
+        ("--kills", "12", "--generations", "3", "--pictures", "150"),
+        ("--layer", "--kills", "10", "--every-s", "1.5"),
+    ],
 )
 def test_random_kills_over_repeated_runs_and_growths_change_no_byte(options):
     # It makes a temporary folder of its own: in pytest's, Ray's sockets would have names over 107 bytes.

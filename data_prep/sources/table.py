@@ -105,8 +105,7 @@ class _Table:
 
 def _items(table: _Table) -> Iterator[Item]:
     """The rows as items; what is broken is an item too."""
-    rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
-    for number, row in enumerate(rows[extension_of(table.entry.name)](table)):
+    for number, row in enumerate(_rows(table)):
         name = f"{table.entry.name}/{number:09d}"
         try:
             if isinstance(row, Rejected):
@@ -114,6 +113,17 @@ def _items(table: _Table) -> Iterator[Item]:
             yield _item_of_row(name, row, table)
         except Rejected as rejected:
             yield Item(name, reason=rejected.reason, detail=rejected.detail)
+
+
+def read_rows(entry: Entry, source: TableSource) -> Iterator[Row]:
+    """A table's rows as they are, for those who make no pictures of them; raises Rejected, InputError."""
+    with local_copy(entry.path) as path:
+        yield from _rows(_Table(entry, path, source, ()))
+
+
+def _rows(table: _Table) -> Iterator[Row]:
+    rows = {"parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows}
+    yield from rows[extension_of(table.entry.name)](table)
 
 
 def _merged(table: _Table) -> Iterator[Item]:

@@ -6,7 +6,6 @@ from collections import deque
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from models.conditions import Conditions
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig
 from pipeline.data.config import DataConfig
-from pipeline.data.datasets import Bucket, Mixture
+from pipeline.data.datasets import Bucket, Dataset, Mixture
 from pipeline.data.randomness import fill_noise
 from pipeline.data.shards import Rows, gather, gather_ragged
 
@@ -156,17 +155,18 @@ class EmptyCaption:
         return Conditions(text, mask, torch.cat(pooled)[None] if pooled else None)
 
 
-def load_empty_caption(dataset: Path, manifest: Manifest) -> EmptyCaption | None:
+def load_empty_caption(dataset: Dataset, manifest: Manifest) -> EmptyCaption | None:
     """The dataset's empty caption, stored under the members' names; None without text."""
     if not manifest.text.roles:
         return None
-    path = dataset / EMPTY_CAPTION
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file, needed for caption dropout. Remedy: prepare again."
-        )
-    tensors, arrays = load_file(path), dict[str, Tensor]()
+    arrays = dict[str, Tensor]()
     for name in manifest.text_members():
+        path = dataset.folder_of(name).home / EMPTY_CAPTION
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file, needed for caption dropout. Remedy: prepare again."
+            )
+        tensors = load_file(path)
         if name not in tensors:
             raise InputError(f"{path}: got {sorted(tensors)}, expected {name}")
         shape = [-1 if side is None else side for side in manifest.members[name].shape]
@@ -248,7 +248,7 @@ class Assembler:
         self.left_out |= set(unread)
         self.pool = BufferPool(pin=torch.cuda.is_available())
         self.parts = lru_cache(maxsize=1024)(self._parts)
-        caption = load_empty_caption(mixture.datasets[0].home, mixture.manifest)
+        caption = load_empty_caption(mixture.datasets[0], mixture.manifest)
         self.empty = {n: len(array) for n, array in caption.arrays.items()} if caption else {}
 
     def __call__(self, rows: Rows, bucket: Bucket, indices: Tensor, step: int, epoch: int) -> Batch:

@@ -24,6 +24,8 @@ def is_remote(path: str) -> bool:
 
 class DatasetConfig(Config):
     path: Place
+    layers: dict[str, Place] = Field(default_factory=dict)
+    """Layers over the dataset by a name of one's own: each hides members of the same name below it."""
     repeat: float = Field(default=1.0, gt=0)
     """How often a sample comes per epoch."""
 
@@ -32,6 +34,9 @@ class DataConfig(Config):
     """Either `path`, one dataset, or `datasets`, several mixed by their repeat factors."""
 
     path: Place | None = None
+    """A dataset, or a layer, which is read with its base."""
+    layers: dict[str, Place] = Field(default_factory=dict)
+    """Layers over `path`, as in a dataset of several."""
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
     mix: Literal["repeat", "equal"] = "repeat"
     """equal: each dataset makes up the same share of an epoch, which stays as long as all are together (i1 2606.11289)."""
@@ -71,7 +76,12 @@ class DataConfig(Config):
             raise ValueError(
                 "mix: equal weighs several datasets alike. Remedy: no repeat, and datasets"
             )
-        remote = [source.path for source in self.sources.values() if is_remote(source.path)]
+        if self.layers and self.path is None:
+            raise ValueError("layers: no effect beside datasets; give datasets.NAME.layers")
+        paths = (
+            p for source in self.sources.values() for p in (source.path, *source.layers.values())
+        )
+        remote = [path for path in paths if is_remote(path)]
         if remote and not self.cache:
             raise ValueError(f"{remote[0]} is remote: give cache.path and cache.max_gib")
         if self.cache and not remote:
@@ -80,7 +90,7 @@ class DataConfig(Config):
 
     @property
     def sources(self) -> dict[str, DatasetConfig]:
-        return self.datasets or {"data": DatasetConfig(path=self.path or "")}
+        return self.datasets or {"data": DatasetConfig(path=self.path or "", layers=self.layers)}
 
 
 def choose_partitions(wanted: int | None, global_batch: int, world_size: int) -> int:

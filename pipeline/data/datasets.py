@@ -6,7 +6,7 @@ import json
 import tarfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +88,7 @@ def refuse(what: str, pairs: list[Difference], remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset as it stands at one moment.
+    """One dataset as it stands at one moment: a folder, or a base and its layers.
 
     `home` holds its small files, here or in the cache; `identity` hashes manifest and shard table.
     """
@@ -100,6 +100,39 @@ class Dataset:
     table: pa.Table
     identity: str
     cache: ShardCache | None = None
+    parts: tuple["Dataset", ...] = ()
+    """The base and its layers, whose tables have the rows of this one's; none of a single folder."""
+    owners: dict[str, int] = field(default_factory=dict)
+    """The part that each member is read from."""
+    captions_of: int = 0
+    """The part whose captions the text is of."""
+    note: str = ""
+    """What is to be said of layers that reach less far than their base."""
+
+    @property
+    def folders(self) -> tuple["Dataset", ...]:
+        return self.parts or (self,)
+
+    @property
+    def is_local(self) -> bool:
+        return all(folder.cache is None for folder in self.folders)
+
+    def folder_of(self, member: str) -> "Dataset":
+        return self.folders[self.owners.get(member, 0)]
+
+    def kept(self, row: int) -> np.ndarray:
+        """The rows of a shard's index that every part has: those of its samples."""
+        missing, count = (
+            self.table["missing"][row].as_py() or (),
+            self.table["num_samples"][row].as_py(),
+        )
+        return np.delete(np.arange(count + len(missing)), np.array(missing, np.int64))
+
+    def recorded(self, manifest: Manifest, table: pa.Table, identity: str) -> "Dataset":
+        """The dataset as it was when a run recorded it, of which all shards are still there."""
+        rows = compute.index_in(table["path"], value_set=self.table["path"])
+        parts = tuple(replace(p, table=p.table.take(rows).combine_chunks()) for p in self.parts)
+        return replace(self, manifest=manifest, table=table, identity=identity, parts=parts)
 
 
 def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> Dataset:
@@ -122,12 +155,12 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
         )
-    _check_members(manifest, home / MANIFEST)
+    check_members(manifest, home / MANIFEST)
     identity = fingerprint({"manifest": manifest.fingerprint, SHARD_TABLE: found})
     return Dataset(name, source, home, manifest, table, identity, cache)
 
 
-def _check_members(manifest: Manifest, where: Path) -> None:
+def check_members(manifest: Manifest, where: Path) -> None:
     """Raise InputError unless the loader can read the members: anyone may have written them."""
     roles, members = manifest.text.roles, manifest.members
     texts = [(n, m.dtype, m.shape) for n, m in members.items() if n in roles]
@@ -165,6 +198,7 @@ class Mixture:
         self.heights, self.widths = self._column("height"), self._column("width")
         self.heldout = compute.equal(self.table["split"], "heldout").to_numpy()
         self.first_id = np.cumsum(self.sizes) - self.sizes
+        self.first_shard = np.cumsum([0, *sizes])
         trained = np.where(self.heldout, 0, self.sizes)
         self.totals = np.bincount(self.dataset, trained, len(datasets)).astype(int).tolist()
         self.repeats = [Fraction(str(dataset.source.repeat)) for dataset in datasets]
@@ -178,10 +212,15 @@ class Mixture:
     def dataset_of(self, shard: int) -> Dataset:
         return self.datasets[self.dataset[shard]]
 
+    def row_of(self, shard: int) -> int:
+        """The shard's row in its dataset's table."""
+        return shard - int(self.first_shard[self.dataset[shard]])
+
     def doubts(self) -> list[str]:
         """Warnings about what the datasets hold."""
         doubts = [(d.source.path, d.manifest.latent_doubt()) for d in self.datasets]
-        return [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
+        notes = [f"data: {d.note}" for d in self.datasets if d.note]
+        return notes + [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
 
     def epochs(self, images: int) -> list[str]:
         """What so many pictures of training are of each dataset, where there are several."""
@@ -207,9 +246,13 @@ class Mixture:
 
     def keys_and_captions(self, shard: int) -> list[tuple[str, str]]:
         """Those of every sample of a shard; none where it is not on this machine."""
-        home, path = self.dataset_of(shard).home, self.text("path", shard)
-        tar, index = home / path, home / index_path(path)
-        return keys_and_captions(tar, index) if tar.is_file() and index.is_file() else []
+        dataset, path = self.dataset_of(shard), self.text("path", shard)
+        homes = [dataset.folders[part].home for part in (0, dataset.captions_of)]
+        files = [(home / path, home / index_path(path)) for home in homes]
+        if not all(file.is_file() for pair in files for file in pair):
+            return []
+        keys, captions = (keys_and_captions(*pair) for pair in files)
+        return [(keys[row][0], captions[row][1]) for row in dataset.kept(self.row_of(shard))]
 
     def bucket(self, shard: int) -> Bucket:
         return int(self.heights[shard]), int(self.widths[shard])
@@ -247,6 +290,10 @@ def keys_and_captions(tar_path: Path, index: Path) -> list[tuple[str, str]]:
     ends = [member.offset_data + member.size for member in members]
     found, turns = list[tuple[str, str]](), Counter[str]()
     for offset in read_index(index)[:, 0, 0].tolist():
+        if not offset:
+            # A layer lacks the row.
+            found.append(("", ""))
+            continue
         key = members[bisect.bisect_right(ends, offset)].name.split(".", 1)[0]
         said = facts.get(f"{key}.json", {})
         captions = said.get("captions") or [said.get("caption") or ""]

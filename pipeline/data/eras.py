@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ class Eras:
             manifest = parse_manifest(record.read_text(), record)
             table = pq.read_table(record.with_suffix(".parquet"), schema=SHARD_SCHEMA)
             _check_contains(dataset, manifest, table)
-            datasets.append(replace(dataset, manifest=manifest, table=table, identity=identity))
+            datasets.append(dataset.recorded(manifest, table, identity))
         return Mixture(datasets, self.now.arrangement, self.now.mix)
 
 

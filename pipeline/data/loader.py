@@ -21,14 +21,16 @@ import numpy as np
 import torch
 
 from data_prep.schema import Manifest
+from models.config import InputError
 from models.networks import NetworkConfig
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DataConfig, choose_partitions, is_remote
-from pipeline.data.datasets import Bucket, Mixture, read_dataset
+from pipeline.data.datasets import Bucket, Mixture
 from pipeline.data.eras import Eras
 from pipeline.data.order import Order, Part, Plan, Window
 from pipeline.data.shards import Rows, ShardStore, Skipped
+from pipeline.data.stacks import open_dataset
 from pipeline.distributed import own_device
 
 log = logging.getLogger(__name__)
@@ -136,11 +138,7 @@ class Loader:
         # Seconds that `batches` has made its caller wait.
         self.wait_s = 0.0
         self._threads: list[threading.Thread] = []
-        self._caches = {
-            name: ShardCache(source.path, config.cache, self._stop)
-            for name, source in config.sources.items()
-            if config.cache and is_remote(source.path)
-        }
+        self._cache_of = lru_cache(maxsize=None)(self._make_cache)
         self.skipped = Skipped()
         self.eras = Eras(eras, rank, self._stop, self._look, model.num_classes if model else 0)
         self._era = lru_cache(maxsize=2)(self._make_era)
@@ -149,8 +147,16 @@ class Loader:
     def _look(self) -> Mixture:
         """The datasets as they are now."""
         sources = self.config.sources.items()
-        datasets = [read_dataset(name, s, self._caches.get(name)) for name, s in sources]
+        datasets = [open_dataset(name, source, self._cache_of) for name, source in sources]
         return Mixture(datasets, self.config.text, self.config.mix)
+
+    def _make_cache(self, path: str) -> ShardCache | None:
+        """The cache of a URL; None of a local folder."""
+        if not is_remote(path):
+            return None
+        if self.config.cache is None:
+            raise InputError(f"{path} is remote: give data.cache.path and data.cache.max_gib")
+        return ShardCache(path, self.config.cache, self._stop)
 
     def _make_era(self, number: int) -> Era:
         entry, mixture = self.eras.entries[number], self.eras.mixture(number)
@@ -169,7 +175,7 @@ class Loader:
 
     @cached_property
     def empty_caption(self) -> EmptyCaption | None:
-        return load_empty_caption(self.first.mixture.datasets[0].home, self.manifest)
+        return load_empty_caption(self.first.mixture.datasets[0], self.manifest)
 
     def era_at(self, step: int) -> Era:
         """The era of a step, as far as is known: a dataset may still grow."""

@@ -21,7 +21,7 @@ from data_prep.schema import index_path
 from models.files import file_sha256
 from pipeline.data.cache import CacheFullError, ShardError
 from pipeline.data.config import DataConfig
-from pipeline.data.datasets import Mixture
+from pipeline.data.datasets import Dataset, Mixture
 from pipeline.data.order import Segments, Window
 
 log = logging.getLogger(__name__)
@@ -39,17 +39,10 @@ def address_of(memory: mmap.mmap) -> int:
     return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
 
 
-class Shard:
-    """A mapped shard, and the `table` of its samples as Rows has it."""
+class Piece:
+    """A mapped file with some of a shard's members: address and rows of each, int64 (members, samples)."""
 
-    def __init__(
-        self,
-        name: str,
-        file: IO[bytes],
-        index: np.ndarray,
-        rows: list[tuple[int, int]],
-        first_id: int,
-    ):
+    def __init__(self, where: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]):
         """`rows`: each member's bytes per row, and the most rows of a text (0: no text)."""
         # The mapping keeps the file's lock.
         self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -58,10 +51,21 @@ class Shard:
         fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
         inside = (begin >= 0) & (size >= 0) & (begin <= len(self.map) - size)
         if not (fits & inside).all():
-            raise ShardError(f"{name}: its index does not fit the manifest's members or the file")
-        ids, address = first_id + np.arange(len(index)), begin + address_of(self.map)
-        self.table = np.concatenate([ids[None], (size // unit)[:, most > 0].T, address.T])
-        self.texts = int(np.count_nonzero(most))
+            raise ShardError(f"{where}: its index does not fit the manifest's members or the file")
+        self.address, self.lengths = (begin + address_of(self.map)).T, (size // unit).T
+
+
+class Shard:
+    """A shard's mapped files, and the `table` of its samples as Rows has it."""
+
+    def __init__(self, pieces: list[Piece], order: list[int], texts: list[int], first_id: int):
+        """`order` are the places of the members among the pieces', `texts` those of texts."""
+        self.map, self.bytes = pieces[0].map, sum(len(piece.map) for piece in pieces)
+        self.pieces, self.texts = pieces, len(texts)
+        address = np.concatenate([piece.address for piece in pieces])
+        lengths = np.concatenate([piece.lengths for piece in pieces])
+        ids = first_id + np.arange(address.shape[1])
+        self.table = np.concatenate([ids[None], lengths[texts], address[order]])
         self.low, self.high = int(address.min()), int(address.max())
 
 
@@ -142,7 +146,9 @@ class ShardStore:
         self.bad: dict[int, ShardError] = {}
         self.opened: weakref.WeakValueDictionary[int, Shard] = weakref.WeakValueDictionary()
         self.kept: OrderedDict[int, Shard] = OrderedDict()
-        self.keep_files, self.keep_bytes = raise_file_limit() // 4, KEEP_BYTES
+        # Each folder of a stack has a file of its own.
+        folders = max(len(dataset.folders) for dataset in mixture.datasets)
+        self.keep_files, self.keep_bytes = raise_file_limit() // 4 // folders, KEEP_BYTES
         self.coming: dict[int, Future[Shard]] = {}
         self.threads = ThreadPoolExecutor(FETCH_THREADS, "shards")
         self.lock = threading.Lock()
@@ -177,67 +183,70 @@ class ShardStore:
             self.coming.pop(number, None)
             self.opened[number] = shard
             # A shard of the cache is let go: its lock would keep the cache from evicting it.
-            if self.mixture.dataset_of(number).cache is None:
+            if self.mixture.dataset_of(number).is_local:
                 self._keep(number, shard)
         return shard
 
     def _keep(self, number: int, shard: Shard) -> None:
         """Keep the shards used last mapped: mapping a file again costs as much as copying it."""
         if number not in self.kept:
-            self.keep_bytes -= len(shard.map)
+            self.keep_bytes -= shard.bytes
         self.kept[number] = shard
         self.kept.move_to_end(number)
         while self.keep_bytes < 0 or len(self.kept) > self.keep_files:
-            self.keep_bytes += len(self.kept.popitem(last=False)[1].map)
+            self.keep_bytes += self.kept.popitem(last=False)[1].bytes
 
     def _fetch(self, number: int) -> Shard:
-        mixture, name = self.mixture, self.mixture.text("path", number)
-        where = f"{self.mixture.dataset_of(number).source.path}/{name}"
-        shape = int(mixture.sizes[number]), len(mixture.manifest.members), 2
-        size, index_hash = int(mixture.bytes[number]), mixture.text("index_sha256", number)
+        mixture, dataset = self.mixture, self.mixture.dataset_of(number)
         check = self.config.verify == "first_use" and not self.verified[number]
+        kept, found, texts = dataset.kept(mixture.row_of(number)), list[str](), list[str]()
+        rows, pieces = self._rows(number), list[Piece]()
+        for folder in dataset.folders:
+            names = [name for name in rows if dataset.folder_of(name) is folder]
+            if names:
+                pieces.append(self._piece(number, folder, kept, {n: rows[n] for n in names}, check))
+                found += names
+        texts = [name for name, (_, most) in rows.items() if most]
+        order, places = ([found.index(name) for name in names] for names in (rows, texts))
+        self.verified[number] |= check
+        return Shard(pieces, order, places, int(mixture.first_id[number]))
+
+    def _piece(
+        self,
+        number: int,
+        folder: Dataset,
+        kept: np.ndarray,
+        rows: dict[str, tuple[int, int]],
+        check: bool,
+    ) -> Piece:
+        """Some members of a shard's samples, whose rows of the index are `kept`, from one folder."""
+        facts = folder.table.slice(self.mixture.row_of(number), 1).to_pylist()[0]
+        name, size = facts["path"], facts["bytes"]
+        where, members = f"{folder.source.path}/{name}", list(folder.manifest.members)
+        shape = facts["num_samples"], len(members), 2
+        most = 128 + math.prod(shape) * 8
         try:
-            with self._open(
-                number, index_path(name), index_hash, 128 + math.prod(shape) * 8, True
-            ) as file:
+            with _open(folder, index_path(name), facts["index_sha256"], most, True) as file:
                 file.seek(0)
-                index = parse_index(file.read(), shape)
-            with self._open(number, name, mixture.text("sha256", number), size, check) as file:
+                index = parse_index(file.read(), shape)[kept]
+            with _open(folder, name, facts["sha256"], size, check) as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise ShardError(f"{where}: got {found} bytes, expected {size}")
-                first_id = int(mixture.first_id[number])
-                shard = Shard(where, file, index, self._rows(number), first_id)
+                columns = [members.index(member) for member in rows]
+                return Piece(where, file, index[:, columns], list(rows.values()))
         except CacheFullError:
             raise
         except (OSError, ValueError) as error:
             raise ShardError(f"{where}: cannot be used: {error}") from error
-        self.verified[number] |= check
-        return shard
 
-    def _open(self, number: int, name: str, sha256: str, size: int, check: bool) -> IO[bytes]:
-        dataset = self.mixture.dataset_of(number)
-        if dataset.cache is None:
-            file, checked = (dataset.home / name).open("rb"), False
-        else:
-            file, checked = dataset.cache.open(name, sha256, size)
-        if not check:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        elif not checked and (found := file_sha256(file)) != sha256:
-            file.close()
-            if dataset.cache is None:
-                raise ShardError(f"{name}: sha256 got {found}, expected {sha256}")
-            dataset.cache.forget(name)
-            file, _ = dataset.cache.open(name, sha256, size)
-        return file
-
-    def _rows(self, number: int) -> list[tuple[int, int]]:
-        """What Shard checks its index against."""
-        manifest, rows = self.mixture.manifest, []
+    def _rows(self, number: int) -> dict[str, tuple[int, int]]:
+        """What Piece checks its index against, by member."""
+        manifest, rows = self.mixture.manifest, {}
         for name, shape in self.mixture.shapes(self.mixture.bucket(number)).items():
             role = manifest.text.roles.get(name)
             unit = np.dtype(manifest.members[name].stored).itemsize * math.prod(shape)
-            rows.append((unit, role.view.max_length if role else 0))
+            rows[name] = unit, role.view.max_length if role else 0
         return rows
 
     def read(self, window: Window) -> Rows:
@@ -282,6 +291,23 @@ class ShardStore:
         if name not in self.skipped.shards:
             log.warning("skipped: %s", error)
         self.skipped.shards[name] = str(error)
+
+
+def _open(folder: Dataset, name: str, sha256: str, size: int, check: bool) -> IO[bytes]:
+    """A file of a folder, hashed where it is to be checked; raises ShardError where it is another one."""
+    cache = folder.cache
+    file, checked = (
+        cache.open(name, sha256, size) if cache else ((folder.home / name).open("rb"), False)
+    )
+    if not check:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    elif not checked and (found := file_sha256(file)) != sha256:
+        file.close()
+        if cache is None:
+            raise ShardError(f"{name}: sha256 got {found}, expected {sha256}")
+        cache.forget(name)
+        file, _ = cache.open(name, sha256, size)
+    return file
 
 
 def raise_file_limit() -> int:

@@ -11,15 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from data_prep.schema import MANIFEST, fingerprint, read_manifest
+from data_prep.schema import MANIFEST, fingerprint
 from models.config import InputError, parse_config
 from models.files import file_sha256
 from models.weights import brief
 from pipeline import distributed
 from pipeline.arguments import parse_sampler
 from pipeline.config import TrainConfig
-from pipeline.data.config import DataConfig
+from pipeline.data.config import DataConfig, DatasetConfig
 from pipeline.data.randomness import make_generator
+from pipeline.data.stacks import open_dataset
 from pipeline.inference.painter import Draw, Request, drawer
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
@@ -142,16 +143,20 @@ def open_exported(folder: Path, data: Path | None) -> Trained | None:
         if "flowmill.config" not in about:
             continue
         config = parse_config(TrainConfig, json.loads(about["flowmill.config"]), str(path))
-        data = data or Path(next(iter(config.data.sources.values())).path)
+        source = next(iter(config.data.sources.values()))
+        source = DatasetConfig(path=str(data)) if data else source
+        data = Path(source.path)
         if not (data / MANIFEST).is_file():
             return None
-        manifest, codec = read_manifest(data), json.loads(about["flowmill.data"])["codec"]
+        manifest = open_dataset("data", source).manifest
+        codec = json.loads(about["flowmill.data"])["codec"]
         if manifest.codec.weights_sha256 != codec["weights_sha256"]:
             raise InputError(
                 f"{data}: its latents are of VAE {manifest.codec.weights_sha256[:12]}, the network's of "
                 f"{codec['weights_sha256'][:12]}. Remedy: --heldout 0, or a dataset of that VAE"
             )
-        config = config.model_copy(update={"data": DataConfig.model_validate({"path": str(data)})})
+        given = {"path": source.path, "layers": source.layers}
+        config = config.model_copy(update={"data": DataConfig.model_validate(given)})
         state = {name: weight.float() for name, weight in load_file(path).items()}
         return Trained(folder, config, manifest, str(folder), state, 0)
     return None

@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_prep.schema import MANIFEST, read_manifest
+from data_prep.schema import MANIFEST
+from pipeline.data.stacks import open_dataset
 from pipeline.objectives.config import SamplerConfig
 from pipeline.runs.trained import Trained
 
@@ -85,7 +86,7 @@ def epochs_of(trained: Trained, images: int) -> str:
     for source in trained.config.data.sources.values():
         if not (Path(source.path) / MANIFEST).is_file():
             return ""
-        buckets = read_manifest(Path(source.path)).buckets
+        buckets = open_dataset("data", source).manifest.buckets
         sizes.append(source.repeat * sum(bucket.num_samples for bucket in buckets))
     return f", {images / sum(sizes):.2f} epochs" if sum(sizes) else ""
 

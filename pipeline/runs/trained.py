@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.recorded import Encoders, load_encoders
-from data_prep.schema import Manifest, fingerprint, read_manifest
+from data_prep.schema import Manifest, fingerprint
 from models.layers import PROJECTOR
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.datasets import check_same
 from pipeline.data.eras import ERAS, recorded_manifest
+from pipeline.data.stacks import open_dataset
 from pipeline.runs.setup import network_for_sampling
 from pipeline.training.checkpoint import load_weights
 
@@ -73,11 +74,11 @@ def open_trained(run: Path, weights: str, step: int | None, places: Sequence[str
     `places` are overrides for datasets and encoders that have moved.
     """
     config = load_run_config(run, places)
-    path = Path(next(iter(config.data.sources.values())).path)
+    name, source = next(iter(config.data.sources.items()))
     # A picture needs the encoders, and of the dataset only what the run has recorded of it.
-    manifest = recorded_manifest(run / ERAS) or read_manifest(path)
+    manifest = recorded_manifest(run / ERAS) or open_dataset(name, source).manifest
     if any(place.startswith("data.") for place in places):
-        check_same(read_manifest(path), manifest, str(path))
+        check_same(open_dataset(name, source).manifest, manifest, source.path)
     manifest = manifest.arranged(config.data.text)
     state, at_step = load_weights(run, weights, step)
     # Alignment serves training alone.

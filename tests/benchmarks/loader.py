@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,12 @@ BUCKET = (128, 256)  # latents of 16 x 32: 2 x 4 channels, fp16, make 8 KiB
 CASES = {  # what a sample has, shards, samples per shard
     "124k": (Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True), 24, 256),
     "8k": (Kind({}, channels=4, bare=True), 24, 1024),
+    # 124 KiB too, of which each layer has nearly half.
+    "stack": (
+        Kind({"clip": (77, 384), "t5": (77, 384)}, ragged=False, channels=4, bare=True),
+        24,
+        256,
+    ),
 }
 LEAST_S = 0.5  # a turn: a few epochs of what is fast
 SLOW_SAMPLES = 2048  # of the sides that are known to be slow
@@ -177,11 +183,29 @@ def lit_data(folder: Path, kind: Kind, shards: int, size: int) -> Side:
     return side
 
 
-def flowmill(folder: Path, prefetch: int, samples: int) -> Side:
+def flowmill(
+    folder: Path, prefetch: int, samples: int, layers: dict[str, str] | None = None
+) -> Side:
     """Shuffled, as in training, with the default windows and partitions; an epoch per round."""
-    config = DataConfig(path=str(folder), prefetch=prefetch)
+    config = DataConfig(path=str(folder), prefetch=prefetch, layers=layers or {})
     batches = Loader(config, global_batch=BATCH, seed=0).batches()
     return lambda: sum(next(batches).moments.shape[0] for _ in range(samples // BATCH))
+
+
+def stacked(folder: Path) -> dict[str, Side]:
+    """One dataset with all members, and the same as a base with two layers of a text encoder each."""
+    kind, shards, size = CASES["stack"]
+    plan, samples = [(BUCKET, size)] * shards, shards * size
+    flat = make_dataset(folder / "flat", plan, kind)
+    base = make_dataset(folder / "base", plan, replace(kind, only=("moments",)))
+    layers = {
+        name: str(make_dataset(folder / name, plan, replace(kind, only=(name,)), base=base))
+        for name in kind.encoders
+    }
+    return {
+        "flowmill": flowmill(flat, 0, samples),
+        "flowmill, base and 2 layers": flowmill(base, 0, samples, layers),
+    }
 
 
 def flowmill_anew(folder: Path, samples: int) -> Side:
@@ -274,6 +298,8 @@ def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[flo
 
 
 def build(folder: Path, case: str) -> dict[str, Side]:
+    if case == "stack":
+        return stacked(folder)
     kind, shards, size = CASES[case]
     plan = [(BUCKET, size)] * shards
     default = make_dataset(folder / "default", plan, kind, write=write_default_tar)
@@ -327,6 +353,8 @@ def report(
         f"x_tuned_webdataset_{case}": "webdataset, tuned",
         f"of_memcpy_{case}": "memory copy",
         f"of_shuffled_memcpy_{case}": "memory copy, shuffled",
+        # How many times as fast one dataset is.
+        f"x_stack_{case}": "flowmill, base and 2 layers",
     }
     flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items() if name in found}
     flat |= {

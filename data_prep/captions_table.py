@@ -1,0 +1,174 @@
+"""Captions from a table: its rows sorted by the pictures' keys, so that a shard reads those of its own."""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.config import LayerCaptions
+from data_prep.images import Rejected
+from data_prep.plan import read_ranges, spill
+from data_prep.schema import REJECT_SCHEMA
+from data_prep.shards import new_table
+from data_prep.sources.source import captions_of, sample_key
+from data_prep.sources.table import TableSource, read_rows
+from data_prep.sources.walk import Entry
+from data_prep.storage import is_remote
+from data_prep.text import encodable
+from models.config import InputError
+
+SAID, STRAYS = "captions.parquet", "caption_rejects.parquet"
+ROWS_AT_ONCE = 1 << 16
+# Rows of a row group, which a shard reads whole.
+ROWS_PER_GROUP = 1 << 14
+# Ranges of keys, each sorted in memory at once.
+RANGES = 16
+SAID_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        # One for all: `read_ranges` sorts by it first.
+        ("group", pa.int64()),
+        ("name", pa.large_string()),
+        ("text", pa.large_binary()),
+        ("weight", pa.float64()),
+        # Why it is no text; null where it is one.
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+Said = tuple[tuple[bytes | Rejected, float], ...]
+
+
+def sort_captions(config: LayerCaptions, work: Path, keys: Iterable[list[str]]) -> None:
+    """Write the table's captions in the order of the keys, and the rows that are of none of the base's `keys`.
+
+    Raises InputError where the table lacks a column.
+    """
+    if (work / SAID).is_file():
+        return
+    local = None if is_remote(work) else work
+    # A killed run leaves its folder behind.
+    for leftover in work.glob("captions-*.tmp") if local else ():
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(".tmp", "captions-", local) as folder:
+        paths, own = (
+            [Path(folder) / f"{what}-{number}.arrow" for number in range(RANGES)]
+            for what in ("said", "keys")
+        )
+        broken = list[dict[str, Any]]()
+        spill(_tables(_captions(config, broken)), paths)
+        spill((pa.table({"key": some, "group": [0] * len(some)}) for some in keys if some), own)
+        # The captions' own table appears last.
+        tables = new_table(work / SAID, SAID_SCHEMA), new_table(work / STRAYS, REJECT_SCHEMA)
+        with tables[0] as write_said, tables[1] as write:
+            write(pa.Table.from_pylist(broken, REJECT_SCHEMA))
+            for said, mine in zip(paths, own, strict=True):
+                _match(said, mine, write_said, write)
+
+
+def _match(said: Path, own: Path, write_said: Any, write: Any) -> None:
+    """Write a range's captions, and as rejects those of pictures that the base has not."""
+    table = next(read_ranges([said]), SAID_SCHEMA.empty_table())
+    keys = next(read_ranges([own]), pa.table({"key": pa.array([], pa.string())}))["key"]
+    known = pa.compute.is_in(table["key"], value_set=keys)  # pyright: ignore[reportAttributeAccessIssue]
+    kept = table.filter(known)
+    for begin in range(0, len(kept), ROWS_PER_GROUP):
+        write_said(kept.slice(begin, ROWS_PER_GROUP))
+    strays = table.filter(pa.compute.invert(known))  # pyright: ignore[reportAttributeAccessIssue]
+    detail = "its key is of no picture of the base"
+    rows = dict.fromkeys((row["key"], row["name"]) for row in strays.to_pylist())
+    rejects = [_reject(key, name, "caption_no_picture", detail) for key, name in rows]
+    write(pa.Table.from_pylist(rejects, REJECT_SCHEMA))
+
+
+def _reject(key: str, name: str, reason: str, detail: str) -> dict[str, str]:
+    return {"key": key, "source": "captions", "name": name, "reason": reason, "detail": detail}
+
+
+def read_said(work: Path, keys: list[str]) -> dict[str, Said]:
+    """What the table says of the pictures of a shard, whose keys are in order; by key, in the table's order."""
+    between = [("key", ">=", keys[0]), ("key", "<=", keys[-1])]
+    with (work / SAID).open("rb") as file:
+        rows = pq.read_table(file, filters=between).to_pylist()
+    found = dict[str, Said]()
+    for row in rows:
+        bad = row["reason"] and Rejected(row["reason"], row["detail"])
+        found[row["key"]] = (*found.get(row["key"], ()), (bad or row["text"], row["weight"]))
+    return found
+
+
+def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        yield pa.Table.from_pylist(some, SAID_SCHEMA)
+
+
+def _captions(config: LayerCaptions, broken: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every caption of every row; rows that cannot be read, or have no key, are `broken`."""
+    names = ["key"] if config.by == "key" else ["source", "name"]
+    texts = dict.fromkeys((config.caption, *names[1:]), 1.0)
+    source = TableSource(kind="table", path=config.table, image=names[0], captions=texts)
+    for entry in entries(source):
+        rows = _read(entry, source)
+        for number, row in enumerate(rows):
+            name = f"{entry.name}/{number:09d}"
+            try:
+                if isinstance(row, Rejected):
+                    raise row
+                yield from _said(config, name, row, names)
+            except Rejected as rejected:
+                broken.append(_reject("", name, rejected.reason, rejected.detail))
+
+
+def entries(source: TableSource) -> list[Entry]:
+    """The table's files; raises InputError where there are none."""
+    try:
+        return [entry for entry in source.entries("captions") if not entry.reason]
+    except InputError as error:
+        raise InputError(_renamed(error)) from None
+
+
+def _read(entry: Entry, source: TableSource) -> Iterator[Any]:
+    try:
+        yield from read_rows(entry, source)
+    except Rejected as rejected:
+        yield rejected
+    except InputError as error:
+        raise InputError(_renamed(error)) from None
+
+
+def _renamed(error: InputError) -> str:
+    """A message about a source as one about the table of captions."""
+    text = str(error).replace("sources.captions.path", "captions.table")
+    return text.replace("sources.captions.", "captions.")
+
+
+def _said(
+    config: LayerCaptions, name: str, row: dict[str, Any], names: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The captions of a row; raises Rejected."""
+    for column in (*names, config.caption):
+        if isinstance(row.get(column), Rejected):
+            raise row[column]
+    said = [row.get(column) for column in names]
+    key = said[0] if config.by == "key" else sample_key(*map(str, said))
+    if not isinstance(key, str) or len(key) != 20 or set(key) - set("0123456789abcdef"):
+        detail = f"got {encodable(str(key))[:100]!r}, expected a key of 20 hexadecimal digits"
+        raise Rejected("caption_no_picture", detail)
+    weight = 1.0 if config.weight is None else row.get(config.weight)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
+        got = encodable(str(weight))[:100]
+        raise Rejected("caption_weight", f"{config.weight}: got {got}, expected a number over 0")
+    for text, part in captions_of(config.caption, row.get(config.caption), float(weight)) or [
+        (None, weight)
+    ]:
+        facts = {"key": key, "group": 0, "name": name, "weight": part}
+        if isinstance(text, Rejected):
+            yield facts | {"reason": text.reason, "detail": text.detail}
+        else:
+            yield facts | {"text": text}

@@ -268,7 +268,7 @@ class Text(Encoder):
             )
             raise InputError(
                 f"text_encoders.{self.name}: got numbers up to {peak:.4g}, expected at most {largest:.4g}, half of what "
-                f"{self.store} holds. Remedy: {remedy}"
+                f"{self.store} holds. Remedy: {remedy}, and --restart"
             )
         values = values.to(dtype).cpu()
         return values.view(torch.uint16).numpy() if self.store == "bfloat16" else values.numpy()

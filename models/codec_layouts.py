@@ -124,6 +124,16 @@ class KLQwenImage(Layout):
         return super().decode(network, raw[:, :, None])[:, :, 0]
 
 
+class KLHunyuanImage(Layout):
+    """HunyuanImage 2.1's."""
+
+    needs = ("spatial_compression_ratio",)
+
+    @property
+    def downscale(self) -> int:
+        return self.config["spatial_compression_ratio"]
+
+
 class DC(Layout):
     """DC-AE, deterministic."""
 
@@ -198,6 +208,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "AutoencoderKL": Layout,
     "AutoencoderKLFlux2": KLFlux2,
     "AutoencoderKLQwenImage": KLQwenImage,
+    "AutoencoderKLHunyuanImage": KLHunyuanImage,
     "AutoencoderDC": DC,
     "AutoencoderTiny": Tiny,
     "AutoencoderRAE": RAE,

@@ -60,6 +60,7 @@ TEXT_ENCODERS = {
     "llama": "LlamaModel",
     "mistral": "MistralModel",
     "mistral3": "Mistral3Model",
+    "phi3": "Phi3Model",
     "qwen2_5_vl": "Qwen2_5_VLModel",
     "qwen3": "Qwen3Model",
     "qwen3_vl": "Qwen3VLModel",

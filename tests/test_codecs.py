@@ -130,6 +130,13 @@ CASES = {
         qwen,
         unqwen,
     ),
+    "AutoencoderKLHunyuanImage": Case(
+        {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 32}
+        | {"block_out_channels": (32, 64, 64), "layers_per_block": 1}
+        | {"spatial_compression_ratio": 4, "scaling_factor": 0.75289},
+        lambda vae, x: vae.encode(x).latent_dist.mean * 0.75289,
+        lambda vae, z: vae.decode(z / 0.75289).sample,
+    ),
     "AutoencoderDC": Case(
         {"latent_channels": 8, "scaling_factor": 0.41407, **DC},
         lambda vae, x: vae.encode(x).latent * 0.41407,

@@ -1,6 +1,8 @@
 """Every text convention against the encode_prompt of its pipeline in diffusers; what is refused; what is read."""
 
 import inspect
+import re
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +39,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from pipeline.inference.painter import Painter
 from pipeline.runs.setup import fit_data
+from tests import train_factory
 from tests.prep_factory import config_of_pictures
 
 CPU = torch.device("cpu")
@@ -485,6 +488,35 @@ def prepared(home: Path, vae: Path, text: dict[str, Any]) -> Path:
     prepare(load_config(PrepareConfig, path, []), dry_run=False, restart=False)
     assert verify(home / "dataset") == []
     return home / "dataset"
+
+
+def test_a_preparation_whose_text_float16_cannot_hold_is_refused_and_goes_on_in_bfloat16(
+    tmp_path, vae_folder, ray_address
+):
+    network, words = clip(False)
+    apple = words.convert_tokens_to_ids("apple")
+    # Captions without that word, the empty one too, are within float16.
+    network.get_input_embeddings().weight.data[apple] *= 1e6
+    view = {"path": save(tmp_path / "clip", (network, words)), "layers": [-2], "max_length": 9}
+    text = {"text": {"tokens": [["wild"]], "pooled": []}, "text_encoders": {"wild": view}}
+    config = config_of_pictures(tmp_path, 8, vae_folder, Path())
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | text))
+    done = train_factory.run("data_prep.prepare", str(config))
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert re.search(
+        r"text_encoders.wild: got numbers up to \S+, expected at most 3.275e\+04", said
+    )
+    assert "Remedy: text_encoders.wild.store=bfloat16, and --restart" in said
+    assert "Traceback" not in said
+    again = ["text_encoders.wild.store=bfloat16", "--restart"]
+    done = train_factory.run("data_prep.prepare", str(config), *again)
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "dataset") == []
+    loader = Loader(DataConfig(path=str(tmp_path / "dataset")), global_batch=4, seed=0)
+    batches = islice(loader.batches(0), 3)
+    assert 65504 < max(float(batch.text_emb.abs().max()) for batch in batches) < 1e38
+    loader.close()
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ KINDS = {
     "clip": ("CLIPTextModel", "CLIPTextConfig", CLIP),
     "clip_projection": ("CLIPTextModelWithProjection", "CLIPTextConfig", CLIP),
     "t5": ("T5EncoderModel", "T5Config", T5),
+    "phi3": ("Phi3Model", "Phi3Config", DECODER),
     "umt5": ("UMT5EncoderModel", "UMT5Config", T5),
     "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "mistral": ("MistralModel", "MistralConfig", DECODER),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -268,6 +269,33 @@ def test_a_layer_begun_over_a_base_that_was_encoded_again_is_not_gone_on_with(ba
     given["text_encoders"]["t5"]["max_length"] = 6  # others have been tried
     with pytest.raises(InputError, match=f"{spec} was made over another shard of {base}"):
         prepare_layer(LayerConfig.model_validate(given))
+
+
+def test_a_layer_grows_behind_its_base_to_what_both_at_once_grow_to(
+    tmp_path, vae_folder, text_folder, other_text, ray_address
+):
+    config = config_of_pictures(tmp_path, 20, vae_folder, text_folder)
+    tree = yaml.safe_load(config.read_text())
+    both = tmp_path / "both.yaml"
+    encoders = {"text_encoders": tree["text_encoders"] | {"t5": other_text}}
+    both.write_text(yaml.safe_dump(tree | encoders | {"output": str(tmp_path / "both")}))
+    base, flat = run(config), run(both)
+    t5 = lay(base, "t5", {"t5": other_text})
+    for number in range(5):
+        (tmp_path / f"pictures/even/new{number}.png").write_bytes(encoded(pixels(100 + number)))
+        (tmp_path / f"pictures/even/new{number}.txt").write_text(f"new number {number}")
+    run(config)
+    run(both)
+    loader = Loader(DataConfig(path=str(t5)), global_batch=4, seed=1)
+    assert loader.manifest.counts.kept == 20
+    said = f"{base} has 2 generations, .* has 1: trained on 1, 20 of 25 samples"
+    assert [note for note in loader.first.mixture.doubts() if re.search(said, note)]
+    lay(base, "t5", {"t5": other_text})
+    assert verify(t5) == []
+    assert [g.num_shards for g in read_manifest(t5).generations] == [
+        g.num_shards for g in read_manifest(base).generations
+    ]
+    assert_same(take(DataConfig(path=str(t5)), 12), take(DataConfig(path=str(flat)), 12))
 
 
 @pytest.mark.slow

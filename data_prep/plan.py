@@ -149,6 +149,11 @@ def known_table(work: Path, filters: FiltersConfig) -> Path:
     def tables() -> Iterator[np.ndarray]:
         looks = filters.near_duplicates is not None
         for _, table in _batches(parts, ["key", *HASHES[: 1 + looks]]):
+            if looks and HASHES[1] not in table.column_names:
+                raise InputError(
+                    f"{work}: was planned by an older version, without the hashes that filters.near_duplicates "
+                    "compares. Remedy: prepare it anew, with --restart or in another output."
+                )
             table = table.filter(~pc.field("key").isin(gone))
             found = np.zeros(len(table), KNOWN)
             found["hash"] = hash_words(table["content_hash"])

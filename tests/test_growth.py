@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_prep import duplicates
+from data_prep.catalog import FiltersConfig
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.duplicates import KNOWN, known_files, known_looks, write_known
 from data_prep.output import begin, open_output
+from data_prep.plan import known_table
 from data_prep.preparation import prepare
 from data_prep.scan import list_sources
 from data_prep.schema import read_manifest, read_shard_table
@@ -348,3 +351,12 @@ def test_duplicates_of_earlier_generations_are_those_that_comparing_all_pairs_fi
         assert {row: g for row, g, *_ in same.tolist()} == {
             row: g for row, g in first.items() if g is not None
         }
+
+
+def test_a_plan_of_an_older_version_is_refused_where_a_growth_needs_what_it_lacks(tmp_path):
+    (tmp_path / "plan").mkdir()
+    old = {"key": ["0" * 20], "content_hash": pa.array([bytes(32)], pa.binary(32))}
+    pq.write_table(pa.table(old), tmp_path / "plan" / "000000.parquet")
+    with pytest.raises(InputError, match=r"older version.*near_duplicates compares\. Remedy: "):
+        known_table(tmp_path, FiltersConfig(near_duplicates=3))
+    assert len(np.load(known_table(tmp_path, FiltersConfig()))) == 1

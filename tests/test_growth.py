@@ -199,6 +199,7 @@ def test_where_all_that_is_new_is_rejected_a_generation_without_shards_is_sealed
     assert read_manifest(dataset).counts.rejected == {"duplicate": 1}
 
 
+@pytest.mark.slow
 def test_a_generation_that_was_begun_is_finished_as_it_was_listed_before_the_next(
     tmp_path, ray_address, vae_folder, text_folder
 ):

@@ -271,6 +271,7 @@ def test_a_layer_begun_over_a_base_that_was_encoded_again_is_not_gone_on_with(ba
         prepare_layer(LayerConfig.model_validate(given))
 
 
+@pytest.mark.slow
 def test_a_layer_grows_behind_its_base_to_what_both_at_once_grow_to(
     tmp_path, vae_folder, text_folder, other_text, ray_address
 ):

@@ -490,6 +490,7 @@ def prepared(home: Path, vae: Path, text: dict[str, Any]) -> Path:
     return home / "dataset"
 
 
+@pytest.mark.slow
 def test_a_preparation_whose_text_float16_cannot_hold_is_refused_and_goes_on_in_bfloat16(
     tmp_path, vae_folder, ray_address
 ):

@@ -9,6 +9,7 @@ from models.networks import build_model
 from pipeline.config import ModelConfig
 from pipeline.training.first_weights import build_drawn
 from tests import ranks_first_weights
+from tests.test_networks import I1
 from tests.train_factory import results
 
 SIZES = {"latent_channels": 4, "text_dim": 8, "pooled_dim": 8, "latent_downscale": 8}
@@ -17,17 +18,7 @@ NETWORKS = [
     {"kind": "dit", "num_classes": 5, "qk_norm": True},
     {"kind": "mmdit", "learned_positions": True, "position_grid": 8, "qk_norm": True},
     {"kind": "uvit"},
-    {
-        "kind": "mmdit",
-        "depth": 3,
-        "modulation": "none",
-        "pooled_dim": 0,
-        "sandwich_norm": True,
-        "swiglu": True,
-        "long_skips": True,
-        "text_adapter": 2,
-        "text_rope": True,
-    },
+    {"kind": "mmdit", **I1, "text_rope": True},
     {"kind": "unet", "size_conditioning": True},
 ]
 CASES = [f"{stage}:{precision}" for stage in range(4) for precision in ("fp32", "bf16")]

@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from data_prep import schema
-from data_prep.drift import drift
-from data_prep.proof import caption_hash, project, proof_keys, read_proof
+from data_prep.encoders import Text
 from data_prep.report import bucket_samples, console, training_rows, warn
-from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
+from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest, RoleRecord
+from data_prep.schema.drift import drift
+from data_prep.schema.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.shards import read_table
 from data_prep.sources.source import count_rejects
 from data_prep.storage import find_files, local_copy, open_root
@@ -124,7 +125,7 @@ def drifted(
     """
     import torch
 
-    from data_prep.recorded import encode_caption, open_codec, open_texts
+    from data_prep.schema.recorded import open_codec, open_texts
 
     manifest = schema.read_manifest(dataset)
     if decode and manifest.base:
@@ -153,6 +154,17 @@ def drifted(
         f"{dataset}: {seen}: {f'{len(problems)} differ' if problems else 'all as when made'}."
     )
     return problems
+
+
+def encode_caption(
+    roles: dict[str, RoleRecord], texts: dict[str, Any], caption: str
+) -> dict[str, np.ndarray]:
+    """What a dataset stores of a caption, by member."""
+    found: dict[str, np.ndarray] = {}
+    for name, encoder in texts.items():
+        arrays = Text(encoder, name, roles[name].store).encode([caption])
+        found |= {member: values[0] for member, values in arrays.items()}
+    return found
 
 
 def _audit_all(

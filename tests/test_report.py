@@ -15,7 +15,6 @@ from data_prep.config import PrepareConfig
 from data_prep.encode import HISTOGRAMS
 from data_prep.page import GAP, MARGIN, Shown, contact_sheet, html_report
 from data_prep.preparation import prepare
-from data_prep.proof import SIDE
 from data_prep.schema import (
     REJECT_SCHEMA,
     REJECTS,
@@ -24,6 +23,7 @@ from data_prep.schema import (
     latent_doubt,
     read_manifest,
 )
+from data_prep.schema.proof import SIDE
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from models.codec_layouts import Normalisation

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -26,6 +25,7 @@ from data_prep.schema import (
     proof_path,
     read_manifest,
 )
+from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
 from models.command import run_command

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_prep.proof import caption_hash, proof_keys, psnr_db, thumbnail
+from data_prep.schema.proof import caption_hash, proof_keys, psnr_db, thumbnail
 
 SAME_DB = 36.0
 """PSNR from which two decodings are of the same latents: in another precision it is well over 40."""

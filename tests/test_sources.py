@@ -18,6 +18,7 @@ from data_prep.shards import write_text
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.source import count_rejects
+from data_prep.sources.table import TableSource
 from data_prep.sources.tars import TarSource
 from data_prep.storage import filesystem_of, find_files, names_in, open_root, read_bytes
 from models.config import InputError
@@ -162,6 +163,9 @@ def test_a_folder_that_is_missing_or_a_command_is_an_error_that_says_so(tmp_path
     with pytest.raises(InputError, match="no such folder"):
         list(TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar").entries("s"))
     assert not (tmp_path / "run.tar").exists()
+    (tmp_path / "t.tsv").write_text("image\tcaption\n")
+    with pytest.raises(InputError, match=r"t\.tsv: no such folder.*\(\.csv, \.jsonl, \.parquet\)"):
+        list(TableSource(kind="table", path=str(tmp_path / "t.tsv")).entries("s"))
 
 
 TAKEN = ["jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp"]

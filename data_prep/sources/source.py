@@ -175,14 +175,14 @@ class Source(Config, ABC):
         """The files of all folders in a fixed order; raises InputError where there are none."""
         where, root = f"sources.{source}.path: {self.path}", self.path.rstrip("/")
         name, endings = root.rsplit("/", 1)[-1], ", ".join(f".{e}" for e in self.files)
-        one = self.per_task == 1 and self.takes(name)
-        if one and (found := _file_at(root, where)) is not None:
+        one = self.per_task == 1
+        if one and self.takes(name) and (found := _file_at(root, where)) is not None:
             yield Entry(source, name, root, found["size"], stamp=stamp_of(found))
             return
         if not is_remote(root) and not os.path.isdir(root):
             raise InputError(
-                f"{where}: no such folder. Remedy: give the folder that holds the {self.contents} "
-                f"({endings})."
+                f"{where}: no such folder{f', nor a file ending in {endings}' if one else ''}. Remedy: give "
+                f"the folder that holds the {self.contents}."
             )
         count, extensions, others = 0, Counter[str](), OtherFiles()
         # A class is known by its files, whatever those are.

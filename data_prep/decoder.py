@@ -4,7 +4,6 @@ A picture can crash or hang the C libraries that read it. The child dies by its 
 limit, the parent counts the attempt, and the neighbours never notice.
 """
 
-import contextlib
 import hashlib
 import os
 import resource
@@ -20,15 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from data_prep.images import (
-    Bucket,
-    ImagesConfig,
-    Picture,
-    Rejected,
-    decode,
-    perceptual_hash,
-    probe,
-)
+from data_prep.images import Bucket, ImagesConfig, Picture, Rejected, decode, perceptual_hash, probe
 from data_prep.storage import is_remote, read_bytes, said_of
 
 # Seconds for attempts at a remote file, on top of the time for decoding.
@@ -61,7 +52,7 @@ class Probe:
 class ProbeRequest:
     address: Address
     perceptual_hash: bool = False
-    """Whether to hash the pixels, which needs decoding; the rest is in the header."""
+    """Hash the pixels too, which needs decoding; the rest is in the header."""
 
 
 @dataclass(frozen=True)
@@ -87,72 +78,62 @@ class DecodePool:
         self._threads = ThreadPoolExecutor(num_children, thread_name_prefix="decode")
 
     def submit(self, request: Request) -> "Future[Answer]":
-        return self._threads.submit(self._answer, request)
+        return self._threads.submit(lambda: self._answers([request])[0])
 
     def submit_all(self, requests: Sequence[Request]) -> "Future[list[Answer]]":
         """Several at once: a message to the child and one back cost more than a header."""
-        return self._threads.submit(self._answer_all, requests)
+        return self._threads.submit(self._answers, requests)
 
-    def _answer_all(self, requests: Sequence[Request]) -> list[Answer]:
-        try:
-            return self._ask(requests) if requests else []
-        except ChildProcessError:
-            # Alone each shows whether it is the one that kills its child.
-            return [self._answer(request) for request in requests]
-
-    def _answer(self, request: Request) -> Answer:
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         death = 0
-        for _ in range(ATTEMPTS):
+        for _ in range(ATTEMPTS if len(requests) == 1 else 1):
             try:
-                return self._ask([request])[0]
+                return self._ask(requests) if requests else []
             except ChildProcessError as error:
                 death = error.errno
+        if len(requests) > 1:
+            # Alone each shows whether it is the one that kills its child.
+            return [answer for request in requests for answer in self._answers([request])]
+        reason, detail = "decode_crash", f"exit status {death}"
         if death == -signal.SIGALRM:
-            return Rejected("decode_timeout", f"over {self._config.timeout_s} s, {ATTEMPTS} times")
-        return Rejected("decode_crash", f"exit status {death}, {ATTEMPTS} times")
+            reason, detail = "decode_timeout", f"over {self._config.timeout_s} s"
+        return [Rejected(reason, f"{detail}, {ATTEMPTS} times")]
 
     def _ask(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers of this thread's child; raises ChildProcessError with the status that it died with."""
-        child = getattr(self._local, "child", None)
-        if child is None:
-            child = self._local.child = _Child(self._config)
+        if not hasattr(self._local, "child"):
+            self._local.child = _start_child(self._config)
+        pipe, process = self._local.child
         try:
-            child.pipe.send(requests)
-            return child.pipe.recv()
+            pipe.send(requests)
+            return pipe.recv()
         except (EOFError, OSError) as error:
-            self._local.child = None
-            raise ChildProcessError(child.wait(), "died") from error
+            del self._local.child
+            pipe.close()
+            raise ChildProcessError(process.wait(), "died") from error
 
 
-class _Child:
-    def __init__(self, config: ImagesConfig):
-        self.pipe, theirs = Pipe()
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        code = f"from data_prep.decoder import serve; serve({theirs.fileno()})"
-        # libtiff and libpng print to stderr.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", code],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, **limits, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
-        # A child that dies at once is found by the first request.
-        with contextlib.suppress(OSError):
-            self.pipe.send(config)
-
-    def wait(self) -> int:
-        self.pipe.close()
-        return self._process.wait()
+def _start_child(config: ImagesConfig) -> "tuple[Connection, subprocess.Popen[bytes]]":
+    ours, theirs = Pipe()
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r});"
+    code += "from data_prep.decoder import serve;"
+    code += f"serve({theirs.fileno()}, {config.model_dump_json()!r})"
+    # libtiff and libpng print to stderr.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    theirs.close()
+    return ours, process
 
 
-def serve(handle: int) -> None:
+def serve(handle: int, settings: str) -> None:
     """Answer lists of requests until the parent goes; each under the alarm that kills this process."""
     pipe = Connection(handle)
-    config: ImagesConfig = pipe.recv()
+    config = ImagesConfig.model_validate_json(settings)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Ctrl-C is for the driver.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

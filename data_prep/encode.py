@@ -19,8 +19,8 @@ from data_prep.decoder import Address, DecodePool, DecodeRequest
 from data_prep.encoders import Arrays, Codec, EncodeConfig, Encoder, Text, Vision, configured
 from data_prep.images import ImagesConfig, Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
-from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import Member, captions_sha256
+from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
 from data_prep.shards import ShardWriter, commit_path, read_commit, work_of, write_text
 from data_prep.workers import ATTEMPTS, LOST, Actors, Worker
 from models.config import InputError

@@ -153,8 +153,13 @@ def decode(
     scale = max(bucket[0] / height, bucket[1] / width)
     top = max(height * scale - bucket[0], 0.0) * crop_at[0]
     left = max(width * scale - bucket[1], 0.0) * crop_at[1]
-    pixels = _crop_resized(rgb, bucket, top / (height * scale), left / (width * scale))
-    return Picture(pixels, np.array([height, width, top, left], dtype=np.float32), notes)
+    # Resizing the crop's box is resizing all and then cropping: the filter still sees past the box.
+    shrink = max(bucket[0] / rgb.height, bucket[1] / rgb.width)
+    x, y = left / (width * scale) * rgb.width, top / (height * scale) * rgb.height
+    box = (x, y, min(x + bucket[1] / shrink, rgb.width), min(y + bucket[0] / shrink, rgb.height))
+    resized = rgb.resize((bucket[1], bucket[0]), Image.Resampling.LANCZOS, box, REDUCING_GAP)
+    micro = np.array([height, width, top, left], dtype=np.float32)
+    return Picture(np.asarray(resized), micro, notes)
 
 
 def perceptual_hash(data: bytes, config: ImagesConfig) -> int:
@@ -189,21 +194,6 @@ def _load_rgb(
     return rgb, (height, width)
 
 
-def _crop_resized(image: Image.Image, bucket: Bucket, top: float, left: float) -> np.ndarray:
-    """Resized to cover the bucket, cropped to it at `top`, `left` (fractions of the whole).
-
-    Resizing the crop's box is resizing all and then cropping: the filter still sees past the box.
-    """
-    scale = max(bucket[0] / image.height, bucket[1] / image.width)
-    x, y = left * image.width, top * image.height
-    right, bottom = x + bucket[1] / scale, y + bucket[0] / scale
-    box = (x, y, min(right, image.width), min(bottom, image.height))
-    resized = image.resize(
-        (bucket[1], bucket[0]), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP
-    )
-    return np.asarray(resized)
-
-
 @contextmanager
 def _broken_is_rejected() -> Iterator[None]:
     """Pillow raises nearly anything on a broken file: as Rejected."""
@@ -221,8 +211,6 @@ def _open(data: bytes, config: ImagesConfig) -> ImageFile.ImageFile:
     """The header, within limits; raises Rejected."""
     if not data:
         raise Rejected("empty_file")
-    if len(data) > config.max_bytes:
-        raise Rejected("too_many_bytes", f"{len(data)} > {config.max_bytes}")
     with _broken_is_rejected():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > config.max_pixels:

@@ -31,8 +31,8 @@ from data_prep.images import ImagesConfig, Rejected
 from data_prep.output import OURS, lock_output, refuse_other_settings
 from data_prep.plan import ShardSpec, read_planned, shard_list
 from data_prep.preparation import encode, stage, tidy
-from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.report import bucket_samples, console, print_result
+from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
 from data_prep.shards import (
     WORK,
     ShardWriter,

@@ -19,8 +19,8 @@ from data_prep import report
 from data_prep.encode import HISTOGRAMS
 from data_prep.images import Bucket
 from data_prep.plan import read_planned
-from data_prep.proof import SIDE, png, proof_keys, read_proof
 from data_prep.schema import Manifest
+from data_prep.schema.proof import SIDE, png, proof_keys, read_proof
 from data_prep.shards import work_of
 
 SHEET_PAIRS, SHEET_COLUMNS = 24, 4

@@ -3,7 +3,6 @@
 import codecs
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 # Levels of lists and objects in JSON: others, which have less room on their stack, read it again.
@@ -51,18 +50,15 @@ def parse_json(text: str | bytes) -> Any:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=finite)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-    level, depth = [value], 0
-    while level := [inner for outer in level for inner in _inside(outer)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError("nested too deep")
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        outer = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for o in outer for inner in (o.values() if isinstance(o, dict) else o)]
+    if level:
+        raise ValueError("nested too deep")
     return value
 
 
 def finite(number: Any) -> float | None:
     value = float(number)
     return value if math.isfinite(value) else None
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

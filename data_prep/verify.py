@@ -1,6 +1,5 @@
 """Audit of a prepared dataset: `flowmill verify DATASET`. Every hash, index, count, shape, and NaN."""
 
-import json
 import os
 import re
 import sys
@@ -9,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from data_prep import schema
-from data_prep.drift import drift
-from data_prep.proof import caption_hash, project, proof_keys, read_proof
+from data_prep.encoders import Text
 from data_prep.report import bucket_samples, console, training_rows, warn
-from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest
+from data_prep.schema import EMPTY_CAPTION, MANIFEST, REJECTS, SHARD_TABLE, Manifest, RoleRecord
+from data_prep.schema.drift import drift
+from data_prep.schema.proof import caption_hash, project, proof_keys, read_proof
 from data_prep.shards import read_table
 from data_prep.sources.source import count_rejects
 from data_prep.storage import find_files, local_copy, open_root
@@ -34,10 +33,11 @@ from models.config import InputError
 from models.files import file_sha256
 
 KEY = re.compile(r"[0-9a-f]{20}")
-# Of one picture, by name: its arrays, or what a proof says of it; and where its arrays lie, offset and bytes.
+# By name: a picture's arrays, or what a proof says of it; and where its arrays lie, offset and bytes.
 Arrays = dict[str, np.ndarray]
 Places = dict[str, tuple[int, int]]
-Audit = tuple[str, str, str, np.ndarray]
+# What is wrong with a shard, "" if nothing, and the last 16 digits of each of its keys, uint64 (n,).
+Audit = tuple[str, np.ndarray]
 
 
 class Wrong(Exception):
@@ -93,12 +93,10 @@ def verify(dataset: Path, workers: int = 1) -> list[str]:
     except (OSError, pa.ArrowException) as error:
         return [*problems, f"{SHARD_TABLE} or {REJECTS}: {error}"]
     answers = list(_audit_all(dataset, manifest, rows, workers))
-    wrong = [f"{row['path']}: {w}" for row, (w, *_) in zip(rows, answers, strict=True) if w]
-    wrong += _order_problems(rows, [keys for _, *keys, _ in answers])
-    ends = np.sort(np.concatenate([np.zeros(0, "u8"), *(ends for *_, ends in answers)]))
-    # Of one that is out of order it was said.
-    twice = [] if wrong else ends[1:][ends[1:] == ends[:-1]].tolist()
-    problems += wrong + [f"a key that ends in {end:016x} is in two shards" for end in twice]
+    problems += [f"{row['path']}: {w}" for row, (w, _) in zip(rows, answers, strict=True) if w]
+    ends = np.sort(np.concatenate([np.zeros(0, "u8"), *(ends for _, ends in answers)]))
+    twice = ends[1:][ends[1:] == ends[:-1]].tolist()
+    problems += [f"a key that ends in {end:016x} is in two shards" for end in twice]
     problems += _count_problems(manifest, rows, rejects)
     if manifest.base:
         problems += _base_problems(dataset, manifest.base, rows)
@@ -124,7 +122,7 @@ def drifted(
     """
     import torch
 
-    from data_prep.recorded import encode_caption, open_codec, open_texts
+    from data_prep.schema.recorded import open_codec, open_texts
 
     manifest = schema.read_manifest(dataset)
     if decode and manifest.base:
@@ -146,13 +144,22 @@ def drifted(
             wrong = drift(file, proof, decode, pictures, encode, texts)
         if wrong:
             problems.append(f"{row['path']}: {wrong}")
-    seen = (
-        f"{len(rows)} shards, up to {decode} pictures decoded and {encode} captions encoded of each"
-    )
     console.print(
-        f"{dataset}: {seen}: {f'{len(problems)} differ' if problems else 'all as when made'}."
+        f"{dataset}: {len(rows)} shards, up to {decode} pictures decoded and {encode} captions encoded of "
+        f"each: {f'{len(problems)} differ' if problems else 'all as when made'}."
     )
     return problems
+
+
+def encode_caption(
+    roles: dict[str, RoleRecord], texts: dict[str, Any], caption: str
+) -> dict[str, np.ndarray]:
+    """What a dataset stores of a caption, by member."""
+    found: dict[str, np.ndarray] = {}
+    for name, encoder in texts.items():
+        arrays = Text(encoder, name, roles[name].store).encode([caption])
+        found |= {member: values[0] for member, values in arrays.items()}
+    return found
 
 
 def _audit_all(
@@ -168,7 +175,7 @@ def _audit_all(
 
 
 def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> Audit:
-    """What is wrong with the shard ("" if nothing), its first and last key, and the ends of all, uint64 (n,)."""
+    """A shard's own files beside its row of the table and the manifest."""
     paths = (row["path"], schema.index_path(row["path"]), schema.proof_path(row["path"]))
     tar, index, proof = (dataset / path for path in paths)
     try:
@@ -182,20 +189,18 @@ def audit_shard(dataset: Path, manifest: Manifest, row: dict[str, Any]) -> Audit
             for path, local, column in (*hashed, (proof, proof, "proof_sha256")):
                 if file_sha256(local) != row[column]:
                     raise Wrong(f"{path.name} is not what the table says (sha256)")
-            # That of a layer which has none of the shard's pictures is empty.
-            said = read_proof(dataset, row["path"]) if proof.stat().st_size else {}
+            said = read_proof(dataset, row["path"])
             proved = {
                 key: {name: values[i] for name, values in said.items()}
-                for i, key in enumerate(proof_keys(said) if said else ())
+                for i, key in enumerate(proof_keys(said))
             }
             found = schema.read_index(Path(places))
             keys = _audit_samples(Path(shard), found, manifest, row, proved)
     except Wrong as wrong:
-        return str(wrong), "", "", np.zeros(0, "u8")
+        return str(wrong), np.zeros(0, "u8")
     except (OSError, ValueError, tarfile.TarError) as error:
-        return f"{type(error).__name__}: {error}", "", "", np.zeros(0, "u8")
-    ends = np.array([int(key[-16:], 16) for key in keys], "u8")
-    return ("", keys[0], keys[-1], ends) if keys else ("", "", "", ends)
+        return f"{type(error).__name__}: {error}", np.zeros(0, "u8")
+    return "", np.array([int(key[-16:], 16) for key in keys], "u8")
 
 
 def _audit_samples(
@@ -210,22 +215,24 @@ def _audit_samples(
         raise Wrong(f"its index has nothing in rows {empty}, the table says {missing}")
     index = np.delete(index, missing, axis=0)
     captions = list[tuple[str, list[str]]]()
-    with tarfile.open(path, "r:") as tar:
-        for begin in range(0, len(index), each):
-            key, places, arrays, drawn = _audit_picture(tar, manifest, row)
-            if not key:
-                raise Wrong(f"ends after {len(captions)} pictures, expected {len(index) // each}")
+    with path.open("rb") as tar:
+        for key, places, arrays, facts in schema.read_pictures(tar):
+            if not KEY.fullmatch(key) or (captions and key <= captions[-1][0]):
+                raise Wrong(f"key {key} is none, out of order or there twice")
+            if not isinstance(facts.get("caption"), str):
+                raise Wrong(f"{key}.json: no caption")
+            for name, array in arrays.items():
+                if problem := _problem_of(array, name.split(".")[0], manifest, row):
+                    raise Wrong(f"{key}.{name}.npy: {problem}")
+            begin = len(captions) * each
             _audit_index(index[begin : begin + each], key, places, members)
             if key in proof:
-                _audit_proof(key, arrays, manifest, drawn[0], proof.pop(key))
-            captions.append((key, drawn))
-        if tar.next() is not None:
-            raise Wrong(f"holds more than {len(captions)} pictures")
+                _audit_proof(key, arrays, manifest, facts["caption"], proof.pop(key))
+            captions.append((key, facts.get("captions", [facts["caption"]])))
+    if len(captions) * each != len(index):
+        raise Wrong(f"ends after {len(captions)} pictures, expected {len(index) // each}")
     if proof:
         raise Wrong(f"its proof shows {min(proof)}, which it does not hold")
-    for (before, _), (after, _) in pairwise(captions):
-        if after <= before:
-            raise Wrong(f"key {after} is out of order or there twice")
     # What is said of a picture that a layer rejected is not in its tar.
     told = captions if manifest.text.roles or not manifest.base else []
     if not missing and schema.captions_sha256(told) != row["captions_sha256"]:
@@ -237,35 +244,9 @@ def _audit_proof(key: str, arrays: Arrays, manifest: Manifest, caption: str, pro
     """Stored text and caption are those that the proof was made of; raises Wrong."""
     if not np.array_equal(proved["caption_sha256"], caption_hash(caption)):
         raise Wrong(f"{key}.json: its caption is not the one that the proof was made of")
-    for role in manifest.text.roles:
-        for member in manifest.members.keys() & {role, f"{role}_pooled"}:
-            if not np.array_equal(project(arrays[member]), proved[f"{member}.projection"]):
-                raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
-
-
-def _audit_picture(
-    tar: tarfile.TarFile, manifest: Manifest, row: dict[str, Any]
-) -> tuple[str, Places, Arrays, list[str]]:
-    """The next key, its arrays and its captions, KEY.json being its last member; "" at the end."""
-    members, key, places, arrays = manifest.members, "", Places(), Arrays()
-    file: Any = tar.fileobj
-    while info := tar.next():
-        key = key or info.name.split(".")[0]
-        name = info.name.removeprefix(f"{key}.")
-        file.seek(info.offset_data)
-        if not KEY.fullmatch(key) or not info.name.startswith(f"{key}."):
-            raise Wrong(f"member {info.name!r} where one of {key!r} was expected")
-        if name == "json":
-            facts = json.loads(file.read(info.size))
-            if not isinstance(facts.get("caption"), str):
-                raise Wrong(f"{info.name}: no caption")
-            return key, places, arrays, facts.get("captions", [facts["caption"]])
-        member = name.split(".")[0]
-        if member not in members or not name.endswith(".npy"):
-            raise Wrong(f"member {info.name!r} is none of {', '.join(members)}")
-        name = name.removesuffix(".npy")
-        places[name], arrays[name] = _audit_array(file, info, member, manifest, row)
-    return "", places, arrays, []
+    for member in manifest.text_members():
+        if not np.array_equal(project(arrays[member]), proved[f"{member}.projection"]):
+            raise Wrong(f"{key}.{member}.npy: is not what the proof was made of")
 
 
 def _audit_index(rows: np.ndarray, key: str, places: Places, members: list[str]) -> None:
@@ -282,38 +263,18 @@ def _audit_index(rows: np.ndarray, key: str, places: Places, members: list[str])
         raise Wrong(f"{key}.{unused[0]}: the index leads nowhere to it")
 
 
-def _audit_array(
-    file: Any, info: tarfile.TarInfo, member: str, manifest: Manifest, row: dict[str, Any]
-) -> tuple[tuple[int, int], np.ndarray]:
-    """The place of the numbers and they themselves, which are of the right kind, number and finite."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise Wrong(f"{info.name}: not an .npy file of version 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+def _problem_of(array: np.ndarray, member: str, manifest: Manifest, row: dict[str, Any]) -> str:
+    """Why an array is not one of the member's; "" if it is."""
+    if member not in manifest.members:
+        return f"is none of {', '.join(manifest.members)}"
     expected = manifest.shape_in_bucket(member, row["height"], row["width"])
-    fits = len(shape) == len(expected) and all(
-        e in (None, s) for s, e in zip(shape, expected, strict=True)
+    fits = array.ndim == len(expected) and all(
+        e in (None, s) for s, e in zip(array.shape, expected, strict=True)
     )
     wanted = manifest.members[member].stored
-    if dtype != np.dtype(wanted) or fortran or not fits:
-        raise Wrong(f"{info.name}: got {dtype} {shape}, expected {wanted} {expected}")
-    offset, size = file.tell(), info.offset_data + info.size - file.tell()
-    values = np.frombuffer(file.read(size), dtype)
-    if len(values) != np.prod(shape):
-        raise Wrong(f"{info.name}: got {len(values)} values, expected {shape}")
-    if not finite(values):
-        raise Wrong(f"{info.name}: holds NaN or infinity")
-    return (offset, size), values.reshape(shape)
-
-
-def _order_problems(rows: list[dict[str, Any]], keys: list[list[Any]]) -> list[str]:
-    """A generation's shards of one bucket and split follow each other in their keys, so that no sample is in two."""
-    problems, last = [], dict[tuple[Any, ...], str]()
-    for row, (first_key, last_key) in zip(rows, keys, strict=True):
-        group = (row["generation"], row["height"], row["width"], row["split"])
-        if first_key and first_key <= last.get(group, ""):
-            problems.append(f"{row['path']}: key {first_key} should be in an earlier shard")
-        last[group] = last_key or last.get(group, "")
-    return problems
+    if array.dtype != np.dtype(wanted) or not array.flags.c_contiguous or not fits:
+        return f"got {array.dtype} {array.shape}, expected {wanted} {expected}"
+    return "" if finite(array) else "holds NaN or infinity"
 
 
 def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
@@ -354,12 +315,10 @@ def _base_problems(
             if path not in below or below[path]["sha256"] != row["base_sha256"]:
                 problems.append(f"{path}: was made for another shard of {record.path}")
                 continue
-            keys, step = _keys_of(base / path), each[row["split"]]
+            keys, found, step = _keys_of(base / path), _keys_of(dataset / path), each[row["split"]]
             gone = {number // step for number in row["missing"] or ()}
             expected = [key for number, key in enumerate(keys) if number not in gone]
-            if (found := _keys_of(dataset / path)) != expected or len(keys) * step != row[
-                "num_samples"
-            ]:
+            if found != expected or len(keys) * step != row["num_samples"]:
                 at = next((k for k, e in zip(found, expected) if k != e), f"{len(found)} pictures")  # noqa: B905
                 problems.append(f"{path}: its pictures are not the base's, row by row: {at}")
     except (InputError, OSError, tarfile.TarError) as error:

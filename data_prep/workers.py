@@ -45,6 +45,8 @@ ATTEMPTS = 3
 # Losses with other causes than the item, as a rule, and how many of them weigh as much as one death.
 OUTSIDE = (NodeDiedError, OutOfMemoryError, ObjectLostError, ActorUnavailableError)
 OUTSIDE_PER_DEATH = 4
+# What the error of an actor says then, which is of one class whatever the actor died of.
+NODE_DIED = "node has died"
 # Losses per worker, with no answer between them, after which the trouble is not in the items.
 PATIENCE = OUTSIDE_PER_DEATH * ATTEMPTS
 # The longest wait for memory to become free.
@@ -70,12 +72,11 @@ def connect(config: RayConfig) -> None:
         )
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"address": address}
-    if not address:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options = {"address": "local", "num_cpus": config.num_cpus, "include_dashboard": False}
-        options |= {"object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own: dict[str, Any] = {"num_cpus": config.num_cpus, "include_dashboard": False}
+    own |= {"object_store_memory": OBJECT_STORE_BYTES}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address or "local", **quiet, **({} if address else own))
 
 
 @dataclass
@@ -180,7 +181,7 @@ class Tasks:
             ) from error
         if isinstance(error, OutOfMemoryError):
             time.sleep(min(self._losses_in_a_row, MEMORY_WAIT_S))
-        is_outside = isinstance(error, OUTSIDE) or _with_its_node(error)
+        is_outside = isinstance(error, OUTSIDE) or NODE_DIED in str(error)
         return 1 / OUTSIDE_PER_DEATH if is_outside else 1.0
 
     def _wait(self, flying: dict[Any, Any]) -> list[Any]:
@@ -265,12 +266,10 @@ def share_out(config: RayConfig, threads: int, most: int, weight: int = 0) -> Sh
     """At most `most` actors, which without GPUs use `threads` CPUs and `weight` bytes each; raises InputError."""
     resources = ray.cluster_resources()
     num_gpus, num_cpus = resources.get("GPU", 0.0), max(resources.get("CPU", 1.0), 1.0)
-    gpus = config.gpus_per_actor
-    gpus = (1.0 if num_gpus else 0.0) if gpus is None else gpus
+    gpus = float(num_gpus > 0) if config.gpus_per_actor is None else config.gpus_per_actor
     places = num_gpus / gpus if gpus else num_cpus / threads
     # A cluster's autoscaler may bring what is not there yet.
-    grows = "RAY_ADDRESS" in os.environ
-    if gpus and (config.num_actors or 1) * gpus > num_gpus and not grows:
+    if (config.num_actors or 1) * gpus > num_gpus and "RAY_ADDRESS" not in os.environ:
         raise InputError(
             f"ray: {config.num_actors or 1} actors of {gpus:g} GPUs each, expected no more than the "
             f"{num_gpus:g} GPUs there are. Remedy: lower ray.num_actors or ray.gpus_per_actor."
@@ -367,25 +366,21 @@ class Actors(Tasks):
     def waits_for(self) -> str | None:
         if not self._beginning:
             return None
-        wanted = f"{self._shares.cpus:g} CPUs"
-        wanted += f" and {self._shares.gpus:g} GPUs" * bool(self._shares.gpus)
-        wanted += f" and {self._shares.memory >> 20:,} MiB" * bool(self._shares.memory)
+        shares = self._shares
+        wanted = {"CPUs": shares.cpus, "GPUs": shares.gpus, "MiB": shares.memory >> 20}
+        words = " and ".join(f"{number:.10g} {what}" for what, number in wanted.items() if number)
         return (
-            f"waiting for {len(self._beginning)} of {self._shares.num_actors} actors to begin, each "
-            f"of which wants {wanted}; {_cluster()}"
+            f"waiting for {len(self._beginning)} of {shares.num_actors} actors to begin, each "
+            f"of which wants {words}; {_cluster()}"
         )
-
-
-def _with_its_node(error: RayError) -> bool:
-    # An actor's own error is of one class, whatever it died of.
-    return isinstance(error, NodeDiedError) or "node has died" in str(error)
 
 
 def _loss(error: RayError) -> str:
     """What happened to a worker, in words."""
     if isinstance(error, OutOfMemoryError):
         return "the memory of a node is full, for which Ray ended a worker"
-    return f"a worker {'was lost with its node' if _with_its_node(error) else 'died'}"
+    with_node = isinstance(error, NodeDiedError) or NODE_DIED in str(error)
+    return f"a worker {'was lost with its node' if with_node else 'died'}"
 
 
 def value(reference: Any) -> Any:

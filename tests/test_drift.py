@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.config import PrepareConfig
-from data_prep.drift import drift
 from data_prep.preparation import prepare
-from data_prep.proof import read_proof
-from data_prep.recorded import encode_caption, open_codec, open_texts
 from data_prep.schema import read_manifest, read_shard_table
-from data_prep.verify import drifted, verify
+from data_prep.schema.drift import drift
+from data_prep.schema.proof import read_proof
+from data_prep.schema.recorded import open_codec, open_texts
+from data_prep.verify import drifted, encode_caption, verify
 from models.command import load_config
 from models.config import InputError
 from models.vae import LatentCodec
@@ -147,11 +147,8 @@ def test_every_fault_is_named_and_a_sound_shard_is_not(dataset, vae_folder, tmp_
         assert "caption" in wrong(shard), name
         # Nothing is looked at that is not asked for.
         assert drift(as_tar(shard), proof, 4, codec.picture) == "", name
-    lost = {
-        name: data
-        for name, data in members.items()
-        if proof["key"][0].tobytes().decode() not in name
-    }
+    first = proof["key"][0].tobytes().decode()
+    lost = {name: data for name, data in members.items() if first not in name}
     assert "is not there" in wrong(lost)
 
 
@@ -189,13 +186,8 @@ def test_a_new_run_looks_at_its_latents_before_its_first_step(dataset, tmp_path)
     buckets = sorted({p.split("/")[1] for p in read_shard_table(data)["path"].to_pylist()})
     run, config = tmp_path / "run", tmp_path / "c.yaml"
     config.write_text(train_factory.CONFIG.format(data=data, run=run))
-    options = [
-        "training.images=16",
-        "optimizer.warmup_images=0",
-        "monitor.prompts=[a red apple]",
-        "data.verify=size",
-    ]
-    options += ["sampler.num_steps=1", "monitor.heldout_samples=0"]
+    options = ["training.images=16", "optimizer.warmup_images=0", "monitor.prompts=[a red apple]"]
+    options += ["data.verify=size", "sampler.num_steps=1", "monitor.heldout_samples=0"]
     path = spoil(data, buckets[-1])
     error = train_factory.train(config, *options, status=2)
     assert f"{path}: " in error
@@ -207,8 +199,3 @@ def test_a_new_run_looks_at_its_latents_before_its_first_step(dataset, tmp_path)
     train_factory.train(config, *options, f"run={tmp_path / 'copied'}")
     # A run that has begun does not look again.
     train_factory.train(config, *options, "training.images=24", "--override")
-
-
-def test_a_dataset_without_proofs_passes(tmp_path):
-    path = train_factory.write_config(tmp_path)
-    train_factory.train(path, "training.images=16", "optimizer.warmup_images=0")

@@ -313,16 +313,10 @@ def test_a_number_that_is_too_large_for_a_float_or_for_json_is_missing():
     assert parse_json("[1e999, -1e999, NaN, 1.5, 7]") == [None, None, None, 1.5, 7]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("t.parquet", "nan"),
-        ("t.csv", "inf"),
-        ("t.csv", "nan"),
-        ("t.jsonl", "-inf"),
-        ("t.tar", "nan"),
-    ],
-)
+KINDS = {"parquet": ["nan"], "csv": ["inf", "nan"], "jsonl": ["-inf"], "tar": ["nan"]}
+
+
+@pytest.mark.parametrize(("name", "value"), [(f"t.{n}", v) for n in KINDS for v in KINDS[n]])
 def test_a_number_that_json_has_not_is_missing_everywhere(tmp_path, name, value):
     (tmp_path / "0.png").write_bytes(PICTURES[0])
     write_rows(tmp_path / name, [{"image": "0.png", "caption": "x", "score": float(value)}])

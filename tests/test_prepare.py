@@ -39,9 +39,9 @@ from data_prep.output import open_output, refuse_changes, unfinished
 from data_prep.plan import ShardSpec, shard_list
 from data_prep.preparation import prepare
 from data_prep.prepare import main
-from data_prep.proof import proof_keys, read_proof
 from data_prep.scan import list_sources
 from data_prep.schema import read_index, read_manifest, read_shard_table
+from data_prep.schema.proof import proof_keys, read_proof
 from data_prep.shards import read_commits, write_table
 from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS

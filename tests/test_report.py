@@ -15,15 +15,15 @@ from data_prep.config import PrepareConfig
 from data_prep.encode import HISTOGRAMS
 from data_prep.page import GAP, MARGIN, Shown, contact_sheet, html_report
 from data_prep.preparation import prepare
-from data_prep.proof import SIDE
 from data_prep.schema import (
     REJECT_SCHEMA,
     REJECTS,
+    CodecRecord,
     Counts,
     Manifest,
-    latent_doubt,
     read_manifest,
 )
+from data_prep.schema.proof import SIDE
 from data_prep.shards import write_table
 from data_prep.verify import verify
 from models.codec_layouts import Normalisation
@@ -157,6 +157,12 @@ def test_the_contact_sheet_has_gaps_buckets_and_captions_that_stay_in_their_cell
     assert (np.asarray(contact_sheet(other)) != sheet).any()
 
 
+def doubt_of(means: list[float], stds: list[float], norm: Normalisation) -> str:
+    record = {"class_name": "AutoencoderKL", "path": "", "weights_sha256": "", "dtype": "fp32"}
+    record |= {"channels": len(means), "downscale": 8, "deterministic": False}
+    return CodecRecord.model_validate(record | {"normalisation": norm}).doubt(means, stds)
+
+
 @pytest.mark.parametrize("scale", [0.05, 0.3, 0.49, 0.51, 1.0, 1.99, 2.01, 40.0])
 @pytest.mark.parametrize("channels", [1, 4, 16])
 def test_normalised_latents_far_from_std_1_are_said(scale, channels):
@@ -165,7 +171,7 @@ def test_normalised_latents_far_from_std_1_are_said(scale, channels):
     shift, std = raw.mean(axis=0), raw.std(axis=0)
     whole = (raw - shift.mean()).std() / scale
     norm = Normalisation(mean=(float(shift.mean()),) * channels, std=(float(whole),) * channels)
-    doubt = latent_doubt(shift.tolist(), std.tolist(), norm)
+    doubt = doubt_of(shift.tolist(), std.tolist(), norm)
     assert bool(doubt) == (not 0.5 <= scale <= 2)
     if doubt:
         assert f"have a std of {scale:.3g}, " in doubt
@@ -210,4 +216,4 @@ def test_a_codec_without_a_scale_is_said_before_anything_is_made(
 
 
 def test_latents_that_are_all_alike_are_said():
-    assert "std of 0," in latent_doubt([3.0], [0.0], Normalisation(mean=(0.0,), std=(1.0,)))
+    assert "std of 0," in doubt_of([3.0], [0.0], Normalisation(mean=(0.0,), std=(1.0,)))

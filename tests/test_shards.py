@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 from webdataset.compat import WebDataset
 
-from data_prep.proof import project
 from data_prep.schema import read_index
+from data_prep.schema.proof import project
 from data_prep.shards import ShardWriter
 from models.files import file_sha256
 

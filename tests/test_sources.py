@@ -18,6 +18,7 @@ from data_prep.shards import write_text
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.source import count_rejects
+from data_prep.sources.table import TableSource
 from data_prep.sources.tars import TarSource
 from data_prep.storage import filesystem_of, find_files, names_in, open_root, read_bytes
 from models.config import InputError
@@ -162,23 +163,13 @@ def test_a_folder_that_is_missing_or_a_command_is_an_error_that_says_so(tmp_path
     with pytest.raises(InputError, match="no such folder"):
         list(TarSource(kind="tars", path=f"pipe:touch {tmp_path}/run.tar").entries("s"))
     assert not (tmp_path / "run.tar").exists()
+    (tmp_path / "t.tsv").write_text("image\tcaption\n")
+    with pytest.raises(InputError, match=r"t\.tsv: no such folder, nor a file ending in \.csv, "):
+        list(TableSource(kind="table", path=str(tmp_path / "t.tsv")).entries("s"))
 
 
-TAKEN = (
-    "jpg",
-    "jpeg",
-    "jpe",
-    "jfif",
-    "png",
-    "apng",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "ppm",
-    "JPG",
-)
+TAKEN = ["jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp"]
+TAKEN += ["tif", "tiff", "ppm", "JPG"]
 OTHERS = ("pdf", "svg", "psd", "mp4", "caption", "jpg~", "npy", "cls", "")
 
 
@@ -266,16 +257,8 @@ def test_a_folder_of_img2datasets_files_is_read_like_its_tars(tmp_path, captions
     """Captions, metadata and reasons alike: its output `files` has the members of the tar as files."""
     sound = {"caption": "c", "alt": ["a", "b"], "nsfw": 0.2, "status": "success"}
     failed = {"status": "failed_to_resize", "error_message": "x"}
-    texts = [
-        json.dumps(sound),
-        json.dumps(failed),
-        "{",
-        "[1]",
-        "[" * 10_000,
-        '{"a": NaN}',
-        "{}",
-        None,
-    ]
+    texts = [json.dumps(sound), json.dumps(failed), "{", "[1]", "[" * 10_000]
+    texts += ['{"a": NaN}', "{}", None]
     members = []
     for i, text in enumerate(texts):
         members.append((f"{i}.png", encoded(pixels(i))))
@@ -285,48 +268,33 @@ def test_a_folder_of_img2datasets_files_is_read_like_its_tars(tmp_path, captions
     for name, data in members:
         (tmp_path / "f" / name).write_bytes(data)
     (tmp_path / "0.tar").write_bytes(tar_bytes(members))
-    told = [
+    sources = (
+        TarSource(kind="tars", path=str(tmp_path / "0.tar"), captions=captions),
+        FolderSource(kind="folder", path=str(tmp_path / "f"), captions=captions),
+    )
+    in_tar, in_folder = (
         {
-            item.name.removeprefix("0.tar/").removesuffix(".png"): (
-                item.captions,
-                item.metadata,
-                item.reason,
-                item.detail,
+            os.path.basename(i.name).removesuffix(".png"): (
+                i.reason,
+                i.detail,
+                i.captions,
+                i.metadata,
             )
-            for item in items(source)
+            for i in items(source)
         }
-        for source in (
-            TarSource(kind="tars", path=str(tmp_path / "0.tar"), captions=captions),
-            FolderSource(kind="folder", path=str(tmp_path / "f"), captions=captions),
-        )
-    ]
-    assert told[0] == told[1]
-    assert told[1]["0"][1] == sound
-    assert [told[1][str(i)][2] for i in range(8)] == [
-        None,
-        "source_status",
-        "broken_json",
-        "broken_json",
-        "broken_json",
-        None,
-        None,
-        None,
-    ]
+        for source in sources
+    )
+    assert in_tar == in_folder
+    assert in_folder["0"][3] == sound
+    expected = [None, "source_status", *["broken_json"] * 3, *[None] * 3]
+    assert [in_folder[str(i)][0] for i in range(8)] == expected
     left = FolderSource(kind="folder", path=str(tmp_path / "f"), exclude=("*.json",))
     assert reasons(items(left)) == {f"{i}.json": "other_file" for i in range(7)}
 
 
 def test_what_is_wrong_with_a_sample_is_its_reason(tmp_path):
-    pictures = [
-        "two.png",
-        "two.jpg",
-        "twice.png",
-        "twice.png",
-        "bad.png",
-        "list.png",
-        "deep.png",
-        "../../up.png",
-    ]
+    pictures = ["two.png", "two.jpg", "twice.png", "twice.png"]
+    pictures += ["bad.png", "list.png", "deep.png", "../../up.png"]
     members = [*((name, encoded(pixels(0))) for name in pictures), ("words.txt", b"no picture")]
     members += [("bad.json", b"{"), ("list.json", b"[1]"), ("deep.json", b"[" * 100_000)]
     members += [("evil.pkl", b"cos\nsystem\n"), *sample_members(0)]
@@ -434,17 +402,8 @@ def test_no_byte_behind_the_end_mark_of_a_tar_is_lost_without_a_word(tmp_path, s
 
 def test_hidden_and_system_folders_of_a_tar_are_left_out_aloud(tmp_path):
     picture = encoded(pixels(0))
-    names = [
-        "./a",
-        "../b",
-        "__MACOSX/a",
-        "c/.git/d/a",
-        "c/.git/a",
-        "@eaDir/a",
-        "c/a",
-        "..c/a",
-        "@a",
-    ]
+    names = ["./a", "../b", "__MACOSX/a", "c/.git/d/a", "c/.git/a", "@eaDir/a", "c/a", "..c/a"]
+    names.append("@a")
     (tmp_path / "0.tar").write_bytes(tar_bytes([(f"{name}.png", picture) for name in names]))
     items = tar_items(tmp_path)
     taken = [item.name for item in items if not item.reason]

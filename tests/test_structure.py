@@ -28,12 +28,12 @@ MAY_IMPORT = {
     "cluster": set(PACKAGES),
 }
 # What a prepared dataset is, and how it is read: the pipeline's too.
-CONTRACT = tuple(f"data_prep.{name}" for name in ("schema", "proof", "drift", "recorded"))
+CONTRACT = "data_prep.schema."
 # The floors of a package, the highest first: a file or folder imports from its own floor and from lower ones.
 # What is named need not exist yet; what is not named, the commands above all, stands over all floors.
 FLOORS = {
     "models": "command files config",
-    "data_prep": "sources images storage text",
+    "data_prep": "sources images storage text schema",
     "pipeline": "evaluation inference runs training objectives data distributed config",
 }
 # Defects that are being mended: only take lines off these lists.
@@ -99,7 +99,7 @@ def test_a_module_imports_only_along_the_arrows():
             head = imported.split(".")[0]
             if head not in (*PACKAGES, "tests", "configs"):
                 continue
-            if package == "pipeline" and imported.startswith(CONTRACT):
+            if package == "pipeline" and f"{imported}.".startswith(CONTRACT):
                 continue
             assert head in MAY_IMPORT[package], f"{name} imports {imported}"
 

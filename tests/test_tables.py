@@ -154,22 +154,6 @@ def test_a_row_of_an_image_folder_cannot_point_out_of_it(tmp_path):
     assert [item.reason for item in found] == ["path_outside"] * 3
 
 
-def test_broken_tables_are_rejects_and_what_was_read_before_the_break_is_kept(tmp_path):
-    save_pictures(tmp_path / "p")
-    rows = "".join(f"p/{i}.png,x{i},1\n" for i in range(4))
-    (tmp_path / "a.csv").write_text(f"image,caption,n\n{rows}p/0.png,only two\np/0.png,x,1,2\n")
-    (tmp_path / "b.csv").write_text(f'image,caption,n\n{rows}p/0.png,"x\n')
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 and no more")
-    found = items(table(tmp_path))
-    assert len([item for item in found if not item.reason]) == 8
-    assert reasons(found) == {
-        "a.csv/000000004": "broken_row",
-        "a.csv/000000005": "broken_row",
-        "b.csv/000000004": "broken_row",
-        "c.parquet": "broken_table",
-    }
-
-
 BAD_CAPTIONS = ['"hello" world', r'"a \"quoted\" word"', '"', '"open, more', "x,y,z", '"a""']
 
 
@@ -366,10 +350,3 @@ def test_a_broken_picture_in_a_table_is_rejected_for_what_it_is(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     rows = scanned(tmp_path, table(tmp_path))
     assert [row["reason"] for row in rows] == [None, "undecodable", "empty_file"]
-
-
-def test_an_unreadable_table_is_a_reject(tmp_path):
-    write_csv(tmp_path / "t.csv", [])
-    entries = list(table(tmp_path).entries("s"))
-    (tmp_path / "t.csv").unlink()
-    assert reasons(read_entries(entries, table(tmp_path))) == {"t.csv": "unreadable"}

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from data_prep.proof import ProofSample, ProofSamples, make_proof
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -26,6 +25,7 @@ from data_prep.schema import (
     proof_path,
     read_manifest,
 )
+from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
 from data_prep.shards import ShardWriter, write_table, write_text
 from data_prep.verify import main, verify
 from models.command import run_command
@@ -180,7 +180,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited": (edit_the_manifest, "was edited: its fingerprint does not match its content"),
     "offset": (point_elsewhere, f"{FIRST}: {3:020x}.clip.npy: index says"),
     "count": (lambda d: reseal(d, num_samples=6), f"{FIRST}: index (5, 4, 2), expected 6 samples"),
-    "twice": (repeat_a_sample, f"{SECOND}: key {4:020x} should be in an earlier shard"),
+    "twice": (repeat_a_sample, f"a key that ends in {4:016x} is in two shards"),
     "stray": (lambda d: shutil.copy(d / FIRST, d / STRAY), f"{STRAY}: not in {SHARD_TABLE}"),
     "empty caption": (narrow_the_empty_caption, f"{EMPTY_CAPTION}: clip is not (L, 16)"),
 }

@@ -52,11 +52,10 @@ class ClassesSource(Source):
             yield Entry(walk.source, walk.name, "", 0, class_name=name, reason=EMPTY_FOLDER)
         for entry in super().entries_of(walk):
             if known:
-                yield replace(entry, class_name=name)
-            elif entry.reason:
-                yield entry
-            else:
-                yield replace(entry, reason="no_class", detail=detail)
+                entry = replace(entry, class_name=name)
+            elif not entry.reason:
+                entry = replace(entry, reason="no_class", detail=detail)
+            yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         name = entry.class_name or ""

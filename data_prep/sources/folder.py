@@ -51,38 +51,32 @@ class FolderSource(TextsSource):
     kind: Literal["folder"]
 
     def entries_of(self, walk: Walk) -> Iterator[Entry]:
-        texts, pictures = dict[tuple[str, str], Entry](), set[str]()
+        pictures = {stem_of(file.name) for file in walk.files if self.takes(file.name)}
+        texts, others = dict[tuple[str, str], Entry](), dict[str, str]()
         for file in walk.files:
             stem, extension = stem_of(file.name), extension_of(file.name)
-            if self.takes(file.name):
-                pictures.add(stem)
-            elif extension in ("txt", "json") and self.left_out_by(file.name) != "exclude":
+            is_text = extension in ("txt", "json") and self.left_out_by(file.name) != "exclude"
+            if is_text and stem in pictures:
                 texts[stem, extension] = file
-        described = {text.name for (stem, _), text in texts.items() if stem in pictures}
-        others = {
-            stem_of(file.name).lower(): file.name
-            for file in walk.files
-            if file.name not in described and not self.takes(file.name)
-        }
+            elif not self.takes(file.name):
+                others[stem.lower()] = file.name
+        described = {text.name for text in texts.values()}
         for entry in super().entries_of(walk):
-            if entry.reason == OTHER_FILE or not entry.path:
-                if entry.name not in described:
-                    yield entry
-                continue
             stem = stem_of(entry.name)
-            if caption := texts.get((stem, "txt")):
-                stamp = f"{entry.stamp} {caption.stamp}"
-                entry = replace(entry, caption_path=caption.path, stamp=stamp)
+            if entry.path and entry.reason != OTHER_FILE:
+                for extension, field in (("txt", "caption_path"), ("json", "metadata_path")):
+                    if text := texts.get((stem, extension)):
+                        stamp = f"{entry.stamp} {text.stamp}"
+                        entry = replace(entry, stamp=stamp, **{field: text.path})
+                near = others.get(entry.name.lower()) or others.get(stem.lower())
                 # A caption of its own makes a picture of a mask.
-                if entry.reason == "companion":
+                if entry.caption_path and entry.reason == "companion":
                     entry = replace(entry, reason=None, detail="")
-            elif near := others.get(entry.name.lower()) or others.get(stem.lower()):
-                hint = f"{near} is there, but its caption would be {stem}.txt"
-                entry = replace(entry, detail=entry.detail or hint)
-            if metadata := texts.get((stem, "json")):
-                stamp = f"{entry.stamp} {metadata.stamp}"
-                entry = replace(entry, metadata_path=metadata.path, stamp=stamp)
-            yield entry
+                elif near and not (entry.caption_path or entry.detail):
+                    hint = f"{near} is there, but its caption would be {stem}.txt"
+                    entry = replace(entry, detail=hint)
+            if entry.name not in described:
+                yield entry
 
     def read(self, entry: Entry, class_names: list[str], fields: Container[str]) -> Iterator[Item]:
         paths = {"txt": entry.caption_path, "json": entry.metadata_path}

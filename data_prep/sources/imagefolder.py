@@ -21,7 +21,6 @@ class ImageFolderSource(TableSource):
     """Hugging Face's ImageFolder: pictures, and metadata.csv, .jsonl or .parquet with their file_name."""
 
     contents = "metadata.csv, .jsonl or .parquet"
-    may_be_one_file = False
     inside = True
 
     kind: Literal["imagefolder"]
@@ -35,18 +34,15 @@ class ImageFolderSource(TableSource):
         return stem == "metadata" and extension[1:] in self.files
 
     def entries_of(self, walk: Walk) -> Iterator[Entry]:
-        """Pictures beside metadata are its rows, or `read` says that they have none."""
-        beside = any(self.takes(file.name) for file in walk.files)
-        for entry in Source.entries_of(self, walk):
-            if entry.reason != OTHER_FILE or extension_of(entry.name) not in PICTURE_EXTENSIONS:
-                yield entry
-            elif not beside:
-                yield replace(
-                    entry, path="", reason="no_metadata", detail="none in any folder above"
-                )
+        """Metadata comes before the pictures beside it."""
+        for entry in sorted(Source.entries_of(self, walk), key=lambda e: e.reason is not None):
+            if entry.reason == OTHER_FILE and extension_of(entry.name) in PICTURE_EXTENSIONS:
+                detail = "none in any folder above"
+                entry = replace(entry, path="", reason="no_metadata", detail=detail)
+            yield entry
 
     def entries(self, source: str) -> Iterator[Entry]:
-        """So are pictures in the folders below metadata, which come after it."""
+        """Pictures beside and below metadata are its rows, or `read` says that they have none."""
         above = list[str]()
         for entry in super().entries(source):
             if entry.reason is None:
@@ -59,10 +55,7 @@ class ImageFolderSource(TableSource):
         for item in super().read(entry, class_names, fields):
             named.add(posixpath.normpath(item.path))
             yield item
-        yield from self._unnamed(entry, named)
-
-    def _unnamed(self, entry: Entry, named: set[str]) -> Iterator[Item]:
-        """Pictures below the metadata, down to the next metadata, of which it has no row."""
+        # Pictures below the metadata, down to the next metadata, of which it has no row.
         others = list[str]()
         for walk in walk_folder(posixpath.dirname(entry.path)):
             if walk.name.startswith(tuple(others)):

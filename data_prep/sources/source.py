@@ -67,21 +67,18 @@ class Item:
     data: bytes | None = None
 
 
-class OtherFiles:
+class OtherFiles(Counter[str]):
     """Files that are no pictures: rows for the first of each extension, and one for the rest."""
-
-    def __init__(self):
-        self._count = Counter[str]()
 
     def has_row(self, name: str) -> bool:
         """Count a file; returns whether it gets a row of its own."""
         extension = extension_of(name)
-        self._count[extension] += 1
-        return self._count[extension] <= MAX_OTHER_ROWS
+        self[extension] += 1
+        return self[extension] <= MAX_OTHER_ROWS
 
     def rest(self) -> Iterator[tuple[str, str]]:
         """Name and detail of the rows that stand for several files."""
-        for extension, count in sorted(self._count.items()):
+        for extension, count in sorted(self.items()):
             if count > MAX_OTHER_ROWS:
                 yield f"*.{extension}".rstrip("."), f"{count - MAX_OTHER_ROWS} more"
 
@@ -116,9 +113,7 @@ class Source(Config, ABC):
     # Extensions of its files, and what those are called in messages.
     files: ClassVar[tuple[str, ...]] = PICTURE_EXTENSIONS
     contents: ClassVar[str] = "pictures"
-    # Whether `path` may be such a file itself.
-    may_be_one_file: ClassVar[bool] = False
-    # Files that one scan task reads; over 1 where every file is a picture.
+    # Files that one scan task reads; over 1 where every file is a picture, else `path` may be one itself.
     per_task: ClassVar[int] = 512
 
     kind: Any
@@ -179,12 +174,15 @@ class Source(Config, ABC):
     def entries(self, source: str) -> Iterator[Entry]:
         """The files of all folders in a fixed order; raises InputError where there are none."""
         where, root = f"sources.{source}.path: {self.path}", self.path.rstrip("/")
-        if self.may_be_one_file and (found := _file_at(root, where)) is not None:
-            yield Entry(source, root.rsplit("/", 1)[-1], root, found["size"], stamp=stamp_of(found))
+        name, endings = root.rsplit("/", 1)[-1], ", ".join(f".{e}" for e in self.files)
+        one = self.per_task == 1
+        if one and self.takes(name) and (found := _file_at(root, where)) is not None:
+            yield Entry(source, name, root, found["size"], stamp=stamp_of(found))
             return
         if not is_remote(root) and not os.path.isdir(root):
             raise InputError(
-                f"{where}: no such folder. Remedy: give the folder that holds the {self.contents}."
+                f"{where}: no such folder{f', nor a file ending in {endings}' if one else ''}. Remedy: give "
+                f"the folder that holds the {self.contents}."
             )
         count, extensions, others = 0, Counter[str](), OtherFiles()
         # A class is known by its files, whatever those are.
@@ -205,8 +203,7 @@ class Source(Config, ABC):
             )
             raise InputError(
                 f"{where}: no {self.contents} there; got {found or 'an empty folder'}, "
-                f"expected files ending in {', '.join('.' + e for e in self.files)} that include, exclude "
-                "and split leave in."
+                f"expected files ending in {endings} that include, exclude and split leave in."
             )
 
 
@@ -216,10 +213,10 @@ def split_of(name: str) -> str:
     return next((match.lastgroup or "" for match in found[::-1] if match), "")
 
 
-def main_of(stem: str) -> str | None:
-    """The picture that one of such a name is the mask or the depth map of."""
+def main_of(stem: str) -> str:
+    """The picture that one of such a name is the mask or the depth map of; "" where of none."""
     match = COMPANION.fullmatch(stem)
-    return match[1] if match else None
+    return match[1] if match else ""
 
 
 def _file_at(path: str, where: str) -> dict[str, Any] | None:
@@ -251,9 +248,8 @@ def read_entries(
 
 def captions_of(field: str, value: Any, weight: float) -> list[tuple[bytes | Rejected, float]]:
     """The captions that a field holds, a text or a list of equally good ones, which share its weight."""
-    values = value if isinstance(value, list) else [value]
-    found = [_caption(field, value) for value in values if value is not None]
-    return [(caption, weight / len(found)) for caption in found]
+    values = [each for each in (value if isinstance(value, list) else [value]) if each is not None]
+    return [(_caption(field, each), weight / len(values)) for each in values]
 
 
 def _caption(field: str, value: Any) -> bytes | Rejected:

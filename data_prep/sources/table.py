@@ -7,7 +7,7 @@ import json
 import os
 import posixpath
 from collections import defaultdict, deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -31,8 +31,6 @@ ROWS_AT_ONCE = 64
 MAX_LINE = 128 << 20
 # Bytes of a JSONL file that is one array of rows: it is read whole.
 MAX_ARRAY_BYTES = 64 << 20
-# What is raised for a value of Arrow's that Python cannot hold.
-UNREADABLE = (pa.ArrowException, ValueError, ArithmeticError, LookupError)
 Row = dict[str, Any] | Rejected
 # A line of a text file and its number, from 1; None stands for one that is too long.
 Line = tuple[int, str | None]
@@ -43,7 +41,6 @@ class TableSource(Source):
 
     files = ("csv", "jsonl", "parquet")
     contents = "tables"
-    may_be_one_file = True
     per_task = 1
     # Whether paths must lead to pictures beside or below the table.
     inside: ClassVar[bool] = False
@@ -113,6 +110,8 @@ def _items(table: _Table) -> Iterator[Item]:
             yield _item_of_row(name, row, table)
         except Rejected as rejected:
             yield Item(name, reason=rejected.reason, detail=rejected.detail)
+        except OSError as error:
+            yield Item(name, reason="unreadable", detail=said_of(error))
 
 
 def read_rows(entry: Entry, source: TableSource) -> Iterator[Row]:
@@ -183,23 +182,16 @@ def _message(error: Exception, table: _Table) -> str:
 def _rows_of_group(file: pq.ParquetFile, group: int, names: list[str]) -> Iterator[dict[str, Any]]:
     for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=names):
         names = batch.schema.names
-        columns = [_values(*pair) for pair in zip(names, batch.columns, strict=True)]
-        for cells in zip(*columns, strict=True):
+        pairs = zip(names, batch.columns, strict=True)
+        for cells in zip(*([_value(n, cell) for cell in c] for n, c in pairs), strict=True):
             yield dict(zip(names, cells, strict=True))
 
 
-def _values(name: str, column: pa.Array) -> list[Any]:
-    """The values of a column; where one cannot be converted, a Rejected is in its place."""
-    try:
-        return column.to_pylist()
-    except UNREADABLE:
-        return [_value(name, cell) for cell in column]
-
-
 def _value(name: str, cell: Any) -> Any:
+    """A cell as Python has it; a Rejected in its place where that cannot hold it."""
     try:
         return cell.as_py()
-    except UNREADABLE as error:
+    except (pa.ArrowException, ValueError, ArithmeticError, LookupError) as error:
         if isinstance(cell, pa.BinaryScalar):
             return cell.as_buffer().to_pybytes().decode(errors="surrogateescape")
         if isinstance(cell, pa.ListScalar):
@@ -224,66 +216,63 @@ def _csv_rows(table: _Table) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE)
     lines, again, header = _lines(table.path), deque[Line](), list[str]()
     texts = {table.source.image, *table.source.captions}
-    while line := again.popleft() if again else next(lines, None):
+
+    def following() -> Line | None:
+        return again.popleft() if again else next(lines, None)
+
+    while line := following():
         read = [line]
         try:
-            row = next(csv.reader(_until_closed(read, again, lines), strict=True), [])
-            why = _what_is_wrong(row, header, read, table) if header else ""
+            row = next(csv.reader(_until_closed(read, following), strict=True), [])
+            if header and row:
+                _check_row(row, header, read, header.index(table.source.image))
+                pairs = zip(header, row, strict=True)
+                yield {name: v if name in texts else _number(v) for name, v in pairs}
+            elif row:
+                header = row
+                table.check_columns(header)
         except csv.Error as error:
-            row, why = [], str(error)
-        if why:
             # The lines behind the first may be rows of their own.
             again.extendleft(reversed(read[1:]))
-            yield Rejected("broken_row", f"line {line[0]}: {why}")
-        elif header and row:
-            pairs = zip(header, row, strict=True)
-            yield {n: v if n in texts else _number(v) for n, v in pairs}
-        elif row:
-            header = row
-            table.check_columns(header)
+            yield Rejected("broken_row", f"line {line[0]}: {error}")
     if not header:
         raise Rejected("broken_table", "has no line that names its columns")
 
 
-def _until_closed(read: list[Line], again: deque[Line], lines: Iterator[Line]) -> Iterator[str]:
+def _until_closed(read: list[Line], following: Callable[[], Line | None]) -> Iterator[str]:
     """The first line of a row, and while a quote is open the next; `read` gathers them. Raises csv.Error."""
     room = MAX_TEXT_BYTES
-    while True:
-        _, text = read[-1]
-        if text is None:
+    while room >= 0:
+        if (text := read[-1][1]) is None:
             raise csv.Error(f"over {MAX_LINE} characters")
         yield text
-        if not (line := again.popleft() if again else next(lines, None)):
+        if not (line := following()):
             return
         read.append(line)
         room -= len(line[1] or "")
-        if room < 0:
-            raise csv.Error(f"a quote is still open {MAX_TEXT_BYTES} characters behind it")
+    raise csv.Error(f"a quote is still open {MAX_TEXT_BYTES} characters behind it")
 
 
-def _what_is_wrong(row: list[str], header: list[str], read: list[Line], table: _Table) -> str:
-    """Why it is no row, "" if it is one: a quote that nobody closed makes values of the rows behind it."""
-    if row and len(row) != len(header):
-        return f"got {len(row)} fields, expected {len(header)}"
+def _check_row(row: list[str], header: list[str], read: list[Line], image: int) -> None:
+    """Raise csv.Error where it is no row: a quote that nobody closed makes values of the rows behind it."""
+    if len(row) != len(header):
+        raise csv.Error(f"got {len(row)} fields, expected {len(header)}")
     if len(read) == 1:
-        return ""
-    place, claims = header.index(table.source.image), list[int]()
+        return
+    folder, claims = posixpath.dirname(row[image]), set[int]()
     for (number, line), quoting in product(read, (csv.QUOTE_MINIMAL, csv.QUOTE_NONE)):
         cells = next(csv.reader([line or ""], quoting=quoting), [])
-        if len(cells) == len(header) and _is_like(cells[place], row[place]):
-            claims.append(number)
+        if len(cells) == len(header):
+            # It looks like the path of a picture, or lies in the folder of one.
+            beside = posixpath.dirname(cells[image]) == folder != ""
+            if beside or extension_of(cells[image]) in PICTURE_EXTENSIONS:
+                claims.add(number)
     # The row's own path lies in its first line, or behind the closed quote in its last.
     first, last = read[0][0], read[-1][0]
-    for number in claims:
-        if number != (first if first in claims else last):
-            return f"a quote is open until line {last}, but line {number} looks like a row"
-    return ""
-
-
-def _is_like(cell: str, path: str) -> bool:
-    """Whether it looks like the path of a picture, or lies in the folder of one."""
-    folder = posixpath.dirname(path)
-    return extension_of(cell) in PICTURE_EXTENSIONS or posixpath.dirname(cell) == folder != ""
+    if others := claims - {first if first in claims else last}:
+        raise csv.Error(
+            f"a quote is open until line {last}, but line {min(others)} looks like a row"
+        )
 
 
 def _number(text: str) -> Any:
@@ -297,32 +286,29 @@ def _number(text: str) -> Any:
 
 def _jsonl_rows(table: _Table) -> Iterator[Row]:
     names = dict[str, None]()
-    for place, value in _json_values(table.path):
+    if array := _array_in(table.path):
+        values: Iterable[tuple[str, Any]] = ((f"value {n}", v) for n, v in enumerate(array))
+    else:
+        filled = ((n, line) for n, line in _lines(table.path) if line is None or line.strip())
+        values = ((f"line {number}", _parsed(line)) for number, line in filled)
+    for place, value in values:
         if isinstance(value, dict):
             names |= dict.fromkeys(value)
-        elif not isinstance(value, Rejected):
-            detail = f"{place}: got {type(value).__name__}, expected an object"
-            value = Rejected("broken_json", detail)
-        yield value
+            yield value
+        else:
+            got = f"got {type(value).__name__}, expected an object"
+            why = value if isinstance(value, ValueError) else got
+            yield Rejected("broken_json", f"{place}: {why}"[:200])
     if names:
         table.check_columns(list(names))
 
 
-def _json_values(path: str) -> Iterator[tuple[str, Any]]:
-    """Every value and the place of it; a Rejected for a line that is none."""
-    if array := _array_in(path):
-        yield from ((f"value {number}", value) for number, value in enumerate(array))
-        return
-    for number, line in _lines(path):
-        place = f"line {number}"
-        if line is None:
-            yield place, Rejected("broken_json", f"{place}: over {MAX_LINE} characters")
-        elif line.strip():
-            try:
-                value = parse_json(line)
-            except ValueError as error:
-                value = Rejected("broken_json", f"{place}: {error}"[:200])
-            yield place, value
+def _parsed(line: str | None) -> Any:
+    """The value of a line, or the ValueError that says why it has none."""
+    try:
+        return ValueError(f"over {MAX_LINE} characters") if line is None else parse_json(line)
+    except ValueError as error:
+        return error
 
 
 def _array_in(path: str) -> list[Any]:
@@ -356,7 +342,7 @@ def _lines(path: str) -> Iterator[Line]:
 
 
 def _item_of_row(name: str, row: dict[str, Any], table: _Table) -> Item:
-    """The item; raises Rejected."""
+    """The item; raises Rejected, or OSError where its picture is not there."""
     source, image = table.source, row.get(table.source.image)
     for column, value in row.items():
         if isinstance(value, Rejected) and table.uses(column):
@@ -390,10 +376,7 @@ def _item_of_row(name: str, row: dict[str, Any], table: _Table) -> Item:
     if not isinstance(image, str) or not image:
         raise Rejected("no_picture", f"{source.image}: got {type(image).__name__}")
     path = _resolve(image, table.entry, source.inside)
-    try:
-        return Item(name, path, 0, size_of(path), captions, facts, label)
-    except OSError as error:
-        raise Rejected("unreadable", said_of(error)) from error
+    return Item(name, path, 0, size_of(path), captions, facts, label)
 
 
 def _fact(value: Any) -> Any:

@@ -36,7 +36,6 @@ class TarSource(TextsSource):
 
     files = ("tar",)
     contents = "tars"
-    may_be_one_file = True
     per_task = 1
 
     kind: Literal["tars"]
@@ -48,18 +47,12 @@ class TarSource(TextsSource):
             for key, group in contents.groups.items():
                 name = f"{entry.name}/{key}"
                 try:
-                    if not is_utf8(key):
-                        raise Rejected("name_not_utf8")
-                    if problem := contents.problem_of(key):
-                        raise Rejected(*problem)
+                    contents.check(key)
                     item = self._item(name, entry.path, file, group)
                 except Rejected as rejected:
                     item = Item(readable(name), reason=rejected.reason, detail=rejected.detail)
                 yield replace(item, copy=path if path != entry.path else "")
-        rows = [(folder, HIDDEN_FOLDER, "with all in it") for folder in sorted(contents.hidden)]
-        rows += [(name, OTHER_FILE, "") for name in contents.others]
-        rows += [(name, OTHER_FILE, detail) for name, detail in contents.counter.rest()]
-        for name, reason, detail in rows:
+        for name, (reason, detail) in contents.rows.items():
             yield Item(f"{entry.name}/{readable(name)}", reason=reason, detail=detail)
         if contents.broken:
             yield Item(entry.name, reason="broken_tar", detail=contents.broken)
@@ -98,25 +91,24 @@ class _Contents:
     """By key."""
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)
     """By key, the reason and the detail of those that are no samples."""
-    hidden: set[str] = field(default_factory=set)
-    """Folders that are left out."""
-    others: list[str] = field(default_factory=list)
-    """Files that belong to no sample, those that get a row."""
-    counter: OtherFiles = field(default_factory=OtherFiles)
+    rows: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By name, those of hidden folders and of files that belong to no sample."""
+    others: OtherFiles = field(default_factory=OtherFiles)
     broken: str = ""
     """What is wrong with the tar."""
 
-    def problem_of(self, key: str) -> tuple[str, str] | None:
-        """Why the members of a key are no sample, as far as their headers tell."""
-        group, main = self.groups[key], main_of(key) or ""
+    def check(self, key: str) -> None:
+        """Raise Rejected where the members of a key are no sample, as far as their headers tell."""
+        group, main = self.groups[key], main_of(key)
         pictures = [extension for extension in group if extension not in TEXTS]
+        if not is_utf8(key):
+            raise Rejected("name_not_utf8")
         if key in self.problems:
-            return self.problems[key]
+            raise Rejected(*self.problems[key])
         if self.groups.get(main, {}).keys() - TEXTS and not group.keys() & TEXTS:
-            return "companion", f"beside {main}"
+            raise Rejected("companion", f"beside {main}")
         if len(pictures) > 1:
-            return "duplicate_key", f"pictures {', '.join(pictures)} share it"
-        return None
+            raise Rejected("duplicate_key", f"pictures {', '.join(pictures)} share it")
 
 
 def _scan_headers(file: Any) -> _Contents:
@@ -136,6 +128,7 @@ def _scan_headers(file: Any) -> _Contents:
             last = next(reversed(contents.groups))
             detail = "the last sample before the break; may lack parts"
             contents.problems.setdefault(last, ("broken_tar", detail))
+    contents.rows |= {name: (OTHER_FILE, detail) for name, detail in contents.others.rest()}
     return contents
 
 
@@ -177,29 +170,28 @@ def _behind_zeros(file: Any, begin: int) -> int:
 
 def _add_member(contents: _Contents, member: tarfile.TarInfo) -> None:
     if folder := hidden_part(member.name):
-        contents.hidden.add(folder)
+        contents.rows[folder] = HIDDEN_FOLDER, "with all in it"
         return
     key, extension = stem_of(member.name), extension_of(member.name)
     hidden = os.path.basename(member.name).startswith(".")
     if hidden or extension not in (*PICTURE_EXTENSIONS, *TEXTS):
-        if not member.isdir() and contents.counter.has_row(member.name):
-            contents.others.append(member.name)
+        if not member.isdir() and contents.others.has_row(member.name):
+            contents.rows[member.name] = OTHER_FILE, ""
         return
-    group, place = contents.groups.setdefault(key, {}), _place_of(member, contents.groups)
+    group, place = contents.groups.setdefault(key, {}), None
+    if member.islnk():
+        # A hard link has no bytes of its own, but those of the member that it leads to.
+        target = contents.groups.get(stem_of(member.linkname), {})
+        place = target.get(extension_of(member.linkname))
+    elif member.isreg():
+        sparse = member if member.issparse() else None
+        place = _Place(member.offset_data, member.size, sparse)
     if place is None:
-        contents.problems[key] = ("not_a_regular_file", f"{extension} is a link or special")
+        contents.problems[key] = "not_a_regular_file", f"{extension} is a link or special"
     elif extension in group:
-        contents.problems[key] = ("duplicate_key", f"two members end in .{extension}")
+        contents.problems[key] = "duplicate_key", f"two members end in .{extension}"
     else:
         group[extension] = place
-
-
-def _place_of(member: tarfile.TarInfo, groups: dict[str, _Group]) -> _Place | None:
-    """A file's own, or for a hard link that of the member that it leads to; None where there is neither."""
-    if member.islnk():
-        return groups.get(stem_of(member.linkname), {}).get(extension_of(member.linkname))
-    sparse = member if member.issparse() else None
-    return _Place(member.offset_data, member.size, sparse) if member.isreg() else None
 
 
 def _read_member(file: Any, place: _Place, length: int) -> bytes:

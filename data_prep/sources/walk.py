@@ -10,11 +10,8 @@ from typing import Any
 from data_prep.storage import filesystem_of, is_remote, patient, said_of
 
 # Reasons of what is no picture; counts of pictures leave it out.
-NO_PICTURES = OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = (
-    "other_file",
-    "hidden_folder",
-    "empty_folder",
-)
+OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = "other_file", "hidden_folder", "empty_folder"
+NO_PICTURES = OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +120,19 @@ def _read_store(root: str) -> dict[str, dict[str, tuple[int, str] | None]]:
     filesystem, top = filesystem_of(root)
     begin = len(top.rstrip("/")) + 1
     found = patient(lambda: filesystem.find(top, detail=True))
-    files = {path[begin:]: (info["size"] or 0, stamp_of(info)) for path, info in found.items()}
     # An empty folder of the root is in no list of files.
     listed = patient(lambda: filesystem.ls(top, detail=True)) if found else []
-    folders = [info["name"][begin:].rstrip("/") for info in listed if info["type"] == "directory"]
+    folders = [f"{info['name'].rstrip('/')}/" for info in listed if info["type"] == "directory"]
     tree = defaultdict[str, dict[str, tuple[int, str] | None]](dict)
-    for name in (*files, *(f"{folder}/" for folder in folders if folder)):
+    for path in (*found, *folders):
+        name = path[begin:]
         while name:
             end = name.rfind("/", 0, len(name) - 1) + 1
             folder, last = name[:end], name[end:]
             if last in tree[folder]:
                 break
-            tree[folder][last] = None if last.endswith("/") else files[name]
+            info = None if last.endswith("/") else found[path]
+            tree[folder][last] = info and (info["size"] or 0, stamp_of(info))
             name = folder
     return tree
 
@@ -164,14 +162,10 @@ def stem_of(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def readable(text: str) -> str:
     """A name that is not UTF-8 as text that is."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def is_utf8(text: str) -> bool:
+    return readable(text) == text

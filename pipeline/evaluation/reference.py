@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_prep.recorded import open_codec
 from data_prep.schema import fingerprint
+from data_prep.schema.recorded import open_codec
 from models.config import InputError
 from models.files import file_sha256, write_whole
 from pipeline import distributed

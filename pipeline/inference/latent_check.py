@@ -5,9 +5,9 @@ import random
 import time
 from typing import Any
 
-from data_prep.drift import drift
-from data_prep.proof import read_proof
 from data_prep.schema import proof_path
+from data_prep.schema.drift import drift
+from data_prep.schema.proof import read_proof
 from models.config import InputError
 from models.vae import LatentCodec
 from pipeline import distributed

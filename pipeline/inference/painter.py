@@ -12,8 +12,8 @@ from jaxtyping import UInt8
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from data_prep.recorded import Encoders
 from data_prep.schema import Manifest
+from data_prep.schema.recorded import Encoders
 from models.conditions import Conditions
 from models.files import write_whole
 from models.prompts import join_texts, parse_classes

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.recorded import load_encoders
+from data_prep.schema.recorded import load_encoders
 from models.files import write_whole
 from pipeline import distributed
 from pipeline.distributed.stop_signal import StopSignal

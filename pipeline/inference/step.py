@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.recorded import open_codec
+from data_prep.schema.recorded import open_codec
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader

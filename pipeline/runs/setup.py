@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.recorded import codec_folder, encoder_folder
 from data_prep.schema import Manifest
+from data_prep.schema.recorded import codec_folder, encoder_folder
 from models.config import InputError, differences
 from models.files import write_text
 from models.networks import NetworkConfig, build_model

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.recorded import Encoders, load_encoders
 from data_prep.schema import Manifest, fingerprint
+from data_prep.schema.recorded import Encoders, load_encoders
 from models.layers import PROJECTOR
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.data.datasets import check_same

@@ -7,11 +7,13 @@ numpy, pyarrow and pydantic only, so that the loader and the audit need nothing 
 # pyright: reportUnknownParameterType=false, reportMissingTypeStubs=false
 
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -105,9 +107,22 @@ class CodecRecord(Config):
     normalisation: Normalisation
 
     def doubt(self, means: Sequence[float], stds: Sequence[float]) -> str:
-        """What is to be said of raw latents as they were measured per channel."""
-        pixels = self.class_name == PIXELS
-        return "" if pixels else latent_doubt(means, stds, self.normalisation)
+        """A warning where the std of all normalised latents is far from 1; "" where it is not.
+
+        Takes what was measured per channel on raw latents.
+        """
+        norm, (low, high) = self.normalisation, STD_RANGE
+        channels = list(zip(means, stds, norm.mean, norm.std, strict=True))
+        spread = pstdev((mean - shift) / scale for mean, _, shift, scale in channels)
+        std = (spread**2 + fmean((std / scale) ** 2 for _, std, _, scale in channels)) ** 0.5
+        if low <= std <= high or self.class_name == PIXELS:
+            return ""
+        factor = 1 / (fmean(norm.std) * std) if std else 1.0
+        return (
+            f"normalised latents have a std of {std:.3g}, expected {low:g} to {high:g}: the objectives' noise "
+            "levels are made for 1. Remedy: the config.json and the weights of one vae; where it scales all "
+            f"channels alike, a scaling_factor of about {factor:.4g} fits these pictures. Prepare again."
+        )
 
 
 class RoleRecord(Config):
@@ -304,27 +319,6 @@ class Manifest(Config):
         return shape[0], height // cell, width // cell
 
 
-def latent_doubt(
-    means: Sequence[float], stds: Sequence[float], normalisation: Normalisation
-) -> str:
-    """A warning where the std of all normalised latents is far from 1; "" where it is not.
-
-    Takes what was measured per channel on raw latents.
-    """
-    channels = list(zip(means, stds, normalisation.mean, normalisation.std, strict=True))
-    spread = pstdev((mean - shift) / scale for mean, _, shift, scale in channels)
-    std = (spread**2 + fmean((std / scale) ** 2 for _, std, _, scale in channels)) ** 0.5
-    if STD_RANGE[0] <= std <= STD_RANGE[1]:
-        return ""
-    low, high = STD_RANGE
-    factor = 1 / (fmean(normalisation.std) * std) if std else 1.0
-    return (
-        f"normalised latents have a std of {std:.3g}, expected {low:g} to {high:g}: the objectives' noise "
-        "levels are made for 1. Remedy: the config.json and the weights of one vae; where it scales all "
-        f"channels alike, a scaling_factor of about {factor:.4g} fits these pictures. Prepare again."
-    )
-
-
 def _content_fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 of all that the file says but this itself; the members' order counts."""
     content = {name: value for name, value in manifest.items() if name != "fingerprint"}
@@ -417,3 +411,35 @@ def read_index(path: Path) -> np.ndarray:
             f"{path}: got {index.dtype} {index.shape}, expected int64 (samples, members, 2)"
         )
     return index
+
+
+Stored = tuple[str, dict[str, tuple[int, int]], dict[str, np.ndarray], dict[str, Any]]
+
+
+def read_pictures(tar: IO[bytes], keys: Container[str] | None = None) -> Iterator[Stored]:
+    """Each picture of a shard, or of `keys`: key, places and arrays by name, and what KEY.json says.
+
+    A place is the offset in the tar and the bytes of an array. Raises ValueError where members are not
+    grouped by key, each with its KEY.json as the last.
+    """
+    places, arrays, last = dict[str, tuple[int, int]](), dict[str, np.ndarray](), ""
+    tar.seek(0)
+    with tarfile.open(fileobj=tar, mode="r:") as members:
+        for info in members:
+            key, _, name = info.name.partition(".")
+            if keys is not None and key not in keys:
+                continue
+            if last not in ("", key):
+                raise ValueError(f"member {info.name!r} where one of {last!r} was expected")
+            tar.seek(info.offset_data)
+            data, last = tar.read(info.size), key
+            if name == "json":
+                yield key, places, arrays, json.loads(data)
+                places, arrays, last = {}, {}, ""
+            else:
+                array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+                name = name.removesuffix(".npy")
+                places[name] = info.offset_data + info.size - array.nbytes, array.nbytes
+                arrays[name] = array
+    if last:
+        raise ValueError(f"ends within {last}")

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from data_prep.encoders import Text
 from data_prep.schema import CodecRecord, Manifest, RoleRecord, TextRecord
 from models.codec_layouts import PIXELS
 from models.config import InputError
@@ -73,14 +71,3 @@ def open_texts(
         folder = encoder_folder(role, text.get(name), f"text.{name}")
         encoders[name] = TextEncoder.load(folder, role.view, role.dtype, device)  # pyright: ignore[reportArgumentType]
     return encoders
-
-
-def encode_caption(
-    roles: dict[str, RoleRecord], texts: dict[str, TextEncoder], caption: str
-) -> dict[str, np.ndarray]:
-    """What a dataset stores of a caption, by member."""
-    found: dict[str, np.ndarray] = {}
-    for name, encoder in texts.items():
-        arrays = Text(encoder, name, roles[name].store).encode([caption])
-        found |= {member: values[0] for member, values in arrays.items()}
-    return found

@@ -66,15 +66,19 @@ def make_proof(
 
 
 def read_proof(dataset: Path, shard: str) -> dict[str, np.ndarray]:
-    """The arrays of a shard's proof by name, a row per picture; raises ValueError where it is none."""
+    """The arrays of a shard's proof by name, a row per picture; raises ValueError where it is none.
+
+    There are none where a layer has none of the shard's pictures: the file is then empty.
+    """
+    data = (dataset / proof_path(shard)).read_bytes()
     try:
-        return load((dataset / proof_path(shard)).read_bytes())
+        return load(data) if data else {}
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 
 
 def proof_keys(proof: dict[str, np.ndarray]) -> list[str]:
-    return [row.tobytes().decode() for row in proof["key"]]
+    return [row.tobytes().decode() for row in proof.get("key", ())]
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:

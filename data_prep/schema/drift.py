@@ -4,70 +4,50 @@ Hashes find a shard that has changed since it was written; this finds one that w
 another codec than it was written with: latents that are scaled, shifted or of other pictures, other captions' text.
 """
 
-import io
-import json
-import tarfile
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from data_prep.proof import caption_hash, proof_keys, psnr_db, thumbnail
+from data_prep.schema import read_pictures
+from data_prep.schema.proof import caption_hash, proof_keys, psnr_db, thumbnail
 
 SAME_DB = 36.0
 """PSNR from which two decodings are of the same latents: in another precision it is well over 40."""
 SAME_TEXT = 0.1
 """Relative difference of a token up to which two encodings are of the same text: in bf16 it is a few percent."""
-
-Sample = dict[str, Any]
+Arrays = dict[str, np.ndarray]
 
 
 def drift(
     tar: IO[bytes],
-    proof: dict[str, np.ndarray],
+    proof: Arrays,
     num_decoded: int,
     decode: Callable[[np.ndarray], np.ndarray] | None,
     num_encoded: int = 0,
-    encode: Callable[[str], dict[str, np.ndarray]] | None = None,
+    encode: Callable[[str], Arrays] | None = None,
 ) -> str:
     """What differs in the first pictures of a shard's proof, decoded and encoded again; "" if nothing does.
 
     decode: moments to the picture (H, W, 3) uint8; encode: a caption to the arrays of every text member.
     """
     keys = proof_keys(proof)[: max(num_decoded, num_encoded)]
-    found = _read(tar, keys)
+    found = {key: (arrays, facts["caption"]) for key, _, arrays, facts in read_pictures(tar, keys)}
     for place, key in enumerate(keys):
         shown = {name: values[place] for name, values in proof.items()}
-        problem = f"{key} is not there" if key not in found else ""
-        if decode and place < num_decoded and not problem:
-            problem = _other_picture(decode(found[key]["moments"]), shown)
-        if encode and place < num_encoded and not problem:
-            problem = _other_text(encode, found[key], shown)
+        if key not in found:
+            return f"{key}: is not there"
+        (arrays, caption), problem = found[key], ""
+        if decode and place < num_decoded:
+            problem = _other_picture(decode(arrays["moments"]), shown)
+        if encode and place < num_encoded:
+            problem = problem or _other_text(arrays, caption, encode, shown)
         if problem:
             return f"{key}: {problem}"
     return ""
 
 
-def _read(tar: IO[bytes], keys: list[str]) -> dict[str, Sample]:
-    """The arrays by member and the caption of some pictures of a shard."""
-    found: dict[str, Sample] = {}
-    tar.seek(0)
-    with tarfile.open(fileobj=tar, mode="r:") as members:
-        for info in members:
-            key, name = info.name.split(".", 1)
-            if key not in keys:
-                continue
-            data = members.extractfile(info)
-            assert data is not None
-            if name == "json":
-                found.setdefault(key, {})["caption"] = json.load(data)["caption"]
-            else:
-                array = np.load(io.BytesIO(data.read()), allow_pickle=False)
-                found.setdefault(key, {})[name.removesuffix(".npy")] = array
-    return found
-
-
-def _other_picture(pixels: np.ndarray, shown: dict[str, np.ndarray]) -> str:
+def _other_picture(pixels: np.ndarray, shown: Arrays) -> str:
     """What is wrong with a picture (H, W, 3) that was decoded again."""
     now = thumbnail(pixels)
     if now.shape != shown["decoded"].shape:
@@ -84,13 +64,13 @@ def _other_picture(pixels: np.ndarray, shown: dict[str, np.ndarray]) -> str:
 
 
 def _other_text(
-    encode: Callable[[str], dict[str, np.ndarray]], sample: Sample, shown: dict[str, np.ndarray]
+    arrays: Arrays, caption: str, encode: Callable[[str], Arrays], shown: Arrays
 ) -> str:
     """What is wrong with the stored text of a picture, whose caption is encoded again."""
-    if not np.array_equal(shown["caption_sha256"], caption_hash(sample["caption"])):
+    if not np.array_equal(shown["caption_sha256"], caption_hash(caption)):
         return "its caption is not the one that it was made with"
-    for name, array in encode(sample["caption"]).items():
-        then, now = (np.atleast_2d(a).astype(np.float64) for a in (sample[name], array))
+    for name, array in encode(caption).items():
+        then, now = (np.atleast_2d(a).astype(np.float64) for a in (arrays[name], array))
         if then.shape != now.shape:
             return f"{name}: {then.shape} are stored, its caption gives {now.shape}"
         lengths = np.linalg.norm(then, axis=1)

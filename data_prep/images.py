@@ -43,6 +43,8 @@ PICTURE_EXTENSIONS = tuple(sorted(e for name in FORMATS for e in EXTENSIONS[name
 UNDECODABLE = {e: p for f, p in PLUGINS.items() if f not in FORMATS for e in EXTENSIONS[f]}
 # Our own limit is checked on the header, before decoding.
 Image.MAX_IMAGE_PIXELS = None
+# Blocks of 16 MiB that Pillow keeps for its next picture, else each page of each picture is handed out anew.
+Image.core.set_blocks_max(4)
 # Workflows and XMP in a PNG are often over Pillow's 1 MiB; the limits on bytes and memory are ours.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 30
 # A JPEG is decoded at no less than this many times the size wanted.
@@ -260,7 +262,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[st
         image = image.convert("RGB")
     if profile:
         image = _apply_profile(image, profile, colours, notes)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which copies
     if alpha is not None and alpha.getextrema() != (255, 255):
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
     return image

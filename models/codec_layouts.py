@@ -34,18 +34,20 @@ class Layout:
     """dtype of moments in shards."""
     scaled: ClassVar[bool] = True
     """Whether config.json has one scaling_factor for all channels."""
+    squares: ClassVar[int] = 1
+    """The network's latents per side of one of ours, whose channels they are."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
 
     @property
     def channels(self) -> int:
-        return self.config[self.width]
+        return self.squares**2 * self.config[self.width]
 
     @property
     def downscale(self) -> int:
         """Pixels of a side per latent."""
-        return 2 ** (len(self.config[self.needs[0]]) - 1)
+        return self.squares * 2 ** (len(self.config[self.needs[0]]) - 1)
 
     @property
     def only_side(self) -> int | None:
@@ -82,14 +84,7 @@ class KLFlux2(Layout):
     """FLUX.2's: squares of 2 x 2 latents are channels, normalised by a batch norm's statistics."""
 
     scaled = False
-
-    @property
-    def channels(self) -> int:
-        return 4 * super().channels
-
-    @property
-    def downscale(self) -> int:
-        return 2 * super().downscale
+    squares = 2
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         variances, eps = stored("bn.running_var"), self.config["batch_norm_eps"]
@@ -139,16 +134,16 @@ class DC(Layout):
 
     deterministic = True
     needs = ("encoder_block_out_channels",)
+    answer: ClassVar[str] = "latent"
 
     def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
-        return (network.encode(pixels).latent,)
+        return (getattr(network.encode(pixels), self.answer),)
 
 
 class Tiny(DC):
     """TAESD and its like: normalised latents of the codec that it imitates."""
 
-    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
-        return (network.encode(pixels).latents,)
+    answer = "latents"
 
 
 class RAE(DC):
@@ -164,9 +159,8 @@ class RAE(DC):
 
     @property
     def only_side(self) -> int | None:
-        return (
-            self.config["encoder_input_size"] // self.config["encoder_patch_size"] * self.downscale
-        )
+        patches = self.config["encoder_input_size"] // self.config["encoder_patch_size"]
+        return patches * self.downscale
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         return [0.0] * self.channels, [1.0] * self.channels

@@ -1,17 +1,17 @@
 """The configs of the networks, read without torch: what all have, and what each has of its own."""
 
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from models.config import Config, InputError, Place
 
-NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
-RoutedType = TypeVar("RoutedType", bound="RoutedConfig")
-
 SIZE_FOR = {"latent_downscale": "size_conditioning", "vision_dim": "alignment"}
 """Sizes that a single option reads; without it they are left open, and one that is given has no effect."""
+
+FIXED_POSITIONS = {"position_extent", "position_grid", "learned_positions", "text_rope"}
+"""Options that have no effect with RoPE instead."""
 
 
 class NetworkConfig(Config):
@@ -36,7 +36,7 @@ class NetworkConfig(Config):
     """Classes of the dataset; the network adds one, for no class."""
 
     @model_validator(mode="after")
-    def _sizes_have_effect(self) -> "NetworkConfig":
+    def _sizes_have_effect(self) -> Self:
         for name, option in SIZE_FOR.items():
             if getattr(self, name, None) is not None and not getattr(self, option):
                 raise ValueError(f"{name}: no effect without {option}")
@@ -50,7 +50,7 @@ class NetworkConfig(Config):
     def check_shape(self) -> None:
         """Raise InputError where the network cannot be built, whatever the data."""
 
-    def with_sizes(self: NetworkType, sizes: dict[str, Any]) -> NetworkType:
+    def with_sizes(self, sizes: dict[str, Any]) -> Self:
         """This config with the values of `sizes` where it has none and an option reads them."""
         missing = {k: v for k, v in sizes.items() if getattr(self, k, v) is None}
         read = {k: v for k, v in missing.items() if getattr(self, SIZE_FOR.get(k, "size"))}
@@ -82,7 +82,7 @@ class TransformerConfig(NetworkConfig):
     def latent_multiple(self) -> int:
         return self.patch_size
 
-    def at_base_width(self) -> "TransformerConfig":
+    def at_base_width(self) -> Self:
         """The same network at `mup_base_width`; raises InputError where the width of its heads would change."""
         assert self.mup_base_width is not None
         hidden, _, heads = self.shape()
@@ -96,9 +96,8 @@ class TransformerConfig(NetworkConfig):
 
     def shape(self) -> tuple[int, int, int]:
         """hidden_size, depth and num_heads; raises InputError where they do not fit."""
-        hidden, depth, heads = self.SIZES[self.size]
-        hidden, depth = self.hidden_size or hidden, self.depth or depth
-        heads = self.num_heads or heads
+        given = self.hidden_size, self.depth, self.num_heads
+        hidden, depth, heads = (g or s for g, s in zip(given, self.SIZES[self.size], strict=True))
         if hidden % (4 * heads):
             raise InputError(
                 f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
@@ -161,8 +160,6 @@ class Span(NamedTuple):
 class RoutedConfig(TransformerConfig):
     """Networks whose blocks can run on some of the patches, chosen by `token_scores`."""
 
-    NO_EFFECT_WITH_ROPE: ClassVar[tuple[str, ...]]
-    """Options of fixed positions."""
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
     alignment: AlignmentConfig | None = None
@@ -181,7 +178,7 @@ class RoutedConfig(TransformerConfig):
     """Number of transformer blocks that the text alone passes through first; 2 in i1."""
 
     @model_validator(mode="after")
-    def _has_effect(self) -> "RoutedConfig":
+    def _has_effect(self) -> Self:
         if self.modulation == "none":
             for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
                 if getattr(self, name, None):
@@ -191,12 +188,13 @@ class RoutedConfig(TransformerConfig):
         for name in ("routing", "long_skips") if self.masking else ():
             if getattr(self, name):
                 raise ValueError(f"{name} and masking: expected one of them, got both")
-        for name in self.NO_EFFECT_WITH_ROPE if self.rope else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+        fields = type(self).model_fields
+        for name in FIXED_POSITIONS & fields.keys() if self.rope else ():
+            if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
-    def with_sizes(self: RoutedType, sizes: dict[str, Any]) -> RoutedType:
+    def with_sizes(self, sizes: dict[str, Any]) -> Self:
         return super().with_sizes(sizes | ({"pooled_dim": 0} if self.modulation == "none" else {}))
 
     def shape(self) -> tuple[int, int, int]:
@@ -257,7 +255,6 @@ class DiTConfig(RoutedConfig):
         "L": (1024, 24, 16),
         "XL": (1152, 28, 16),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = ("position_extent",)
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
     modulation: Literal["block", "shared", "none"] = "block"
@@ -277,8 +274,6 @@ class MMDiTConfig(RoutedConfig):
         "sd3": (1536, 24, 24),
         "sd3.5-large": (2432, 38, 38),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = ("learned_positions", "position_extent", "position_grid")
-    NO_EFFECT_WITH_ROPE += ("text_rope",)
     kind: Literal["mmdit"] = "mmdit"
     modulation: Literal["block", "none"] = "block"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"

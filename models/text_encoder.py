@@ -8,23 +8,14 @@ import transformers
 
 from models.config import InputError
 from models.numerics import tf32
-from models.prompts import (
-    EncodedText,
-    dropped,
-    encode_empty,
-    encode_prompts,
-    encode_text,
-    final_norm,
-    prefix_tokens,
-    token_ids,
-)
+from models.prompts import TextReader, dropped, final_norm, prefix_tokens, token_ids
 from models.text_conventions import Chat, View
 from models.weights import (
     OWN_POOLED,
     EncoderDtype,
-    brief,
     check_layers,
     load_network,
+    load_processor,
     network_class,
     read_text_config,
     text_class,
@@ -34,17 +25,16 @@ from models.weights import (
 )
 
 
-class TextEncoder:
+class TextEncoder(TextReader):
     """A transformers text encoder in a local folder, frozen, in one view.
 
     `dim` is the width of its rows, 0 without any, and `pooled_dim` that of its vector.
     """
 
     def __init__(self, network: Any, tokenizer: Any, path: Path, view: View, dtype: EncoderDtype):
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        view = with_own_pooled(view, type(network).__name__)
+        super().__init__(network.eval().requires_grad_(False), tokenizer, view, network.device)
         self.path, self.dtype = path, dtype
-        self.view = with_own_pooled(view, type(network).__name__)
         self.dim, self.pooled_dim = widths(network.config, self.view)
 
     @classmethod
@@ -68,25 +58,9 @@ class TextEncoder:
         return cls(network, tokenizer, path, view, dtype)
 
     @torch.inference_mode()
-    def encode(self, captions: list[str]) -> EncodedText:
-        """The captions as this encoder sees them."""
+    def forward(self, batch: Any) -> Any:
         with tf32(self.dtype == "tf32"):
-            device = self.network.device
-            return encode_text(self.network, self.tokenizer, captions, self.view, device)
-
-    @torch.inference_mode()
-    def encode_empty(self, empty: str) -> EncodedText:
-        """The caption without words, as a convention has it."""
-        with tf32(self.dtype == "tf32"):
-            device = self.network.device
-            return encode_empty(self.network, self.tokenizer, self.view, empty, device)
-
-    @torch.inference_mode()
-    def encode_prompts(self, texts: list[str], role: Any, empty: str) -> EncodedText:
-        """The texts and, last, the empty caption, as a network reads them of a dataset's role."""
-        with tf32(self.dtype == "tf32"):
-            pair = self.network, self.tokenizer
-            return encode_prompts(pair, texts, role, empty, self.network.device)
+            return super().forward(batch)
 
     def record(self) -> dict[str, Any]:
         """The fields of the RoleRecord that a dataset made with this encoder has."""
@@ -164,12 +138,7 @@ def check_tokenizer(tokenizer: Any, view: View, path: Path) -> None:
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a text encoder's folder; raises InputError."""
     folder = tokenizer_folder(path)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{folder}: cannot load tokenizer: {brief(error)}") from error
+    tokenizer = load_processor("AutoTokenizer", folder, "tokenizer")
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: got a tokenizer without a pad token, expected one")
     return tokenizer

@@ -307,10 +307,10 @@ def load_network(
     return network
 
 
-def load_processor(name: str, path: Path) -> Any:
+def load_processor(name: str, path: Path, what: str = "") -> Any:
     """What feeds a network of transformers, by the name of its class; raises InputError."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         return getattr(importlib.import_module("transformers"), name).from_pretrained(path, **local)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load its {name}: {brief(error)}") from error
+        raise InputError(f"{path}: cannot load {what or f'its {name}'}: {brief(error)}") from error

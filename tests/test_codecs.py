@@ -277,7 +277,7 @@ def test_a_codec_of_one_square_draws_no_other(tmp_path, trained_run):
     for size in ((64, 64), (32, 64)):
         got = f"size: got {size[0]}x{size[1]}, expected 32x32, the only one that the codec takes. Remedy"
         with pytest.raises(InputError, match=got):
-            Painter(encoders, ["volcano"]).draw_batch(*drawing, size, [0], [0])
+            Painter(encoders, ["volcano"]).draw(*drawing, size, [0])
 
 
 @pytest.mark.parametrize(

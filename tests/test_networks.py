@@ -283,7 +283,7 @@ def test_a_dit_of_i1s_parts_is_the_forward_written_out():
 
 
 def test_swiglu_is_that_of_diffusers():
-    ours, theirs = layers.SwiGLUProjection(8, 6), SwiGLU(8, 6)
+    ours, theirs = layers.Projection(8, 6, True), SwiGLU(8, 6)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 5, 8)
     torch.testing.assert_close(ours(x), theirs(x))

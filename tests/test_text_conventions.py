@@ -24,7 +24,7 @@ from data_prep.recorded import load_encoders
 from data_prep.verify import verify
 from models.command import load_config
 from models.config import InputError, parse_config
-from models.prompts import encode_prompts, join_texts
+from models.prompts import TextReader, join_texts
 from models.text_conventions import (
     CONVENTIONS,
     QWEN_21_SYSTEM,
@@ -324,10 +324,9 @@ def told(convention: Convention, encoders: dict[str, Any], prompts: list[str]) -
     """Conditions of the prompts and, last, of the empty caption, before anything is rounded."""
     encoded = {}
     for name, (network, words) in encoders.items():
-        role = SimpleNamespace(view=convention.roles[name], store="float32")
         # What is loaded is the network without its head.
-        base = getattr(network, "model", network)
-        encoded[name] = encode_prompts((base, words), prompts, role, convention.empty, CPU)
+        reader = TextReader(getattr(network, "model", network), words, convention.roles[name], CPU)
+        encoded[name] = reader.encode_prompts(prompts, "float32", convention.empty)
     absent = {n: (convention.roles[n].max_length, w) for n, w in convention.optional.items()}
     read = SimpleNamespace(tokens=convention.tokens, pooled=convention.pooled, absent=absent)
     return join_texts(encoded, read)

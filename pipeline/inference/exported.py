@@ -12,12 +12,11 @@ The network is of diffusers' own class where one computes the same, else of flow
 
 import ast
 import datetime
-import importlib.util
-import inspect
+import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -31,7 +30,7 @@ from models.exchange import layout_of, to_diffusers
 from models.files import naming, publish
 from models.networks import MODELS, build_model
 from models.weights import HIDDEN_CLASS, TORCH_DTYPES, Dtype
-from pipeline.inference.model_card import model_card, public_name, without_places
+from pipeline.inference.model_card import model_card, without_places
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import Task
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
@@ -86,9 +85,7 @@ class _Shape:
 
 Bool = Float = Int = _Shape
 PositiveFloat = NonNegativeFloat = float
-PositiveInt = int
-
-'''
+PositiveInt = int'''
 NETWORK = '''
 
 from diffusers import ConfigMixin, ModelMixin
@@ -120,44 +117,25 @@ def network_source(kind: str) -> str:
 
 def whole_source(module: str) -> str:
     """One Python file with a module and all of ours that it imports, as written."""
-    order: list[str] = []
+    parts = {"models.config": PRELUDE}
 
     def visit(name: str) -> None:
-        for node in ast.walk(_parse(name)):
-            if _is_ours(node) and node.module not in (*order, "models.config"):
+        text = Path(importlib.import_module(name).__file__ or "").read_text()
+        lines, tree = text.splitlines(), ast.parse(text)
+        imports: list[Any] = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in imports if str(node.module).startswith(("models.", "pipeline."))]
+        for node in ours:
+            if node.module not in parts:
                 visit(node.module)
-        order.append(name)
+        given = [node for node in imports if node.module in ("jaxtyping", "pydantic")]
+        docstring = tree.body[0]
+        for node in {*ours, *given, docstring} & {*tree.body}:
+            for number in range(node.lineno - 1, node.end_lineno):
+                lines[number] = ""
+        parts[name] = "\n".join(lines).strip()
 
     visit(module)
-    parts = []
-    for name in order:
-        tree = _parse(name)
-        lines = inspect.cleandoc("\n" + _text(name)).splitlines()
-        for node in tree.body:
-            given = isinstance(node, ast.ImportFrom) and node.module in ("jaxtyping", "pydantic")
-            if given or _is_ours(node) or node is tree.body[0]:  # the docstring
-                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                    lines[number] = ""
-        parts.append("\n".join(lines).strip())
-    return PRELUDE + "\n\n\n".join(parts) + "\n"
-
-
-def _is_ours(node: ast.AST) -> TypeGuard[Any]:
-    """Whether it imports from this project."""
-    return isinstance(node, ast.ImportFrom) and str(node.module).startswith(
-        ("models.", "pipeline.")
-    )
-
-
-def _text(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text()
-
-
-def _parse(module: str) -> ast.Module:
-    return ast.parse(_text(module))
+    return "\n\n\n".join(parts.values()) + "\n"
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -333,15 +311,16 @@ def export(
 ) -> None:
     """Write the whole folder, or nothing under its name."""
     # Hidden, so that it is nobody else's.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    hidden = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    partial = hidden / folder.name
     partial.mkdir(parents=True)
     try:
         with naming(folder):
             _fill(trained, partial, dtype, encoders, licence)
             publish(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence: str) -> None:
@@ -365,5 +344,5 @@ def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence:
     (partial / "flowmill_pipeline.py").write_text(
         whole_source("pipeline.inference.diffusers_pipeline")
     )
-    save_single(trained, partial / f"{public_name(partial)}.safetensors", torch_dtype)
+    save_single(trained, partial / f"{partial.name}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry, licence))

@@ -37,13 +37,13 @@ class DiTBlock(nn.Module):
 
     def __init__(self, config: DiTConfig, skip: bool):
         super().__init__()
-        (dim, _, heads), sandwich = config.shape(), config.sandwich_norm
+        (dim, *_), sandwich = config.shape(), config.sandwich_norm
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm, self.norm_ff = input_norm(config), input_norm(config)
         self.after_attention, self.after_ff = (rms_norm(dim, sandwich) for _ in range(2))
-        self.attn1 = Attention(dim, heads, qk_norm=config.qk_norm)
-        self.attn2 = Attention(dim, heads, dim, config.qk_norm) if config.text_dim else None
-        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), config.swiglu)
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config) if config.text_dim else None
+        self.ff = FeedForward(config)
         self.norm1 = Modulation(dim, 6) if config.modulation == "block" else None
         self.scale_shift_table = None
         if config.modulation == "shared":

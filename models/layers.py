@@ -250,21 +250,13 @@ def attention_backend(name: str, device_type: str, dtype: torch.dtype) -> Attent
 class Attention(nn.Module):
     """Multi-head attention, to itself or to a context; QK-norm is an RMSNorm per head (2302.05442)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        context_dim: int | None = None,
-        qk_norm: bool = False,
-        qkv_bias: bool = True,
-    ):
+    def __init__(self, config: TransformerConfig, qkv_bias: bool = True):
         super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        dim, _, self.num_heads = config.shape()
+        head = dim // self.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (rms_norm(dim // num_heads, qk_norm) for _ in range(2))
+        self.norm_q, self.norm_k = (rms_norm(head, config.qk_norm) for _ in range(2))
 
     def split(self, x: Tokens) -> Float[Tensor, "B N H d"]:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -273,7 +265,7 @@ class Attention(nn.Module):
         self,
         x: Tokens,
         attend: AttentionFunction,
-        context: Float[Tensor, "B L E"] | None = None,
+        context: Float[Tensor, "B L D"] | None = None,
         mask: Mask = None,
         rope: Rope = None,
     ) -> Tokens:
@@ -308,8 +300,10 @@ class Projection(nn.Module):
 class FeedForward(nn.Module):
     """The transformer's MLP: `net.0` widens, with GELU or as SwiGLU, and `net.2` narrows."""
 
-    def __init__(self, dim: int, hidden_dim: int, swiglu: bool = False):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
+        (dim, *_), swiglu = config.shape(), isinstance(config, RoutedConfig) and config.swiglu
+        hidden_dim = int(dim * config.mlp_ratio)
         hidden_dim = int(2 / 3 * hidden_dim) if swiglu else hidden_dim
         first = Projection(dim, hidden_dim, swiglu)
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden_dim, dim)])
@@ -359,12 +353,10 @@ class PreNormBlock(nn.Module):
         qkv_bias: bool = True,
     ):
         super().__init__()
-        dim, _, heads = config.shape()
+        dim, *_ = config.shape()
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1, self.norm2 = norm(dim), norm(dim)
-        self.attn = Attention(dim, heads, qk_norm=config.qk_norm, qkv_bias=qkv_bias)
-        swiglu = isinstance(config, RoutedConfig) and config.swiglu
-        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), swiglu)
+        self.attn, self.ff = Attention(config, qkv_bias), FeedForward(config)
 
     def forward(
         self, x: Float[Tensor, "B N _"], rope: Rope, attend: AttentionFunction, mask: Mask

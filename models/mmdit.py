@@ -40,12 +40,13 @@ from models.networks import MMDiTConfig
 class JointAttention(Attention):
     """Attention of patches and text to both, text with projections of its own."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, last: bool):
-        super().__init__(dim, num_heads, qk_norm=qk_norm)
+    def __init__(self, config: MMDiTConfig, last: bool):
+        super().__init__(config)
+        dim, _, heads = config.shape()
         self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_added_k = rms_norm(dim // num_heads, qk_norm)
+        self.norm_added_k = rms_norm(dim // heads, config.qk_norm)
         self.add_q_proj = None if last else nn.Linear(dim, dim)
-        self.norm_added_q = rms_norm(dim // num_heads, qk_norm and not last)
+        self.norm_added_q = rms_norm(dim // heads, config.qk_norm and not last)
         self.to_add_out = None if last else nn.Linear(dim, dim)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -93,9 +94,8 @@ class MMDiTBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig, number: int):
         super().__init__()
-        (dim, depth, heads), sandwich = config.shape(), config.sandwich_norm
+        (dim, depth, _), sandwich = config.shape(), config.sandwich_norm
         dual, last = number < config.dual_attention_layers, number == depth - 1
-        hidden = int(dim * config.mlp_ratio)
         self.skip_linear = self.norm1 = self.norm1_context = None
         if config.long_skips and number > depth // 2:
             self.skip_linear = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(2))
@@ -104,10 +104,10 @@ class MMDiTBlock(nn.Module):
         if config.modulation != "none":
             self.norm1 = Modulation(dim, 9 if dual else 6)
             self.norm1_context = Modulation(dim, 2 if last else 6)
-        self.attn = JointAttention(dim, heads, config.qk_norm, last)
-        self.attn2 = Attention(dim, heads, qk_norm=config.qk_norm) if dual else None
-        self.ff = FeedForward(dim, hidden, config.swiglu)
-        self.ff_context = None if last else FeedForward(dim, hidden, config.swiglu)
+        self.attn = JointAttention(config, last)
+        self.attn2 = Attention(config) if dual else None
+        self.ff = FeedForward(config)
+        self.ff_context = None if last else FeedForward(config)
 
     def forward(
         self,

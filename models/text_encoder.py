@@ -28,34 +28,27 @@ from models.weights import (
 class TextEncoder(TextReader):
     """A transformers text encoder in a local folder, frozen, in one view.
 
-    `dim` is the width of its rows, 0 without any, and `pooled_dim` that of its vector.
+    `dim` is the width of its rows, 0 without any, and `pooled_dim` that of its vector. The folder holds config.json,
+    safetensors and a tokenizer; raises InputError if one of them does not suit the view.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, path: Path, view: View, dtype: EncoderDtype):
-        view = with_own_pooled(view, type(network).__name__)
-        super().__init__(network.eval().requires_grad_(False), tokenizer, view, network.device)
-        self.path, self.dtype = path, dtype
-        self.dim, self.pooled_dim = widths(network.config, self.view)
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         path: str | Path,
         view: View,
         dtype: EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
-    ) -> "TextEncoder":
-        """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one does not suit the view."""
-        path = Path(path)
-        name = text_class(read_text_config(path, view))
-        tokenizer = load_tokenizer(path)
-        check_tokenizer(tokenizer, view, path)
-        network = load_network("transformers", name, path, dtype).to(device)
-        text = text_config(network.config)
-        check_layers(path, view, text.num_hidden_layers)
+    ):
+        self.path, self.dtype = Path(path), dtype
+        family = text_class(read_text_config(self.path, view))
+        tokenizer = load_tokenizer(self.path)
+        check_tokenizer(tokenizer, view, self.path)
+        network = load_network("transformers", family, self.path, dtype).to(device)
+        check_layers(self.path, view, text_config(network.config).num_hidden_layers)
         if view.final_norm or -1 in view.layers:
             final_norm(network)
-        return cls(network, tokenizer, path, view, dtype)
+        super().__init__(network, tokenizer, with_own_pooled(view, family), network.device)
+        self.dim, self.pooled_dim = widths(network.config, self.view)
 
     @torch.inference_mode()
     def forward(self, batch: Any) -> Any:

@@ -155,8 +155,13 @@ def tokenizer_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_model_config(folder: Path, what: str) -> dict[str, Any]:
-    """config.json of a model folder that also has weights; raises InputError naming what is missing."""
+def read_model_config(
+    folder: Path, what: str, key: str = "", kinds: Collection[str] = ()
+) -> dict[str, Any]:
+    """config.json of a model folder that also has weights; raises InputError naming what is missing.
+
+    With `kinds`, of one of which its value of `key` must be.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder, expected {what} saved by save_pretrained(). "
@@ -174,13 +179,15 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: got {type(config).__name__}, expected a JSON object")
     weight_files(folder)
+    if kinds and (kind := config.get(key)) not in kinds:
+        raise InputError(f"{folder}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
     return config
 
 
 def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
     """config.json of a latent codec's folder; raises InputError if it is none, or none for this dtype."""
-    config = read_model_config(folder, "a diffusers autoencoder")
-    check_kind(folder, config, "_class_name", [name for name in LAYOUTS if name != PIXELS])
+    kinds = [name for name in LAYOUTS if name != PIXELS]
+    config = read_model_config(folder, "a diffusers autoencoder", "_class_name", kinds)
     if dtype == "fp16" and config.get("force_upcast"):
         raise InputError(
             f"{folder}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
@@ -192,8 +199,8 @@ def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
 
 def read_text_config(folder: Path, view: View) -> dict[str, Any]:
     """config.json of a text encoder's folder; raises InputError if it is none, or cannot give the view."""
-    config = read_model_config(folder, "a transformers text encoder")
-    check_kind(folder, config, "model_type", TEXT_ENCODERS)
+    what = "a transformers text encoder"
+    config = read_model_config(folder, what, "model_type", TEXT_ENCODERS)
     text = config.get("text_config") or config.get("encoder") or config
     positions, most = text.get("max_position_embeddings"), view.max_length
     if positions is not None and most > positions:
@@ -233,20 +240,12 @@ def check_layers(folder: Path, view: View, number: int | None) -> None:
 
 def read_vision_config(folder: Path) -> dict[str, Any]:
     """config.json of a vision transformer's folder; raises InputError if it is none."""
-    config = read_model_config(folder, "a vision transformer")
-    check_kind(folder, config, "model_type", VISION_ENCODERS)
-    return config
+    return read_model_config(folder, "a vision transformer", "model_type", VISION_ENCODERS)
 
 
 def brief(error: Exception) -> str:
     """The beginning of a library's message, on one line."""
     return " ".join(str(error).split())[:240]
-
-
-def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[str]) -> None:
-    """Raise InputError where the config's value of `key` is none of `kinds`."""
-    if (kind := config.get(key)) not in kinds:
-        raise InputError(f"{path}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
 
 
 def stored_values(folder: Path, name: str) -> list[float]:
@@ -272,7 +271,7 @@ def load_network(
     dtype: EncoderDtype = "fp32",
     unused: tuple[str, ...] = UNUSED,
 ) -> Any:
-    """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing.
+    """A class of diffusers or transformers with the folder's weights, frozen; raises InputError where any is missing.
 
     `unused` weights, by the beginnings of their names, may be.
     """
@@ -304,7 +303,7 @@ def load_network(
         raise InputError(
             f"{path}: its weights are not those of its config.json: {min(wrong)}{more}. Remedy: files of one model"
         )
-    return network
+    return network.eval().requires_grad_(False)
 
 
 def load_processor(name: str, path: Path, what: str = "") -> Any:

@@ -442,13 +442,13 @@ def test_an_encoder_that_cannot_give_its_view_is_refused(folders, tmp_path, name
         words.chat_template = None
         folders = {"bare": save(tmp_path, (network, words))}
     with pytest.raises(InputError, match=message):
-        TextEncoder.load(folders[name], view)
+        TextEncoder(folders[name], view)
 
 
 def test_numbers_beyond_float16_are_refused_and_stored_as_bfloat16(tmp_path):
     network, words = t5()
     network.encoder.final_layer_norm.weight.data *= 1e6
-    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(pooled="none", max_length=9))
+    encoder = TextEncoder(save(tmp_path, (network, words)), View(pooled="none", max_length=9))
     with pytest.raises(InputError, match=r"expected at most 3.275e\+04.*store=bfloat16"):
         Text(encoder, "t5", "float16").encode(["a red apple"])
     stored = Text(encoder, "t5", "bfloat16").encode(["a red apple"])["t5"][0]
@@ -461,13 +461,13 @@ def test_numbers_beyond_float16_are_refused_and_stored_as_bfloat16(tmp_path):
 def test_half_precision_that_overflows_is_refused_before_any_picture(tmp_path):
     network, words = t5()
     network.encoder.block[0].layer[0].SelfAttention.q.weight.data *= 1e5
-    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(), "fp16")
+    encoder = TextEncoder(save(tmp_path, (network, words)), View(), "fp16")
     with pytest.raises(InputError, match=r"numbers up to (nan|inf).*dtype=bf16, or fp32"):
         Text(encoder, "t5", "float16").encode_empty("caption")
 
 
 def test_a_caption_counts_as_cut_where_its_template_leaves_it_no_room(folders):
-    words = TextEncoder.load(folders["qwen3"], View(template="say {}", drop=1)).tokenizer
+    words = TextEncoder(folders["qwen3"], View(template="say {}", drop=1)).tokenizer
     captions = ["apple " * number for number in range(1, 9)]
     for view in (
         View(max_length=5, template="say {}", drop=1),

@@ -257,23 +257,17 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
     """What flowmill_pipeline.py must know besides its components."""
     config, manifest, text = trained.config, trained.manifest, trained.manifest.text
     codec, (height, width) = manifest.codec, largest_bucket(manifest)
+    roles = {n: role.model_dump(include={"view", "store"}) for n, role in text.used.items()}
+    read = text.model_dump(mode="json", include={"tokens", "pooled", "absent", "empty"})
     return {
         "objective": config.objective.model_dump(
             mode="json", include={"path", "prediction", "network", "shift"}
         ),
         "sampler": config.sampler.model_dump(mode="json"),
-        "text": {
-            "tokens": text.tokens,
-            "pooled": text.pooled,
-            "absent": text.absent,
-            "empty": text.empty,
-            "roles": {n: r.model_dump(include={"view", "store"}) for n, r in text.used.items()},
-        },
+        "text": read | {"roles": roles},
         "num_classes": config.model.num_classes,
-        "channels": codec.channels,
-        "downscale": codec.downscale,
         "codec": codec.class_name,
-        "normalisation": codec.normalisation.model_dump(mode="json"),
+        **codec.model_dump(mode="json", include={"channels", "downscale", "normalisation"}),
         "multiple": codec.downscale * config.model.latent_multiple,
         "height": height,
         "width": width,

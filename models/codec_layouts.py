@@ -46,8 +46,9 @@ class Layout:
 
     @property
     def downscale(self) -> int:
-        """Pixels of a side per latent."""
-        return self.squares * 2 ** (len(self.config[self.needs[0]]) - 1)
+        """Pixels of a side per latent: the first of `needs` says it, or has an entry per halving and one more."""
+        said = self.config[self.needs[0]]
+        return said if isinstance(said, int) else self.squares * 2 ** (len(said) - 1)
 
     @property
     def only_side(self) -> int | None:
@@ -124,10 +125,6 @@ class KLHunyuanImage(Layout):
 
     needs = ("spatial_compression_ratio",)
 
-    @property
-    def downscale(self) -> int:
-        return self.config["spatial_compression_ratio"]
-
 
 class DC(Layout):
     """DC-AE, deterministic."""
@@ -149,13 +146,9 @@ class Tiny(DC):
 class RAE(DC):
     """A frozen vision transformer and a decoder (2510.11690): normalises inside, of pixels in 0..1."""
 
-    needs = ("encoder_hidden_size", "encoder_input_size", "encoder_patch_size", "patch_size")
+    needs = ("patch_size", "encoder_hidden_size", "encoder_input_size", "encoder_patch_size")
     width = "encoder_hidden_size"
     scaled = False
-
-    @property
-    def downscale(self) -> int:
-        return self.config["patch_size"]
 
     @property
     def only_side(self) -> int | None:

@@ -68,8 +68,6 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         if isinstance(tree, DictConfig):
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
         data = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not UTF-8. Remedy: save it as UTF-8"

@@ -265,15 +265,11 @@ def check_config(config: Any, theirs: Any, path: Path) -> None:
     layout = layout_of(config)
     with torch.device("meta"):
         ours = getattr(diffusers, layout)(**diffusers_config(config)).config
-
-    def plain(value: Any) -> str:
-        return json.dumps(value or None)
-
     names = [name for name in ours if not name.startswith("_") and name not in IGNORED]
     lines = [
         f"{path}: {name} got {theirs[name]}, the model section's is {ours[name]}"
         for name in names
-        if plain(theirs[name]) != plain(ours[name])
+        if json.dumps(theirs[name] or None) != json.dumps(ours[name] or None)
     ]
     if wanted := getattr(config, "position_extent", None):
         extent = theirs["sample_size"] // config.patch_size

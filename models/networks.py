@@ -98,6 +98,8 @@ class TransformerConfig(NetworkConfig):
         """hidden_size, depth and num_heads; raises InputError where they do not fit."""
         given = self.hidden_size, self.depth, self.num_heads
         hidden, depth, heads = (g or s for g, s in zip(given, self.SIZES[self.size], strict=True))
+        if getattr(self, "long_skips", False) and depth % 2 == 0:
+            raise InputError(f"model.depth: got {depth}, expected an odd number with long skips")
         if hidden % (4 * heads):
             raise InputError(
                 f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
@@ -199,10 +201,7 @@ class RoutedConfig(TransformerConfig):
 
     def shape(self) -> tuple[int, int, int]:
         hidden, depth, heads = super().shape()
-        depth += self.masking.mixer_depth if self.masking else 0
-        if self.long_skips and depth % 2 == 0:
-            raise InputError(f"model.depth: got {depth}, expected an odd number with long_skips")
-        return hidden, depth, heads
+        return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
 
     def check_shape(self) -> None:
         super().check_shape()
@@ -302,12 +301,7 @@ class UViTConfig(TransformerConfig):
     }
     kind: Literal["uvit"] = "uvit"
     size: Literal["debug", "tiny", "S", "M", "L", "H"] = "M"
-
-    def shape(self) -> tuple[int, int, int]:
-        hidden, depth, heads = super().shape()
-        if depth % 2 == 0:
-            raise InputError(f"model.depth: got {depth}, expected an odd number (2 n + 1)")
-        return hidden, depth, heads
+    long_skips: ClassVar[bool] = True
 
 
 # Channels, transformer layers (0 for none) and heads, one value per level; then the ResNets per level.

@@ -276,7 +276,6 @@ def load_network(
     `unused` weights, by the beginnings of their names, may be.
     """
     import torch
-    from safetensors import SafetensorError
 
     package, torch_dtype = importlib.import_module(library), getattr(torch, TORCH_DTYPES[dtype])
     package.utils.logging.disable_progress_bar()

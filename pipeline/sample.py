@@ -172,12 +172,10 @@ def main(options: Options) -> None:
             for path, c in zip(paths, cells, strict=True)
         ]
         labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-        across = 5 if each == 1 else each
+        across = 0 if suite else 5 if each == 1 else each
         if options.columns:
             across = len({cell.label for cell in cells})
-        sheet.draw_sheet(
-            trained, requests, labels, 0 if suite else across, options.batch_size, device
-        )
+        sheet.draw_sheet(trained, requests, labels, across, options.batch_size, device)
         sheet.join_grids(folder, suite, paths)
     distributed.stop()
 

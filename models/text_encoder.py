@@ -6,23 +6,11 @@ from typing import Any
 import torch
 import transformers
 
+from models import weights
 from models.config import InputError
 from models.numerics import tf32
 from models.prompts import TextReader, dropped, final_norm, prefix_tokens, token_ids
 from models.text_conventions import Chat, View
-from models.weights import (
-    OWN_POOLED,
-    EncoderDtype,
-    check_layers,
-    load_network,
-    load_processor,
-    network_class,
-    read_text_config,
-    text_class,
-    tokenizer_folder,
-    tokenizer_sha256,
-    weights_sha256,
-)
 
 
 class TextEncoder(TextReader):
@@ -36,15 +24,15 @@ class TextEncoder(TextReader):
         self,
         path: str | Path,
         view: View,
-        dtype: EncoderDtype = "fp32",
+        dtype: weights.EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
     ):
         self.path, self.dtype = Path(path), dtype
-        family = text_class(read_text_config(self.path, view))
+        family = weights.text_class(weights.read_text_config(self.path, view))
         tokenizer = load_tokenizer(self.path)
         check_tokenizer(tokenizer, view, self.path)
-        network = load_network("transformers", family, self.path, dtype).to(device)
-        check_layers(self.path, view, text_config(network.config).num_hidden_layers)
+        network = weights.load_network("transformers", family, self.path, dtype).to(device)
+        weights.check_layers(self.path, view, text_config(network.config).num_hidden_layers)
         if view.final_norm or -1 in view.layers:
             final_norm(network)
         super().__init__(network, tokenizer, with_own_pooled(view, family), network.device)
@@ -60,8 +48,8 @@ class TextEncoder(TextReader):
         return {
             "family": type(self.network).__name__,
             "path": str(self.path),
-            "weights_sha256": weights_sha256(self.path),
-            "tokenizer_sha256": tokenizer_sha256(self.path),
+            "weights_sha256": weights.weights_sha256(self.path),
+            "tokenizer_sha256": weights.tokenizer_sha256(self.path),
             "dtype": self.dtype,
             "view": self.view,
             "dim": self.dim,
@@ -76,7 +64,7 @@ def text_config(config: Any) -> Any:
 
 def with_own_pooled(view: View, family: str) -> View:
     """The view with the vector that the class of transformers has, where it says `own`."""
-    own = OWN_POOLED.get(family, "mean")
+    own = weights.OWN_POOLED.get(family, "mean")
     return view.model_copy(update={"pooled": own}) if view.pooled == "own" else view
 
 
@@ -90,8 +78,8 @@ def widths(config: Any, view: View) -> tuple[int, int]:
 
 def stored_bytes(path: Path, view: View) -> tuple[int, int]:
     """Bytes of a stored row and of the vector of an encoder that is not opened."""
-    family = text_class(read_text_config(path, view))
-    known = network_class(transformers, family).config_class
+    family = weights.text_class(weights.read_text_config(path, view))
+    known = weights.network_class(transformers, family).config_class
     config = known.from_pretrained(path, local_files_only=True)
     dim, pooled = widths(config, with_own_pooled(view, family))
     return 2 * dim, 2 * pooled
@@ -130,8 +118,8 @@ def check_tokenizer(tokenizer: Any, view: View, path: Path) -> None:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a text encoder's folder; raises InputError."""
-    folder = tokenizer_folder(path)
-    tokenizer = load_processor("AutoTokenizer", folder, "tokenizer")
+    folder = weights.tokenizer_folder(path)
+    tokenizer = weights.load_processor("AutoTokenizer", folder, "tokenizer")
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: got a tokenizer without a pad token, expected one")
     return tokenizer

@@ -9,16 +9,10 @@ import torch
 from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
+from models import weights
 from models.codec_layouts import LAYOUTS, PIXELS, Layout, Normalisation
 from models.config import InputError
 from models.numerics import tf32
-from models.weights import (
-    EncoderDtype,
-    load_network,
-    read_codec_config,
-    stored_values,
-    weights_sha256,
-)
 
 
 class LatentCodec:
@@ -32,14 +26,14 @@ class LatentCodec:
     def __init__(
         self,
         path: str | Path | None,
-        dtype: EncoderDtype = "fp32",
+        dtype: weights.EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
     ):
         name, network, self.device = PIXELS, None, torch.device(device)
         self.dtype, self.memory_format = torch.float32, torch.preserve_format
         if path is not None:
-            name = read_codec_config(Path(path), dtype)["_class_name"]
-            network = load_network("diffusers", name, Path(path), dtype).to(self.device)
+            name = weights.read_codec_config(Path(path), dtype)["_class_name"]
+            network = weights.load_network("diffusers", name, Path(path), dtype).to(self.device)
             self.dtype = network.dtype
             # torch lays out images so, and not a video's five dimensions.
             if all(p.ndim < 5 for p in network.parameters()):
@@ -49,7 +43,7 @@ class LatentCodec:
         self.layout: Layout = LAYOUTS[name]({} if network is None else network.config)
         self.channels, self.downscale = self.layout.channels, self.layout.downscale
         self.deterministic = self.layout.deterministic
-        mean, std = self.layout.mean_std(partial(stored_values, Path(path or "")))
+        mean, std = self.layout.mean_std(partial(weights.stored_values, Path(path or "")))
         if {len(mean), len(std)} != {self.channels}:
             raise InputError(
                 f"{path}: got {len(mean)} means and {len(std)} stds of latents, expected {self.channels}"
@@ -58,7 +52,7 @@ class LatentCodec:
         self._record = {
             "class_name": name,
             "path": str(path or ""),
-            "weights_sha256": "" if path is None else weights_sha256(Path(path)),
+            "weights_sha256": "" if path is None else weights.weights_sha256(Path(path)),
             "dtype": dtype,
         }
 

@@ -8,14 +8,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from models import weights
 from models.numerics import tf32
-from models.weights import (
-    VISION_ENCODERS,
-    EncoderDtype,
-    load_network,
-    read_vision_config,
-    weights_sha256,
-)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,12 +25,12 @@ class VisionEncoder:
         self,
         path: str | Path,
         patch_pixels: int,
-        dtype: EncoderDtype = "fp32",
+        dtype: weights.EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
     ):
         self.path, self.patch_pixels, self.dtype = Path(path), patch_pixels, dtype
-        family = VISION_ENCODERS[read_vision_config(self.path)["model_type"]]
-        self.network = load_network("transformers", family, self.path, dtype).to(device)
+        family = weights.VISION_ENCODERS[weights.read_vision_config(self.path)["model_type"]]
+        self.network = weights.load_network("transformers", family, self.path, dtype).to(device)
         config = self.network.config
         self.dim: int = config.hidden_size
         self._patch: int = config.patch_size
@@ -67,7 +61,7 @@ class VisionEncoder:
         return {
             "family": type(self.network).__name__,
             "path": str(self.path),
-            "weights_sha256": weights_sha256(self.path),
+            "weights_sha256": weights.weights_sha256(self.path),
             "dtype": self.dtype,
             "dim": self.dim,
             "patch_pixels": self.patch_pixels,

@@ -23,9 +23,6 @@ EncoderDtype = Literal[Dtype, "tf32"]
 """How an encoder computes: tf32 is fp32 whose products and convolutions round their inputs, on a GPU."""
 TORCH_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-# Encoders of text and of squares of a picture do not use the pooler of BERT, MPNet and ViT, and many lack it.
-UNUSED = ("pooler.",)
-
 # The files of weights in the order in which diffusers and transformers look for them.
 WEIGHTS = (
     ("diffusion_pytorch_model", ".index.json"),
@@ -269,11 +266,12 @@ def load_network(
     name: str,
     path: Path,
     dtype: EncoderDtype = "fp32",
-    unused: tuple[str, ...] = UNUSED,
+    unused: tuple[str, ...] = ("pooler.",),
 ) -> Any:
     """A class of diffusers or transformers with the folder's weights, frozen; raises InputError where any is missing.
 
-    `unused` weights, by the beginnings of their names, may be.
+    `unused` weights, by the beginnings of their names, may be: encoders of text and of squares of a picture do not use
+    the pooler of BERT, MPNet and ViT, and many lack it.
     """
     import torch
 

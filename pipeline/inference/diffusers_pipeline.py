@@ -135,8 +135,6 @@ class FlowmillPipeline(DiffusionPipeline):
 
             return generate(network, objective, noise, guidance, config, places)
 
-    # --- conditions
-
     def encode(self, prompts, size, device) -> Guidance:
         """What the network is told, with the prompts and without."""
         count, encoded, text = len(prompts), {}, self.recipe["text"]
@@ -151,8 +149,6 @@ class FlowmillPipeline(DiffusionPipeline):
         last = [count] * count
         prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
         return Guidance(prompted, unprompted)
-
-    # --- the network, whatever its class
 
     def predict(self, x_t, t, conditions: Any):
         """The network's own prediction at t in [0, 1], fp32."""

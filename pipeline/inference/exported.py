@@ -38,7 +38,6 @@ from pipeline.objectives.timesteps import FluxShift, Shift
 from pipeline.runs.trained import Trained, tensors_sha256
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
-MAX_SHARD = "5GB"
 # In front of exported source: what ours takes from packages that diffusers does not bring.
 PRELUDE = '''"""A part of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
 
@@ -106,9 +105,6 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 '''
 
 
-# --- source ---------------------------------------------------------------------------------------
-
-
 def network_source(kind: str) -> str:
     """One Python file with an architecture, under diffusers' loading and saving."""
     _, module, model = MODELS[kind]
@@ -138,9 +134,6 @@ def whole_source(module: str) -> str:
     return "\n\n\n".join(parts.values()) + "\n"
 
 
-# --- the network ----------------------------------------------------------------------------------
-
-
 def stock_class(trained: Trained) -> str | None:
     """diffusers' class that computes what the network does at every size of the data, if there is one."""
     square = all(bucket.height == bucket.width for bucket in trained.manifest.buckets)
@@ -153,7 +146,7 @@ def stock_class(trained: Trained) -> str | None:
 
 
 def save_network(
-    trained: Trained, folder: Path, dtype: torch.dtype, max_shard: str = MAX_SHARD
+    trained: Trained, folder: Path, dtype: torch.dtype, max_shard: str = "5GB"
 ) -> list[str]:
     """Write network/ and return its entry in model_index.json: library or file, and class."""
     config = trained.config.model
@@ -210,9 +203,6 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
             "flowmill.weights": f"{trained.weights} at step {trained.step}",
         },
     )
-
-
-# --- scheduler and pipeline -----------------------------------------------------------------------
 
 
 def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> Any:

@@ -74,8 +74,6 @@ def print_table(profiles: list[Profile], console: Console) -> None:
     console.print(table)
 
 
-# --- the picture: four panels ---------------------------------------------------------------------
-
 Curve = tuple[np.ndarray, np.ndarray]
 
 

@@ -155,7 +155,8 @@ class FlowmillPipeline(DiffusionPipeline):
         kind, dtype, time = type(self.network).__name__, self.network.dtype, 1000 * t
         text, mask, pooled, micro, label, _ = conditions
         x_t = x_t.to(dtype)
-        text, pooled = (None if told is None else told.to(dtype) for told in (text, pooled))
+        cast: Any = (None if told is None else told.to(dtype) for told in (text, pooled))
+        text, pooled = cast
         if kind == "FlowmillNetwork":
             return self.network(x_t, t, **conditions._asdict()).float()
         if kind == "DiTTransformer2DModel":

@@ -126,7 +126,7 @@ def whole_source(module: str) -> str:
         given = [node for node in imports if node.module in ("jaxtyping", "pydantic")]
         docstring = tree.body[0]
         for node in {*ours, *given, docstring} & {*tree.body}:
-            for number in range(node.lineno - 1, node.end_lineno):
+            for number in range(node.lineno - 1, node.end_lineno or 0):
                 lines[number] = ""
         parts[name] = "\n".join(lines).strip()
 
@@ -220,13 +220,8 @@ def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> An
     }
     if isinstance(path, VPDiscrete):
         schedule, start, end = SCHEDULES[path.betas]
-        return diffusers.DDIMScheduler(
-            beta_schedule=schedule,
-            beta_start=start,
-            beta_end=end,
-            rescale_betas_zero_snr=path.zero_terminal_snr,
-            **table,
-        )
+        table |= {"beta_schedule": schedule, "beta_start": start, "beta_end": end}
+        return diffusers.DDIMScheduler(rescale_betas_zero_snr=path.zero_terminal_snr, **table)
     if isinstance(path, EDM):
         return diffusers.EDMEulerScheduler(path.sigma_min, path.sigma_max, path.sigma_data)
     if isinstance(path, VPCosine):

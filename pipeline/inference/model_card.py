@@ -123,12 +123,9 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str], lic
     seen = trained.step * config.training.global_batch
     rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
     buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
-    encoders = {name: (role.family, role) for name, role in manifest.text.used.items()}
-    encoders |= {"VAE": (manifest.codec.class_name, manifest.codec)}
-    frozen = "; ".join(
-        f"{name}: {family}, sha256 {record.weights_sha256[:16]}"
-        for name, (family, record) in encoders.items()
-    )
+    encoders = [(n, role.family, role.weights_sha256) for n, role in manifest.text.used.items()]
+    encoders.append(("VAE", manifest.codec.class_name, manifest.codec.weights_sha256))
+    frozen = "; ".join(f"{name}: {family}, sha256 {hash_[:16]}" for name, family, hash_ in encoders)
     shape = f"{config.model.kind}, {config.model.size}, {parameters / 1e6:,.1f} M parameters"
     shown = yaml.safe_dump(without_places(config.model_dump(mode="json")), sort_keys=False)
     return f"""---

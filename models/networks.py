@@ -181,12 +181,9 @@ class RoutedConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.modulation == "none":
-            for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
-                if getattr(self, name, None):
-                    raise ValueError(
-                        f"{name} has no effect with modulation none. Remedy: remove one"
-                    )
+        for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
+            if self.modulation == "none" and getattr(self, name, None):
+                raise ValueError(f"{name} has no effect with modulation none. Remedy: remove one")
         for name in ("routing", "long_skips") if self.masking else ():
             if getattr(self, name):
                 raise ValueError(f"{name} and masking: expected one of them, got both")

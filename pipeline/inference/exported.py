@@ -161,12 +161,9 @@ def save_network(
         weights: dict[str, Tensor] = network.state_dict()
     else:
         folder.mkdir()
-        saved = {
-            "_class_name": "FlowmillNetwork",
-            "_diffusers_version": diffusers.__version__,
-            "model": config.model_dump(mode="json")
-            | {"gradient_checkpointing": False, "init_from": None},
-        }
+        said = config.model_dump(mode="json") | {"gradient_checkpointing": False, "init_from": None}
+        saved = {"_class_name": "FlowmillNetwork", "_diffusers_version": diffusers.__version__}
+        saved |= {"model": said}
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         (folder / f"flowmill_{config.kind}.py").write_text(network_source(config.kind))
         weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}

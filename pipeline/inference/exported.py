@@ -62,27 +62,12 @@ class Config:
             setattr(self, name, value)
 
 
+Field = lambda default=None, **_: default
+model_validator = lambda **_: lambda method: method
+BeforeValidator = lambda _: None
+# Of shapes and ranges nothing is asked here.
+Bool = Float = Int = list
 Place = str
-
-
-def Field(default=None, **_):
-    return default
-
-
-def model_validator(**_):
-    return lambda method: method
-
-
-def BeforeValidator(_):
-    return None
-
-
-class _Shape:
-    def __class_getitem__(cls, item):
-        return cls
-
-
-Bool = Float = Int = _Shape
 PositiveFloat = NonNegativeFloat = float
 PositiveInt = int'''
 NETWORK = '''

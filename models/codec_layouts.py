@@ -105,13 +105,9 @@ class KLFlux2(Layout):
 class KLQwenImage(Layout):
     """Qwen-Image's: a video's of one frame."""
 
-    needs = ("temperal_downsample", "z_dim", "latents_mean", "latents_std")
+    needs = ("dim_mult", "z_dim", "latents_mean", "latents_std")
     width = "z_dim"
     scaled = False
-
-    @property
-    def downscale(self) -> int:
-        return 2 * super().downscale
 
     def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
         return tuple(t[:, :, 0] for t in super().encode(network, pixels[:, :, None]))
@@ -168,17 +164,13 @@ class RAE(DC):
 class Pixels(DC):
     """No network: the pictures themselves, 0..255."""
 
-    needs = ()
+    needs = ("downscale",)
+    width = "channels"
     stored = "uint8"
     scaled = False
 
-    @property
-    def channels(self) -> int:
-        return 3
-
-    @property
-    def downscale(self) -> int:
-        return 1
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__({"channels": 3, "downscale": 1})
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         return [127.5] * 3, [127.5] * 3

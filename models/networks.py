@@ -1,11 +1,14 @@
 """The configs of the networks, read without torch: what all have, and what each has of its own."""
 
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
 
 from models.config import Config, InputError, Place
+
+NetworkType = TypeVar("NetworkType", bound="NetworkConfig")
+RoutedType = TypeVar("RoutedType", bound="RoutedConfig")
 
 SIZE_FOR = {"latent_downscale": "size_conditioning", "vision_dim": "alignment"}
 """Sizes that a single option reads; without it they are left open, and one that is given has no effect."""
@@ -36,7 +39,7 @@ class NetworkConfig(Config):
     """Classes of the dataset; the network adds one, for no class."""
 
     @model_validator(mode="after")
-    def _sizes_have_effect(self) -> Self:
+    def _sizes_have_effect(self) -> "NetworkConfig":
         for name, option in SIZE_FOR.items():
             if getattr(self, name, None) is not None and not getattr(self, option):
                 raise ValueError(f"{name}: no effect without {option}")
@@ -50,7 +53,7 @@ class NetworkConfig(Config):
     def check_shape(self) -> None:
         """Raise InputError where the network cannot be built, whatever the data."""
 
-    def with_sizes(self, sizes: dict[str, Any]) -> Self:
+    def with_sizes(self: NetworkType, sizes: dict[str, Any]) -> NetworkType:
         """This config with the values of `sizes` where it has none and an option reads them."""
         missing = {k: v for k, v in sizes.items() if getattr(self, k, v) is None}
         read = {k: v for k, v in missing.items() if getattr(self, SIZE_FOR.get(k, "size"))}
@@ -82,7 +85,7 @@ class TransformerConfig(NetworkConfig):
     def latent_multiple(self) -> int:
         return self.patch_size
 
-    def at_base_width(self) -> Self:
+    def at_base_width(self) -> "TransformerConfig":
         """The same network at `mup_base_width`; raises InputError where the width of its heads would change."""
         assert self.mup_base_width is not None
         hidden, _, heads = self.shape()
@@ -180,7 +183,7 @@ class RoutedConfig(TransformerConfig):
     """Number of transformer blocks that the text alone passes through first; 2 in i1."""
 
     @model_validator(mode="after")
-    def _has_effect(self) -> Self:
+    def _has_effect(self) -> "RoutedConfig":
         for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
             if self.modulation == "none" and getattr(self, name, None):
                 raise ValueError(f"{name} has no effect with modulation none. Remedy: remove one")
@@ -193,7 +196,7 @@ class RoutedConfig(TransformerConfig):
                 raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
-    def with_sizes(self, sizes: dict[str, Any]) -> Self:
+    def with_sizes(self: RoutedType, sizes: dict[str, Any]) -> RoutedType:
         return super().with_sizes(sizes | ({"pooled_dim": 0} if self.modulation == "none" else {}))
 
     def shape(self) -> tuple[int, int, int]:

@@ -42,19 +42,17 @@ def prediction_coefficients(
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "sample":
         return Prediction(one, zero, zero, one, 1 / sigma, -alpha / sigma)
-    root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
-    targets = {
-        "epsilon": (zero, one),
-        # Salimans & Ho 2202.00512.
-        "v": (-sigma, alpha),
-        "flow": (-one, one),
+    if kind == "edm":
         # Karras 2206.00364, eq. 7 with Table 1; alpha and sigma include c_in already.
-        "edm": (sigma / sigma_data / root, -alpha * sigma_data / root),
-    }
-    x0, noise = targets[kind]
-    # x_t and pred are two equations of x0 and noise; the determinant is 1 of v on a VP path, of flow on the straight one.
+        root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
+        signal = alpha * sigma_data / root
+        x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
+        return Prediction(sigma / sigma_data / root, -signal, x0_x, x0_p, sigma / root**2, -signal)
+    # v is that of Salimans & Ho 2202.00512.
+    x0, noise = {"epsilon": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[kind]
+    # x_t and pred are two equations of x0 and noise; total is 1 for v on a VP path, for flow on the straight one.
     total = alpha * noise - sigma * x0
-    return Prediction(x0, noise, noise / total, -sigma / total, -x0 / total, alpha / total)
+    return Prediction(x0, noise, noise / total, -sigma / total, (zero - x0) / total, alpha / total)
 
 
 class LossTerms(NamedTuple):

@@ -139,7 +139,7 @@ class VaeConfig(EncoderConfig):
         from models.vae import LatentCodec
 
         path = None if self.path == PIXELS else self.path
-        return Codec(LatentCodec.load(path, self.dtype, device), name)
+        return Codec(LatentCodec(path, self.dtype, device), name)
 
 
 class TextEncoderConfig(EncoderConfig, View):
@@ -164,7 +164,7 @@ class TextEncoderConfig(EncoderConfig, View):
     def open(self, name: str, device: str) -> "Text":
         from models.text_encoder import TextEncoder
 
-        encoder = TextEncoder.load(self.path, self.view, self.dtype, device)
+        encoder = TextEncoder(self.path, self.view, self.dtype, device)
         return Text(encoder, name, self.store)
 
 
@@ -191,7 +191,7 @@ class VisionEncoderConfig(EncoderConfig):
     def open(self, name: str, device: str) -> "Vision":
         from models.vision_encoder import VisionEncoder
 
-        return Vision(VisionEncoder.load(self.path, self.patch_pixels, self.dtype, device), name)
+        return Vision(VisionEncoder(self.path, self.patch_pixels, self.dtype, device), name)
 
 
 class EncodeConfig(Config):

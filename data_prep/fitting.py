@@ -204,7 +204,7 @@ def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: P
     torch.nn.Module.to(vae.eval(), "cpu", getattr(torch, TORCH_DTYPES[config.save_dtype]))
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     vae.save_pretrained(folder)
-    codec, rng = LatentCodec.load(folder), torch.Generator().manual_seed(config.seed)
+    codec, rng = LatentCodec(folder), torch.Generator().manual_seed(config.seed)
     latents = []
     for batch in pictures[torch.randperm(len(pictures), generator=rng)[:4096]].split(64):
         moments = codec.encode_moments(batch)
@@ -242,7 +242,7 @@ def run(config: FitVaeConfig) -> None:
     vae = build(config)
     fit(vae, fitting, config, work)
     export(vae, torch.cat(fitting), config, work / "final")
-    codec = LatentCodec.load(work / "final")
+    codec = LatentCodec(work / "final")
     result = {name: heldout_psnr(codec, heldout) for name, (_, heldout) in sources.items()}
     report = {"heldout_psnr_db": result, "config": config.model_dump(mode="json")}
     (work / "final" / "fit_vae.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -34,18 +34,21 @@ class Layout:
     """dtype of moments in shards."""
     scaled: ClassVar[bool] = True
     """Whether config.json has one scaling_factor for all channels."""
+    squares: ClassVar[int] = 1
+    """The network's latents per side of one of ours, whose channels they are."""
 
     def __init__(self, config: Mapping[str, Any]):
         self.config = config
 
     @property
     def channels(self) -> int:
-        return self.config[self.width]
+        return self.squares**2 * self.config[self.width]
 
     @property
     def downscale(self) -> int:
-        """Pixels of a side per latent."""
-        return 2 ** (len(self.config[self.needs[0]]) - 1)
+        """Pixels of a side per latent: the first of `needs` says it, or has an entry per halving and one more."""
+        said = self.config[self.needs[0]]
+        return said if isinstance(said, int) else self.squares * 2 ** (len(said) - 1)
 
     @property
     def only_side(self) -> int | None:
@@ -82,14 +85,7 @@ class KLFlux2(Layout):
     """FLUX.2's: squares of 2 x 2 latents are channels, normalised by a batch norm's statistics."""
 
     scaled = False
-
-    @property
-    def channels(self) -> int:
-        return 4 * super().channels
-
-    @property
-    def downscale(self) -> int:
-        return 2 * super().downscale
+    squares = 2
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         variances, eps = stored("bn.running_var"), self.config["batch_norm_eps"]
@@ -109,13 +105,9 @@ class KLFlux2(Layout):
 class KLQwenImage(Layout):
     """Qwen-Image's: a video's of one frame."""
 
-    needs = ("temperal_downsample", "z_dim", "latents_mean", "latents_std")
+    needs = ("dim_mult", "z_dim", "latents_mean", "latents_std")
     width = "z_dim"
     scaled = False
-
-    @property
-    def downscale(self) -> int:
-        return 2 * super().downscale
 
     def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
         return tuple(t[:, :, 0] for t in super().encode(network, pixels[:, :, None]))
@@ -129,44 +121,35 @@ class KLHunyuanImage(Layout):
 
     needs = ("spatial_compression_ratio",)
 
-    @property
-    def downscale(self) -> int:
-        return self.config["spatial_compression_ratio"]
-
 
 class DC(Layout):
     """DC-AE, deterministic."""
 
     deterministic = True
     needs = ("encoder_block_out_channels",)
+    answer: ClassVar[str] = "latent"
 
     def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
-        return (network.encode(pixels).latent,)
+        return (getattr(network.encode(pixels), self.answer),)
 
 
 class Tiny(DC):
     """TAESD and its like: normalised latents of the codec that it imitates."""
 
-    def encode(self, network: Any, pixels: Any) -> tuple[Any, ...]:
-        return (network.encode(pixels).latents,)
+    answer = "latents"
 
 
 class RAE(DC):
     """A frozen vision transformer and a decoder (2510.11690): normalises inside, of pixels in 0..1."""
 
-    needs = ("encoder_hidden_size", "encoder_input_size", "encoder_patch_size", "patch_size")
+    needs = ("patch_size", "encoder_hidden_size", "encoder_input_size", "encoder_patch_size")
     width = "encoder_hidden_size"
     scaled = False
 
     @property
-    def downscale(self) -> int:
-        return self.config["patch_size"]
-
-    @property
     def only_side(self) -> int | None:
-        return (
-            self.config["encoder_input_size"] // self.config["encoder_patch_size"] * self.downscale
-        )
+        patches = self.config["encoder_input_size"] // self.config["encoder_patch_size"]
+        return patches * self.downscale
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         return [0.0] * self.channels, [1.0] * self.channels
@@ -181,17 +164,13 @@ class RAE(DC):
 class Pixels(DC):
     """No network: the pictures themselves, 0..255."""
 
-    needs = ()
+    needs = ("downscale",)
+    width = "channels"
     stored = "uint8"
     scaled = False
 
-    @property
-    def channels(self) -> int:
-        return 3
-
-    @property
-    def downscale(self) -> int:
-        return 1
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__({"channels": 3, "downscale": 1})
 
     def mean_std(self, stored: Callable[[str], list[float]]) -> Vectors:
         return [127.5] * 3, [127.5] * 3

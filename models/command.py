@@ -19,6 +19,7 @@ from rich.text import Text
 from yaml import YAMLError
 
 from models.config import ConfigType, InputError, parse_config
+from models.files import FULL
 
 
 def plain_console(min_width: int = 0, stderr: bool = False) -> Console:
@@ -41,13 +42,9 @@ def package_folder(name: str) -> str:
 RIGHTS = "the right to read it and, where it is written, to write there; or another folder"
 ROOM = "make room; the same command goes on from what is done"
 PLACE = "another path, or move away what lies there"
-REMEDIES = {
-    errno.EACCES: RIGHTS,
-    errno.EPERM: RIGHTS,
-    errno.EROFS: "a folder that can be written to",
-}
-REMEDIES |= {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM}
-REMEDIES |= {errno.ENOTDIR: PLACE, errno.EISDIR: PLACE, errno.EEXIST: PLACE}
+REMEDIES = dict.fromkeys((errno.EACCES, errno.EPERM), RIGHTS) | dict.fromkeys(FULL, ROOM)
+REMEDIES |= {errno.EROFS: "a folder that can be written to"}
+REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST), PLACE)
 """What helps against the errors of a disk that are no fault of ours, by their number."""
 
 OmegaConf.register_resolver("package", package_folder, replace=True)
@@ -71,8 +68,6 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         if isinstance(tree, DictConfig):
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
         data = OmegaConf.to_container(tree, resolve=True)
-    except InputError:
-        raise
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not UTF-8. Remedy: save it as UTF-8"

@@ -6,7 +6,6 @@ alone: each process that decodes pictures does.
 """
 
 import difflib
-import itertools
 import os
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -63,17 +62,19 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 Models = list[type[BaseModel]]
 
 
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    """The kinds by which a union knows a config."""
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()
+
+
 def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, Models]:
     """A pydantic location as the user's path, without unions' tags, and the configs that it ends in."""
     models: Models = [root]
     path = []
     for part in location[:-1]:
         fields = [model.model_fields[str(part)] for model in models if part in model.model_fields]
-        tagged = [
-            m
-            for m in models
-            if any(part in get_args(f.annotation) for f in m.model_fields.values())
-        ]
+        tagged = [model for model in models if part in _tags(model)]
         # A union's tag comes before any field, and may be spelt like one.
         if tagged and (len(models) > 1 or not fields):
             models = tagged
@@ -108,16 +109,12 @@ def _say(item: Any, path: str, models: Models, root: type[Config]) -> str:
         return f"{path}: missing; add it to the file or pass {path}=VALUE"
     if kind in (*NO_SECTION, *NO_TAG):
         _, inside = _locate(root, (*item["loc"], ""))
-        tags = [
-            get_args(m.model_fields["kind"].annotation) for m in inside if "kind" in m.model_fields
-        ]
-        choices = ", ".join(str(tag) for tag in itertools.chain(*tags))
+        choices = ", ".join(tag for model in inside for tag in _tags(model))
         if kind in NO_TAG and isinstance(given, dict):
             tag = f"got {given['kind']!r}" if "kind" in given else "missing"
             return f"{path}.kind: {tag}, expected one of {choices}"
-        keys = (
-            f"kind ({choices})" if choices else ", ".join(n for m in inside for n in m.model_fields)
-        )
+        names = ", ".join(name for model in inside for name in model.model_fields)
+        keys = f"kind ({choices})" if choices else names
         return f"{path}: expected a section{f' with keys such as {keys}' if keys else ''}{got}"
     words = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     words = "expected a path" if kind == "path_type" else words
@@ -129,10 +126,8 @@ def parse_config(config_class: type[ConfigType], data: dict[str, Any], where: st
     try:
         return config_class.model_validate(data)
     except ValidationError as error:
-        own, stages = (
-            config_class.model_fields,
-            [stage for stage, key in STAGES.items() if key in data],
-        )
+        own = config_class.model_fields
+        stages = [stage for stage, key in STAGES.items() if key in data]
         if stages and not any(key in own and key in data for key in STAGES.values()):
             raise InputError(
                 f"{where}: is a config of flowmill {stages[0]}, expected one with the keys "

@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, given
+from models.conditions import Conditions
 from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
-    LongSkips,
     Mask,
     MLPEmbedder,
     Modulation,
@@ -28,27 +27,23 @@ from models.layers import (
     initialise,
     input_norm,
     modulate,
-    positions_2d,
-    sandwich_norm,
+    rms_norm,
 )
 from models.networks import DiTConfig
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text if there is any, MLP; the first and the last are modulated.
-
-    With `skip_linear` a linear first merges the long skip, which lies beside x.
-    """
+    """Self-attention, cross-attention to the text if there is any, MLP; the first and the last are modulated."""
 
     def __init__(self, config: DiTConfig, skip: bool):
         super().__init__()
-        dim, _, heads = config.shape()
+        (dim, *_), sandwich = config.shape(), config.sandwich_norm
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm, self.norm_ff = input_norm(config), input_norm(config)
-        self.after_attention, self.after_ff = sandwich_norm(config), sandwich_norm(config)
-        self.attn1 = Attention(dim, heads, qk_norm=config.qk_norm)
-        self.attn2 = Attention(dim, heads, dim, config.qk_norm) if config.text_dim else None
-        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), config.swiglu)
+        self.after_attention, self.after_ff = (rms_norm(dim, sandwich) for _ in range(2))
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config) if config.text_dim else None
+        self.ff = FeedForward(config)
         self.norm1 = Modulation(dim, 6) if config.modulation == "block" else None
         self.scale_shift_table = None
         if config.modulation == "shared":
@@ -58,12 +53,12 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N _"],
+        rope: Rope,
+        attend: AttentionFunction,
         c: Vector | Float[Tensor, "B 6 D"] | None,
         text: Float[Tensor, "B L D"] | None,
         mask: Mask,
-        rope: Rope,
-        attend: AttentionFunction,
-    ) -> Tokens:
+    ) -> tuple[Tokens]:
         if self.skip_linear is not None:
             x = self.skip_linear(x)
         shift_a = scale_a = gate_a = shift_m = scale_m = gate_m = None
@@ -76,7 +71,7 @@ class DiTBlock(nn.Module):
         if self.attn2 is not None and text is not None:
             x = x + self.attn2(x, attend, text, mask)
         h = self.ff(modulate(self.norm_ff(x), shift_m, scale_m))
-        return gated(x, gate_m, self.after_ff(h))
+        return (gated(x, gate_m, self.after_ff(h)),)
 
 
 class DiT(PatchTransformer):
@@ -92,8 +87,8 @@ class DiT(PatchTransformer):
         self.caption_projection = self.adaln_single = self.modulation_out = None
         if config.text_dim:
             self.caption_projection = MLPEmbedder(config.text_dim, dim, nn.GELU(approximate="tanh"))
-        first = self.depth // 2 + 1 if config.long_skips else self.depth
-        blocks = [DiTBlock(config, i >= first) for i in range(self.depth)]
+        half = self.depth // 2
+        blocks = [DiTBlock(config, config.long_skips and i > half) for i in range(self.depth)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out, self.scale_shift_table = input_norm(config), None
         if config.modulation == "shared":
@@ -105,29 +100,14 @@ class DiT(PatchTransformer):
         self.proj_out = nn.Linear(dim, self.patch_dim)
         initialise(self, [self.proj_out, *(b.attn2.to_out for b in blocks if b.attn2)])
 
-    def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
-        return positions_2d(height, width, self.dim, device, self.config.position_extent)
-
     def transform(
-        self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
+        self, x: Tokens, num: int, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
         c: Any = sum(vectors) if vectors else None
-        text = mask = shift = scale = None
-        if self.caption_projection is not None:
-            text = self.caption_projection(given("text_emb", conditions.text_emb))
-            text = self.adapt(text, conditions.text_mask)  # (B, L, D)
-            if conditions.text_mask is not None:
-                mask = conditions.text_mask[:, None, None, :]
+        shift = scale = None
         of_blocks = c if self.adaln_single is None else self.adaln_single(c)
-        attend, skips = self.attend(x), LongSkips(self.depth if self.config.long_skips else 0)
-
-        def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-            (x,) = skips.join(block, x)
-            x = self.run(block, x, of_blocks, text, mask, rope, attend)
-            skips.keep(block, x)
-            return x
-
-        x, projection = self.through(x, rope, conditions.token_scores, step)
+        told = (of_blocks, *self.read(self.caption_projection, conditions, x))
+        x, projection = self.through((x,), num, rope, conditions.token_scores, told)
         if self.modulation_out is not None:
             shift, scale = self.modulation_out(c).unsqueeze(2).unbind(1)
         elif self.scale_shift_table is not None:

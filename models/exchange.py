@@ -1,8 +1,5 @@
 """Weights to and from diffusers' classes and the original DiT's layout.
 
-    network = to_diffusers(model, sample_size=32); network.save_pretrained(folder)
-    load_weights(model, folder_or_file)
-
 A parameter has our name in every layout, but for the rules below. An option that a class cannot compute is refused,
 never dropped.
 """
@@ -35,6 +32,8 @@ class Layout(NamedTuple):
     needs: tuple[str, ...] = ()
     rules: dict[str, str] = {}
     """Our name's pattern to theirs; the first that matches counts. `*` is any block, `@i` the i-th third of a tensor."""
+    unused: str = "^$"
+    """Pattern of weights there whose results go nowhere, and which are none here."""
 
 
 LAYOUTS = {
@@ -60,6 +59,8 @@ LAYOUTS = {
         lacks=("num_classes",),
         needs=("pooled_dim",),
         rules={r"^proj_in": "pos_embed.proj", r"^position_table": "pos_embed.pos_embed"},
+        # Text queries, which only the last block lacks here.
+        unused=r"\.attn\.(add_q_proj|norm_added_q)\.",
     ),
     "UNet2DConditionModel": Layout(rules={r"^unet\.": ""}),
     OWN: Layout(),
@@ -106,14 +107,11 @@ def layout_of(config: NetworkConfig) -> str:
 
 def check_layout(config: NetworkConfig, layout: str) -> None:
     """Raises InputError naming each option that the layout has no place for, or needs."""
-    values, (lacks, needs, _) = dict(config), LAYOUTS[layout]
-    lines = [
-        f"model.{name}: got {values[name]}, which {layout} has no place for"
-        for name in (*OWN_ALONE, *lacks)
-        if values.get(name)
-    ]
+    values, (lacks, needs, *_) = dict(config), LAYOUTS[layout]
+    strange = {name: values[name] for name in (*OWN_ALONE, *lacks) if values.get(name)}
     if values.get("modulation") == "none":
-        lines.append(f"model.modulation: got none, which {layout} has no place for")
+        strange["modulation"] = "none"
+    lines = [f"model.{k}: got {v}, which {layout} has no place for" for k, v in strange.items()]
     lines += [
         f"model.{name}: got {values.get(name)}, but {layout} needs it"
         for name in needs
@@ -197,48 +195,41 @@ def to_ours(name: str, tensor: Tensor, own: Tensor, channels: int) -> Tensor:
     return tensor
 
 
-def export_weights(model: Any, layout: str, sample_size: int | None = None) -> dict[str, Tensor]:
-    """The model's weights under the layout's names, with the tensors there that we compute."""
+def export_weights(model: Any, layout: str, sample_size: int = 32) -> dict[str, Tensor]:
+    """The model's weights under the layout's names, with the positions there that we compute."""
     config, weights = model.config, model.state_dict()
     parts: dict[str, list[Tensor]] = {}
     for name, tensor in weights.items():
         for key, _ in places(name, layout, len(model.blocks)):
             parts.setdefault(key, []).append(to_theirs(name, tensor, key, config.latent_channels))
     dtype = next(iter(weights.values())).dtype
-    theirs = computed(config, layout, sample_size, dtype)
+    table = fixed_positions(config, layout, sample_size)
+    theirs = {key: value.to(dtype) for key, value in table.items()}
     theirs |= {key: torch.cat(part) for key, part in parts.items()}
     return {key: tensor.contiguous() for key, tensor in theirs.items()}
 
 
-def computed(
-    config: Any, layout: str, sample_size: int | None, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Tensors of the layout that are no parameters here: fixed positions, unused projections."""
+def fixed_positions(config: Any, layout: str, sample_size: int) -> dict[str, Tensor]:
+    """The layout's tensor of positions that are not trained, where it has one."""
     cpu = torch.device("cpu")
     if layout == FACEBOOK:
-        side = (sample_size or 32) // config.patch_size
-        return {"pos_embed": positions_2d(side, side, config.shape()[0], cpu)[None].to(dtype)}
+        side = sample_size // config.patch_size
+        return {"pos_embed": positions_2d(side, side, config.shape()[0], cpu)[None]}
     if layout != SD3:
         return {}
-    dim, depth, heads = config.shape()
-    # The text queries of the last block, whose results go nowhere.
-    last = f"transformer_blocks.{depth - 1}.attn."
-    extra = {
-        f"{last}add_q_proj.weight": torch.zeros(dim, dim, dtype=dtype),
-        f"{last}add_q_proj.bias": torch.zeros(dim, dtype=dtype),
-    }
-    if config.qk_norm:
-        extra[f"{last}norm_added_q.weight"] = torch.ones(dim // heads, dtype=dtype)
-    grid = config.position_grid
-    table = positions_2d(grid, grid, dim, cpu, config.position_extent, grid)
-    return extra | {"pos_embed.pos_embed": table[None].to(dtype)}
+    grid, extent = config.position_grid, config.position_extent
+    table = positions_2d(grid, grid, config.shape()[0], cpu, extent, grid)
+    return {"pos_embed.pos_embed": table[None]}
 
 
 def to_diffusers(model: Any, sample_size: int | None = None) -> Any:
     """The diffusers network, ready to save, with this model's weights, which the two share."""
     layout = layout_of(model.config)
     network = getattr(diffusers, layout)(**diffusers_config(model.config, sample_size))
-    network.load_state_dict(export_weights(model, layout, sample_size), assign=True)
+    weights, own = export_weights(model, layout), network.state_dict()
+    for key in filter(re.compile(LAYOUTS[layout].unused).search, own):
+        weights.setdefault(key, torch.zeros_like(own[key], dtype=next(model.parameters()).dtype))
+    network.load_state_dict(weights, assign=True)
     return network.eval()
 
 
@@ -274,15 +265,11 @@ def check_config(config: Any, theirs: Any, path: Path) -> None:
     layout = layout_of(config)
     with torch.device("meta"):
         ours = getattr(diffusers, layout)(**diffusers_config(config)).config
-
-    def plain(value: Any) -> str:
-        return json.dumps(value or None)
-
     names = [name for name in ours if not name.startswith("_") and name not in IGNORED]
     lines = [
         f"{path}: {name} got {theirs[name]}, the model section's is {ours[name]}"
         for name in names
-        if plain(theirs[name]) != plain(ours[name])
+        if json.dumps(theirs[name] or None) != json.dumps(ours[name] or None)
     ]
     if wanted := getattr(config, "position_extent", None):
         extent = theirs["sample_size"] // config.patch_size
@@ -318,14 +305,14 @@ def import_weights(model: Any, weights: dict[str, Tensor], layout: str, path: Pa
                 f"has {tuple(tensor.shape)}"
             )
         own[name] = value
-    side = round(weights["pos_embed"].shape[1] ** 0.5) if "pos_embed" in weights else 0
-    extra = computed(config, layout, side * getattr(config, "patch_size", 1), torch.float32)
+    side = round(weights["pos_embed"].shape[1] ** 0.5) if "pos_embed" in weights else 1
+    table = fixed_positions(config, layout, side * getattr(config, "patch_size", 1))
     for key in weights.keys() - known:
-        if key not in extra:
+        if key not in table and not re.search(LAYOUTS[layout].unused, key):
             raise InputError(
                 f"{path}: {key} has no place in this model. Remedy: another model section"
             )
-        if "pos_embed" in key and not torch.allclose(weights[key].float(), extra[key], atol=1e-3):
+        if key in table and not torch.allclose(weights[key].float(), table[key], atol=1e-3):
             raise InputError(
                 f"{path}: {key} is not the fixed table. Remedy: model.learned_positions=true"
             )

@@ -20,7 +20,6 @@ os.umask(UMASK)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """What a file system answers that cannot force a name, or anything, to disk: CIFS, some of FUSE."""
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk answers that takes no more: full, over a user's quota, over the largest size of a file."""
 

@@ -250,21 +250,13 @@ def attention_backend(name: str, device_type: str, dtype: torch.dtype) -> Attent
 class Attention(nn.Module):
     """Multi-head attention, to itself or to a context; QK-norm is an RMSNorm per head (2302.05442)."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        context_dim: int | None = None,
-        qk_norm: bool = False,
-        qkv_bias: bool = True,
-    ):
+    def __init__(self, config: TransformerConfig, qkv_bias: bool = True):
         super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=qkv_bias)
+        dim, _, self.num_heads = config.shape()
+        head = dim // self.num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (qk_normalisation(dim // num_heads, qk_norm) for _ in range(2))
+        self.norm_q, self.norm_k = (rms_norm(head, config.qk_norm) for _ in range(2))
 
     def split(self, x: Tokens) -> Float[Tensor, "B N H d"]:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -273,7 +265,7 @@ class Attention(nn.Module):
         self,
         x: Tokens,
         attend: AttentionFunction,
-        context: Float[Tensor, "B L E"] | None = None,
+        context: Float[Tensor, "B L D"] | None = None,
         mask: Mask = None,
         rope: Rope = None,
     ) -> Tokens:
@@ -284,28 +276,23 @@ class Attention(nn.Module):
         return self.to_out[0](out.flatten(2))
 
 
-def qk_normalisation(head_dim: int, used: bool) -> nn.Module:
-    return nn.RMSNorm(head_dim, eps=1e-6) if used else nn.Identity()
+def rms_norm(dim: int, used: bool = True) -> nn.Module:
+    return nn.RMSNorm(dim, eps=1e-6) if used else nn.Identity()
 
 
-class GELUProjection(nn.Module):
-    """Linear then tanh GELU, a module of its own for the sake of diffusers' parameter names."""
+class Projection(nn.Module):
+    """Linear then tanh GELU; as SwiGLU, to twice the width, whose first half the SiLU of the second gates (2002.05202).
 
-    def __init__(self, dim: int, hidden_dim: int):
+    A module of its own for the sake of diffusers' parameter names.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, swiglu: bool):
         super().__init__()
-        self.proj = nn.Linear(dim, hidden_dim)
+        self.proj, self.swiglu = nn.Linear(dim, hidden_dim * (1 + swiglu)), swiglu
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-class SwiGLUProjection(GELUProjection):
-    """Linear to twice the width, whose first half the SiLU of the second gates (Shazeer 2002.05202)."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__(dim, 2 * hidden_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
+        if not self.swiglu:
+            return F.gelu(self.proj(x), approximate="tanh")
         x, gate = self.proj(x).chunk(2, dim=-1)
         return x * F.silu(gate)
 
@@ -313,10 +300,12 @@ class SwiGLUProjection(GELUProjection):
 class FeedForward(nn.Module):
     """The transformer's MLP: `net.0` widens, with GELU or as SwiGLU, and `net.2` narrows."""
 
-    def __init__(self, dim: int, hidden_dim: int, swiglu: bool = False):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
+        (dim, *_), swiglu = config.shape(), isinstance(config, RoutedConfig) and config.swiglu
+        hidden_dim = int(dim * config.mlp_ratio)
         hidden_dim = int(2 / 3 * hidden_dim) if swiglu else hidden_dim
-        first = (SwiGLUProjection if swiglu else GELUProjection)(dim, hidden_dim)
+        first = Projection(dim, hidden_dim, swiglu)
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden_dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -349,47 +338,33 @@ def input_norm(config: RoutedConfig) -> nn.Module:
     """Norm before attention, MLP and output: modulation scales and shifts it, else it is an RMSNorm with weights."""
     dim = config.shape()[0]
     if config.modulation == "none":
-        return nn.RMSNorm(dim, eps=1e-6)
+        return rms_norm(dim)
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
-def sandwich_norm(config: RoutedConfig) -> nn.Module:
-    """Norm of what attention and MLP return, where the config has one."""
-    return nn.RMSNorm(config.shape()[0], eps=1e-6) if config.sandwich_norm else nn.Identity()
+class PreNormBlock(nn.Module):
+    """Self-attention and MLP, each after a norm: U-ViT's, and i1's text adapter (2606.11289)."""
 
-
-class TextBlock(nn.Module):
-    """Self-attention and MLP of the text alone, each after an RMSNorm: i1's text adapter (2606.11289)."""
-
-    def __init__(self, config: RoutedConfig):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        norm: Callable[[int], nn.Module],
+        skip: bool = False,
+        qkv_bias: bool = True,
+    ):
         super().__init__()
-        dim, _, heads = config.shape()
-        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
-        self.attn = Attention(dim, heads, qk_norm=config.qk_norm)
-        self.ff = FeedForward(dim, int(dim * config.mlp_ratio), config.swiglu)
+        dim, *_ = config.shape()
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.attn, self.ff = Attention(config, qkv_bias), FeedForward(config)
 
     def forward(
-        self, text: Float[Tensor, "B L D"], mask: Mask, attend: AttentionFunction
-    ) -> Tensor:
-        text = text + self.attn(self.norm1(text), attend, mask=mask)
-        return text + self.ff(self.norm2(text))
-
-
-class LongSkips:
-    """What the blocks of the first half returned, each for its mirror in the second (U-ViT 2209.12152)."""
-
-    def __init__(self, depth: int):
-        self.half, self.kept = depth // 2, list[tuple[Tensor, ...]]()
-
-    def join(self, block: Any, *streams: Tensor) -> tuple[Tensor, ...]:
-        """What enters a block: its mirror's streams beside these, where it has a `skip_linear` for them."""
-        if block.skip_linear is None:
-            return streams
-        return tuple(torch.cat(pair, -1) for pair in zip(streams, self.kept.pop(), strict=True))
-
-    def keep(self, block: Any, *streams: Tensor) -> None:
-        if block.skip_linear is None and len(self.kept) < self.half:
-            self.kept.append(streams)
+        self, x: Float[Tensor, "B N _"], rope: Rope, attend: AttentionFunction, mask: Mask
+    ) -> tuple[Tokens]:
+        if self.skip_linear is not None:
+            x = self.skip_linear(x)
+        x = x + self.attn(self.norm1(x), attend, mask=mask, rope=rope)
+        return (x + self.ff(self.norm2(x)),)
 
 
 def kept_patches(scores: Float[Tensor, "B M"], span: Span) -> Int[Tensor, "B K"]:
@@ -420,10 +395,15 @@ def put_back(whole: Tokens, places: Int[Tensor, "B K"], x: Float[Tensor, "B M D"
 
 
 class PatchTransformer(nn.Module):
-    """What the transformers share: patches in and out, positions, registers, how blocks are run."""
+    """What the transformers share: patches in and out, positions, registers, how blocks are run.
+
+    A block takes one or more streams of tokens, RoPE's table, the attention and what else it is told; with a
+    `skip_linear` it first merges what lies beside each stream (long skips, U-ViT 2209.12152). It returns the streams.
+    """
 
     transform: Callable[..., tuple[Tensor, Tensor | None]]
-    """What a subclass does: tokens, RoPE's table, vectors and conditions to predicted patches and the projection."""
+    """What a subclass does: tokens, of which so many are patches, RoPE's table, vectors and conditions to predicted
+    patches and the projection."""
 
     def __init__(self, config: TransformerConfig, timestep_shift: int = 0):
         super().__init__()
@@ -452,14 +432,16 @@ class PatchTransformer(nn.Module):
         if getattr(config, "modulation", "") != "none":
             self.time_text_embed = ConditionEmbedder(config, self.dim, timestep_shift)
         if isinstance(config, RoutedConfig) and config.text_adapter:
-            self.text_blocks = nn.ModuleList(TextBlock(config) for _ in range(config.text_adapter))
+            adapter = [PreNormBlock(config, rms_norm) for _ in range(config.text_adapter)]
+            self.text_blocks = nn.ModuleList(adapter)
 
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.transformer_blocks)
 
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
-        return positions_2d(height, width, self.dim, device)
+        extent = getattr(self.config, "position_extent", None)
+        return positions_2d(height, width, self.dim, device, extent)
 
     def embed(self, x_t: Latents) -> tuple[Tokens, Rope]:
         """Tokens, registers last, and RoPE's table where the config has `rope` instead of fixed positions."""
@@ -484,27 +466,46 @@ class PatchTransformer(nn.Module):
         """
         check_inputs(x_t, t, conditions)
         vectors = self.time_text_embed(t, conditions) if self.time_text_embed is not None else []
-        x, projection = self.transform(*self.embed(x_t), vectors, conditions)
+        x, rope = self.embed(x_t)
+        num = x.shape[1] - self.config.register_tokens
+        x, projection = self.transform(x, num, rope, vectors, conditions)
         out = unpatchify(x, self.config.patch_size, *x_t.shape[-2:])
         return out if projection is None else (out, projection)
 
+    def read(
+        self, embedder: nn.Module | None, conditions: Conditions, like: Tokens
+    ) -> tuple[Float[Tensor, "B L D"] | None, Mask]:
+        """The text as `embedder` and the adapter's blocks, if there are any, leave it; and what attention may look at."""
+        if embedder is None:
+            return None, None
+        text = embedder(given("text_emb", conditions.text_emb).to(like.dtype))
+        mask = None if conditions.text_mask is None else conditions.text_mask[:, None, None]
+        for block in self.text_blocks or ():
+            (text,) = self.run(block, text, None, self.attend(text), mask)
+        return text, mask
+
     def through(
         self,
-        x: Tokens,
+        streams: tuple[Tensor, ...],
+        num: int,
         rope: Rope,
         token_scores: Float[Tensor, "B M"] | None,
-        step: Callable[[nn.Module, Tensor, Tensor | None], Tensor],
+        told: tuple[Any, ...],
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M V"] | None]:
-        """Run all blocks in turn by `step`; with scores, the blocks of the config's span see the kept patches alone.
+        """Run all blocks in turn; with scores, the blocks of the config's span see the kept patches alone.
 
-        Returns the patches, without registers, and in training with `alignment` the projection of one block's.
+        Returns the patches, with which the first stream begins, and in training with `alignment` the projection of one
+        block's.
         """
-        num = x.shape[1] - self.config.register_tokens
+        attend, skips = self.attend(streams[0]), list[list[Tensor]]()
+        x, *others = streams
+        blocks: list[Any] = self.blocks
+        num_skips = sum(block.skip_linear is not None for block in blocks)
         projection = span = None
         if token_scores is not None and isinstance(self.config, RoutedConfig):
             span = self.config.span
         whole, whole_rope, kept = x, rope, None
-        for number, block in enumerate(self.transformer_blocks):
+        for number, block in enumerate(blocks):
             if span and token_scores is not None and number == span.start:
                 whole, whole_rope = x, rope
                 kept = kept_patches(token_scores, span)  # (B, K)
@@ -515,17 +516,16 @@ class PatchTransformer(nn.Module):
                     rope = turns.unflatten(2, (-1, 2))
             if span and kept is not None and number == span.end:
                 x, rope, kept = put_back(whole, kept, x), whole_rope, None
-            x = step(block, x, rope)
+            entering = [x, *others]
+            if block.skip_linear is not None:
+                pairs = zip(entering, skips.pop(), strict=True)
+                entering = [torch.cat(pair, dim=-1) for pair in pairs]
+            x, *others = self.run(block, *entering, rope, attend, *told)
+            if number < num_skips:
+                skips.append([x, *others])
             if self.projector is not None and self.training and number + 1 == self.aligned:
                 projection = self.projector(x)[:, :num]
         return (x if kept is None else put_back(whole, kept, x))[:, :num], projection
-
-    def adapt(self, text: Float[Tensor, "B L D"], mask: Bool[Tensor, "B L"] | None) -> Tensor:
-        """The text as the adapter's blocks leave it, if there are any."""
-        attention_mask = None if mask is None else mask[:, None, None]
-        for block in self.text_blocks or ():
-            text = self.run(block, text, attention_mask, self.attend(text))
-        return text
 
     def attend(self, x: Tensor) -> AttentionFunction:
         """The attention that the config asks for, if it runs on x's device and dtype."""

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.conditions import Conditions, given
+from models.conditions import Conditions
 from models.config import InputError
 from models.layers import (
     Attention,
     AttentionFunction,
     FeedForward,
     Latents,
-    LongSkips,
+    Mask,
     Modulation,
     PatchTransformer,
     Rope,
@@ -30,10 +30,9 @@ from models.layers import (
     input_norm,
     modulate,
     positions_2d,
-    qk_normalisation,
+    rms_norm,
     rope_2d,
     rotate,
-    sandwich_norm,
 )
 from models.networks import MMDiTConfig
 
@@ -41,12 +40,13 @@ from models.networks import MMDiTConfig
 class JointAttention(Attention):
     """Attention of patches and text to both, text with projections of its own."""
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool, last: bool):
-        super().__init__(dim, num_heads, qk_norm=qk_norm)
+    def __init__(self, config: MMDiTConfig, last: bool):
+        super().__init__(config)
+        dim, _, heads = config.shape()
         self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_added_k = qk_normalisation(dim // num_heads, qk_norm)
+        self.norm_added_k = rms_norm(dim // heads, config.qk_norm)
         self.add_q_proj = None if last else nn.Linear(dim, dim)
-        self.norm_added_q = nn.Identity() if last else qk_normalisation(dim // num_heads, qk_norm)
+        self.norm_added_q = rms_norm(dim // heads, config.qk_norm and not last)
         self.to_add_out = None if last else nn.Linear(dim, dim)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,7 +54,7 @@ class JointAttention(Attention):
         x: Tokens,
         text: Float[Tensor, "B L D"],
         attend: AttentionFunction,
-        mask: Bool[Tensor, "B L"] | None,
+        mask: Mask,
         rope: Rope,
     ) -> tuple[Tokens, Float[Tensor, "B L D"] | None]:
         num = x.shape[1]
@@ -66,15 +66,13 @@ class JointAttention(Attention):
         q, k = rotate(q, rope), rotate(k, rope)
         v = torch.cat([self.split(self.to_v(x)), self.split(self.add_v_proj(text))], dim=1)
         if mask is not None:
-            mask = F.pad(mask, (num, 0), value=True)[:, None, None]  # (B, 1, 1, N + L)
+            mask = F.pad(mask, (num, 0), value=True)  # (B, 1, 1, N + L)
         out = attend(q, k, v, mask).flatten(2)
         text_out = None if self.to_add_out is None else self.to_add_out(out[:, num:])
         return self.to_out[0](out[:, :num]), text_out
 
 
-def joint_rope(
-    rope: Tensor, sizes: tuple[int, int, int], mask: Bool[Tensor, "B L"] | None
-) -> Tensor:
+def joint_rope(rope: Tensor, sizes: tuple[int, int, int], mask: Mask) -> Tensor:
     """RoPE's table of patches, registers and text from that of the patches' rows and columns (i1 2606.11289).
 
     `sizes` are a head's width, the number of patches and registers, and the text's length. Token n of the text is at
@@ -82,7 +80,7 @@ def joint_rope(
     """
     (width, tokens, length), patches, turned = sizes, *rope.shape[1:3]
     half = width // 2 - turned
-    ends = rope.new_tensor([length]) if mask is None else mask.sum(1).to(rope.dtype)
+    ends = rope.new_tensor([length]) if mask is None else mask.flatten(1).sum(1).to(rope.dtype)
     steps = torch.arange(length, device=rope.device, dtype=rope.dtype).expand(len(ends), -1)
     places = torch.cat([ends[:, None].expand(-1, patches), steps.new_zeros(len(ends), tokens - patches), steps], dim=1)  # fmt: skip
     angles = places[..., None] * 1e4 ** -(torch.arange(half, device=rope.device) / half)
@@ -92,37 +90,33 @@ def joint_rope(
 
 
 class MMDiTBlock(nn.Module):
-    """Joint attention, for some blocks a second attention among the patches, and an MLP for each stream.
-
-    With `skip_linear` two linears first merge the long skips, which lie beside x and text. Both streams share the norms.
-    """
+    """Joint attention, for some blocks a second one among the patches, and an MLP for each stream, which share the norms."""
 
     def __init__(self, config: MMDiTConfig, number: int):
         super().__init__()
-        dim, depth, heads = config.shape()
+        (dim, depth, _), sandwich = config.shape(), config.sandwich_norm
         dual, last = number < config.dual_attention_layers, number == depth - 1
-        hidden = int(dim * config.mlp_ratio)
         self.skip_linear = self.norm1 = self.norm1_context = None
         if config.long_skips and number > depth // 2:
             self.skip_linear = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(2))
         self.norm, self.norm_ff = input_norm(config), input_norm(config)
-        self.after_attention, self.after_ff = sandwich_norm(config), sandwich_norm(config)
+        self.after_attention, self.after_ff = (rms_norm(dim, sandwich) for _ in range(2))
         if config.modulation != "none":
             self.norm1 = Modulation(dim, 9 if dual else 6)
             self.norm1_context = Modulation(dim, 2 if last else 6)
-        self.attn = JointAttention(dim, heads, config.qk_norm, last)
-        self.attn2 = Attention(dim, heads, qk_norm=config.qk_norm) if dual else None
-        self.ff = FeedForward(dim, hidden, config.swiglu)
-        self.ff_context = None if last else FeedForward(dim, hidden, config.swiglu)
+        self.attn = JointAttention(config, last)
+        self.attn2 = Attention(config) if dual else None
+        self.ff = FeedForward(config)
+        self.ff_context = None if last else FeedForward(config)
 
     def forward(
         self,
         x: Float[Tensor, "B N _"],
         text: Float[Tensor, "B L _"],
-        c: Vector | None,
-        mask: Bool[Tensor, "B L"] | None,
         rope: Rope,
         attend: AttentionFunction,
+        c: Vector | None,
+        mask: Mask,
     ) -> tuple[Tokens, Float[Tensor, "B L D"]]:
         if self.skip_linear is not None:
             x, text = self.skip_linear[0](x), self.skip_linear[1](text)
@@ -178,9 +172,9 @@ class MMDiT(PatchTransformer):
         initialise(self, [self.proj_out])
 
     def positions(self, height: int, width: int, device: torch.device) -> Float[Tensor, "N D"]:
-        grid, extent = self.config.position_grid, self.config.position_extent
+        grid = self.config.position_grid
         if self.position_table is None or max(height, width) > grid:
-            return positions_2d(height, width, self.dim, device, extent, grid)
+            return positions_2d(height, width, self.dim, device, self.config.position_extent, grid)
         top, left = (grid - height) // 2, (grid - width) // 2
         table = self.position_table.view(grid, grid, -1)
         return table[top : top + height, left : left + width].flatten(0, 1)
@@ -194,23 +188,14 @@ class MMDiT(PatchTransformer):
         return x, rope
 
     def transform(
-        self, x: Tokens, rope: Rope, vectors: list[Vector], conditions: Conditions
+        self, x: Tokens, num: int, rope: Rope, vectors: list[Vector], conditions: Conditions
     ) -> tuple[Float[Tensor, "B M P"], Float[Tensor, "B M V"] | None]:
-        c, mask = sum(vectors) if vectors else None, conditions.text_mask
-        text = self.context_embedder(given("text_emb", conditions.text_emb).to(x.dtype))
-        text = self.adapt(text, mask)
+        c = sum(vectors) if vectors else None
+        text, mask = self.read(self.context_embedder, conditions, x)
+        assert text is not None
         if self.config.text_rope and rope is not None:
             rope = joint_rope(rope, (self.dim // self.num_heads, x.shape[1], text.shape[1]), mask)
-        attend, skips = self.attend(x), LongSkips(self.depth if self.config.long_skips else 0)
-
-        def step(block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-            nonlocal text
-            x, text = skips.join(block, x, text)
-            x, text = self.run(block, x, text, c, mask, rope, attend)
-            skips.keep(block, x, text)
-            return x
-
-        x, projection = self.through(x, rope, conditions.token_scores, step)
+        x, projection = self.through((x, text), num, rope, conditions.token_scores, (c, mask))
         scale = shift = None
         if self.norm_out is not None:
             scale, shift = self.norm_out(c).unsqueeze(2).unbind(1)

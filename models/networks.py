@@ -13,6 +13,9 @@ RoutedType = TypeVar("RoutedType", bound="RoutedConfig")
 SIZE_FOR = {"latent_downscale": "size_conditioning", "vision_dim": "alignment"}
 """Sizes that a single option reads; without it they are left open, and one that is given has no effect."""
 
+FIXED_POSITIONS = {"position_extent", "position_grid", "learned_positions", "text_rope"}
+"""Options that have no effect with RoPE instead."""
+
 
 class NetworkConfig(Config):
     """What every network has; sizes that the data fixes default to the dataset's."""
@@ -96,9 +99,10 @@ class TransformerConfig(NetworkConfig):
 
     def shape(self) -> tuple[int, int, int]:
         """hidden_size, depth and num_heads; raises InputError where they do not fit."""
-        hidden, depth, heads = self.SIZES[self.size]
-        hidden, depth = self.hidden_size or hidden, self.depth or depth
-        heads = self.num_heads or heads
+        given = self.hidden_size, self.depth, self.num_heads
+        hidden, depth, heads = (g or s for g, s in zip(given, self.SIZES[self.size], strict=True))
+        if getattr(self, "long_skips", False) and depth % 2 == 0:
+            raise InputError(f"model.depth: got {depth}, expected an odd number with long skips")
         if hidden % (4 * heads):
             raise InputError(
                 f"model.hidden_size: got {hidden}, expected a multiple of {4 * heads} (4 x num_heads)"
@@ -161,8 +165,6 @@ class Span(NamedTuple):
 class RoutedConfig(TransformerConfig):
     """Networks whose blocks can run on some of the patches, chosen by `token_scores`."""
 
-    NO_EFFECT_WITH_ROPE: ClassVar[tuple[str, ...]]
-    """Options of fixed positions."""
     routing: RoutingConfig | None = None
     masking: MaskingConfig | None = None
     alignment: AlignmentConfig | None = None
@@ -182,17 +184,15 @@ class RoutedConfig(TransformerConfig):
 
     @model_validator(mode="after")
     def _has_effect(self) -> "RoutedConfig":
-        if self.modulation == "none":
-            for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
-                if getattr(self, name, None):
-                    raise ValueError(
-                        f"{name} has no effect with modulation none. Remedy: remove one"
-                    )
+        for name in ("pooled_dim", "num_classes", "size_conditioning", "timestep_shift"):
+            if self.modulation == "none" and getattr(self, name, None):
+                raise ValueError(f"{name} has no effect with modulation none. Remedy: remove one")
         for name in ("routing", "long_skips") if self.masking else ():
             if getattr(self, name):
                 raise ValueError(f"{name} and masking: expected one of them, got both")
-        for name in self.NO_EFFECT_WITH_ROPE if self.rope else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+        fields = type(self).model_fields
+        for name in FIXED_POSITIONS & fields.keys() if self.rope else ():
+            if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} has no effect with rope. Remedy: remove one")
         return self
 
@@ -201,10 +201,7 @@ class RoutedConfig(TransformerConfig):
 
     def shape(self) -> tuple[int, int, int]:
         hidden, depth, heads = super().shape()
-        depth += self.masking.mixer_depth if self.masking else 0
-        if self.long_skips and depth % 2 == 0:
-            raise InputError(f"model.depth: got {depth}, expected an odd number with long_skips")
-        return hidden, depth, heads
+        return hidden, depth + (self.masking.mixer_depth if self.masking else 0), heads
 
     def check_shape(self) -> None:
         super().check_shape()
@@ -257,7 +254,6 @@ class DiTConfig(RoutedConfig):
         "L": (1024, 24, 16),
         "XL": (1152, 28, 16),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = ("position_extent",)
     kind: Literal["dit"] = "dit"
     size: Literal["debug", "tiny", "S", "B", "L", "XL"] = "B"
     modulation: Literal["block", "shared", "none"] = "block"
@@ -277,8 +273,6 @@ class MMDiTConfig(RoutedConfig):
         "sd3": (1536, 24, 24),
         "sd3.5-large": (2432, 38, 38),
     }
-    NO_EFFECT_WITH_ROPE: ClassVar = ("learned_positions", "position_extent", "position_grid")
-    NO_EFFECT_WITH_ROPE += ("text_rope",)
     kind: Literal["mmdit"] = "mmdit"
     modulation: Literal["block", "none"] = "block"
     size: Literal["debug", "tiny", "B", "L", "sd3", "sd3.5-large"] = "B"
@@ -307,12 +301,7 @@ class UViTConfig(TransformerConfig):
     }
     kind: Literal["uvit"] = "uvit"
     size: Literal["debug", "tiny", "S", "M", "L", "H"] = "M"
-
-    def shape(self) -> tuple[int, int, int]:
-        hidden, depth, heads = super().shape()
-        if depth % 2 == 0:
-            raise InputError(f"model.depth: got {depth}, expected an odd number (2 n + 1)")
-        return hidden, depth, heads
+    long_skips: ClassVar[bool] = True
 
 
 # Channels, transformer layers (0 for none) and heads, one value per level; then the ResNets per level.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -67,76 +68,97 @@ def dropped(tokenizer: Any, view: Any) -> tuple[int, int]:
     return (1, end - 1) if view.keep_first else (0, end)
 
 
-def without_template(view: Any) -> Any:
-    """The view of a text that is cleaned alone."""
-    return type(view)(**{**dict(vars(view)), "template": None, "drop": 0, "keep_first": False})
+class TextReader:
+    """A text encoder of transformers and its tokenizer, which see texts in a View, on a device."""
 
+    def __init__(self, network: Any, tokenizer: Any, view: Any, device: torch.device):
+        self.network, self.tokenizer, self.view, self.device = network, tokenizer, view, device
 
-def encode_text(
-    network: Any, tokenizer: Any, texts: list[str], view: Any, device: torch.device
-) -> EncodedText:
-    """The texts as a transformers encoder sees them in a View; L is the longest one's number of rows.
+    def encode(self, texts: list[str]) -> EncodedText:
+        """The texts as the encoder sees them; L is the longest one's number of rows.
 
-    A text longer than the view's max_length is cut but keeps its end token. Raises InputError for one without tokens.
-    """
-    begin, end = dropped(tokenizer, view)
-    longest = view.pads == "masked" and view.mask_inside
-    options: dict[str, Any] = {"padding": "longest" if longest else "max_length"}
-    if view.side != "tokenizer":
-        options["padding_side"] = view.side
-    options |= {"truncation": True, "max_length": view.max_length + end - begin}
-    batch = token_ids(tokenizer, texts, view, return_tensors="pt", **options).to(device)
-    real = batch["attention_mask"].bool()
-    place = real.cumsum(dim=1) - 1
-    own = real & ~((place >= begin) & (place < end))
-    if not own.any(dim=1).all():
-        raise InputError(
-            "a caption without words has no token here. Remedy: text: {tokens: ...} and, for this encoder, clean: "
-            "space_if_empty, or a template"
-        )
-    output, states = _forward(network, batch, view)
-    pooled = None
-    if view.pooled == "mean":
-        pooled = states.masked_fill(~own[..., None], 0.0).sum(dim=1) / own.sum(dim=1, keepdim=True)
-    elif view.pooled != "none":
-        name = "text_embeds" if view.pooled == "projected" else "pooler_output"
-        pooled = output[name].float()
-    kept = own
-    if view.pads == "kept":
-        kept = own | ~real
-    elif view.pads == "first":
-        columns = torch.arange(real.shape[1], device=device)
-        kept = own | (columns == real.sum(dim=1, keepdim=True))
-    order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(dim=1).max())]
-    mask, rows = kept.gather(1, order), order[..., None].expand(-1, -1, states.shape[-1])
-    return states.gather(1, rows).masked_fill(~mask[..., None], 0.0), mask, pooled
+        A text longer than the view's max_length is cut but keeps its end token. Raises InputError for one without tokens.
+        """
+        view, (begin, end) = self.view, dropped(self.tokenizer, self.view)
+        longest = view.pads == "masked" and view.mask_inside
+        options: dict[str, Any] = {"padding": "longest" if longest else "max_length"}
+        if view.side != "tokenizer":
+            options["padding_side"] = view.side
+        options |= {"truncation": True, "max_length": view.max_length + end - begin}
+        batch = token_ids(self.tokenizer, texts, view, return_tensors="pt", **options)
+        batch = batch.to(self.device)
+        real = batch["attention_mask"].bool()
+        place = real.cumsum(dim=1) - 1
+        own = real & ~((place >= begin) & (place < end))
+        if not own.any(dim=1).all():
+            raise InputError(
+                "a caption without words has no token here. Remedy: text: {tokens: ...} and, for this encoder, clean: "
+                "space_if_empty, or a template"
+            )
+        output, states = self.forward(batch)
+        pooled = None
+        if view.pooled == "mean":
+            sums = states.masked_fill(~own[..., None], 0.0).sum(dim=1)
+            pooled = sums / own.sum(dim=1, keepdim=True)
+        elif view.pooled != "none":
+            name = "text_embeds" if view.pooled == "projected" else "pooler_output"
+            pooled = output[name].float()
+        kept = own
+        if view.pads == "kept":
+            kept = own | ~real
+        elif view.pads == "first":
+            columns = torch.arange(real.shape[1], device=self.device)
+            kept = own | (columns == real.sum(dim=1, keepdim=True))
+        order = (~kept).long().argsort(dim=1, stable=True)[:, : int(kept.sum(dim=1).max())]
+        mask, rows = kept.gather(1, order), order[..., None].expand(-1, -1, states.shape[-1])
+        return states.gather(1, rows).masked_fill(~mask[..., None], 0.0), mask, pooled
 
+    def forward(self, batch: Any) -> tuple[Any, Tensor]:
+        """What the encoder gives for tokens (B, L), and the view's layers of it side by side, fp32 (B, L, D)."""
+        view, told, raw_last = self.view, {}, []
+        if view.mask_inside:
+            told["attention_mask"] = batch["attention_mask"]
+        if numbers := [layer for layer in view.layers if layer != "last"]:
+            told["output_hidden_states"] = numbers
+        norm = final_norm(self.network) if view.final_norm or -1 in numbers else None
+        # hidden_states[-1] is the one behind the norm.
+        hook = norm and norm.register_forward_pre_hook(lambda _, args: raw_last.append(args[0]))
+        output = self.network(input_ids=batch["input_ids"], **told)
+        if hook:
+            hook.remove()
+        states = [batch["input_ids"].new_zeros((*batch["input_ids"].shape, 0), dtype=torch.float32)]
+        for layer in view.layers:
+            if layer == "last":
+                states.append(output.last_hidden_state.float())
+                continue
+            raw = raw_last[0] if layer == -1 else output.hidden_states[layer]
+            states.append((norm(raw) if norm and view.final_norm else raw).float())
+        return output, torch.cat(states, dim=-1)
 
-def _forward(network: Any, batch: Any, view: Any) -> tuple[Any, Tensor]:
-    """What the encoder gives for tokens (B, L), and the view's layers of it side by side, fp32 (B, L, D)."""
-    told, raw_last = {}, []
-    if view.mask_inside:
-        told["attention_mask"] = batch["attention_mask"]
-    if numbers := [layer for layer in view.layers if layer != "last"]:
-        told["output_hidden_states"] = numbers
-    norm = final_norm(network) if view.final_norm or -1 in numbers else None
-    # hidden_states[-1] is the one behind the norm.
-    hook = norm and norm.register_forward_pre_hook(lambda _, args: raw_last.append(args[0]))
-    output = network(input_ids=batch["input_ids"], **told)
-    if hook:
-        hook.remove()
-    states = []
-    for layer in view.layers:
-        if layer == "last":
-            states.append(output.last_hidden_state.float())
-            continue
-        raw = raw_last[0] if layer == -1 else output.hidden_states[layer]
-        states.append((norm(raw) if norm and view.final_norm else raw).float())
-    if not states:
-        return output, batch["input_ids"].new_zeros(
-            (*batch["input_ids"].shape, 0), dtype=torch.float32
-        )
-    return output, states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+    def encode_empty(self, empty: str) -> EncodedText:
+        """The caption without words as a convention has it: `caption`, `zeros` or `bare`."""
+        reader, view = self, self.view
+        if empty == "bare":
+            alone = dict(vars(view)) | {"template": None, "drop": 0, "keep_first": False}
+            reader = copy(self)
+            reader.view = type(view)(**alone)
+        tokens, mask, pooled = reader.encode([""])
+        if empty != "zeros":
+            return tokens, mask, pooled
+        return torch.zeros_like(tokens), mask, None if pooled is None else torch.zeros_like(pooled)
+
+    def encode_prompts(self, texts: list[str], store: str, empty: str) -> EncodedText:
+        """The texts and, last, the empty caption, rounded as stored in a dtype and laid out as a network reads them."""
+        parts = [self.encode(texts), self.encode_empty(empty)]
+        length, whole = max(part[0].shape[1] for part in parts), fixed(self.view)
+        if whole:
+            length = self.view.max_length
+        pad, dtype = torch.nn.functional.pad, getattr(torch, store)
+        tokens = torch.cat([pad(t, (0, 0, 0, length - t.shape[1])) for t, _, _ in parts])
+        mask = torch.cat([pad(m, (0, length - m.shape[1])) for _, m, _ in parts])
+        vectors = [pooled for _, _, pooled in parts if pooled is not None]
+        pooled = torch.cat(vectors).to(dtype).float() if vectors else None
+        return tokens.to(dtype).float(), mask | whole, pooled
 
 
 def final_norm(network: Any) -> Any:
@@ -147,40 +169,6 @@ def final_norm(network: Any) -> Any:
     if not found:
         raise InputError(f"{type(network).__name__} has no norm behind its last layer: say last")
     return text.get_submodule(min(found)[1])
-
-
-def encode_empty(
-    network: Any, tokenizer: Any, view: Any, empty: str, device: torch.device
-) -> EncodedText:
-    """The caption without words as a convention has it: `caption`, `zeros` or `bare`."""
-    view = without_template(view) if empty == "bare" else view
-    tokens, mask, pooled = encode_text(network, tokenizer, [""], view, device)
-    if empty == "zeros":
-        nothing = None if pooled is None else torch.zeros_like(pooled)
-        return torch.zeros_like(tokens), mask, nothing
-    return tokens, mask, pooled
-
-
-def encode_prompts(
-    encoder: tuple[Any, Any], texts: list[str], role: Any, empty: str, device: torch.device
-) -> EncodedText:
-    """The texts and, last, the empty caption, rounded as stored and laid out as a network reads them.
-
-    encoder: network and tokenizer; role: its view and how it is stored.
-    """
-    parts = [
-        encode_text(*encoder, texts, role.view, device),
-        encode_empty(*encoder, role.view, empty, device),
-    ]
-    length = max(part[0].shape[1] for part in parts)
-    if fixed(role.view):
-        length = role.view.max_length
-    pad, dtype = torch.nn.functional.pad, getattr(torch, role.store)
-    tokens = torch.cat([pad(t, (0, 0, 0, length - t.shape[1])) for t, _, _ in parts])
-    mask = torch.cat([pad(m, (0, length - m.shape[1])) for _, m, _ in parts])
-    vectors = [pooled for _, _, pooled in parts if pooled is not None]
-    pooled = torch.cat(vectors).to(dtype).float() if vectors else None
-    return tokens.to(dtype).float(), mask | fixed(role.view), pooled
 
 
 def join_texts(encoded: Mapping[str, EncodedText], arrangement: Any) -> Conditions:

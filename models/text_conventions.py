@@ -258,7 +258,7 @@ def own_view(text: str | Combination, name: str, given: View) -> View:
     if not isinstance(text, str):
         return View.model_validate({"pooled": "none"} | said)
     if text == "plain":
-        fixed_by, named = View.model_fields.keys() - {"max_length", "pooled"}, View(**said)
+        fixed_by = View.model_fields.keys() - {"max_length", "pooled"}
         named = View(max_length=given.max_length, pooled=given.pooled)
     else:
         fixed_by, named = View.model_fields.keys(), CONVENTIONS[text].roles.get(name, View())

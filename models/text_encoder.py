@@ -6,95 +6,50 @@ from typing import Any
 import torch
 import transformers
 
+from models import weights
 from models.config import InputError
 from models.numerics import tf32
-from models.prompts import (
-    EncodedText,
-    dropped,
-    encode_empty,
-    encode_prompts,
-    encode_text,
-    final_norm,
-    prefix_tokens,
-    token_ids,
-)
+from models.prompts import TextReader, dropped, final_norm, prefix_tokens, token_ids
 from models.text_conventions import Chat, View
-from models.weights import (
-    OWN_POOLED,
-    EncoderDtype,
-    brief,
-    check_layers,
-    load_network,
-    network_class,
-    read_text_config,
-    text_class,
-    tokenizer_folder,
-    tokenizer_sha256,
-    weights_sha256,
-)
 
 
-class TextEncoder:
+class TextEncoder(TextReader):
     """A transformers text encoder in a local folder, frozen, in one view.
 
-    `dim` is the width of its rows, 0 without any, and `pooled_dim` that of its vector.
+    `dim` is the width of its rows, 0 without any, and `pooled_dim` that of its vector. The folder holds config.json,
+    safetensors and a tokenizer; raises InputError if one of them does not suit the view.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, path: Path, view: View, dtype: EncoderDtype):
-        self.network = network.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.path, self.dtype = path, dtype
-        self.view = with_own_pooled(view, type(network).__name__)
-        self.dim, self.pooled_dim = widths(network.config, self.view)
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         path: str | Path,
         view: View,
-        dtype: EncoderDtype = "fp32",
+        dtype: weights.EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
-    ) -> "TextEncoder":
-        """Open a folder with config.json, safetensors and a tokenizer; raises InputError if one does not suit the view."""
-        path = Path(path)
-        name = text_class(read_text_config(path, view))
-        tokenizer = load_tokenizer(path)
-        check_tokenizer(tokenizer, view, path)
-        network = load_network("transformers", name, path, dtype).to(device)
-        text = text_config(network.config)
-        check_layers(path, view, text.num_hidden_layers)
+    ):
+        self.path, self.dtype = Path(path), dtype
+        family = weights.text_class(weights.read_text_config(self.path, view))
+        tokenizer = load_tokenizer(self.path)
+        check_tokenizer(tokenizer, view, self.path)
+        network = weights.load_network("transformers", family, self.path, dtype).to(device)
+        weights.check_layers(self.path, view, text_config(network.config).num_hidden_layers)
         if view.final_norm or -1 in view.layers:
             final_norm(network)
-        return cls(network, tokenizer, path, view, dtype)
+        super().__init__(network, tokenizer, with_own_pooled(view, family), network.device)
+        self.dim, self.pooled_dim = widths(network.config, self.view)
 
     @torch.inference_mode()
-    def encode(self, captions: list[str]) -> EncodedText:
-        """The captions as this encoder sees them."""
+    def forward(self, batch: Any) -> Any:
         with tf32(self.dtype == "tf32"):
-            device = self.network.device
-            return encode_text(self.network, self.tokenizer, captions, self.view, device)
-
-    @torch.inference_mode()
-    def encode_empty(self, empty: str) -> EncodedText:
-        """The caption without words, as a convention has it."""
-        with tf32(self.dtype == "tf32"):
-            device = self.network.device
-            return encode_empty(self.network, self.tokenizer, self.view, empty, device)
-
-    @torch.inference_mode()
-    def encode_prompts(self, texts: list[str], role: Any, empty: str) -> EncodedText:
-        """The texts and, last, the empty caption, as a network reads them of a dataset's role."""
-        with tf32(self.dtype == "tf32"):
-            pair = self.network, self.tokenizer
-            return encode_prompts(pair, texts, role, empty, self.network.device)
+            return super().forward(batch)
 
     def record(self) -> dict[str, Any]:
         """The fields of the RoleRecord that a dataset made with this encoder has."""
         return {
             "family": type(self.network).__name__,
             "path": str(self.path),
-            "weights_sha256": weights_sha256(self.path),
-            "tokenizer_sha256": tokenizer_sha256(self.path),
+            "weights_sha256": weights.weights_sha256(self.path),
+            "tokenizer_sha256": weights.tokenizer_sha256(self.path),
             "dtype": self.dtype,
             "view": self.view,
             "dim": self.dim,
@@ -109,7 +64,7 @@ def text_config(config: Any) -> Any:
 
 def with_own_pooled(view: View, family: str) -> View:
     """The view with the vector that the class of transformers has, where it says `own`."""
-    own = OWN_POOLED.get(family, "mean")
+    own = weights.OWN_POOLED.get(family, "mean")
     return view.model_copy(update={"pooled": own}) if view.pooled == "own" else view
 
 
@@ -123,8 +78,8 @@ def widths(config: Any, view: View) -> tuple[int, int]:
 
 def stored_bytes(path: Path, view: View) -> tuple[int, int]:
     """Bytes of a stored row and of the vector of an encoder that is not opened."""
-    family = text_class(read_text_config(path, view))
-    known = network_class(transformers, family).config_class
+    family = weights.text_class(weights.read_text_config(path, view))
+    known = weights.network_class(transformers, family).config_class
     config = known.from_pretrained(path, local_files_only=True)
     dim, pooled = widths(config, with_own_pooled(view, family))
     return 2 * dim, 2 * pooled
@@ -163,13 +118,8 @@ def check_tokenizer(tokenizer: Any, view: View, path: Path) -> None:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a text encoder's folder; raises InputError."""
-    folder = tokenizer_folder(path)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{folder}: cannot load tokenizer: {brief(error)}") from error
+    folder = weights.tokenizer_folder(path)
+    tokenizer = weights.load_processor("AutoTokenizer", folder, "tokenizer")
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: got a tokenizer without a pad token, expected one")
     return tokenizer

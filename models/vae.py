@@ -1,6 +1,6 @@
 """The frozen latent codec: pictures to latent moments and back. The only home of scale and shift."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,70 +9,52 @@ import torch
 from jaxtyping import Float, Num, UInt8
 from torch import Tensor
 
+from models import weights
 from models.codec_layouts import LAYOUTS, PIXELS, Layout, Normalisation
 from models.config import InputError
 from models.numerics import tf32
-from models.weights import (
-    EncoderDtype,
-    load_network,
-    read_codec_config,
-    stored_values,
-    weights_sha256,
-)
 
 
 class LatentCodec:
     """A diffusers autoencoder in a local folder, frozen; or pictures as they are, without a network.
 
     `moments` are raw: (B, 2C, h, w), mean then std, or (B, C, h, w) where deterministic. `latents` are
-    normalised: (raw - mean) / std. h = H / downscale.
+    normalised: (raw - mean) / std. h = H / downscale. `path` is of a folder with config.json and safetensors, None of
+    pixels; raises InputError if it is not whole.
     """
 
-    def __init__(self, network: Any, layout: Layout, record: dict[str, Any], device: torch.device):
-        self.network, self.layout, self.device = network, layout, device
-        self._record = record
-        self.channels: int = record["channels"]
-        self.downscale: int = record["downscale"]
-        self.deterministic: bool = record["deterministic"]
-        self.normalisation: Normalisation = record["normalisation"]
-        self.dtype = torch.float32 if network is None else network.dtype
-        # torch lays out images so, and not a video's five dimensions.
-        flat = network is not None and all(p.ndim < 5 for p in network.parameters())
-        self.memory_format = torch.channels_last if flat else torch.preserve_format
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         path: str | Path | None,
-        dtype: EncoderDtype = "fp32",
+        dtype: weights.EncoderDtype = "fp32",
         device: str | torch.device = "cpu",
-    ) -> "LatentCodec":
-        """Open a folder with config.json and safetensors, or None for pixels; raises InputError if it is not whole."""
-        name, network, device = PIXELS, None, torch.device(device)
+    ):
+        name, network, self.device = PIXELS, None, torch.device(device)
+        self.dtype, self.memory_format = torch.float32, torch.preserve_format
         if path is not None:
-            name = read_codec_config(Path(path), dtype)["_class_name"]
-            network = load_network("diffusers", name, Path(path), dtype)
-            network = network.eval().requires_grad_(False).to(device)
-        layout = LAYOUTS[name]({} if network is None else network.config)
-        mean, std = layout.mean_std(lambda stored: stored_values(Path(path or ""), stored))
-        if {len(mean), len(std)} != {layout.channels}:
+            name = weights.read_codec_config(Path(path), dtype)["_class_name"]
+            network = weights.load_network("diffusers", name, Path(path), dtype).to(self.device)
+            self.dtype = network.dtype
+            # torch lays out images so, and not a video's five dimensions.
+            if all(p.ndim < 5 for p in network.parameters()):
+                self.memory_format = torch.channels_last
+            network.to(memory_format=self.memory_format)
+        self.network: Any = network
+        self.layout: Layout = LAYOUTS[name]({} if network is None else network.config)
+        self.channels, self.downscale = self.layout.channels, self.layout.downscale
+        self.deterministic = self.layout.deterministic
+        mean, std = self.layout.mean_std(partial(weights.stored_values, Path(path or "")))
+        if {len(mean), len(std)} != {self.channels}:
             raise InputError(
-                f"{path}: got {len(mean)} means and {len(std)} stds of latents, expected {layout.channels}"
+                f"{path}: got {len(mean)} means and {len(std)} stds of latents, expected {self.channels}"
             )
-        record = {
+        self.normalisation = Normalisation(mean=tuple(mean), std=tuple(std))
+        self._record = {
             "class_name": name,
             "path": str(path or ""),
-            "weights_sha256": "" if path is None else weights_sha256(Path(path)),
+            "weights_sha256": "" if path is None else weights.weights_sha256(Path(path)),
             "dtype": dtype,
-            "channels": layout.channels,
-            "downscale": layout.downscale,
-            "deterministic": layout.deterministic,
-            "normalisation": Normalisation(mean=tuple(mean), std=tuple(std)),
         }
-        codec = cls(network, layout, record, device)
-        if network is not None:
-            network.to(memory_format=codec.memory_format)
-        return codec
 
     @torch.inference_mode()
     def encode_moments(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B M h w"]:
@@ -107,7 +89,8 @@ class LatentCodec:
 
     def record(self) -> dict[str, Any]:
         """The fields of the CodecRecord that a dataset made with this codec has."""
-        return self._record
+        own = ("channels", "downscale", "deterministic", "normalisation")
+        return self._record | {name: getattr(self, name) for name in own}
 
 
 def sample_latents(

@@ -23,9 +23,6 @@ EncoderDtype = Literal[Dtype, "tf32"]
 """How an encoder computes: tf32 is fp32 whose products and convolutions round their inputs, on a GPU."""
 TORCH_DTYPES = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
-# Encoders of text and of squares of a picture do not use the pooler of BERT, MPNet and ViT, and many lack it.
-UNUSED = ("pooler.",)
-
 # The files of weights in the order in which diffusers and transformers look for them.
 WEIGHTS = (
     ("diffusion_pytorch_model", ".index.json"),
@@ -155,8 +152,13 @@ def tokenizer_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_model_config(folder: Path, what: str) -> dict[str, Any]:
-    """config.json of a model folder that also has weights; raises InputError naming what is missing."""
+def read_model_config(
+    folder: Path, what: str, key: str = "", kinds: Collection[str] = ()
+) -> dict[str, Any]:
+    """config.json of a model folder that also has weights; raises InputError naming what is missing.
+
+    With `kinds`, of one of which its value of `key` must be.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder, expected {what} saved by save_pretrained(). "
@@ -174,13 +176,15 @@ def read_model_config(folder: Path, what: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: got {type(config).__name__}, expected a JSON object")
     weight_files(folder)
+    if kinds and (kind := config.get(key)) not in kinds:
+        raise InputError(f"{folder}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
     return config
 
 
 def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
     """config.json of a latent codec's folder; raises InputError if it is none, or none for this dtype."""
-    config = read_model_config(folder, "a diffusers autoencoder")
-    check_kind(folder, config, "_class_name", [name for name in LAYOUTS if name != PIXELS])
+    kinds = [name for name in LAYOUTS if name != PIXELS]
+    config = read_model_config(folder, "a diffusers autoencoder", "_class_name", kinds)
     if dtype == "fp16" and config.get("force_upcast"):
         raise InputError(
             f"{folder}: its config.json says that fp16 overflows (force_upcast). Remedy: dtype bf16 or fp32."
@@ -192,8 +196,8 @@ def read_codec_config(folder: Path, dtype: EncoderDtype) -> dict[str, Any]:
 
 def read_text_config(folder: Path, view: View) -> dict[str, Any]:
     """config.json of a text encoder's folder; raises InputError if it is none, or cannot give the view."""
-    config = read_model_config(folder, "a transformers text encoder")
-    check_kind(folder, config, "model_type", TEXT_ENCODERS)
+    what = "a transformers text encoder"
+    config = read_model_config(folder, what, "model_type", TEXT_ENCODERS)
     text = config.get("text_config") or config.get("encoder") or config
     positions, most = text.get("max_position_embeddings"), view.max_length
     if positions is not None and most > positions:
@@ -233,20 +237,12 @@ def check_layers(folder: Path, view: View, number: int | None) -> None:
 
 def read_vision_config(folder: Path) -> dict[str, Any]:
     """config.json of a vision transformer's folder; raises InputError if it is none."""
-    config = read_model_config(folder, "a vision transformer")
-    check_kind(folder, config, "model_type", VISION_ENCODERS)
-    return config
+    return read_model_config(folder, "a vision transformer", "model_type", VISION_ENCODERS)
 
 
 def brief(error: Exception) -> str:
     """The beginning of a library's message, on one line."""
     return " ".join(str(error).split())[:240]
-
-
-def check_kind(path: Path, config: dict[str, Any], key: str, kinds: Collection[str]) -> None:
-    """Raise InputError where the config's value of `key` is none of `kinds`."""
-    if (kind := config.get(key)) not in kinds:
-        raise InputError(f"{path}: {key} got {kind!r}, expected one of {', '.join(kinds)}")
 
 
 def stored_values(folder: Path, name: str) -> list[float]:
@@ -270,14 +266,14 @@ def load_network(
     name: str,
     path: Path,
     dtype: EncoderDtype = "fp32",
-    unused: tuple[str, ...] = UNUSED,
+    unused: tuple[str, ...] = ("pooler.",),
 ) -> Any:
-    """A class of diffusers or transformers with the folder's weights; raises InputError where any is missing.
+    """A class of diffusers or transformers with the folder's weights, frozen; raises InputError where any is missing.
 
-    `unused` weights, by the beginnings of their names, may be.
+    `unused` weights, by the beginnings of their names, may be: encoders of text and of squares of a picture do not use
+    the pooler of BERT, MPNet and ViT, and many lack it.
     """
     import torch
-    from safetensors import SafetensorError
 
     package, torch_dtype = importlib.import_module(library), getattr(torch, TORCH_DTYPES[dtype])
     package.utils.logging.disable_progress_bar()
@@ -304,13 +300,13 @@ def load_network(
         raise InputError(
             f"{path}: its weights are not those of its config.json: {min(wrong)}{more}. Remedy: files of one model"
         )
-    return network
+    return network.eval().requires_grad_(False)
 
 
-def load_processor(name: str, path: Path) -> Any:
+def load_processor(name: str, path: Path, what: str = "") -> Any:
     """What feeds a network of transformers, by the name of its class; raises InputError."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         return getattr(importlib.import_module("transformers"), name).from_pretrained(path, **local)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InputError(f"{path}: cannot load its {name}: {brief(error)}") from error
+        raise InputError(f"{path}: cannot load {what or f'its {name}'}: {brief(error)}") from error

@@ -7,23 +7,15 @@ import typer
 
 from models.command import run_command
 from models.config import InputError
-from pipeline.arguments import (
-    MOVED,
-    DryRun,
-    PlaceOverrides,
-    RunFolder,
-    Step,
-    Weights,
-    split_places,
-)
+from pipeline import arguments
 
 
 def main(
-    run: RunFolder,
+    run: arguments.RunFolder,
     folder: Annotated[Path, typer.Argument(help="to write; must not exist")],
-    overrides: PlaceOverrides = None,
-    weights: Weights = "ema",
-    step: Step = None,
+    overrides: arguments.PlaceOverrides = None,
+    weights: arguments.Weights = "ema",
+    step: arguments.Step = None,
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="of the network")] = "fp32",
     encoders: Annotated[
         Literal["copy", "link"],
@@ -32,16 +24,16 @@ def main(
     licence: Annotated[
         str, typer.Option("--license", help="the model's, as the hub names it, for its card")
     ] = "unknown",
-    dry_run: DryRun = False,
+    dry_run: arguments.DryRun = False,
 ) -> None:
     """Write a run's checkpoint as a diffusers pipeline folder, a single file and a model card."""
     from pipeline import distributed
     from pipeline.inference.exported import export, stock_class
     from pipeline.runs.trained import open_trained
 
-    places, others = split_places(overrides)
+    places, others = arguments.split_places(overrides)
     if others:
-        raise InputError(f"override {others[0]!r}: expected {MOVED}")
+        raise InputError(f"override {others[0]!r}: expected {arguments.MOVED}")
     folder = folder.absolute()
     if folder.exists():
         raise InputError(f"{folder}: exists already. Remedy: another name, or remove it.")

@@ -129,16 +129,15 @@ def main(options: Options) -> None:
     Under torchrun every rank draws its share.
     """
     from pipeline import distributed
+    from pipeline.inference import sheet
     from pipeline.inference.painter import Request, largest_bucket
-    from pipeline.inference.sheet import draw_sheet, make_folder
-    from pipeline.inference.suites import begin_suite, join_grids, read_suite
     from pipeline.runs.trained import open_trained
 
     places, _ = split_places(options.overrides)
     config = load_run_config(options.run, places)
     device = distributed.join(config.engine.timeout_s)
     recipe = read_recipe(options.like) if options.like else None
-    suite = read_suite(options.suite) if options.suite else []
+    suite = sheet.read_suite(options.suite) if options.suite else []
     if recipe:
         cells, options = cells_like(options, recipe)
     else:
@@ -165,19 +164,19 @@ def main(options: Options) -> None:
         each = options.images_per_prompt
         paths = [folder / f"{i:05d}_{_slug(cell.prompt)}.png" for i, cell in enumerate(cells)]
         if suite:
-            paths = begin_suite(folder, suite, each)
+            paths = sheet.begin_suite(folder, suite, each)
         else:
-            make_folder(folder, options.overwrite)
+            sheet.make_folder(folder, options.overwrite)
         requests = [
             Request(path, c.prompt, c.place, size, c.sampler)
             for path, c in zip(paths, cells, strict=True)
         ]
         labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-        across = 5 if each == 1 else each
+        across = 0 if suite else 5 if each == 1 else each
         if options.columns:
             across = len({cell.label for cell in cells})
-        draw_sheet(trained, requests, labels, 0 if suite else across, options.batch_size, device)
-        join_grids(folder, suite, paths)
+        sheet.draw_sheet(trained, requests, labels, across, options.batch_size, device)
+        sheet.join_grids(folder, suite, paths)
     distributed.stop()
 
 

@@ -61,7 +61,7 @@ def save_vision(folder, kind="dinov2"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_the_encoders_own_of_each_square(tmp_path, kind):
-    encoder = VisionEncoder.load(save_vision(tmp_path, kind), patch_pixels=16)
+    encoder = VisionEncoder(save_vision(tmp_path, kind), patch_pixels=16)
     images = torch.randint(0, 256, (2, 3, 32, 64), dtype=torch.uint8)
     features = encoder.encode(images)
     assert features.shape == (2, 24, 2, 4)
@@ -77,7 +77,7 @@ def test_features_are_the_encoders_own_of_each_square(tmp_path, kind):
 
 def test_other_networks_are_refused_as_vision_encoders(tmp_path, vae_folder):
     with pytest.raises(InputError, match="model_type got None, expected one of dinov2"):
-        VisionEncoder.load(vae_folder, 16)
+        VisionEncoder(vae_folder, 16)
 
 
 def test_the_loss_is_one_minus_the_mean_cosine_of_patch_and_square():

@@ -195,7 +195,7 @@ def test_latents_and_pictures_are_those_of_diffusers_own_pipeline(tmp_path, name
     folder, vae = make(name, tmp_path)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, *case.size), dtype=torch.uint8, generator=rng)
-    codec = LatentCodec.load(folder)
+    codec = LatentCodec(folder)
     assert (codec.channels, codec.downscale) == (case.channels, case.downscale)
     with torch.no_grad():
         expected = case.encode(vae, images.float() / 127.5 - 1)
@@ -218,7 +218,7 @@ def test_latents_and_pictures_are_those_of_diffusers_own_pipeline(tmp_path, name
 @pytest.mark.parametrize("name", CASES)
 def test_the_std_of_moments_is_in_the_order_of_their_mean(tmp_path, name):
     folder, vae = make(name, tmp_path)
-    codec, case = LatentCodec.load(folder), CASES[name]
+    codec, case = LatentCodec(folder), CASES[name]
     images = torch.randint(0, 256, (1, 3, *case.size), dtype=torch.uint8)
     moments = codec.encode_moments(images)
     if codec.deterministic:
@@ -235,13 +235,13 @@ def test_the_std_of_moments_is_in_the_order_of_their_mean(tmp_path, name):
 
 def test_the_statistics_of_a_batch_norm_are_read_as_stored_whatever_the_dtype(tmp_path):
     folder, vae = make("AutoencoderKLFlux2", tmp_path)
-    codec = LatentCodec.load(folder, "bf16")
+    codec = LatentCodec(folder, "bf16")
     assert codec.network.bn.running_mean.dtype == torch.bfloat16
     assert list(codec.normalisation.mean) == vae.bn.running_mean.tolist()
 
 
 def test_pixels_are_stored_as_they_are():
-    codec = LatentCodec.load(None)
+    codec = LatentCodec(None)
     images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     moments = codec.encode_moments(images)
     assert torch.equal(moments, images.float())
@@ -272,12 +272,12 @@ def test_a_codec_of_one_square_wants_that_bucket_alone(tmp_path):
 def test_a_codec_of_one_square_draws_no_other(tmp_path, trained_run):
     folder, _ = make("AutoencoderRAE", tmp_path)
     trained = open_trained(trained_run, "ema", None)
-    encoders = replace(trained.encoders(CPU), codec=LatentCodec.load(folder))
+    encoders = replace(trained.encoders(CPU), codec=LatentCodec(folder))
     drawing = trained.network(CPU), Objective(trained.config.objective), trained.config.sampler
     for size in ((64, 64), (32, 64)):
         got = f"size: got {size[0]}x{size[1]}, expected 32x32, the only one that the codec takes. Remedy"
         with pytest.raises(InputError, match=got):
-            Painter(encoders, ["volcano"]).draw_batch(*drawing, size, [0], [0])
+            Painter(encoders, ["volcano"]).draw(*drawing, size, [0])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_a_dataset_is_prepared_and_verified_with_it(tmp_path, text_folder, name)
     assert (manifest.codec.class_name, verify(out)) == (name, [])
     kept = [np.load(io.BytesIO(sample["moments.npy"])) for _, sample in read_samples(out)]
     assert len(kept) == 12
-    codec = LatentCodec.load(None if name == PIXELS else folder)
+    codec = LatentCodec(None if name == PIXELS else folder)
     assert {a.shape[0] for a in kept} == {codec.channels * (1 if codec.deterministic else 2)}
     if name == PIXELS:
         assert manifest.members["moments"].dtype == "uint8"

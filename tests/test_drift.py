@@ -84,9 +84,9 @@ def rotated(members: Members, *ends: str) -> Members:
 
 def other_vae(members: Members, folder: Path) -> Members:
     """Latents of another codec of the same shape, of the same pictures as far as the first one keeps them."""
-    ours = LatentCodec.load(folder)
+    ours = LatentCodec(folder)
     torch.manual_seed(7)
-    theirs = LatentCodec.load(save_kl(folder.parent / "another", layers_per_block=1))
+    theirs = LatentCodec(save_kl(folder.parent / "another", layers_per_block=1))
     with torch.no_grad():
         for p in theirs.network.parameters():
             p.add_(torch.randn_like(p) * 0.1)

@@ -301,7 +301,7 @@ def test_a_position_table_that_was_trained_needs_a_trained_one_here(tmp_path):
 @pytest.fixture(scope="module")
 def encoded(text_folder):
     """A caption as the tiny text encoder gives it, unpadded: tokens (1, L, 16), mask, pooled (1, 16)."""
-    return TextEncoder.load(text_folder, View(max_length=8)).encode(["a red apple"])
+    return TextEncoder(text_folder, View(max_length=8)).encode(["a red apple"])
 
 
 def stock(config: Any, folder: Path) -> tuple[nn.Module, Any, Any, Tensor]:
@@ -393,7 +393,7 @@ def test_the_sd3_pipeline_draws_what_our_sampler_and_codec_draw(encoded, tmp_pat
     objective = Objective(ObjectiveConfig())  # SD3's
     given = Guidance(Conditions(tokens, mask, pooled))
     latents = generate(model, objective, noise, given, SamplerConfig(num_steps=3))
-    ours = LatentCodec.load(VAE).decode(latents).permute(0, 2, 3, 1).numpy()
+    ours = LatentCodec(VAE).decode(latents).permute(0, 2, 3, 1).numpy()
     assert ours.std() > 2
     # A difference in rounding to 8 bits.
     assert np.abs(ours.astype(int) - (theirs * 255).round().astype(int)).max() <= 1

@@ -188,7 +188,7 @@ def draw(
         painter.encoded.text_mask[:] = True
     sampler = parse_config(SamplerConfig, trained.config.sampler.model_dump() | changes, "test")
     network, objective = trained.network(CPU), Objective(trained.config.objective)
-    return painter.draw_batch(network, objective, sampler, tuple(case["size"]), [0, 1], [0, 1])
+    return painter.draw(network, objective, sampler, tuple(case["size"]), [0, 1])
 
 
 def opened(folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:

@@ -79,7 +79,7 @@ def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result
     config = tiny_config(tmp_path)
     heldout = read_pictures(config, "shapes")[1]
     fitting.run(config)
-    codec = LatentCodec.load(config.output)
+    codec = LatentCodec(config.output)
     fitted = heldout_psnr(codec, heldout)
     assert (
         f"shapes: {fitted:.2f} dB PSNR on {len(heldout)} held-out pictures"
@@ -101,7 +101,7 @@ def test_fitting_improves_held_out_pictures_and_stock_diffusers_opens_the_result
 def test_latents_of_the_fitted_pictures_have_mean_0_and_std_1(tmp_path, shapes):
     config = tiny_config(tmp_path, steps=10)
     fitting.run(config)
-    codec, pictures = LatentCodec.load(config.output), read_pictures(config, "shapes")[0]
+    codec, pictures = LatentCodec(config.output), read_pictures(config, "shapes")[0]
     moments = codec.encode_moments(pictures)
     noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(1))
     latents = sample_latents(moments, noise, codec.normalisation)
@@ -280,7 +280,7 @@ def test_psnr_is_that_of_the_formula_and_capped_where_nothing_differs():
 
 def test_the_demo_codec_opens_in_stock_diffusers_as_what_its_config_says():
     assert sum(p.stat().st_size for p in DEMO.iterdir()) <= 4 * 2**20
-    stock, codec = AutoencoderKL.from_pretrained(DEMO), LatentCodec.load(DEMO)
+    stock, codec = AutoencoderKL.from_pretrained(DEMO), LatentCodec(DEMO)
     assert stock.dtype == torch.float32
     scale, shift = stock.config["scaling_factor"], stock.config["shift_factor"]
     assert codec.normalisation == Normalisation(mean=(shift,) * 4, std=(1 / scale,) * 4)
@@ -301,11 +301,11 @@ def heldout_openmoji(tmp_path_factory) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_demo_codec_keeps_held_out_pictures_above_25_db(heldout_openmoji, dtype):
-    assert heldout_psnr(LatentCodec.load(DEMO, dtype), heldout_openmoji) >= 25
+    assert heldout_psnr(LatentCodec(DEMO, dtype), heldout_openmoji) >= 25
 
 
 def test_the_demo_codecs_latents_have_mean_0_and_std_1(heldout_openmoji):
-    codec = LatentCodec.load(DEMO)
+    codec = LatentCodec(DEMO)
     moments = codec.encode_moments(heldout_openmoji)
     noise = torch.randn(moments[:, :4].shape, generator=torch.Generator().manual_seed(0))
     latents = sample_latents(moments, noise, codec.normalisation)

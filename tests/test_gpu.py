@@ -145,8 +145,8 @@ def test_encoders_of_every_dtype_are_near_to_fp32_on_the_cpu(
     limit = {"fp32": 2e-5, "tf32": 1e-2, "bf16": 5e-2, "fp16": 1e-2}[dtype]
     found: dict[str, list[Any]] = {}
     for name, place in (("fp32", "cpu"), (dtype, device)):
-        codec = LatentCodec.load(vae_folder, name, place)
-        text = TextEncoder.load(text_folder, View(max_length=8), name, place)
+        codec = LatentCodec(vae_folder, name, place)
+        text = TextEncoder(text_folder, View(max_length=8), name, place)
         found[place + name] = [
             codec.encode_moments(pictures).cpu(),
             text.encode(["a red"])[0].cpu(),

@@ -197,7 +197,7 @@ def test_captions_of_a_table_go_to_their_pictures_and_other_rows_are_rejects(
     new = lay(base, name, {"bert": bert}, captions=captions)
     assert verify(new) == []
     loader = Loader(stack(base, new=new), global_batch=8, seed=1)
-    seen, encoder = dict[str, set[str]](), TextEncoder.load(text_folder, View(max_length=8))
+    seen, encoder = dict[str, set[str]](), TextEncoder(text_folder, View(max_length=8))
     for batch in itertools.islice(loader.batches(), 40):
         for place, sample in enumerate(batch.sample_ids.tolist()):
             found = loader.first.mixture.locate(sample)

@@ -151,7 +151,7 @@ from models.text_encoder import TextEncoder
 
 for folder in sys.argv[1:]:
     try:
-        TextEncoder.load(folder, View(max_length=8))
+        TextEncoder(folder, View(max_length=8))
     except InputError as error:
         print(error)
 """

@@ -29,9 +29,9 @@ def allowed() -> tuple[bool, bool]:
 def test_an_encoder_computes_as_its_record_says_and_leaves_torch_as_it_was(
     dtype, vae_folder, text_folder, tmp_path
 ):
-    codec = LatentCodec.load(vae_folder, dtype)
-    text = TextEncoder.load(text_folder, View(max_length=8), dtype)
-    vision = VisionEncoder.load(save_vision(tmp_path / "vit"), 16, dtype)
+    codec = LatentCodec(vae_folder, dtype)
+    text = TextEncoder(text_folder, View(max_length=8), dtype)
+    vision = VisionEncoder(save_vision(tmp_path / "vit"), 16, dtype)
     before, seen = allowed(), []
     for encoder in (codec, text, vision):
         assert encoder.record()["dtype"] == dtype

@@ -6,7 +6,7 @@ from PIL import Image
 
 from models.config import InputError, parse_config
 from pipeline.objectives.config import ObjectiveConfig
-from pipeline.objectives.profiles import LIMITS, density, draw, make_panels, make_profile
+from pipeline.objectives.profiles import LIMITS, PANELS, density, draw, make_curves, make_profile
 from pipeline.show_objective import main
 
 
@@ -44,10 +44,8 @@ def test_drawn_densities_integrate_to_one(preset):
 
 
 def test_drawn_weights_are_those_of_flow_and_the_effective_one_is_1_at_snr_1():
-    panels = make_panels([profile("sd3-rf-logit-normal")])
-    x, y = panels[3].curves[0]
-    assert np.interp(0.0, x, y) == pytest.approx(1.0)
-    x, weight = panels[2].curves[0]
+    *_, (x, weight), (_, effective) = make_curves(profile("sd3-rf-logit-normal"))
+    assert np.interp(0.0, x, effective) == pytest.approx(1.0)
     snr = np.exp(x)
     seen = np.isfinite(weight)
     np.testing.assert_allclose(
@@ -72,11 +70,12 @@ def test_each_panel_has_every_objective_s_curve_and_the_legend_names_them():
     figure = draw(profiles)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["edm", "sd2-v", "nai3-v-ztsnr"]
-    for axes, panel in zip(figure.axes, make_panels(profiles), strict=True):
-        assert axes.get_yscale() == ("log" if panel.log else "linear")
+    panels = zip(*map(make_curves, profiles), strict=True)
+    for axes, (title, *_, scale), curves in zip(figure.axes, PANELS, panels, strict=True):
+        assert (axes.get_title(loc="left"), axes.get_yscale()) == (title, scale)
         assert [line.get_label() for line in axes.lines] == names
         assert len({line.get_color() for line in axes.lines}) == 3
-        for line, (x, y) in zip(axes.lines, panel.curves, strict=True):
+        for line, (x, y) in zip(axes.lines, curves, strict=True):
             np.testing.assert_array_equal(line.get_xydata(), np.stack([x, y], 1))
 
 

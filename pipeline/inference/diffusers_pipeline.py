@@ -1,8 +1,6 @@
 """The diffusers pipeline of an exported model: prompts to pictures with torch, diffusers and transformers alone.
 
-`flowmill export` writes it as flowmill_pipeline.py, behind the sources of all of ours that it imports. Load it with
-
-    DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+`flowmill export` writes it as flowmill_pipeline.py, behind the sources of all of ours that it imports.
 """
 
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from models.codec_layouts import LAYOUTS
-from models.prompts import encode_prompts, join_texts, parse_classes
+from models.prompts import TextReader, join_texts, parse_classes
 from models.text_conventions import View
 from pipeline.data.randomness import draw_noise
 from pipeline.objectives.config import ObjectiveConfig, SamplerConfig
@@ -46,18 +44,10 @@ class FlowmillPipeline(DiffusionPipeline):
         tokenizer_3=None,
         recipe=None,
     ):
+        given = locals()
         super().__init__()
-        self.register_modules(
-            network=network,
-            vae=vae,
-            scheduler=scheduler,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-        )
+        names = ("network", "scheduler", *self._optional_components)
+        self.register_modules(**{name: given[name] for name in names})
         self.register_to_config(recipe=recipe)
         self.recipe: Any = recipe
 
@@ -145,8 +135,6 @@ class FlowmillPipeline(DiffusionPipeline):
 
             return generate(network, objective, noise, guidance, config, places)
 
-    # --- conditions
-
     def encode(self, prompts, size, device) -> Guidance:
         """What the network is told, with the prompts and without."""
         count, encoded, text = len(prompts), {}, self.recipe["text"]
@@ -154,59 +142,41 @@ class FlowmillPipeline(DiffusionPipeline):
         names = [name for name in self._optional_components if name.startswith("text_encoder")]
         for name, (role, said) in zip(names, text["roles"].items(), strict=False):
             pair = getattr(self, name), getattr(self, name.replace("text_encoder", "tokenizer"))
-            stored = SimpleNamespace(view=View(**said["view"]), store=said["store"])
-            encoded[role] = encode_prompts(pair, texts, stored, text["empty"], device)
+            reader = TextReader(*pair, View(**said["view"]), device)
+            encoded[role] = reader.encode_prompts(texts, said["store"], text["empty"])
         micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
         every = join_texts(encoded, SimpleNamespace(**text))._replace(micro=micro, label=label)
         last = [count] * count
         prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
         return Guidance(prompted, unprompted)
 
-    # --- the network, whatever its class
-
     def predict(self, x_t, t, conditions: Any):
         """The network's own prediction at t in [0, 1], fp32."""
         kind, dtype, time = type(self.network).__name__, self.network.dtype, 1000 * t
         text, mask, pooled, micro, label, _ = conditions
         x_t = x_t.to(dtype)
-        if text is not None:
-            text = text.to(dtype)
-        if pooled is not None:
-            pooled = pooled.to(dtype)
+        cast: Any = (None if told is None else told.to(dtype) for told in (text, pooled))
+        text, pooled = cast
         if kind == "FlowmillNetwork":
             return self.network(x_t, t, **conditions._asdict()).float()
         if kind == "DiTTransformer2DModel":
             return self.network(x_t, time, class_labels=label).sample.float()
+        given: dict[str, Any] = {"encoder_attention_mask": mask}
         if kind == "PixArtTransformer2DModel":
-            sizes = {"resolution": None, "aspect_ratio": None}
-            out = self.network(
-                x_t, text, time, added_cond_kwargs=sizes, encoder_attention_mask=mask
-            )
-            return out.sample.float()
+            given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+            return self.network(x_t, text, time, **given).sample.float()
         if kind == "SD3Transformer2DModel":
             # It takes no mask: each picture goes through with its own words.
-            assert text is not None
-            assert mask is not None
-            assert pooled is not None
             alone = [slice(i, i + 1) for i in range(len(x_t))]
             parts = [slice(None)] if mask.all() else alone
             each = [self.network(x_t[p], text[p][:, mask[p][0]], pooled[p], time[p]) for p in parts]
             return torch.cat([out.sample.float() for out in each])
-        added = None
         if self.network.config.addition_embed_type == "text_time":
             down = self.recipe["downscale"]
             target = torch.tensor([[s * down for s in x_t.shape[-2:]]], device=x_t.device)
             ids = torch.cat([micro, target.expand(len(x_t), 2)], dim=1)
-            added = {"text_embeds": pooled, "time_ids": ids}
-        out = self.network(
-            x_t,
-            time,
-            text,
-            class_labels=label,
-            encoder_attention_mask=mask,
-            added_cond_kwargs=added,
-        )
-        return out.sample.float()
+            given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        return self.network(x_t, time, text, class_labels=label, **given).sample.float()
 
 
 def fresh_seed(generator) -> int:

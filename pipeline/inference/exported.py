@@ -12,12 +12,11 @@ The network is of diffusers' own class where one computes the same, else of flow
 
 import ast
 import datetime
-import importlib.util
-import inspect
+import importlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -31,7 +30,7 @@ from models.exchange import layout_of, to_diffusers
 from models.files import naming, publish
 from models.networks import MODELS, build_model
 from models.weights import HIDDEN_CLASS, TORCH_DTYPES, Dtype
-from pipeline.inference.model_card import model_card, public_name, without_places
+from pipeline.inference.model_card import model_card, without_places
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import Task
 from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
@@ -39,7 +38,6 @@ from pipeline.objectives.timesteps import FluxShift, Shift
 from pipeline.runs.trained import Trained, tensors_sha256
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"  # diffusers' name
-MAX_SHARD = "5GB"
 # In front of exported source: what ours takes from packages that diffusers does not bring.
 PRELUDE = '''"""A part of an exported flowmill model, flowmill's own source in one file: torch and diffusers suffice."""
 
@@ -64,31 +62,14 @@ class Config:
             setattr(self, name, value)
 
 
+Field = lambda default=None, **_: default
+model_validator = lambda **_: lambda method: method
+BeforeValidator = lambda _: None
+# Of shapes and ranges nothing is asked here.
+Bool = Float = Int = list
 Place = str
-
-
-def Field(default=None, **_):
-    return default
-
-
-def model_validator(**_):
-    return lambda method: method
-
-
-def BeforeValidator(_):
-    return None
-
-
-class _Shape:
-    def __class_getitem__(cls, item):
-        return cls
-
-
-Bool = Float = Int = _Shape
 PositiveFloat = NonNegativeFloat = float
-PositiveInt = int
-
-'''
+PositiveInt = int'''
 NETWORK = '''
 
 from diffusers import ConfigMixin, ModelMixin
@@ -109,9 +90,6 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 '''
 
 
-# --- source ---------------------------------------------------------------------------------------
-
-
 def network_source(kind: str) -> str:
     """One Python file with an architecture, under diffusers' loading and saving."""
     _, module, model = MODELS[kind]
@@ -120,47 +98,25 @@ def network_source(kind: str) -> str:
 
 def whole_source(module: str) -> str:
     """One Python file with a module and all of ours that it imports, as written."""
-    order: list[str] = []
+    parts = {"models.config": PRELUDE}
 
     def visit(name: str) -> None:
-        for node in ast.walk(_parse(name)):
-            if _is_ours(node) and node.module not in (*order, "models.config"):
+        text = Path(importlib.import_module(name).__file__ or "").read_text()
+        lines, tree = text.splitlines(), ast.parse(text)
+        imports: list[Any] = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in imports if str(node.module).startswith(("models.", "pipeline."))]
+        for node in ours:
+            if node.module not in parts:
                 visit(node.module)
-        order.append(name)
+        given = [node for node in imports if node.module in ("jaxtyping", "pydantic")]
+        docstring = tree.body[0]
+        for node in {*ours, *given, docstring} & {*tree.body}:
+            for number in range(node.lineno - 1, node.end_lineno or 0):
+                lines[number] = ""
+        parts[name] = "\n".join(lines).strip()
 
     visit(module)
-    parts = []
-    for name in order:
-        tree = _parse(name)
-        lines = inspect.cleandoc("\n" + _text(name)).splitlines()
-        for node in tree.body:
-            given = isinstance(node, ast.ImportFrom) and node.module in ("jaxtyping", "pydantic")
-            if given or _is_ours(node) or node is tree.body[0]:  # the docstring
-                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
-                    lines[number] = ""
-        parts.append("\n".join(lines).strip())
-    return PRELUDE + "\n\n\n".join(parts) + "\n"
-
-
-def _is_ours(node: ast.AST) -> TypeGuard[Any]:
-    """Whether it imports from this project."""
-    return isinstance(node, ast.ImportFrom) and str(node.module).startswith(
-        ("models.", "pipeline.")
-    )
-
-
-def _text(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text()
-
-
-def _parse(module: str) -> ast.Module:
-    return ast.parse(_text(module))
-
-
-# --- the network ----------------------------------------------------------------------------------
+    return "\n\n\n".join(parts.values()) + "\n"
 
 
 def stock_class(trained: Trained) -> str | None:
@@ -175,7 +131,7 @@ def stock_class(trained: Trained) -> str | None:
 
 
 def save_network(
-    trained: Trained, folder: Path, dtype: torch.dtype, max_shard: str = MAX_SHARD
+    trained: Trained, folder: Path, dtype: torch.dtype, max_shard: str = "5GB"
 ) -> list[str]:
     """Write network/ and return its entry in model_index.json: library or file, and class."""
     config = trained.config.model
@@ -190,12 +146,9 @@ def save_network(
         weights: dict[str, Tensor] = network.state_dict()
     else:
         folder.mkdir()
-        saved = {
-            "_class_name": "FlowmillNetwork",
-            "_diffusers_version": diffusers.__version__,
-            "model": config.model_dump(mode="json")
-            | {"gradient_checkpointing": False, "init_from": None},
-        }
+        said = config.model_dump(mode="json") | {"gradient_checkpointing": False, "init_from": None}
+        saved = {"_class_name": "FlowmillNetwork", "_diffusers_version": diffusers.__version__}
+        saved |= {"model": said}
         (folder / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
         (folder / f"flowmill_{config.kind}.py").write_text(network_source(config.kind))
         weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
@@ -234,9 +187,6 @@ def save_single(trained: Trained, path: Path, dtype: torch.dtype) -> None:
     )
 
 
-# --- scheduler and pipeline -----------------------------------------------------------------------
-
-
 def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> Any:
     """diffusers' scheduler of the noise levels of what the network computes, for tools that read no recipe.
 
@@ -252,13 +202,8 @@ def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> An
     }
     if isinstance(path, VPDiscrete):
         schedule, start, end = SCHEDULES[path.betas]
-        return diffusers.DDIMScheduler(
-            beta_schedule=schedule,
-            beta_start=start,
-            beta_end=end,
-            rescale_betas_zero_snr=path.zero_terminal_snr,
-            **table,
-        )
+        table |= {"beta_schedule": schedule, "beta_start": start, "beta_end": end}
+        return diffusers.DDIMScheduler(rescale_betas_zero_snr=path.zero_terminal_snr, **table)
     if isinstance(path, EDM):
         return diffusers.EDMEulerScheduler(path.sigma_min, path.sigma_max, path.sigma_data)
     if isinstance(path, VPCosine):
@@ -279,23 +224,17 @@ def make_recipe(trained: Trained) -> dict[str, Any]:
     """What flowmill_pipeline.py must know besides its components."""
     config, manifest, text = trained.config, trained.manifest, trained.manifest.text
     codec, (height, width) = manifest.codec, largest_bucket(manifest)
+    roles = {n: role.model_dump(include={"view", "store"}) for n, role in text.used.items()}
+    read = text.model_dump(mode="json", include={"tokens", "pooled", "absent", "empty"})
     return {
         "objective": config.objective.model_dump(
             mode="json", include={"path", "prediction", "network", "shift"}
         ),
         "sampler": config.sampler.model_dump(mode="json"),
-        "text": {
-            "tokens": text.tokens,
-            "pooled": text.pooled,
-            "absent": text.absent,
-            "empty": text.empty,
-            "roles": {n: r.model_dump(include={"view", "store"}) for n, r in text.used.items()},
-        },
+        "text": read | {"roles": roles},
         "num_classes": config.model.num_classes,
-        "channels": codec.channels,
-        "downscale": codec.downscale,
         "codec": codec.class_name,
-        "normalisation": codec.normalisation.model_dump(mode="json"),
+        **codec.model_dump(mode="json", include={"channels", "downscale", "normalisation"}),
         "multiple": codec.downscale * config.model.latent_multiple,
         "height": height,
         "width": width,
@@ -333,15 +272,16 @@ def export(
 ) -> None:
     """Write the whole folder, or nothing under its name."""
     # Hidden, so that it is nobody else's.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    hidden = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    partial = hidden / folder.name
     partial.mkdir(parents=True)
     try:
         with naming(folder):
             _fill(trained, partial, dtype, encoders, licence)
             publish(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence: str) -> None:
@@ -365,5 +305,5 @@ def _fill(trained: Trained, partial: Path, dtype: Dtype, encoders: str, licence:
     (partial / "flowmill_pipeline.py").write_text(
         whole_source("pipeline.inference.diffusers_pipeline")
     )
-    save_single(trained, partial / f"{public_name(partial)}.safetensors", torch_dtype)
+    save_single(trained, partial / f"{partial.name}.safetensors", torch_dtype)
     (partial / "README.md").write_text(model_card(trained, partial, dtype, entry, licence))

@@ -27,14 +27,13 @@ def check_latents(loader: Loader, codec: LatentCodec | None, count: int, ranks: 
     """
     mixture, began = loader.first.mixture, time.monotonic()
     mine = sorted(mixture.buckets().items())[distributed.rank() :: ranks] if codec else []
-    problem, seen = "", 0
+    problem = ""
     for _, parts in mine:
         shards = [int(shard) for part in parts for shard in part.shards]
         for shard in sorted({shards[0], random.choice(shards)}):
             if problem or codec is None or time.monotonic() - began > SECONDS:
                 break
             problem = _drift_of(loader, shard, codec, (count + 1) // 2)
-            seen += 1
     problems = [found for found in distributed.gather_objects(problem) if found]
     if problems:
         raise InputError(

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,15 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class History:
-    """A run's curves from TensorBoard: tag -> steps and values; and the hours that its steps took."""
-
-    curves: dict[str, tuple[np.ndarray, np.ndarray]]
-    hours: float
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Steps and values by tag."""
 
 
-def read_scalars(run: Path, *tags: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_scalars(run: Path, *tags: str) -> Curves:
     """Steps and values of those tags that a run logged; nothing where its folder of logs is gone."""
     if not (run / "tensorboard").is_dir():
         return {}
@@ -43,16 +38,16 @@ def read_scalars(run: Path, *tags: str) -> dict[str, tuple[np.ndarray, np.ndarra
     return curves
 
 
-def read_history(run: Path, global_batch: int) -> History:
-    """What a run logged; nothing where its folder of logs is gone."""
+def read_history(run: Path, global_batch: int) -> tuple[Curves, float]:
+    """A run's curves, and the hours that its steps took; nothing where its folder of logs is gone."""
     shown = ("loss/train", "loss/x0_mse", "heldout_ema/loss", "heldout_ema/x0_mse")
     curves = read_scalars(run, *shown, "speed/images_per_s")
     steps, rates = curves.pop("speed/images_per_s", (np.empty(0), np.empty(0)))
     seconds = np.sum(np.diff(steps, prepend=0) * global_batch / rates)
-    return History(curves, float(seconds) / 3600)
+    return curves, float(seconds) / 3600
 
 
-def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
+def draw_curves(curves: Curves) -> "Figure":
     """Every curve in a panel of its own, by step."""
     from matplotlib.figure import Figure
 
@@ -65,11 +60,6 @@ def draw_curves(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.4)
     return figure
-
-
-def public_name(folder: Path) -> str:
-    """The name that a folder will have, which is filled as .NAME.partial."""
-    return folder.name.removeprefix(".").removesuffix(".partial")
 
 
 def without_places(tree: Any) -> Any:
@@ -103,12 +93,12 @@ pipeline = DiffusionPipeline.from_pretrained({name!r}, trust_remote_code=True)
 pipeline({prompt!r}, {sizes}).images[0]"""
 
 
-def curves_and_pictures(trained: Trained, folder: Path, history: History) -> str:
+def curves_and_pictures(trained: Trained, folder: Path, curves: Curves) -> str:
     """The sections that show files beside the card, which are made here: of the exported step, or left out."""
     sections = ""
     curves = {
         tag: (steps[steps <= trained.step], values[steps <= trained.step])
-        for tag, (steps, values) in history.curves.items()
+        for tag, (steps, values) in curves.items()
     }
     if curves:
         draw_curves(curves).savefig(folder / "curves.png")
@@ -125,22 +115,17 @@ def curves_and_pictures(trained: Trained, folder: Path, history: History) -> str
 def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str], licence: str) -> str:
     """README.md's text; draws its curves and copies its pictures beside it."""
     config, manifest, run = trained.config, trained.manifest, trained.run
-    history = read_history(run, config.training.global_batch)
+    curves, hours = read_history(run, config.training.global_batch)
     parameters = sum(tensor.numel() for tensor in trained.state.values())
-    ranks = 1
-    if (run / "environment.txt").is_file():
-        lines = (run / "environment.txt").read_text().splitlines()
-        ranks = next((int(x.split("==")[1]) for x in lines if x.startswith("ranks==")), 1)
+    environment = run / "environment.txt"
+    text = environment.read_text() if environment.is_file() else ""
+    ranks = int(found[1]) if (found := re.search(r"^ranks==(\d+)", text, re.M)) else 1
     seen = trained.step * config.training.global_batch
     rejected = ", ".join(f"{n:,} {reason}" for reason, n in manifest.counts.rejected.items())
     buckets = ", ".join(f"{b.height}x{b.width} ({b.num_samples:,})" for b in manifest.buckets)
-    encoders = [
-        (name, role.family, role.weights_sha256) for name, role in manifest.text.used.items()
-    ]
+    encoders = [(n, role.family, role.weights_sha256) for n, role in manifest.text.used.items()]
     encoders.append(("VAE", manifest.codec.class_name, manifest.codec.weights_sha256))
-    frozen = "; ".join(
-        f"{name}: {family}, sha256 {digest[:16]}" for name, family, digest in encoders
-    )
+    frozen = "; ".join(f"{name}: {family}, sha256 {hash_[:16]}" for name, family, hash_ in encoders)
     shape = f"{config.model.kind}, {config.model.size}, {parameters / 1e6:,.1f} M parameters"
     shown = yaml.safe_dump(without_places(config.model_dump(mode="json")), sort_keys=False)
     return f"""---
@@ -150,12 +135,12 @@ pipeline_tag: text-to-image
 tags: [flowmill, {config.model.kind}]
 ---
 
-# {public_name(folder)}
+# {folder.name}
 
 {shape}, stored in {dtype}: {trained.weights} weights at step {trained.step:,}. Trained with flowmill.
 
 ```python
-{example_of(trained, public_name(folder))}
+{example_of(trained, folder.name)}
 ```
 
 `flowmill_pipeline.py` runs the network (`{entry[-1]}`), whose padded text is masked as in training, and samples as
@@ -174,8 +159,8 @@ The network's: {licence}. Its encoders keep their own.
 ## Compute
 
 {trained.step:,} steps of {config.training.global_batch} pictures, {seen:,} seen{epochs_of(trained, seen)};
-{history.hours:.2f} hours on {ranks} rank{"s" if ranks > 1 else ""}, {history.hours * ranks:.2f} rank-hours, {config.engine.precision}.
-{curves_and_pictures(trained, folder, history)}
+{hours:.2f} hours on {ranks} rank{"s" if ranks > 1 else ""}, {hours * ranks:.2f} rank-hours, {config.engine.precision}.
+{curves_and_pictures(trained, folder, curves)}
 ## Config
 
 ```yaml

@@ -38,7 +38,7 @@ class Painter:
         texts, label = parse_classes(prompts, num_classes, self.device)
         record = encoders.text_record
         encoded = {
-            name: encoder.encode_prompts(texts, record.roles[name], record.empty)
+            name: encoder.encode_prompts(texts, record.roles[name].store, record.empty)
             for name, encoder in encoders.text.items()
         }
         self.encoded = join_texts(encoded, record)._replace(label=label)
@@ -49,26 +49,6 @@ class Painter:
         return self.encoded.map(lambda value: value[rows])._replace(micro=micro)
 
     @torch.no_grad()
-    def draw_batch(
-        self,
-        network: nn.Module,
-        objective: Objective,
-        sampler: SamplerConfig,
-        size: tuple[int, int],
-        rows: list[int],
-        places: list[int],
-    ) -> UInt8[Tensor, "B 3 H W"]:
-        """Pictures of `size` (height, width) pixels of prompts `rows`, each from the noise of its place."""
-        down, channels = self.record.downscale, self.record.channels
-        config: Any = network.config
-        self.codec.layout.check_size(size, down * config.latent_multiple)
-        shape = (channels, size[0] // down, size[1] // down)
-        noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
-        cond = self._conditions(rows, size)
-        uncond = self._conditions([len(self.prompts)] * len(rows), size)
-        latents = generate(network, objective, noise, Guidance(cond, uncond), sampler, places)
-        return self.codec.decode(latents).cpu()
-
     def draw(
         self,
         network: nn.Module,
@@ -78,13 +58,18 @@ class Painter:
         places: list[int],
         batch_size: int = 16,
     ) -> UInt8[Tensor, "B 3 H W"]:
-        """One picture per prompt, each from the noise of its place."""
-        every = list(range(len(self.prompts)))
-        parts = [slice(i, i + batch_size) for i in range(0, len(every), batch_size)]
-        pictures = [
-            self.draw_batch(network, objective, sampler, size, every[part], places[part])
-            for part in parts
-        ]
+        """One picture of `size` (height, width) pixels per prompt, each from the noise of its place."""
+        down, channels, last = self.record.downscale, self.record.channels, len(self.prompts)
+        config: Any = network.config
+        self.codec.layout.check_size(size, down * config.latent_multiple)
+        shape, pictures = (channels, size[0] // down, size[1] // down), list[Tensor]()
+        for begin in range(0, last, batch_size):
+            rows = list(range(begin, min(begin + batch_size, last)))
+            here = places[begin : begin + batch_size]
+            noise = draw_noise(sampler.seed, 0, here, shape, self.device, "pictures")
+            cond, uncond = (self._conditions(r, size) for r in (rows, [last] * len(rows)))
+            latents = generate(network, objective, noise, Guidance(cond, uncond), sampler, here)
+            pictures.append(self.codec.decode(latents).cpu())
         return torch.cat(pictures)
 
 
@@ -131,8 +116,7 @@ def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw
         painter = Painter(encoders, [request.prompt for request in requests], num_classes)  # pyright: ignore[reportArgumentType]
         places = [request.place for request in requests]
         sampler, size = requests[0].sampler, requests[0].size
-        rows = list(range(len(requests)))
-        return painter.draw_batch(network, objective, sampler, size, rows, places)
+        return painter.draw(network, objective, sampler, size, places, len(requests))
 
     return draw
 

@@ -106,15 +106,11 @@ class Preview:
             values = means_by_noise_level(terms)
             monitor.scalars({f"heldout_{which}/{name}": v for name, v in values.items()})
         if pictures:
-            monitor.pictures(self._draw_sheet(torch.stack(pictures), step))
-
-    def _draw_sheet(self, pictures: Tensor, step: int) -> Tensor:
-        """The prompts' pictures as one, uint8 (3, H, W), also in the run's samples."""
-        sheet = grid(pictures, self.prompts, columns=5)
-        folder = self.run.folder / "samples"
-        with distributed.beside("the pictures"):
-            write_whole(folder / f"step_{step:08d}.png", partial(sheet.save, format="PNG"))
-        return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+            sheet = grid(torch.stack(pictures), self.prompts, columns=5)
+            path = self.run.folder / "samples" / f"step_{step:08d}.png"
+            with distributed.beside("the pictures"):
+                write_whole(path, partial(sheet.save, format="PNG"))
+            monitor.pictures(torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
 
 
 def _dealt(hands: list[list[Tensor]]) -> list[Tensor]:

@@ -20,16 +20,14 @@ def show_step(loader: Loader, config: TrainConfig, step: int, path: Path, consol
     ids = batch.sample_ids.numpy()
     samples = [mixture.locate(number) for number in ids.tolist()]
     captions = [sample.get("caption", "") for sample in samples]
-    table = Table(
-        title=f"step {step}, epoch {batch.epoch}, bucket {batch.bucket[0]}x{batch.bucket[1]}"
-    )
+    height, width = batch.bucket
+    table = Table(title=f"step {step}, epoch {batch.epoch}, bucket {height}x{width}")
     for name in ("place", "sample", "shard", "row", "caption"):
-        table.add_column(
-            name, justify="left" if name in ("shard", "caption") else "right", overflow="fold"
-        )
+        side = "left" if name in ("shard", "caption") else "right"
+        table.add_column(name, justify=side, overflow="fold")
     for place, (number, sample) in enumerate(zip(ids, samples, strict=True)):
-        where, row = sample["shard"], str(sample["row"])
-        table.add_row(str(place), str(number), where, row, captions[place])
+        cells = place, number, sample["shard"], sample["row"], captions[place]
+        table.add_row(*map(str, cells))
     console.print(table)
     network = open_codec(codec, config.encoders.vae, torch.device("cpu"))
     pictures = torch.cat([network.decode_mean(part) for part in batch.moments.split(16)])

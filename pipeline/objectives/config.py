@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from models.config import Config
-from pipeline.objectives.paths import Path, RectifiedFlow, named
+from pipeline.objectives.paths import ByKind, Path, RectifiedFlow
 from pipeline.objectives.timesteps import LogitNormal, LogNormal, Shift, Timesteps, Uniform
 
 if TYPE_CHECKING:
@@ -78,12 +78,9 @@ class PseudoHuber(Config):
     c: PositiveFloat = 0.1
 
 
-Weighting = Annotated[
-    Annotated[Unweighted | MinSNR | SoftMinSNR | Debiased | Velocity, Field(discriminator="kind")],
-    BeforeValidator(named),
-]
+Weighting = ByKind[Unweighted | MinSNR | SoftMinSNR | Debiased | Velocity]
+Loss = ByKind[MSE | PseudoHuber]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Loss = Annotated[Annotated[MSE | PseudoHuber, Field(discriminator="kind")], BeforeValidator(named)]
 
 
 class Task(Config):
@@ -97,9 +94,8 @@ class Task(Config):
     def task(self) -> str:
         """It all in words."""
         options = ", ".join(f"{name} {value}" for name, value in self.path if name != "kind")
-        return f"prediction {self.prediction} on path {self.path.kind}" + f" ({options})" * bool(
-            options
-        )
+        what = f"prediction {self.prediction} on path {self.path.kind}"
+        return f"{what} ({options})" if options else what
 
     @model_validator(mode="after")
     def _can_learn(self) -> "Task":
@@ -159,10 +155,11 @@ class ObjectiveConfig(Task):
     def notes(self) -> list[str]:
         """What to know of a combination that can be learned."""
         (_, alpha), (_, sigma) = self.path.ends()
-        if self.prediction != "epsilon" or (alpha / sigma) ** 2 >= MIN_TERMINAL_SNR:
+        snr = (alpha / sigma) ** 2
+        if self.prediction != "epsilon" or snr >= MIN_TERMINAL_SNR:
             return []
         return [
-            f"prediction epsilon on a path that ends at SNR {(alpha / sigma) ** 2:.1g}, as iDDPM's: a sampler divides "
+            f"prediction epsilon on a path that ends at SNR {snr:.1g}, as iDDPM's: a sampler divides "
             f"its error there by alpha = {alpha:.1g}; v, flow or sample have no such end"
         ]
 

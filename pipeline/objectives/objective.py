@@ -42,23 +42,17 @@ def prediction_coefficients(
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "sample":
         return Prediction(one, zero, zero, one, 1 / sigma, -alpha / sigma)
-    if kind == "epsilon":
-        return Prediction(zero, one, 1 / alpha, -sigma / alpha, zero, one)
-    # Salimans & Ho 2202.00512; power is 1 on a VP path.
-    if kind == "v":
-        power = alpha**2 + sigma**2
-        return Prediction(
-            -sigma, alpha, alpha / power, -sigma / power, sigma / power, alpha / power
-        )
-    # total is 1 on the straight path.
-    if kind == "flow":
-        total = alpha + sigma
-        return Prediction(-one, one, 1 / total, -sigma / total, 1 / total, alpha / total)
-    # Karras 2206.00364, eq. 7 with Table 1; alpha and sigma include c_in already.
-    root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
-    signal = alpha * sigma_data / root
-    x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
-    return Prediction(sigma / sigma_data / root, -signal, x0_x, x0_p, sigma / root**2, -signal)
+    if kind == "edm":
+        # Karras 2206.00364, eq. 7 with Table 1; alpha and sigma include c_in already.
+        root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
+        signal = alpha * sigma_data / root
+        x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
+        return Prediction(sigma / sigma_data / root, -signal, x0_x, x0_p, sigma / root**2, -signal)
+    # v is that of Salimans & Ho 2202.00512.
+    x0, noise = {"epsilon": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[kind]
+    # x_t and pred are two equations of x0 and noise; total is 1 for v on a VP path, for flow on the straight one.
+    total = alpha * noise - sigma * x0
+    return Prediction(x0, noise, noise / total, -sigma / total, (zero - x0) / total, alpha / total)
 
 
 class LossTerms(NamedTuple):

@@ -6,7 +6,7 @@ All that the rest of the project asks of a path, its class answers: a new path i
 
 import math
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
@@ -29,8 +29,13 @@ SCHEDULES = {
 
 
 def named(value: Any) -> Any:
-    """{kind: NAME} for NAME, so that `path: edm` is short for `path: {kind: edm}`; serves any union by `kind`."""
+    """{kind: NAME} for NAME, so that `path: edm` is short for `path: {kind: edm}`."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+OneOf = TypeVar("OneOf")
+ByKind = Annotated[OneOf, Field(discriminator="kind"), BeforeValidator(named)]
+"""One of several configs, which its `kind` or its name alone tells."""
 
 
 class NoisePath(Config):
@@ -208,20 +213,17 @@ class EDM(NoisePath):
         return self.time_of(np.linspace(high, low, num_steps) ** 7)
 
 
-Path = Annotated[
-    Annotated[RectifiedFlow | VPDiscrete | VPCosine | EDM, Field(discriminator="kind")],
-    BeforeValidator(named),
-]
+Path = ByKind[RectifiedFlow | VPDiscrete | VPCosine | EDM]
 
 
 @cache
 def vp_signal(betas: str, zero_terminal_snr: bool) -> np.ndarray:
     """sqrt(abar_k), float64 (1000,)."""
-    n = NUM_TIMESTEPS
+    n, (_, first, last) = NUM_TIMESTEPS, SCHEDULES[betas]
     if betas == "scaled_linear":
-        beta = np.linspace(0.00085**0.5, 0.012**0.5, n) ** 2
+        beta = np.linspace(first**0.5, last**0.5, n) ** 2
     elif betas == "linear":
-        beta = np.linspace(1e-4, 0.02, n)
+        beta = np.linspace(first, last, n)
     else:
         abar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = np.minimum(1 - abar[1:] / abar[:-1], 0.999)

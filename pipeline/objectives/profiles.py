@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -74,42 +74,29 @@ def print_table(profiles: list[Profile], console: Console) -> None:
     console.print(table)
 
 
-# --- the picture: four panels ---------------------------------------------------------------------
-
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-class Panel(NamedTuple):
-    """One set of curves and the limits of its axes; `log` scales y so."""
+PANELS = (
+    ("density of t  (0 data, 1 noise)", (0, 1), (0, None), "linear"),
+    ("density of log SNR  (left noise, right data)", LIMITS, (0, None), "linear"),
+    ("weight on the x0 loss, against log SNR", LIMITS, (1e-4, 1e4), "log"),
+    ("effective weight: density x weight, 1 at SNR 1", LIMITS, (1e-2, 1e2), "log"),
+)
+"""Title, the limits of x and y, and the scale of y."""
 
-    title: str
-    x_limits: tuple[float, float]
-    y_limits: tuple[float, float | None]
-    curves: list[Curve]
-    log: bool = False
 
-
-def make_panels(profiles: list[Profile]) -> list[Panel]:
+def make_curves(profile: Profile) -> list[Curve]:
+    """An objective's curve in each of PANELS."""
     t_edges, snr_edges = np.linspace(0, 1, 81), np.linspace(*LIMITS, 161)
-    t_middle, snr_middle = (e[:-1] + np.diff(e) / 2 for e in (t_edges, snr_edges))
-    of_t = [(t_middle, density(p.t, t_edges)) for p in profiles]
-    of_snr = [(snr_middle, density(p.log_snr, snr_edges)) for p in profiles]
-    weights, products = [], []
-    for profile, (x, samples) in zip(profiles, of_snr, strict=True):
-        finite = np.isfinite(profile.log_snr)
-        order = np.flatnonzero(finite)[::-1]  # t rises, so log SNR falls
-        weight = np.interp(x, profile.log_snr[order], profile.weight[order], np.nan, np.nan)
-        weights.append((x, weight))
-        # Fewer draws than 50 between two edges say little.
-        product = np.where(samples * np.diff(snr_edges) * NUM_DRAWS < 50, np.nan, samples * weight)
-        products.append((x, product / np.interp(0.0, x, product)))
-    relative = "effective weight: density x weight, 1 at SNR 1"
-    return [
-        Panel("density of t  (0 data, 1 noise)", (0, 1), (0, None), of_t),
-        Panel("density of log SNR  (left noise, right data)", LIMITS, (0, None), of_snr),
-        Panel("weight on the x0 loss, against log SNR", LIMITS, (1e-4, 1e4), weights, log=True),
-        Panel(relative, LIMITS, (1e-2, 1e2), products, log=True),
-    ]
+    t, x = (e[:-1] + np.diff(e) / 2 for e in (t_edges, snr_edges))
+    samples = density(profile.log_snr, snr_edges)
+    order = np.flatnonzero(np.isfinite(profile.log_snr))[::-1]  # t rises, so log SNR falls
+    weight = np.interp(x, profile.log_snr[order], profile.weight[order], np.nan, np.nan)
+    # Fewer draws than 50 between two edges say little.
+    product = np.where(samples * np.diff(snr_edges) * NUM_DRAWS < 50, np.nan, samples * weight)
+    effective = product / np.interp(0.0, x, product)
+    return [(t, density(profile.t, t_edges)), (x, samples), (x, weight), (x, effective)]
 
 
 def draw(profiles: list[Profile]) -> "Figure":
@@ -117,12 +104,14 @@ def draw(profiles: list[Profile]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.2, 7), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2).flat, make_panels(profiles), strict=True):
-        for number, (profile, curve) in enumerate(zip(profiles, panel.curves, strict=True)):
-            style = {"color": "black", "linewidth": 3, "zorder": 3} if number == 0 else {}
+    panels = list(figure.subplots(2, 2).flat)
+    for number, profile in enumerate(profiles):
+        style = {"color": "black", "linewidth": 3, "zorder": 3} if number == 0 else {}
+        for axes, curve in zip(panels, make_curves(profile), strict=True):
             axes.plot(*curve, label=profile.name, **style)
-        axes.set_title(panel.title, loc="left", fontsize="medium")
-        axes.set(yscale="log" if panel.log else "linear", xlim=panel.x_limits, ylim=panel.y_limits)
+    for axes, (title, x_limits, y_limits, scale) in zip(panels, PANELS, strict=True):
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set(yscale=scale, xlim=x_limits, ylim=y_limits)
         axes.grid(alpha=0.4)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)

@@ -4,10 +4,10 @@ import math
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from models.config import Config
-from pipeline.objectives.paths import NoisePath, named
+from pipeline.objectives.paths import ByKind, NoisePath
 
 
 class Uniform(Config):
@@ -114,13 +114,5 @@ class FluxShift(Config):
         return math.exp(self.base_mu + (self.max_mu - self.base_mu) * (tokens - 256) / (4096 - 256))
 
 
-Timesteps = Annotated[
-    Annotated[Uniform | LogitNormal | Mode | CosMap | LogNormal, Field(discriminator="kind")],
-    BeforeValidator(named),
-]
-Shift = Annotated[
-    Annotated[
-        ConstantShift | ResolutionShift | DimensionShift | FluxShift, Field(discriminator="kind")
-    ],
-    BeforeValidator(named),
-]
+Timesteps = ByKind[Uniform | LogitNormal | Mode | CosMap | LogNormal]
+Shift = ByKind[ConstantShift | ResolutionShift | DimensionShift | FluxShift]

@@ -62,8 +62,8 @@ class Loop:
 
         torch.set_num_threads(1)
         self.torch, self.out, self.spent = torch, out, Counter[str]()
-        self.codec = LatentCodec.load(VAE)
-        self.text = TextEncoder.load(text_folder(), View(max_length=MAX_LENGTH))
+        self.codec = LatentCodec(VAE)
+        self.text = TextEncoder(text_folder(), View(max_length=MAX_LENGTH))
 
     def run(self, files: list[Path]) -> None:
         buckets = list_buckets(IMAGES)

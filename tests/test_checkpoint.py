@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.config import InputError, parse_config
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Saver, candidates, newest_sound, step_folder
 from pipeline.training.config import CheckpointConfig
@@ -144,10 +143,3 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):
     for step in range(2, 14, 2):
         save(tmp_path, step, config)
     assert sorted(steps_on_disk(tmp_path)) == [4, 8, 10, 12]
-
-
-def test_steps_to_keep_at_which_nothing_is_saved_are_refused():
-    with pytest.raises(
-        InputError, match="keep_every_steps: got 5, expected a multiple of every_steps, 2"
-    ):
-        parse_config(CheckpointConfig, {"every_steps": 2, "keep_every_steps": 5}, "x")

@@ -147,6 +147,7 @@ MISFITS = {
     "monitor.profile_steps=[5,2]": "profile_steps: got [5, 2]",
     "monitor.profile_steps=[0,2]": "profile_steps: got [0, 2]",
     "rejection.window=5": "window: no effect without spike_factor",
+    "checkpoint.keep_every_steps=7": "keep_every_steps: got 7, expected a multiple of every_steps, 6",
     "model.num_classes=-1": "model.num_classes",
     "model.vision_dim=8": "vision_dim: no effect without alignment",
     "model.rope=true model.position_extent=0": "position_extent has no effect with rope",

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -48,23 +47,18 @@ MODULES: dict[Action, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What Ray is asked to run."""
+Job = dict[str, Any]
+"""What Ray is asked to run: arguments of its `submit_job`."""
 
-    entrypoint: list[str]
-    runtime_env: dict[str, Any]
-    metadata: dict[str, str]
-    gpus: float = 0.0
 
-    def command_line(self, address: str) -> str:
-        """The `ray job submit` that asks for the same."""
-        environment = {k: v for k, v in self.runtime_env.items() if k != "working_dir"}
-        options = ["--working-dir", self.runtime_env["working_dir"]]
-        options += ["--runtime-env-json", json.dumps(environment)] if environment else []
-        options += ["--entrypoint-num-gpus", f"{self.gpus:g}"] if self.gpus else []
-        options += ["--metadata-json", json.dumps(self.metadata)]
-        return f"{ray_job('submit', address)} {shlex.join([*options, '--', *self.entrypoint])}"
+def command_line(job: Job, address: str) -> str:
+    """The `ray job submit` that asks for the same."""
+    environment, gpus = dict(job["runtime_env"]), job["entrypoint_num_gpus"]
+    options = ["--working-dir", environment.pop("working_dir")]
+    options += ["--runtime-env-json", json.dumps(environment)] if environment else []
+    options += ["--entrypoint-num-gpus", f"{gpus:g}"] if gpus else []
+    options += ["--metadata-json", json.dumps(job["metadata"])]
+    return f"{ray_job('submit', address)} {shlex.join(options)} -- {job['entrypoint']}"
 
 
 def ray_job(action: str, address: str) -> str:
@@ -75,25 +69,26 @@ def ray_job(action: str, address: str) -> str:
 
 def check_stage(
     action: Action, module: str, arguments: list[str], folder: Path
-) -> tuple[str | None, dict[str, str], dict[str, str]]:
-    """The stage's config file, and its paths, {key: path}: what it reads, what it writes; raises InputError."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What the stage reads, its config too, and what it writes: paths by key; raises InputError."""
     given = parse_arguments(module, arguments)
     if action == "evaluate":
         paths = {f"--{name}": given[name] for name in ("clip", "reference", "prompts_file")}
         paths |= {f"--features {f}": f.split("=", 1)[-1] for f in given["features"] or []}
         inputs = {name: str(path) for name, path in paths.items() if path is not None}
-        return None, inputs, {"TARGET": str(given["target"])}
+        return inputs, {"TARGET": str(given["target"])}
     file, overrides = str(given["config"]), given["overrides"] or []
     if not (folder / file).resolve().is_relative_to(folder):
         raise InputError(f"{file}: lies outside {folder}, which is what is uploaded")
     # The paths as given: once loaded, a relative one means this machine, not the upload.
     written = flatten(read_yaml(folder / file, overrides))
-    inputs = {key: path for key, path in written.items() if path and READ.fullmatch(key)}
+    inputs = {file: os.path.relpath(folder / file, folder)}
+    inputs |= {key: path for key, path in written.items() if path and READ.fullmatch(key)}
     if action == "prepare":
         from data_prep.config import config_of
 
         prepare = config_of(read_yaml(folder / file, overrides), file)
-        return file, inputs, {"output": prepare.output}
+        return inputs, {"output": prepare.output}
     from cluster.train_job import valid_sizes
     from pipeline.config import TrainConfig
     from pipeline.runs.start import load_stages
@@ -106,7 +101,7 @@ def check_stage(
     # A stage may begin with the run of one before it.
     runs = {train.run for train in trains}
     inputs = {key: path for key, path in inputs.items() if os.path.abspath(path) not in runs}
-    return file, inputs, {"run": written["run"]}
+    return inputs, {"run": written["run"]}
 
 
 def parse_arguments(module: str, arguments: list[str]) -> dict[str, Any]:
@@ -199,17 +194,19 @@ def make_job(
         raise InputError(
             f"--working-dir: {folder} lacks {module.relative_to(folder)}, expected flowmill's checkout"
         )
-    config, inputs, outputs = check_stage(action, MODULES[action], arguments, folder)
+    inputs, outputs = check_stage(action, MODULES[action], arguments, folder)
     names = uploaded(folder, runtime_env.get("excludes") or [])
     code = [path for package in PACKAGES for path in (folder / package).rglob("*.py")]
     _require("--working-dir", code, folder, names)
-    if config is not None:
-        _require(config, [folder / config], folder, names)
     check_paths(inputs, outputs, folder, names)
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    metadata = {"stage": action, "commit": commit} | outputs
-    return Job(["python", "-m", MODULES[action], *arguments], runtime_env, metadata, gpus)
+    return {
+        "entrypoint": shlex.join(["python", "-m", MODULES[action], *arguments]),
+        "runtime_env": runtime_env,
+        "metadata": {"stage": action, "commit": commit} | outputs,
+        "entrypoint_num_gpus": gpus or None,
+    }
 
 
 def sbatch_line(action: Action, arguments: list[str], nodes: int) -> list[str]:
@@ -220,7 +217,7 @@ def sbatch_line(action: Action, arguments: list[str], nodes: int) -> list[str]:
     # Slurm itself starts the ranks that Ray Train would start.
     module = "pipeline.train" if action == "train" else MODULES[action]
     # The job runs in this folder; absolute paths may be those of its nodes.
-    _, inputs, _ = check_stage(action, module, arguments, Path.cwd())
+    inputs, _ = check_stage(action, module, arguments, Path.cwd())
     for key, path in inputs.items():
         if not ("://" in path or Path(path).exists() or os.path.isabs(path)):
             raise InputError(f"{key}: {path}: no such file or folder in {Path.cwd()}")
@@ -266,16 +263,6 @@ class Cluster:
                 f"{self.address}: no job server answers. Remedy: start the cluster, or forward its port: "
                 "ssh -L 8265:127.0.0.1:8265 HEAD"
             ) from None
-
-    def submit(self, job: Job, name: str | None) -> str:
-        return self.call(
-            self.client.submit_job,
-            entrypoint=shlex.join(job.entrypoint),
-            submission_id=name,
-            runtime_env=job.runtime_env,
-            metadata=job.metadata,
-            entrypoint_num_gpus=job.gpus or None,
-        )
 
     def follow(self, name: str) -> int:
         """Print what the job prints to its end; returns its exit status. Ctrl-C leaves the job running."""
@@ -337,14 +324,14 @@ def main(
     folder = working_dir.resolve()
     job = make_job(action, arguments, folder, read_runtime_env(runtime_env, folder), gpus)
     if dry_run:
-        print(job.command_line(address))
+        print(command_line(job, address))
         return
     attending = [ray_job(action, address) for action in ("logs --follow", "status", "stop")]
     cluster = Cluster(address)
-    name = cluster.submit(job, name)
-    print(f"{name}: submitted to {address}", file=sys.stderr)
-    print(*(f"  {line} {name}" for line in attending), sep="\n", file=sys.stderr)
-    sys.exit(cluster.follow(name) if follow else 0)
+    own_name: str = cluster.call(cluster.client.submit_job, submission_id=name, **job)
+    print(f"{own_name}: submitted to {address}", file=sys.stderr)
+    print(*(f"  {line} {own_name}" for line in attending), sep="\n", file=sys.stderr)
+    sys.exit(cluster.follow(own_name) if follow else 0)
 
 
 if __name__ == "__main__":

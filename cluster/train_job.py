@@ -30,13 +30,10 @@ def valid_sizes(config: TrainConfig, least: int, most: int) -> list[int]:
 
     Raises InputError where `most` is not one of them, or `least` leaves no choice that it asks for.
     """
-    batch, micro = config.training.global_batch, config.engine.micro_batch
+    batch, micro = config.training.global_batch, config.engine.micro_batch or 1
     partitions = choose_partitions(config.data.canonical_partitions, batch, 1)
-    sizes = [
-        n
-        for n in range(1, partitions + 1)
-        if partitions % n == 0 and batch // n % (micro or 1) == 0
-    ]
+    divisors = [n for n in range(1, partitions + 1) if partitions % n == 0]
+    sizes = [n for n in divisors if batch // n % micro == 0]
     for option, size in (("--workers", most), ("--min-workers", least)):
         if size not in sizes:
             raise InputError(
@@ -77,11 +74,7 @@ def _rank(job: dict[str, Any]) -> None:
 
 
 def fit(
-    config: TrainConfig,
-    sizes: list[int],
-    scaling: ScalingConfig,
-    max_failures: int,
-    override: bool,
+    config: TrainConfig, sizes: list[int], scaling: ScalingConfig, max_failures: int, override: bool
 ) -> None:
     """Train on a group of the largest of `sizes` that there is room for; raises InputError."""
     # Ranks are to find relative paths where the job does: in the uploaded working directory.
@@ -89,16 +82,13 @@ def fit(
     backend = "nccl" if scaling.use_gpu else "gloo"
     # One name for the group however often Ray starts it again.
     job = {"config": config.model_dump(mode="json"), "override": override, "name": uuid.uuid4().hex}
+    failures = FailureConfig(max_failures=max_failures)
     trainer = _Trainer(
         _rank,
         train_loop_config=job,
         torch_config=TorchConfig(backend=backend, timeout_s=int(config.engine.timeout_s)),
         scaling_config=scaling,
-        run_config=RunConfig(
-            name="ray",
-            storage_path=config.run,
-            failure_config=FailureConfig(max_failures=max_failures),
-        ),
+        run_config=RunConfig(name="ray", storage_path=config.run, failure_config=failures),
     )
     trainer.sizes = sizes
     try:

@@ -7,9 +7,17 @@ alone: each process that decodes pictures does.
 
 import difflib
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 
 
 class InputError(ValueError):
@@ -26,6 +34,16 @@ class Config(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+    def refusals(self) -> Iterator[str]:
+        """The reasons why these values give a wrong result together, or one of them none."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if reasons := list(self.refusals()):
+            raise ValueError("\n".join(reasons))
+        return self
 
 
 Place = Annotated[str, AfterValidator(lambda p: p if "://" in p else os.path.abspath(p))]

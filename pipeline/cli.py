@@ -19,20 +19,14 @@ STAGES = {
     "fit-vae": ("data_prep.fit_vae", "a small autoencoder of your own kind of pictures"),
     "verify": ("data_prep.verify", "audit a prepared dataset: every hash, count, shape, NaN"),
     "data": ("pipeline.show_data", "what an epoch will be; the samples of a step as a picture"),
-    "objective": (
-        "pipeline.show_objective",
-        "what an objective trains, drawn beside the presets",
-    ),
+    "objective": ("pipeline.show_objective", "what an objective trains, drawn beside the presets"),
     "train": ("pipeline.train", "shards -> trained model; run it again to resume"),
     "compare": ("pipeline.compare", "variants at equal compute, paired over seeds, with intervals"),
     "ema": ("pipeline.make_ema", "an EMA of any width after training, from a run's snapshots"),
     "evaluate": ("pipeline.evaluate", "held-out error by noise level, FID, KID, CLIP score"),
     "export": ("pipeline.export", "a diffusers pipeline folder, and one safetensors file"),
     "sample": ("pipeline.sample", "checkpoint + prompts -> PNG"),
-    "submit": (
-        "cluster.submit",
-        "prepare, train or evaluate as a Ray job or on Slurm",
-    ),
+    "submit": ("cluster.submit", "prepare, train or evaluate as a Ray job or on Slurm"),
 }
 
 

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Union, cast
 
 import yaml
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from models.config import Config, InputError, Place, parse_config
 from models.networks import MODELS, DiTConfig, NetworkConfig, config_class
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 """The config of a run, in its folder."""
 
-RESULTS = (
-    "seed",
-    "data",
-    "model",
-    "objective",
-    "training",
-    "optimizer",
-    "ema",
-    "start_from",
-    "rejection",
-)
-"""Sections that change results: a resumed run may change them only with --override."""
-
 
 def _kind(model: Any) -> str:
     if isinstance(model, dict):
@@ -52,11 +39,7 @@ if TYPE_CHECKING:
 else:
     ModelConfig = Annotated[
         Union[tuple(Annotated[config_class(kind), Tag(kind)] for kind in MODELS)],  # noqa: UP007
-        Discriminator(
-            _kind,
-            custom_error_type="kind",
-            custom_error_message="no such kind",
-        ),
+        Discriminator(_kind, custom_error_type="kind", custom_error_message="no such kind"),
     ]
 
 
@@ -95,8 +78,8 @@ class EncodersConfig(Config):
     text: dict[str, Place] = {}
 
 
-class TrainConfig(Config):
-    """One run: first what changes results, then what should not (speed), then what cannot."""
+class ResultsConfig(Config):
+    """What changes results: a resumed run may change it only with --override."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     data: DataConfig
@@ -108,6 +91,13 @@ class TrainConfig(Config):
     start_from: StartConfig | None = None
     rejection: RejectionConfig = RejectionConfig()
 
+
+RESULTS = tuple(ResultsConfig.model_fields)
+
+
+class TrainConfig(ResultsConfig):
+    """One run: first what changes results, then what should not (speed), then what cannot."""
+
     engine: EngineConfig = EngineConfig()
 
     run: Place
@@ -116,24 +106,14 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    @model_validator(mode="after")
-    def _sections_fit(self) -> Self:
-        if reasons := [*self._refusals(), *self._refusals_of(self.sampler)]:
-            raise ValueError("\n".join(reasons))
-        return self
-
     def check_samplers(self, *samplers: SamplerConfig) -> None:
         """Raise InputError where the network cannot be sampled from so."""
         if reasons := dict.fromkeys(r for s in samplers for r in self._refusals_of(s)):
             raise InputError("\n".join(reasons))
 
-    def _refusals(self) -> Iterator[str]:
-        """The reasons why these sections give a wrong result together, or one of them none."""
-        batch, steps, optimizer = (
-            self.training.global_batch,
-            self.training.num_steps,
-            self.optimizer,
-        )
+    def refusals(self) -> Iterator[str]:
+        batch, steps = self.training.global_batch, self.training.num_steps
+        optimizer = self.optimizer
         for name in ("warmup_images", "decay_images"):
             if 0 < (images := getattr(optimizer, name)) < batch:
                 yield f"optimizer.{name}: got {images}, less than a batch, which has no effect; expected 0, or {batch} or more"
@@ -148,14 +128,13 @@ class TrainConfig(Config):
             yield f"engine.micro_batch: got {size}, expected a divisor of the global batch of {batch}"
         if self.start_from and self.model.init_from:
             yield "start_from and model.init_from: got both, and a run begins with one. Remedy: remove one"
-        for check in (
-            self.model.check_shape,
-            lambda: choose_partitions(self.data.canonical_partitions, batch, 1),
-        ):
+        partitions = self.data.canonical_partitions
+        for check in (self.model.check_shape, lambda: choose_partitions(partitions, batch, 1)):
             try:
                 check()
             except InputError as error:
                 yield str(error)
+        yield from self._refusals_of(self.sampler)
 
     def _refusals_of(self, sampler: SamplerConfig) -> Iterator[str]:
         """The reasons why a network that is trained so cannot be sampled from so."""

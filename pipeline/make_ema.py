@@ -1,10 +1,7 @@
 """An EMA of any width after training: `python -m pipeline.make_ema RUN --sigma-rel 0.15 [--step N]`.
 
-EDM2 (Karras et al. 2312.02696), section 3.2 and appendix C.3: a run that keeps power-function averages
-(`ema.sigma_rels`) stores snapshots of them; the wanted profile is their least-squares combination.
-
-    RUN/ema_snapshots/step_00001000/                             written while training, laid out as a checkpoint
-    RUN/ema/step_00004000.ema_sigma_0.15.safetensors (.sha256)   made here
+RUN/ema_snapshots/step_00001000/                             written while training, laid out as a checkpoint
+RUN/ema/step_00004000.ema_sigma_0.15.safetensors (.sha256)   made here
 """
 
 from typing import Annotated
@@ -39,9 +36,8 @@ def main(
     )
     if dry_run:
         return
-    about = {"step": last.step, "images": last.images, "sigma_rel": f"{sigma_rel:g}"}
-    weights = reconstruct(snapshots, sigma_rel)
-    save_weights(path, weights, {key: str(value) for key, value in about.items()})
+    about = {"step": str(last.step), "images": str(last.images), "sigma_rel": f"{sigma_rel:g}"}
+    save_weights(path, reconstruct(snapshots, sigma_rel), about)
 
 
 if __name__ == "__main__":

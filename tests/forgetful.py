@@ -26,8 +26,8 @@ lr_schedule, ema_decays = clock.lr_schedule, clock.ema_decays
 def forgetting(key: str) -> Any:
     """`restore`, after which a state of the optimizer is as at the start."""
 
-    def run(folder: Path, engine: Any, optimizer: Any, stateful: Any) -> Any:
-        record = restore(folder, engine, optimizer, stateful)
+    def run(folder: Path, engine: Any, optimizer: Any, **parts: Any) -> Any:
+        record = restore(folder, engine, optimizer, **parts)
         for parameter, state in optimizer.state.items():
             state[key].copy_(parameter if key == "ema" else torch.zeros_like(state[key]))
         return record

@@ -41,7 +41,7 @@ def take(layout: str, harms: list[str], place: Batch, loader: Loader, given: Tra
     config = EngineConfig(zero_stage=int(stage), precision=precision, micro_batch=2)  # pyright: ignore[reportArgumentType]
     settings = OPTIMIZER.model_copy(update={"kind": kind[0]} if kind else {})
     engine, optimizer = build_engine(fresh_model(), config, settings, BATCH)
-    rejection = Rejection(given, loader, engine, optimizer)
+    rejection = Rejection(given, loader, optimizer)
     share = BATCH // distributed.world_size()
     begin, log = distributed.rank() * share, []
     for step, (harm, batch) in enumerate(zip(harms, batches() * 2, strict=False)):

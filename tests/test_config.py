@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from models.command import load_config
 from models.config import InputError, differences
-from models.networks import build_model
 from pipeline import cli, plan, show_config, train
 from pipeline.config import TrainConfig, dump_config
 from pipeline.objectives.config import SamplerConfig
@@ -77,17 +76,6 @@ def test_a_dumped_config_reads_back_the_same(tmp_path):
     assert again == config
     changed = load(tmp_path, MINIMAL, "optimizer.lr=3e-4", "objective.preset=sd3-rf-logit-normal")
     assert set(differences(config, changed)) == {"optimizer.lr", "monitor.prompts"}
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*train*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_training_config_builds_its_model(path):
-    config = load_config(TrainConfig, path, [])
-    sizes = {"latent_channels": 4, "text_dim": 8, "pooled_dim": 8}
-    missing = {k: v for k, v in sizes.items() if getattr(config.model, k) is None}
-    import torch
-
-    with torch.device("meta"):
-        build_model(config.model.model_copy(update=missing))
 
 
 def test_a_command_ends_wrong_input_with_status_2_and_no_traceback(tmp_path):
@@ -159,6 +147,7 @@ MISFITS = {
     "monitor.profile_steps=[5,2]": "profile_steps: got [5, 2]",
     "monitor.profile_steps=[0,2]": "profile_steps: got [0, 2]",
     "rejection.window=5": "window: no effect without spike_factor",
+    "checkpoint.keep_every_steps=7": "keep_every_steps: got 7, expected a multiple of every_steps, 6",
     "model.num_classes=-1": "model.num_classes",
     "model.vision_dim=8": "vision_dim: no effect without alignment",
     "model.rope=true model.position_extent=0": "position_extent has no effect with rope",

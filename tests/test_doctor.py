@@ -33,8 +33,8 @@ def named(findings, name: str, state: str = "lack") -> doctor.Finding:
 
 def test_a_sound_machine_has_all_it_needs_and_says_so(tmp_path):
     findings = doctor.examine(str(tmp_path), 0.1)
-    assert [f for f in findings if f["state"] == "lack"] == []
-    names = " ".join(f["name"] for f in findings)
+    assert [f for f in findings if f.state == "lack"] == []
+    names = " ".join(f.name for f in findings)
     for name in (
         "picture formats",
         "packages",

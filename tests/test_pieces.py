@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from models.config import InputError
-from pipeline.training.pieces import Contents, Piece, Pieces, even_share, make_index, overlaps
+from pipeline.training.pieces import Piece, Pieces, even_share, merged, overlaps
 
 SIZE = 40
 
@@ -30,7 +30,7 @@ def test_any_range_is_read_from_any_cuts_each_element_once_and_no_file_for_nothi
 ):
     count = data.draw(st.integers(1, SIZE - first))
     held = {file: range(begin, begin + size) for file, begin, size in places}
-    runs = overlaps(places, first, count)
+    runs = overlaps("raw/w", places, first, count)
     assert [e for file, low, high in runs for e in held[file][low:high]] == [
         *range(first, first + count)
     ]
@@ -42,8 +42,8 @@ def test_any_range_is_read_from_any_cuts_each_element_once_and_no_file_for_nothi
 def test_an_element_that_no_file_holds_is_named(places, data):
     lost = data.draw(st.sampled_from(places))
     rest = [place for place in places if place != lost]
-    with pytest.raises(ValueError, match=f"no piece holds element {lost[1]}, expected 0 to 39"):
-        overlaps(rest, 0, SIZE)
+    with pytest.raises(InputError, match=f"w: no piece holds element {lost[1]}, expected 0 to 39"):
+        overlaps("raw/w", rest, 0, SIZE)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 9))
@@ -58,13 +58,14 @@ def test_equal_shares_hold_each_element_once_and_none_is_larger_by_more_than_one
 
 
 def test_a_parameter_is_put_together_bit_for_bit_from_several_files(tmp_path):
-    weight, files = torch.randn(3, 5), {}
+    weight, indexes = torch.randn(3, 5), []
     for number, (first, count) in enumerate([(0, 7), (7, 2), (9, 6)]):
         part = weight.flatten()[first : first + count].clone()
-        save_file({"ema/w": part}, tmp_path / f"{number}.safetensors")
-        files[f"{number}.safetensors"] = Contents({"ema/w": (first, count)}, {"w": [3, 5]}, 4)
-    index = make_index(dict(reversed(files.items())))
-    (tmp_path / "index.json").write_text(json.dumps(index))
+        file = f"{number}.safetensors"
+        save_file({"ema/w": part}, tmp_path / file)
+        places = {"ema/w": [(file, first, count)]}
+        indexes.append({"optimizer_step": 4, "shapes": {"w": [3, 5]}, "pieces": places})
+    (tmp_path / "index.json").write_text(json.dumps(merged(indexes[::-1])))
     stored = Pieces(tmp_path)
     assert torch.equal(stored.whole("ema", "w"), weight)
     assert torch.equal(stored.read("ema/w", 6, 4), weight.flatten()[6:10])

@@ -68,7 +68,9 @@ def test_a_step_waits_after_its_last_backward_alone_and_only_for_what_is_listed(
     config = str(train_factory.write_config(tmp_path))
     done = train_factory.run("tests.waits", config, *LISTED, "--", *options)
     assert done.returncode == 0, done.stderr
-    lines = [line.split(maxsplit=5)[1:] for line in done.stdout.splitlines() if "waits" in line]
+    lines = [
+        line.split(maxsplit=5)[1:] for line in done.stdout.splitlines() if line[:6] == "waits "
+    ]
     for case, expected in LISTED.items():
         for step in "23":  # the first also opens and allocates
             seen = {(part, what): int(n) for c, s, part, n, what in lines if (c, s) == (case, step)}

@@ -7,7 +7,6 @@ a whole goes on.
 """
 
 import faulthandler
-import json
 import os
 import socket
 import sys
@@ -23,9 +22,6 @@ from pipeline import distributed
 DEPTH = 12
 """Calls of a stack that are shown."""
 
-Heard = dict[str, str | int]
-"""A rank's heartbeat: its name, the beat's number, the step, and the main thread's stack."""
-
 
 class Watchdog:
     """A context around the training loop, which reports its progress by `alive(step)`."""
@@ -34,10 +30,11 @@ class Watchdog:
         """No heartbeat for silence_s: the rank is dead or stopped. No step for stuck_s: stuck."""
         self.silence_s, self.stuck_s, self.beat_s = silence_s, stuck_s, min(silence_s / 5, 2.0)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.name = f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
         self.main = threading.get_ident()
         self.step, self.idle_s, self.unanswered_s, self.silent_s = 0, 0.0, 0.0, 0.0
-        self.heard: Heard = {}
-        self.over, self.threads = threading.Event(), list[threading.Thread]()
+        self.heard, self.over = "", threading.Event()
+        self.threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watchdog":
         if self.world_size > 1:
@@ -58,7 +55,7 @@ class Watchdog:
             silent = self._silent_ranks() if isinstance(error, RuntimeError) else ""
             # Or the heartbeats' thread would take this verdict for another rank's, and exit.
             self.over.set()
-            self._tell(f"{self._name()} failed at step {self.step}:\n{text}{silent}")
+            self._tell(f"{self.name} failed at step {self.step}:\n{text}{silent}")
             sys.stderr.write(silent)
             self._linger()
         self.over.set()
@@ -69,9 +66,6 @@ class Watchdog:
     def alive(self, step: int) -> None:
         self.step, self.idle_s = step, 0.0
 
-    def _name(self) -> str:
-        return f"rank {self.rank} (pid {os.getpid()} on {socket.gethostname()})"
-
     def _beat(self) -> None:
         number = 0
         try:
@@ -79,8 +73,8 @@ class Watchdog:
                 number += 1
                 frame = sys._current_frames()[self.main]
                 stack = "".join(traceback.format_stack(frame, DEPTH))
-                beat = {"name": self._name(), "number": number, "step": self.step, "stack": stack}
-                self.store.set(f"beat/{self.rank}", json.dumps(beat))
+                beat = f"{self.name}, heartbeat {number}, at step {self.step}, last in:\n{stack}"
+                self.store.set(f"beat/{self.rank}", beat)
                 self._listen()
                 self.unanswered_s = 0.0
                 self.over.wait(self.beat_s)
@@ -95,13 +89,14 @@ class Watchdog:
         self.silent_s = 0.0 if heard != self.heard else self.silent_s + self.beat_s
         self.heard = heard
         if self.silent_s > self.silence_s:
-            self._leave(self._tell(f"no answer for {self.silent_s:.0f} s from {_describe(heard)}"))
+            self._leave(self._tell(f"no answer for {self.silent_s:.0f} s from {heard}"))
 
-    def _heard(self, rank: int) -> Heard:
+    def _heard(self, rank: int) -> str:
+        """A rank's heartbeat: who it is and at which step, and its main thread's stack."""
         key = f"beat/{rank}"
         if self.store.check([key]):
-            return json.loads(self.store.get(key))
-        return {"name": f"rank {rank}, never heard", "number": 0, "step": 0, "stack": ""}
+            return self.store.get(key).decode()
+        return f"rank {rank}, never heard\n"
 
     def _watch(self) -> None:
         report: threading.Thread | None = None
@@ -116,14 +111,12 @@ class Watchdog:
 
     def _report(self) -> None:
         """Exit and say where the ranks are."""
-        groups: dict[str, list[Heard]] = {}
+        groups: dict[str, list[str]] = {}
         for heard in map(self._heard, range(self.world_size)):
-            groups.setdefault(str(heard["stack"]), []).append(heard)
+            groups.setdefault(heard.partition("\n")[2], []).append(heard)
         # Ranks that wait for another one all wait in the same place; that one is elsewhere.
         odd = sorted(groups.values(), key=len)
-        shown = "\n".join(
-            _describe(group[0]) + f"and {len(group) - 1} more ranks there" for group in odd
-        )
+        shown = "\n".join(f"{first}and {len(rest)} more ranks there" for first, *rest in odd)
         self._leave(self._tell(f"no step in {self.stuck_s:.0f} s. The ranks are at:\n{shown}"))
 
     def _silent_ranks(self) -> str:
@@ -135,7 +128,7 @@ class Watchdog:
         before = {rank: self._heard(rank) for rank in near}
         self.over.wait(2.5 * self.beat_s)
         silent = [heard for rank, heard in before.items() if heard == self._heard(rank)]
-        return "".join(f"no answer from {_describe(heard)}" for heard in silent)
+        return "".join(f"no answer from {heard}" for heard in silent)
 
     def _tell(self, verdict: str) -> str:
         """Tell all ranks; the first rank's verdict counts, and is returned."""
@@ -153,7 +146,3 @@ class Watchdog:
         faulthandler.dump_traceback()
         self._linger()
         os._exit(1)
-
-
-def _describe(heard: Heard) -> str:
-    return f"{heard['name']}, at step {heard['step']}, last in:\n{heard['stack']}"

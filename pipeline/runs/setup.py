@@ -6,9 +6,9 @@ import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,9 +35,7 @@ from pipeline.data.loader import Loader
 from pipeline.runs.start import conversion, in_its_terms, load_start, objective_of
 from pipeline.training import checkpoint
 from pipeline.training.clock import Clock
-from pipeline.training.config import EngineConfig
-from pipeline.training.ema import WithEMA
-from pipeline.training.engine import build_engine, check_engine, micro_batch_size, resolved
+from pipeline.training.engine import check_engine, micro_batch_size, resolved
 from pipeline.training.first_weights import build_drawn, placement
 
 SCHEDULE = {"training.images"} | {
@@ -61,9 +59,9 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether anything of it is kept; until then it may become another run."""
-        return begun(self.folder)
+        return bool(checkpoint.candidates(self.folder))
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in build_model(self.config.model).parameters())
@@ -96,11 +94,6 @@ class Run:
             distributed.say(f"{self.folder}: {conversion(config.objective, self.loader.manifest)}")
         return model
 
-    def build_engine(self) -> tuple[Any, WithEMA]:
-        """DeepSpeed's engine around the network, and the optimizer that it drives. Collective."""
-        config, batch = self.config, self.config.training.global_batch
-        return build_engine(self.build_model(), config.engine, config.optimizer, batch)
-
     def record(self) -> None:
         """Write down the config, and, where the run begins, code, environment and data. Collective."""
         eras = self.folder / ERAS
@@ -116,29 +109,26 @@ class Run:
         self.loader.eras.folder = eras
 
 
-def begun(folder: Path) -> bool:
-    return bool(checkpoint.candidates(folder))
-
-
 def fit_run(config: TrainConfig) -> Run:
     """Open the dataset and check all that can be checked before a GPU is used.
 
     Raises InputError with each difference between dataset and config.
     """
-    micro_batch = micro_batch_size(config.engine, config.training.global_batch)
+    folder, batch, ranks = Path(config.run), config.training.global_batch, distributed.world_size()
+    micro_batch = micro_batch_size(config.engine, batch)
+    begun = bool(checkpoint.candidates(folder))
     loader = Loader(
         config.data,
-        global_batch=config.training.global_batch,
+        global_batch=batch,
         seed=config.seed,
-        rank_of=(distributed.rank(), distributed.world_size()),
-        eras=Path(config.run) / ERAS if begun(Path(config.run)) else None,
+        rank_of=(distributed.rank(), ranks),
+        eras=folder / ERAS if begun else None,
         model=config.model,
     )
     config = in_its_terms(fit_data(config, loader))
-    config = config.model_copy(update={"engine": _resolve_engine(config)})
-    check_engine(
-        config.engine, config.training.global_batch // micro_batch // distributed.world_size()
-    )
+    engine = resolved(config.engine, load_run_config(folder).engine if begun else None)
+    check_engine(engine, batch // micro_batch // ranks)
+    config = config.model_copy(update={"engine": engine})
     mixture = loader.first.mixture
     for line in (*mixture.doubts(), *mixture.epochs(config.training.images)):
         distributed.say(line)
@@ -185,9 +175,7 @@ def check_fits(mixture: Mixture, model: NetworkConfig, data: DataConfig | None =
         pairs.append(("longest text", longest, f"at least data.text_length, {data.text_length}"))
     if data and (data.text_length or data.pad_text == "longest"):
         whole = [name for name in text.names if text.unmasked(name)]
-        what = (
-            "encoders whose padding the network reads, so that no text_length or pad_text suits it"
-        )
+        what = "encoders whose padding the network reads, which no text_length or pad_text suits"
         pairs.append((what, whole, []))
     most = math.inf if own.get("rope") else own.get("position_grid", math.inf)
     for bucket in mixture.buckets() | mixture.buckets(heldout=True):
@@ -214,11 +202,6 @@ def check_encoders(config: TrainConfig, manifest: Manifest) -> None:
                 f"encoders.text.{name}: got a name that the dataset lacks, expected one of {list(roles)}"
             )
         encoder_folder(roles[name], folder, f"text.{name}")
-
-
-def _resolve_engine(config: TrainConfig) -> EngineConfig:
-    run = Path(config.run)
-    return resolved(config.engine, load_run_config(run).engine if begun(run) else None)
 
 
 def check_run(run: Run, override: bool) -> None:
@@ -260,14 +243,11 @@ def check_run(run: Run, override: bool) -> None:
 
 def _git_state() -> str:
     """The code's commit and what differs from it; empty where there is no git."""
-    commands = ("rev-parse HEAD", "status --short", "diff HEAD")
-    settings: dict[str, Any] = {
-        "cwd": Path(__file__).parents[2],
-        "capture_output": True,
-        "text": True,
-    }
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    commands = ([*git, *c.split()] for c in ("rev-parse HEAD", "status --short", "diff HEAD"))
     with suppress(OSError):
-        return "\n".join(subprocess.run(["git", *c.split()], **settings).stdout for c in commands)
+        done = [subprocess.run(command, capture_output=True, text=True) for command in commands]
+        return "\n".join(each.stdout for each in done)
     return ""
 
 
@@ -278,7 +258,7 @@ def _environment() -> str:
 
 
 def describe(run: Run) -> str:
-    """What a run will be, for --dry-run."""
+    """What a run will be, or is."""
     config, loader, batch = run.config, run.loader, run.config.training.global_batch
     steps, per_epoch = config.training.num_steps, loader.first.order.samples_per_epoch
     ranks, resumes = distributed.world_size(), run.begun

@@ -35,15 +35,14 @@ class Trained:
     @cached_property
     def model_sha256(self) -> str:
         """Hash of all that decides what is drawn of a prompt: weights, network, objective, codec, text encoders."""
+        text = self.manifest.text.model_dump(mode="json", exclude={"roles": {"__all__": {"path"}}})
         return fingerprint(
             {
                 "weights": tensors_sha256(self.state),
                 "network": self.config.model.model_dump(mode="json", exclude={"init_from"}),
                 "objective": self.config.objective.model_dump(mode="json"),
                 "codec": self.manifest.codec.model_dump(mode="json", exclude={"path"}),
-                "text": self.manifest.text.model_dump(
-                    mode="json", exclude={"roles": {"__all__": {"path"}}}
-                ),
+                "text": text,
             }
         )
 

@@ -10,6 +10,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from pipeline import distributed
+
 GLANCE = {
     "loss/train": "loss",
     "heldout_ema/x0_mse": "heldout_x0_mse",
@@ -36,7 +38,7 @@ LAYOUT = {
 
 
 class Board:
-    """Summaries to show, kept until `flush` writes them; what the disk refuses waits for the next flush.
+    """Summaries to show, kept on rank 0 until `flush` writes them; what the disk refuses waits on.
 
     TensorBoard's own writer has a thread that ends for good, with a traceback, at the first refusal.
     """
@@ -51,23 +53,27 @@ class Board:
 
     def _keep(self, event: Event) -> None:
         event.wall_time = time.time()
-        self.waiting.append(event.SerializeToString())
+        if distributed.is_main():
+            self.waiting.append(event.SerializeToString())
 
     def add(self, summary: Any, step: int = 0) -> None:
         """Show what a function of torch.utils.tensorboard.summary made."""
         self._keep(Event(step=step, summary=summary))
 
     def flush(self) -> None:
-        """Write what waits; raises OSError, and leaves the file as it was, where the disk refuses."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self.path.stat().st_size if self.path.is_file() else 0
-        try:
-            with self.path.open("ab") as file:
-                for event in self.waiting:
-                    RecordWriter(file).write(event)
-        except OSError:
-            # Half a record would hide all that follows it.
-            with suppress(OSError):
-                os.truncate(self.path, before)
-            raise
-        self.waiting.clear()
+        """Write what waits; leaves the file as it was, and says so once, where the disk refuses."""
+        if not self.waiting:
+            return
+        with distributed.beside("TensorBoard"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.stat().st_size if self.path.is_file() else 0
+            try:
+                with self.path.open("ab") as file:
+                    for event in self.waiting:
+                        RecordWriter(file).write(event)
+                self.waiting.clear()
+            except OSError:
+                # Half a record would hide all that follows it.
+                with suppress(OSError):
+                    os.truncate(self.path, before)
+                raise

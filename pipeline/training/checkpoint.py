@@ -16,8 +16,9 @@ import shutil
 import time
 from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from pipeline.training import pieces
 from pipeline.training.clock import Clock
 from pipeline.training.config import CheckpointConfig, EMAConfig, power_name
 from pipeline.training.ema import WithEMA
-from pipeline.training.pieces import INDEX, Contents, Pieces
+from pipeline.training.pieces import INDEX, Index, Pieces
 
 RECORD = "checkpoint.json"
 FORMAT = 3
@@ -73,7 +74,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> Files:
     return {path.name: describe(path)}
 
 
-def commit(unfinished: Path, index: dict[str, Any], record: dict[str, Any]) -> Path:
+def commit(unfinished: Path, index: Index, record: dict[str, Any]) -> Path:
     """Turn a folder whose pieces are all on disk into a checkpoint."""
     folder = unfinished.with_suffix("")
     write_text(unfinished / INDEX, json.dumps(index))
@@ -99,7 +100,7 @@ class Saver:
         self.parent, self.config, self.check = parent, config, check
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[Files] | None = None
-        self.contents: Contents | None = None
+        self.index: Index = {}
         self.record: dict[str, Any] = {}
         # Whether the last save failed, and how long it kept training waiting.
         self.failed, self.stall_s = False, 0.0
@@ -131,9 +132,8 @@ class Saver:
             shutil.rmtree(self._unfinished(), ignore_errors=True)
         # Nobody writes before the folder is empty.
         distributed.barrier()
-        tensors, self.contents = pieces.collect(engine, optimizer, states)
-        path = self._unfinished() / f"rank_{distributed.rank():05d}.safetensors"
-        self.writing = self.writer.submit(write, path, tensors)
+        file, tensors, self.index = pieces.collect(engine, optimizer, states)
+        self.writing = self.writer.submit(write, self._unfinished() / file, tensors)
         self.stall_s = time.perf_counter() - begin
 
     def finish(self) -> None:
@@ -143,18 +143,17 @@ class Saver:
         """
         if self.writing is None:
             return
-        error = self.writing.exception()
-        if error is not None and not isinstance(error, OSError | SafetensorError):
-            raise error
-        files = {} if error else self.writing.result()
-        message = error and f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
+        files, message = Files(), None
+        try:
+            files = self.writing.result()
+        except (OSError, SafetensorError) as error:
+            message = f"rank {distributed.rank()}: {str(error).splitlines()[0]}"
         self.writing = None
         self.check()
-        everyone = distributed.gather_objects((files, message, self.contents))
+        everyone = distributed.gather_objects((files, message, self.index))
         if distributed.is_main():
             message = next((text for _, text, _ in everyone if text), None)
-            message = message or self._commit([(f, contents) for f, _, contents in everyone])
-            if message:
+            if message := message or self._commit(everyone):
                 shutil.rmtree(self._unfinished(), ignore_errors=True)
                 free = shutil.disk_usage(self.parent.parent).free >> 20
                 distributed.say(
@@ -166,10 +165,10 @@ class Saver:
     def _unfinished(self) -> Path:
         return step_folder(self.parent, self.record["step"]).with_suffix(".partial")
 
-    def _commit(self, everyone: list[tuple[Files, Contents]]) -> str | None:
+    def _commit(self, everyone: list[tuple[Files, str | None, Index]]) -> str | None:
         """Commit on rank 0; returns what went wrong, if anything."""
-        files = {name: entry for part, _ in everyone for name, entry in part.items()}
-        index = pieces.make_index({name: held for part, held in everyone for name in part})
+        files = {name: entry for part, _, _ in everyone for name, entry in part.items()}
+        index = pieces.merged([index for _, _, index in everyone])
         try:
             folder = commit(self._unfinished(), index, self.record | {"files": files})
         except OSError as error:
@@ -285,17 +284,11 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
-class Stateful(Protocol):
-    """A part of a run that has a state, JSON, beside the optimizer's tensors."""
+def restore(run: Path, engine: Any, optimizer: WithEMA, **parts: Any) -> dict[str, Any] | None:
+    """Load the newest sound checkpoint, if there is one; returns its record. Collective.
 
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
-
-
-def restore(
-    run: Path, engine: Any, optimizer: WithEMA, stateful: dict[str, Stateful] | None = None
-) -> dict[str, Any] | None:
-    """Load the newest sound checkpoint, if there is one; returns its record. Collective."""
+    `parts` of the run get what the record has under their names, by `load`.
+    """
     if distributed.is_main():
         for left_over in step_folders(run / CHECKPOINTS, ".partial").values():
             _delete(left_over)
@@ -311,7 +304,7 @@ def restore(
             "state. Remedy: a new run with start_from, which takes the weights only."
         )
     pieces.load(Pieces(folder), engine, optimizer)
-    for name, part in (stateful or {}).items():
+    for name, part in parts.items():
         part.load(record[name])
     return record
 
@@ -337,13 +330,8 @@ def made_averages(run: Path) -> list[tuple[int, str, Path]]:
 
 def save_weights(path: Path, weights: dict[str, Tensor], about: dict[str, str]) -> None:
     """Write weights that outlive their checkpoint, and a file for `sha256sum -c`."""
-
-    def write(temporary: Path) -> None:
-        save_file(weights, temporary, metadata=about)
-        recorded = path.with_name(path.name + ".sha256")
-        write_text(recorded, f"{file_sha256(temporary)}  {path.name}\n")
-
-    write_whole(path, write)
+    write_whole(path, partial(save_file, weights, metadata=about))
+    write_text(path.with_name(path.name + ".sha256"), f"{file_sha256(path)}  {path.name}\n")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -54,14 +54,6 @@ class Clock:
         return self.step % every_steps == 0 or self.finished
 
     @property
-    def checkpoint_due(self) -> bool:
-        return self.due(self.config.checkpoint.every_steps)
-
-    @property
-    def log_due(self) -> bool:
-        return self.due(self.config.monitor.every_steps)
-
-    @property
     def preview_due(self) -> bool:
         return self.due(self.config.monitor.sample_every_steps)
 

@@ -1,14 +1,17 @@
 """Configs of what training is made of. Importing them loads no torch."""
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from models.config import Config, InputError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Halflife = Annotated[float, Field(gt=0)]
+Schedule = Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"]
 
 
 class OptimizerConfig(Config):
@@ -20,23 +23,19 @@ class OptimizerConfig(Config):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """Applies to matrices only, not to biases, norms and embeddings."""
-    schedule: Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"] = (
-        "constant_with_warmup"
-    )
+    schedule: Schedule = "constant_with_warmup"
     warmup_images: int = Field(default=0, ge=0)
     decay_images: int = Field(default=0, ge=0)
     """Length of the last part of warmup_stable_decay."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global norm of the gradient; 0: not clipped."""
 
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         if (self.decay_images > 0) != (self.schedule == "warmup_stable_decay"):
-            raise ValueError(
+            yield (
                 f"decay_images: got {self.decay_images} with schedule {self.schedule}; warmup_stable_decay "
                 "needs a number above 0, and on the others it has no effect"
             )
-        return self
 
 
 class EngineConfig(Config):
@@ -67,18 +66,11 @@ class EngineConfig(Config):
     heartbeat_timeout_s: float = Field(default=120, gt=0)
     """Silence of a rank that ends the run."""
 
-    @model_validator(mode="after")
-    def _can_offload(self) -> Self:
-        for name, valid in (("offload_optimizer", (1, 2, 3)), ("offload_parameters", (3,))):
-            if getattr(self, name) != "none" and self.zero_stage not in valid:
-                raise ValueError(
-                    f"{name}: no effect with zero_stage {self.zero_stage}, expected one of {valid}"
-                )
-        if self.hpz_partition_size and self.zero_stage < 3:
-            raise ValueError(
-                f"hpz_partition_size: no effect with zero_stage {self.zero_stage}, expected 3"
-            )
-        return self
+    def refusals(self) -> Iterator[str]:
+        least = {"offload_optimizer": 1, "offload_parameters": 3, "hpz_partition_size": 3}
+        for name, stage in least.items():
+            if getattr(self, name) not in ("none", None) and self.zero_stage < stage:
+                yield f"{name}: no effect with zero_stage {self.zero_stage}, expected at least {stage}"
 
 
 class EMAConfig(Config):
@@ -87,26 +79,22 @@ class EMAConfig(Config):
     The averages are named `ema` (the first half-life), `ema_halflife_N` and `ema_sigma_X`.
     """
 
-    halflife_images: float = Field(default=500_000, gt=0)
+    halflife_images: Halflife = 500_000
     rampup_ratio: float = Field(default=0.05, gt=0)
     """Bounds the half-life by this share of the pictures seen: the first weights are forgotten."""
-    more_halflives_images: list[float] = []
+    more_halflives_images: list[Halflife] = []
     sigma_rels: list[float] = []
     """Relative widths of power-function averages (EDM2, 3); with snapshots, [0.05, 0.1] give any."""
     snapshot_images: int = Field(default=0, ge=0)
     """Pictures between two snapshots of `sigma_rels`; 0: no snapshots."""
 
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         for sigma_rel in self.sigma_rels:
             power_exponent(sigma_rel)
         if self.snapshot_images and not self.sigma_rels:
-            raise ValueError("snapshot_images: no effect without sigma_rels; [0.05, 0.1] is usual")
-        if any(halflife <= 0 for halflife in self.more_halflives_images):
-            raise ValueError("more_halflives_images: expected numbers above 0")
+            yield "snapshot_images: no effect without sigma_rels; [0.05, 0.1] is usual"
         if len(self.names()) != 1 + len(self.more_halflives_images) + len(self.sigma_rels):
-            raise ValueError("more_halflives_images, sigma_rels: one of them is given twice")
-        return self
+            yield "more_halflives_images, sigma_rels: one of them is given twice"
 
     def names(self) -> dict[str, tuple[str, float]]:
         """Every average by name: "halflife" or "sigma_rel", and its value."""
@@ -139,14 +127,12 @@ class CheckpointConfig(Config):
     keep_every_steps: int | None = Field(default=None, gt=0)
     """Keeps for good those of every so many steps."""
 
-    @model_validator(mode="after")
-    def _some_are_kept(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
-            raise ValueError(
+            yield (
                 f"keep_every_steps: got {self.keep_every_steps}, expected a multiple of every_steps, "
                 f"{self.every_steps}: no checkpoint is written at the others"
             )
-        return self
 
 
 class MonitorConfig(Config):
@@ -169,14 +155,10 @@ class MonitorConfig(Config):
     log_samples: bool = False
     """Writes the samples of every step to RUN/samples_seen/."""
 
-    @model_validator(mode="after")
-    def _profiles(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         first, last = self.profile_steps or (1, 1)
         if not 1 <= first <= last:
-            raise ValueError(
-                f"profile_steps: got [{first}, {last}], expected a first step of at least 1 and then the last"
-            )
-        return self
+            yield f"profile_steps: got [{first}, {last}], expected a first step of at least 1 and then the last"
 
 
 class RejectionConfig(Config):
@@ -189,9 +171,7 @@ class RejectionConfig(Config):
     window: int = Field(default=100, gt=0)
     """Accepted steps that the mean is taken over; no spike is found before there are as many."""
 
-    @model_validator(mode="after")
-    def _has_effect(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         default = RejectionConfig.model_fields["window"].default
         if self.spike_factor is None and self.window != default:
-            raise ValueError("window: no effect without spike_factor")
-        return self
+            yield "window: no effect without spike_factor"

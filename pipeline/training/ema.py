@@ -6,8 +6,9 @@ the ranks. They are saved as they lie; only a preview during training gathers th
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,8 @@ def ema_decays(
     return decays
 
 
-class Watch(Protocol):
-    """Looks at the tensors that an optimizer steps on, before and after the step."""
-
-    def before(self, parameters: list[Tensor]) -> None: ...
-    def after(self, parameters: list[Tensor], state: Any) -> None: ...
+Watch = Callable[[list[Tensor], Any], AbstractContextManager[None]]
+"""Looks at the tensors that an optimizer steps on, and at its state, before and after the step."""
 
 
 class WithEMA(torch.optim.Optimizer):
@@ -47,7 +45,8 @@ class WithEMA(torch.optim.Optimizer):
 
     A step that DeepSpeed skips (NaN, overflow) never reaches the optimizer, so the averages skip it
     as well. `clip` bounds the gradient's norm, which `wrapper` has measured, DeepSpeed's optimizer around
-    this one; without one (stage 0 in fp32) it is measured here. 0 does not bound it.
+    this one; without one (stage 0 in fp32) it is measured here. 0 does not bound it. `num_taken` grows with
+    each step that is not skipped.
     """
 
     lr: float = 0.0
@@ -56,18 +55,13 @@ class WithEMA(torch.optim.Optimizer):
     watch: Watch | None = None
     wrapper: Any = None
     grad_norm: float | None = None
-    num_skipped: int = 0
+    num_taken: int = 0
 
     def prepare(self, lr: float, decays: dict[str, float], watch: Watch | None) -> None:
         """Set what holds for the next step alone; each group scales `lr` by its own factor."""
         self.lr, self.decays, self.watch = lr, decays, watch
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
-
-    def scalars(self) -> dict[str, float]:
-        """Learning rate and decays of the last step, for the log."""
-        decays = {f"optimizer/{name}_decay": decay for name, decay in self.decays.items()}
-        return {"optimizer/lr": self.lr, **decays}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -80,22 +74,19 @@ class WithEMA(torch.optim.Optimizer):
             self.grad_norm = float(norm)
             # All ranks see the same norm, because the gradients are reduced already.
             if not math.isfinite(self.grad_norm):
-                self.num_skipped += 1
                 return None
-        if self.watch is not None:
-            self.watch.before(parameters)
-        # An average begins as the weights before the step, but Adam makes its states in the step.
-        missing = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
-        begun = {p: p.detach().clone() for p in missing}
-        loss = super().step(closure)
-        for parameter, weights in begun.items():
-            for name in self.decays:
-                self.state[parameter].setdefault(name, weights.clone())
-        for name, decay in self.decays.items() if parameters else ():
-            averages = [self.state[p][name] for p in parameters]
-            torch._foreach_lerp_(averages, parameters, 1.0 - decay)
-        if self.watch is not None:
-            self.watch.after(parameters, self.state)
+        self.num_taken += 1
+        with self.watch(parameters, self.state) if self.watch else nullcontext():
+            # An average begins as the weights before the step, but Adam makes its states in it.
+            missing = [p for p in parameters if self.decays.keys() - self.state[p].keys()]
+            begun = {p: p.detach().clone() for p in missing}
+            loss = super().step(closure)
+            for parameter, weights in begun.items():
+                for name in self.decays:
+                    self.state[parameter].setdefault(name, weights.clone())
+            for name, decay in self.decays.items() if parameters else ():
+                averages = [self.state[p][name] for p in parameters]
+                torch._foreach_lerp_(averages, parameters, 1.0 - decay)
         return loss
 
 

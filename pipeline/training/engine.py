@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,24 +44,21 @@ def micro_batch_size(config: EngineConfig, global_batch: int) -> int:
     return size
 
 
-def native_precision() -> Literal["fp32", "bf16"]:
-    """The precision that `auto` stands for here; emulated bf16 would be slower than fp32."""
-    if distributed.own_device().type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "fp32"
-
-
 def resolved(engine: EngineConfig, begun: EngineConfig | None) -> EngineConfig:
     """The engine with each `auto` replaced: as the run began, or as suits this machine."""
-    update: dict[str, Any] = {}
-    if engine.precision == "auto":
-        update["precision"] = begun.precision if begun else native_precision()
-    if engine.compile == "auto":
+    suits: dict[str, Any] = dict(begun or ())
+    if begun is None:
+        gpu = distributed.own_device().type == "cuda"
+        # Emulated bf16 would be slower than fp32.
+        native = (
+            torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+        )
         # At stage 3 its hooks break graphs, and on CPUs compiled blocks were slower.
-        suits = distributed.own_device().type == "cuda" and engine.zero_stage < 3
-        update["compile"] = begun.compile if begun else suits
+        suits = {
+            "precision": "bf16" if native else "fp32",
+            "compile": gpu and engine.zero_stage < 3,
+        }
+    update = {n: suits[n] for n in ("precision", "compile") if getattr(engine, n) == "auto"}
     return engine.model_copy(update=update)
 
 

@@ -60,12 +60,12 @@ def _drawn(planned: Any, generator: np.random.Generator) -> Tensor:
 
 def placement(engine: EngineConfig, global_batch: int) -> Callable[[nn.Parameter], None]:
     """What moves a parameter to this rank's device in training's dtype; at stage 3 its piece alone. Collective there."""
-    settings = deepspeed_config(engine, micro_batch_size(engine, global_batch), global_batch)
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     cutter: Any = None
     if engine.zero_stage == 3:
         import deepspeed
 
+        settings = deepspeed_config(engine, micro_batch_size(engine, global_batch), global_batch)
         # It cuts all of a module; one without parameters makes it ready for those that follow.
         cutter = deepspeed.zero.Init(nn.Module(), config_dict_or_path=settings)
 

@@ -60,9 +60,10 @@ class Ledger:
 
     def write(self) -> None:
         """Keep this attempt's seconds so far. Rank 0 alone writes."""
-        if distributed.is_main():
-            attempts = [*self.before, self._attempt()]
-            write_text(self.path, json.dumps({"attempts": attempts}, indent=1))
+        attempts = [*self.before, self._attempt()]
+        with distributed.beside("the ledger"):
+            if distributed.is_main():
+                write_text(self.path, json.dumps({"attempts": attempts}, indent=1))
 
     def line(self) -> str:
         """How the time was spent, for people."""

@@ -14,14 +14,7 @@ import torch.distributed as dist
 from jaxtyping import UInt8
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from torch.utils.tensorboard.summary import (
-    custom_scalars,
-    histogram,
-    hparams,
-    image,
-    scalar,
-    text,
-)
+from torch.utils.tensorboard.summary import custom_scalars, histogram, hparams, image, scalar, text
 
 from models.config import flatten
 from models.files import append_to
@@ -67,21 +60,20 @@ class Stopwatch:
         else:
             self.marks.append((part, time.perf_counter()))
 
-    def since(self, begin: int, *parts: str) -> float:
-        """Seconds of some parts since mark number `begin`; on a GPU these must be over."""
-        seconds = 0.0
+    def since(self, begin: int, *parts: str) -> dict[str, float]:
+        """Seconds of some parts, or all, since mark number `begin`; on a GPU these must be over."""
+        seconds: dict[str, float] = defaultdict(float)
         for (_, start), (part, end) in itertools.pairwise(self.marks[begin:]):
-            if part in parts:
-                seconds += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+            if parts and part not in parts:
+                continue
+            seconds[part] += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         return seconds
 
     def collect(self) -> dict[str, float]:
         """Seconds by part since the last call; starts anew."""
-        seconds: dict[str, float] = defaultdict(float)
         if self.on_gpu:
             self.marks[-1][1].synchronize()
-        for (_, begin), (part, end) in itertools.pairwise(self.marks):
-            seconds[part] += begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+        seconds = self.since(0)
         self.reset()
         return seconds
 
@@ -142,34 +134,26 @@ class Monitor:
     """TensorBoard, the line on the terminal and the rates; only rank 0 writes."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        clock: Clock,
-        meter: LossMeter,
-        loader: Loader,
-        engine: Any,
+        self, config: TrainConfig, clock: Clock, meter: LossMeter, loader: Loader, engine: Any
     ):
         self.config, self.settings, self.run = config, config.monitor, Path(config.run)
         self.clock, self.meter, self.loader = clock, meter, loader
         self.objective = Objective(config.objective)
-        self.device, self.exchange, self.pace = (
-            torch.device(engine.device),
-            Exchange(),
-            Pace(distributed.world_size()),
-        )
+        self.device, self.exchange = torch.device(engine.device), Exchange()
+        self.pace = Pace(distributed.world_size())
         self.stopwatch, self.profiler = Stopwatch(self.device), None
-        self.shapes: Counter[tuple[int, int, int]] = Counter()
+        self.shapes = Counter[tuple[int, int, int]]()
         """Steps by the height and width of their latents and by their number of text tokens."""
         self.ledger = Ledger(self.run)
         self.norms = BlockNorms(engine, self.device) if self.settings.block_norms else None
+        # Points after the step that the run resumes from were written by steps that are lost.
+        self.board = Board(self.run / "tensorboard", clock.step + 1 if clock.step else 0)
         self.flops: ModelFlops | None = None
-        self.board: Board | None = None
-        if distributed.is_main():
-            # Points after the step that the run resumes from were written by steps that are lost.
-            purge = clock.step + 1 if clock.step else 0
-            self.board = Board(self.run / "tensorboard", purge)
-            if self.settings.mfu:
-                self._measure_flops(self.board)
+        if distributed.is_main() and self.settings.mfu:
+            # A device that is not in the table is measured.
+            self.flops = ModelFlops(config.model)
+            self.peak, source = peak_flops(self.device, config.engine.precision)
+            self.board.add(text("peak", f"{source}; times {distributed.world_size()} ranks"))
         columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
         self.progress = Progress(*columns, TextColumn("{task.fields[line]}"))
         self.task = self.progress.add_task(
@@ -207,7 +191,8 @@ class Monitor:
         self.step_mark = len(self.stopwatch.marks) - 1
         batch = next(batches)
         self.mark("data")
-        if self.clock.step - self.clock.start_step < FIRST_STEPS or self.clock.log_due:
+        begins = self.clock.step - self.clock.start_step < FIRST_STEPS
+        if begins or self.clock.due(self.settings.every_steps):
             check_ranks(batch)
         if self.settings.log_samples:
             path = self.run / "samples_seen" / f"rank_{distributed.rank():05d}.txt"
@@ -232,7 +217,8 @@ class Monitor:
         self.shapes[*batch.latent_size, text_length] += 1
         self._profile(self.clock.step)
         # Forward alone: from backward on, every rank waits for the slowest.
-        self.exchange.seconds = self.stopwatch.since(self.step_mark, "data", "forward")
+        seconds = self.stopwatch.since(self.step_mark, "data", "forward")
+        self.exchange.seconds = sum(seconds.values())
         self.pace.add(self.exchange.everyones_seconds)
         self.ledger.stepped(self.clock.step, self.loader.wait_s)
         self.progress.update(self.task, completed=self.clock.step)
@@ -243,32 +229,32 @@ class Monitor:
         if self.config.data.on_corrupt == "skip":
             skipped = distributed.gather_objects(self.loader.skipped.samples)
             values["data/skipped_samples"] = float(sum(skipped))
-        values |= optimizer.scalars() | {"optimizer/rejected_steps": float(rejected)}
+        values |= {"optimizer/lr": optimizer.lr, "optimizer/rejected_steps": float(rejected)}
+        values |= {f"optimizer/{name}_decay": decay for name, decay in optimizer.decays.items()}
         if (norm := grad_norm(engine, optimizer)) is not None:
             values["optimizer/grad_norm"] = norm
         if self.norms is not None and optimizer.watch is not None:
             values |= self.norms.collect(norm)
-        if self.board is not None:
-            self._write(self.board, values)
+        if distributed.is_main():
+            self._write(values)
         self.meter.drawn.clear()
         self.restart()
 
-    def _write(self, board: Board, values: dict[str, float]) -> None:
+    def _write(self, values: dict[str, float]) -> None:
         self.mark("other")
         clock, elapsed = self.clock, time.perf_counter() - self.since
         steps = clock.step - self.since_step
-        values = values | self._speed(elapsed, steps)
+        values |= self._speed(elapsed, steps)
         values["progress/images_seen"] = clock.images_seen
         values["speed/slowest_rank"] = float(self.pace.slowest())
         values["speed/goodput"] = self.ledger.goodput()
-        with distributed.beside("the ledger"):
-            self.ledger.write()
+        self.ledger.write()
         seed, batch, drawn = self.loader.plan.seed, clock.global_batch, self.meter.drawn
         sizes = [(step, (self.loader.manifest.codec.channels, h, w)) for step, h, w in drawn]
         t = torch.cat([self.objective.draw_t(seed, step, batch, size) for step, size in sizes])
         alpha, sigma = self.objective.alpha_sigma(t)
         log_snr = 2 * (alpha / sigma).log().clamp(-20, 20)
-        board.add(histogram("log_snr", log_snr.numpy(), bins=80), clock.step)
+        self.board.add(histogram("log_snr", log_snr.numpy(), bins=80), clock.step)
         self.scalars(values)
         line = f"loss {values['loss/train']:.4f}  {values['speed/images_per_s']:.1f} images/s"
         self.progress.update(self.task, line=line)
@@ -289,23 +275,15 @@ class Monitor:
             "memory/peak_gib": peak_memory(self.device) / 2**30,
         }
         if self.flops is not None:
-            tokens = sum(n * h * w for (h, w, _), n in self.shapes.items()) / self.patch**2
+            patch = getattr(self.config.model, "patch_size", 1)
+            tokens = sum(n * h * w for (h, w, _), n in self.shapes.items()) / patch**2
             flops = sum(n * self.flops.picture(*shape) for shape, n in self.shapes.items())
             values["speed/tokens_per_s"] = batch * tokens / elapsed
             values["speed/mfu"] = batch * flops / (self.peak * distributed.world_size() * elapsed)
         return values
 
-    def _measure_flops(self, board: Board) -> None:
-        """Count tokens and model FLOPs from now on; a device not in the table is measured."""
-        self.flops = ModelFlops(self.config.model)
-        self.patch = getattr(self.config.model, "patch_size", 1)
-        self.peak, source = peak_flops(self.device, self.config.engine.precision)
-        board.add(text("peak", f"{source}; times {distributed.world_size()} ranks"))
-
     def describe(self, num_parameters: int) -> None:
         """Write the config as text and as hparams, and the layout of the pages."""
-        if self.board is None:
-            return
         self.board.add(text("config", f"```yaml\n{dump_config(self.config)}\n```"))
         self.board.add(text("model", f"{num_parameters:,} parameters"))
         self.board.add(custom_scalars(LAYOUT))
@@ -314,7 +292,7 @@ class Monitor:
         plain = {k: v if isinstance(v, known) else str(v) for k, v in flat.items()}
         for part in hparams(plain, {"loss/train": 0.0}):
             self.board.add(part)
-        self._flush(self.board)
+        self.board.flush()
 
     def _profile(self, step: int) -> None:
         """Start the trace after the step before its first; write it after its last."""
@@ -333,31 +311,23 @@ class Monitor:
             self.profiler = None
 
     def scalars(self, values: dict[str, float]) -> None:
-        if self.board is not None:
-            first = {f"at_a_glance/{n}": values[tag] for tag, n in GLANCE.items() if tag in values}
-            for name, value in (first | values).items():
-                self.board.add(scalar(name, value), self.clock.step)
-            self._flush(self.board)
+        first = {f"at_a_glance/{n}": values[tag] for tag, n in GLANCE.items() if tag in values}
+        for name, value in (first | values).items():
+            self.board.add(scalar(name, value), self.clock.step)
+        self.board.flush()
 
     def pictures(self, grid: UInt8[Tensor, "3 H W"]) -> None:
         """Show the prompts' pictures."""
-        if self.board is not None:
-            self.board.add(image("at_a_glance/samples", grid, dataformats="CHW"), self.clock.step)
-            self._flush(self.board)
-
-    def _flush(self, board: Board) -> None:
-        with distributed.beside("TensorBoard"):
-            board.flush()
+        self.board.add(image("at_a_glance/samples", grid, dataformats="CHW"), self.clock.step)
+        self.board.flush()
 
     def close(self) -> None:
         """Say where the time went, the last save's among it."""
         self.ledger.mark("save")
-        with distributed.beside("the ledger"):
-            self.ledger.write()
+        self.ledger.write()
         distributed.say(self.ledger.line())
         self.progress.stop()
-        if self.board is not None:
-            self._flush(self.board)
+        self.board.flush()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,6 +7,8 @@ adds the ranks' sums. Nothing is gathered.
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def block_of(name: str) -> str:
 
 
 class BlockNorms:
-    """Sums squares by block as an optimizer's `watch`; `collect` returns their roots."""
+    """Sums squares by block around a step, as an optimizer's `watch`; `collect` returns roots."""
 
     def __init__(self, engine: Any, device: torch.device):
         self.divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
@@ -36,7 +38,6 @@ class BlockNorms:
         for name, _, tensor, start, count in owned_pieces(engine):
             self.pieces[id(tensor)].append((self.blocks.index(block_of(name)), start, count))
         self.sums = torch.zeros(len(KINDS), len(self.blocks), dtype=torch.float64, device=device)
-        self.old: dict[int, Tensor] = {}
 
     def _add(self, kind: str, parameter: Tensor, value: Tensor) -> None:
         pieces, flat = self.pieces[id(parameter)], value.detach().flatten()
@@ -47,15 +48,15 @@ class BlockNorms:
         squares = torch.stack(norms).to(self.sums).square()
         self.sums[KINDS.index(kind)].index_add_(0, blocks, squares)
 
-    def before(self, parameters: list[Tensor]) -> None:
+    @contextmanager
+    def __call__(self, parameters: list[Tensor], state: Any) -> Iterator[None]:
         for parameter in parameters:
             assert parameter.grad is not None
             self._add("gradient", parameter, parameter.grad)
-            self.old[id(parameter)] = parameter.detach().clone()
-
-    def after(self, parameters: list[Tensor], state: Any) -> None:
-        for parameter in parameters:
-            self._add("update", parameter, parameter - self.old.pop(id(parameter)))
+        before = [parameter.detach().clone() for parameter in parameters]
+        yield
+        for parameter, old in zip(parameters, before, strict=True):
+            self._add("update", parameter, parameter - old)
             self._add("weight", parameter, parameter)
             self._add("ema_distance", parameter, parameter - state[parameter]["ema"])
 

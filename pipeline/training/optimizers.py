@@ -148,22 +148,15 @@ class MuonAdamW(torch.optim.AdamW):
         tensor.mul_(1 - lr * decay)
         flats = (x.view(-1) for x in (tensor, tensor.grad, state["momentum_buffer"]))
         weights, gradient, momentum = flats
-
-        def direction(matrix: Matrix) -> Tensor:
-            """This rank's part of Nesterov's direction."""
-            nesterov = gradient[matrix.part].lerp(momentum[matrix.part], MOMENTUM)
-            return nesterov.to(self.device, torch.bfloat16)
-
-        def apply(matrix: Matrix, update: Tensor) -> None:
-            scaled = _adjust_lr(lr, "match_rms_adamw", matrix.shape)
-            weights[matrix.part].add_(update.to(weights.device), alpha=-scaled)
-
         for matrices in self.rounds[tensor]:
-            updates = orthogonalised_together(
-                matrices, {r: direction(m) for r, m in matrices.items()}
-            )
+            directions: dict[int, Tensor] = {}
             for rank, matrix in matrices.items():
-                apply(matrix, updates[rank])
+                nesterov = gradient[matrix.part].lerp(momentum[matrix.part], MOMENTUM)
+                directions[rank] = nesterov.to(self.device, torch.bfloat16)
+            updates = orthogonalised_together(matrices, directions)
+            for rank, matrix in matrices.items():
+                scaled = _adjust_lr(lr, "match_rms_adamw", matrix.shape)
+                weights[matrix.part].add_(updates[rank].to(weights.device), alpha=-scaled)
 
 
 class MuonWithEMA(WithEMA, MuonAdamW):

@@ -6,9 +6,9 @@ pieces that it owns now, so no layout (ZeRO stage, precision, number of ranks) i
 another. A state is `raw` (the fp32 weights), a moment, or an average.
 """
 
+import itertools
 import json
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,13 @@ INDEX = "index.json"
 RAW = "raw"
 
 GATHERED = 1 << 24
-"""Elements of full weights that are gathered at once: 64 MiB."""
+"""Elements of full weights that are gathered at once, 64 MiB, beside the end of one parameter."""
 
 Place = tuple[str, int, int]
 """A file, the first element that it holds of a parameter, and the number of elements."""
+
+Index = dict[str, Any]
+"""Places by STATE/PARAMETER, shapes of whole parameters, optimizer's step: of a file, or of all."""
 
 
 class Piece(NamedTuple):
@@ -90,17 +93,9 @@ def even_share(pieces: list[Piece], rank: int, ranks: int) -> Iterator[Piece]:
         first += size
 
 
-@dataclass
-class Contents:
-    """What the index says of one rank's file.
-
-    `places` are first element and number of elements by STATE/PARAMETER; `shapes` are those of
-    whole parameters.
-    """
-
-    places: dict[str, tuple[int, int]]
-    shapes: dict[str, list[int]]
-    optimizer_step: int
+def shapes_of(engine: Any) -> dict[str, list[int]]:
+    """Shapes of the engine's whole parameters."""
+    return {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
 
 
 def is_weights(state: str) -> bool:
@@ -110,16 +105,15 @@ def is_weights(state: str) -> bool:
 
 def collect(
     engine: Any, optimizer: WithEMA, states: Container[str] | None = None
-) -> tuple[dict[str, Tensor], Contents]:
-    """Copies in CPU memory of what this rank saves: `states`, or all that are up to date."""
-    pieces = list(owned_pieces(engine))
+) -> tuple[str, dict[str, Tensor], Index]:
+    """This rank's file: name, copies in CPU memory of `states` or all that are in use, and index."""
+    file, pieces = f"rank_{distributed.rank():05d}.safetensors", list(owned_pieces(engine))
     if engine.zero_optimization_stage() == 0:
         pieces = even_share(pieces, distributed.rank(), distributed.world_size())
-    shapes = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
-    tensors, contents = {}, Contents({}, shapes, 0)
+    tensors, places, step = {}, dict[str, list[Place]](), 0
     for piece in pieces:
         found = {RAW: piece.tensor} | optimizer.state[piece.tensor]
-        contents.optimizer_step = max(contents.optimizer_step, int(found.pop("step", 0)))
+        step = max(step, int(found.pop("step", 0)))
         for state, value in found.items():
             # An average that the config no longer names is out of date.
             stale = is_weights(state) and state not in (RAW, *optimizer.decays)
@@ -127,27 +121,27 @@ def collect(
                 continue
             key = f"{state}/{piece.name}"
             tensors[key] = piece.of(value).to("cpu", copy=True)
-            contents.places[key] = piece.at, piece.size
-    return tensors, contents
+            places[key] = [(file, piece.at, piece.size)]
+    return file, tensors, {"optimizer_step": step, "shapes": shapes_of(engine), "pieces": places}
 
 
-def make_index(files: dict[str, Contents]) -> dict[str, Any]:
-    """Where the pieces of each STATE/PARAMETER are."""
+def merged(indexes: list[Index]) -> Index:
+    """The index of all files, the places of a STATE/PARAMETER in order of their first elements."""
     found: dict[str, list[Place]] = {}
-    for file, contents in files.items():
-        for key, (first, count) in contents.places.items():
-            found.setdefault(key, []).append((file, first, count))
+    for index in indexes:
+        for key, places in index["pieces"].items():
+            found.setdefault(key, []).extend(places)
     return {
-        "optimizer_step": max(contents.optimizer_step for contents in files.values()),
-        "shapes": next(iter(files.values())).shapes,
+        "optimizer_step": max(index["optimizer_step"] for index in indexes),
+        "shapes": indexes[0]["shapes"],
         "pieces": {key: sorted(found[key], key=lambda place: place[1]) for key in sorted(found)},
     }
 
 
-def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
-    """Where elements first to first + count lie: (file, begin, end) within each file's piece.
+def overlaps(key: str, places: list[Place], first: int, count: int) -> list[Place]:
+    """Where elements first to first + count of `key` lie: (file, begin, end) within each file's piece.
 
-    `places` are in order of their first elements. Raises ValueError where an element lies in none of them.
+    `places` are in order of their first elements. Raises InputError where an element lies in none of them.
     """
     runs, at = [], first
     for file, begin, size in places:
@@ -156,7 +150,8 @@ def overlaps(places: list[Place], first: int, count: int) -> list[Place]:
             runs.append((file, at - begin, end - begin))
             at = end
     if at != first + count:
-        raise ValueError(f"no piece holds element {at}, expected {first} to {first + count - 1}")
+        wanted = f"{first} to {first + count - 1}"
+        raise InputError(f"{key}: no piece holds element {at}, expected {wanted}")
     return runs
 
 
@@ -174,12 +169,8 @@ class Pieces:
 
     def read(self, key: str, first: int, count: int) -> Tensor:
         """Elements first to first + count of STATE/PARAMETER, flat; InputError if one is missing."""
-        try:
-            runs = overlaps(self.places.get(key, []), first, count)
-        except ValueError as error:
-            raise InputError(f"{self.folder / INDEX}: {key}: {error}") from error
-        parts = []
-        for file, begin, end in runs:
+        parts, named = [], f"{self.folder / INDEX}: {key}"
+        for file, begin, end in overlaps(named, self.places.get(key, []), first, count):
             if file not in self._files:
                 self._files[file] = safe_open(self.folder / file, "pt")
             parts.append(self._files[file].get_slice(key)[begin:end])
@@ -196,8 +187,7 @@ class Pieces:
 def load(stored: Pieces, engine: Any, optimizer: WithEMA) -> None:
     """Fill all that this rank owns; raises InputError for another network's. Collective."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    own = {name: list(shape_of(p)) for name, p in engine.module.named_parameters()}
-    for name, (got, expected) in differences(stored.shapes, own).items():
+    for name, (got, expected) in differences(stored.shapes, shapes_of(engine)).items():
         raise InputError(
             f"{stored.folder}: is of another network: {name} got {got}, expected {expected}. Remedy: the model "
             "section that the run began with."
@@ -240,7 +230,11 @@ def full_weights(
     own = {piece.name: piece for piece in owned_pieces(engine)}
     divided = engine.zero_optimization_stage() > 0 and distributed.world_size() > 1
     weights: dict[str, Tensor] = {}
-    for shapes in _batches({n: shape_of(p) for n, p in engine.module.named_parameters()}):
+    every = {n: shape_of(p) for n, p in engine.module.named_parameters()}
+    ends = itertools.accumulate(shape.numel() for shape in every.values())
+    places = zip(every.items(), ends, strict=True)
+    for _, some in itertools.groupby(places, lambda place: place[1] // GATHERED):
+        shapes = dict(item for item, _ in some)
         sizes = [shape.numel() for shape in shapes.values()]
         values = torch.zeros(sum(sizes), device=engine.device)
         for name, value in zip(shapes, values.split(sizes), strict=True):
@@ -255,14 +249,3 @@ def full_weights(
         pairs = zip(shapes.items(), flat, strict=True)
         weights |= {name: value.view(shape) for (name, shape), value in pairs}
     return weights
-
-
-def _batches(shapes: dict[str, torch.Size]) -> Iterator[dict[str, torch.Size]]:
-    """The shapes in order, in dicts of GATHERED elements or of one larger parameter."""
-    some, count = dict[str, torch.Size](), 0
-    for name, shape in shapes.items():
-        if some and count + shape.numel() > GATHERED:
-            yield some
-            some, count = {}, 0
-        some[name], count = shape, count + shape.numel()
-    yield some

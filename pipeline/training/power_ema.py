@@ -1,7 +1,7 @@
 """Averages of the weights of any width, made after training from the snapshots that the run stored.
 
 EDM2 (Karras et al. 2312.02696), section 3.2 and appendix C.3: the wanted profile is the least-squares
-combination of the stored power-function averages.
+combination of the stored power-function averages (`ema.sigma_rels`).
 """
 
 import json
@@ -76,8 +76,7 @@ def coefficients(
 
     EDM2 algorithm 3, on profiles scaled to norm 1, which keeps the system well conditioned.
     """
-    gammas = np.array([power_exponent(s) for s in sigma_rels])
-    t, g = np.asarray(times, np.float64), gammas
+    t, g = np.asarray(times, np.float64), np.array([power_exponent(s) for s in sigma_rels])
     gram = inner_product(t[:, None], g[:, None], t[None, :], g[None, :])
     goal = inner_product(t, g, np.asarray(time), np.asarray(power_exponent(sigma_rel)))
     norm = np.sqrt(np.diag(gram))
@@ -95,9 +94,8 @@ def reconstruct(snapshots: list[StoredAverage], sigma_rel: float) -> dict[str, t
     widths = np.array([s.sigma_rel for s in snapshots])
     shares = coefficients(times, widths, times[-1], sigma_rel)
     sums: dict[str, torch.Tensor] = {}
-    for snapshot, share in track(
-        list(zip(snapshots, shares.tolist(), strict=True)), "snapshots", transient=True
-    ):
+    pairs = list(zip(snapshots, shares.tolist(), strict=True))
+    for snapshot, share in track(pairs, "snapshots", transient=True):
         stored = Pieces(snapshot.folder)
         for name in stored.shapes:
             part = stored.whole(power_name(snapshot.sigma_rel), name).double() * share

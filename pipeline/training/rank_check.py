@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections import Counter
 
 import numpy as np
 
@@ -15,17 +14,11 @@ SLOW, SLOW_STEPS = 1.2, 100
 """A rank that takes so many times the median's seconds in so many steps on end is named."""
 
 
-def drawn_by(batch: Batch) -> list[tuple[int, str]]:
-    """Place in the global batch, and hash of the noise, of each of this rank's samples."""
-    assert batch.noise is not None
-    rows = zip(batch.indices.tolist(), batch.noise.cpu().numpy(), strict=True)
-    return [
-        (place, hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest()) for place, row in rows
-    ]
-
-
 def find_fault(drawn: list[list[tuple[int, str]]]) -> str | None:
-    """The two ranks that share a place or the noise of a sample, in words; None where none do."""
+    """The two ranks that share a place or the noise of a sample, in words; None where none do.
+
+    `drawn` has place in the global batch and hash of the noise of each sample, by rank.
+    """
     for column, what in enumerate(("place in the global batch", "noise")):
         owners: dict[int | str, int] = {}
         for rank, samples in enumerate(drawn):
@@ -37,8 +30,10 @@ def find_fault(drawn: list[list[tuple[int, str]]]) -> str | None:
 
 def check_ranks(batch: Batch) -> None:
     """End the run, by name, where samples of two ranks share their place or noise. Collective."""
-    fault = find_fault(distributed.gather_objects(drawn_by(batch)))
-    if fault:
+    assert batch.noise is not None
+    hashes = [hashlib.blake2b(row, digest_size=8).hexdigest() for row in batch.noise.cpu().numpy()]
+    drawn = list(zip(batch.indices.tolist(), hashes, strict=True))
+    if fault := find_fault(distributed.gather_objects(drawn)):
         message = (
             f"step {batch.step}: {fault}: they learn the same twice. Remedy: every rank needs the same seed and "
             "a RANK of its own; what changes the random state between steps is to be found."
@@ -51,20 +46,19 @@ class Pace:
 
     def __init__(self, ranks: int):
         self.sums = np.zeros(ranks)
-        self.slow = Counter[int]()
+        self.slow = np.zeros(ranks, int)
+        """Slow steps of every rank on end."""
 
     def add(self, seconds: np.ndarray) -> None:
         """Count one step's seconds, (ranks,)."""
         self.sums += seconds
         median = float(np.median(seconds))
-        slow = set(np.flatnonzero(seconds > SLOW * median).tolist())
-        self.slow = Counter({rank: self.slow[rank] + 1 for rank in slow})
-        for rank in slow:
-            if self.slow[rank] == SLOW_STEPS:
-                distributed.say(
-                    f"rank {rank} has taken over {SLOW:g} times the median of all ranks for {SLOW_STEPS} steps, the "
-                    f"last {seconds[rank]:.3f} s beside {median:.3f} s: all others wait for it"
-                )
+        self.slow = np.where(seconds > SLOW * median, self.slow + 1, 0)
+        for rank in np.flatnonzero(self.slow == SLOW_STEPS):
+            distributed.say(
+                f"rank {rank} has taken over {SLOW:g} times the median of all ranks for {SLOW_STEPS} steps, the "
+                f"last {seconds[rank]:.3f} s beside {median:.3f} s: all others wait for it"
+            )
 
     def slowest(self) -> int:
         """The rank with the most seconds since the last call."""

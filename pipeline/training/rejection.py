@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.files import append_to, write_text
+from models.files import write_text
 from pipeline import distributed
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
@@ -28,16 +28,11 @@ from pipeline.training.forward import Terms
 class Rejection:
     """Judges every step, with the same verdict on all ranks."""
 
-    def __init__(self, config: TrainConfig, loader: Loader, engine: Any, optimizer: WithEMA):
+    def __init__(self, config: TrainConfig, loader: Loader, optimizer: WithEMA):
         self.config, self.path = config.rejection, Path(config.run) / "rejected.jsonl"
-        self.loader, self.engine, self.optimizer = loader, engine, optimizer
+        self.loader, self.optimizer, self.taken = loader, optimizer, optimizer.num_taken
         self.total, self.in_a_row = 0, 0
         self.recent: deque[float] = deque(maxlen=self.config.window)
-        self.skipped = self._skipped()
-
-    def _skipped(self) -> int:
-        """Steps that DeepSpeed, or the optimizer in its place, skipped: gradient not finite."""
-        return self.engine.skipped_steps + self.optimizer.num_skipped
 
     def state(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row, "recent": list(self.recent)}
@@ -45,7 +40,6 @@ class Rejection:
     def load(self, state: dict[str, Any]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
         self.recent.extend(state["recent"])
-        self.skipped = self._skipped()
         if distributed.is_main() and self.path.is_file():
             # Those that come after are of steps that are lost.
             kept = self.path.read_text().splitlines(keepends=True)[: self.total]
@@ -73,16 +67,16 @@ class Rejection:
 
         Exits with status 1 after too many rejected steps in a row.
         """
-        loss, skipped, reason = float(self.loss.numpy()), self._skipped(), "gradient not finite"
-        if skipped == self.skipped:
-            self.in_a_row = 0
+        loss, reason = float(self.loss.numpy()), "gradient not finite"
+        if self.optimizer.num_taken > self.taken:
+            self.taken, self.in_a_row = self.optimizer.num_taken, 0
             self.recent.append(loss)
             return True
         if not math.isfinite(loss):
             reason = f"loss {loss}"
         elif loss > self.limit:
             reason = f"loss {loss:.4g} is above {self.limit:.4g}"
-        self.skipped, self.total, self.in_a_row = skipped, self.total + 1, self.in_a_row + 1
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         self._note(step, reason, batch, losses_of(terms))
         if self.in_a_row == self.config.max_in_a_row:
             message = (
@@ -107,11 +101,9 @@ class Rejection:
         if distributed.is_main():
             samples = sorted((r for part in everyone for r in part), key=lambda r: r["index"])
             line = {"step": step, "reason": reason, "samples": samples}
-            with distributed.beside(self.path.name):
-                if self.total == 1:
-                    # Left over from an attempt of which nothing was kept.
-                    self.path.unlink(missing_ok=True)
-            with distributed.beside(self.path.name), append_to(self.path) as file:
+            # What is there before the first is left over from an attempt of which nothing was kept.
+            mode = "a" if self.total > 1 else "w"
+            with distributed.beside(self.path.name), self.path.open(mode) as file:
                 file.write(json.dumps(line) + "\n")
         distributed.say(f"step {step} rejected: {reason}; {self.total} in all")
 

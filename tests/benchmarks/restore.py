@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.networks import MMDiTConfig, build_model
-from pipeline.training.pieces import INDEX, RAW, Contents, Pieces, make_index
+from pipeline.training.pieces import INDEX, RAW, Index, Pieces, merged
 
 STATES = (RAW, "ema", "exp_avg", "exp_avg_sq")
 Part = tuple[str, int, int]
@@ -60,15 +60,16 @@ def write_sparse(path: Path, places: dict[str, tuple[int, int]]) -> None:
 
 def write_checkpoint(folder: Path, shapes: dict[str, list[int]], stage: int, ranks: int) -> float:
     """Every rank's file and the index; returns the seconds that rank 0's index takes."""
-    files: dict[str, Contents] = {}
+    indexes: list[Index] = []
     for rank in range(ranks):
         name = f"rank_{rank:05d}.safetensors"
         parts = list(parts_of(shapes, stage, rank, ranks))
         places = {f"{state}/{n}": (at, count) for state in STATES for n, at, count in parts}
         write_sparse(folder / name, places)
-        files[name] = Contents(places, shapes, 1)
+        pieces = {key: [(name, *place)] for key, place in places.items()}
+        indexes.append({"optimizer_step": 1, "shapes": shapes, "pieces": pieces})
     begun = time.perf_counter()
-    (folder / INDEX).write_text(json.dumps(make_index(files)))
+    (folder / INDEX).write_text(json.dumps(merged(indexes)))
     return time.perf_counter() - begun
 
 

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "cluster": set(PACKAGES),
 }
 # What a prepared dataset is, and how it is read: the pipeline's too.
-CONTRACT = tuple(f"data_prep.{name}" for name in ("schema", "proof", "drift", "recorded"))
+CONTRACT = tuple(
+    f"data_prep.{name}" for name in ("schema", "metadata", "proof", "drift", "recorded")
+)
 # The floors of a package, the highest first: a file or folder imports from its own floor and from lower ones.
 # What is named need not exist yet; what is not named, the commands above all, stands over all floors.
 FLOORS = {

@@ -83,6 +83,15 @@ def _other_picture(pixels: np.ndarray, shown: dict[str, np.ndarray]) -> str:
     )
 
 
+def numbers(stored: np.ndarray) -> np.ndarray:
+    """What is stored, float64: uint16 holds the bits of bfloat16, a token in int8 ends with its scale."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if stored.dtype == np.int8:
+        return stored[..., :-2] * stored[..., -2:].copy().view(np.float16).astype(np.float64)
+    return stored.astype(np.float64)
+
+
 def _other_text(
     encode: Callable[[str], dict[str, np.ndarray]], sample: Sample, shown: dict[str, np.ndarray]
 ) -> str:
@@ -90,7 +99,7 @@ def _other_text(
     if not np.array_equal(shown["caption_sha256"], caption_hash(sample["caption"])):
         return "its caption is not the one that it was made with"
     for name, array in encode(sample["caption"]).items():
-        then, now = (np.atleast_2d(a).astype(np.float64) for a in (sample[name], array))
+        then, now = (np.atleast_2d(numbers(a)) for a in (sample[name], array))
         if then.shape != now.shape:
             return f"{name}: {then.shape} are stored, its caption gives {now.shape}"
         lengths = np.linalg.norm(then, axis=1)

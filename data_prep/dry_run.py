@@ -138,7 +138,7 @@ def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listin
     yield cut_listing(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
     rows = []
     for name, encoder in config.text_encoders.items() if captions else ():
-        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view)
+        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view, encoder.store)
         stored = fmean(rows_stored(encoder.view, n) for n in counts[name])
         size = (stored * row_bytes + pooled_bytes) / 1024
         rows.append((name, f"{stored:.1f}", f"{row_bytes:,}", f"{size:,.1f}"))

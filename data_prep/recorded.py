@@ -82,5 +82,5 @@ def encode_caption(
     found: dict[str, np.ndarray] = {}
     for name, encoder in texts.items():
         arrays = Text(encoder, name, roles[name].store).encode([caption])
-        found |= {member: values[0] for member, values in arrays.items()}
+        found |= {member: values[0] for member, values in arrays.items() if "." not in member}
     return found

@@ -84,7 +84,7 @@ class _Shape:
         return cls
 
 
-Bool = Float = Int = _Shape
+Bool = Float = Int = Int8 = _Shape
 PositiveFloat = NonNegativeFloat = float
 PositiveInt = int
 

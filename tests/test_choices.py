@@ -1,6 +1,8 @@
 """What a run leaves out: its batches are those of a dataset that was prepared without it, from the next epoch on."""
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.preparation import prepare
+from data_prep.schema import index_path, read_shard_table
 from models.command import load_config
 from models.config import InputError, parse_config
+from pipeline.config import load_run_config
 from pipeline.data.config import DataConfig
-from pipeline.data.eras import left_out_since
+from pipeline.data.datasets import keys_and_captions
+from pipeline.data.eras import ERAS, left_out_since
 from pipeline.data.loader import Loader
+from pipeline.inference.model_card import model_card
+from pipeline.runs.trained import open_trained
+from tests import train_factory
 from tests.prep_factory import config_of_pictures
 from tests.shard_factory import make_dataset, write_work
 from tests.test_data import joined, numbers, take
@@ -231,3 +239,30 @@ def test_what_cannot_be_read_is_refused_at_the_start_and_told_of_later(tmp_path,
 def test_ranges_and_scores_that_say_nothing_are_refused(data, message):
     with pytest.raises(InputError, match=message):
         parse_config(DataConfig, data | {"path": "x"}, "x")
+
+
+def test_an_evaluation_does_not_measure_what_is_left_out_and_the_card_says_it(
+    trained_run, tmp_path
+):
+    run = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    data = Path(load_run_config(run).data.path or "")
+    heldout = [row["split"] == "heldout" for row in read_shard_table(data).to_pylist()]
+    paths = read_shard_table(data).filter(heldout)["path"].to_pylist()
+    keys = [
+        key for path in paths for key, _ in keys_and_captions(data / path, data / index_path(path))
+    ]
+    (tmp_path / "gone.txt").write_text("\n".join(keys[:3]))
+    overrides = [f"data.exclude={tmp_path / 'gone.txt'}", "--heldout", "1000"]
+    done = train_factory.run(
+        "pipeline.evaluate", str(run), *overrides, "--output", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr
+    (measured,) = (tmp_path / "out").glob("*/measurements.json")
+    (figures,) = json.loads(measured.read_text())
+    assert figures["measured_with"]["num_pictures"] == len(keys) - 3
+    settled = run / ERAS / "epoch_00000000.json"
+    settled.write_text(
+        json.dumps(json.loads(settled.read_text()) | {"left_out": {"data.exclude": 3}})
+    )
+    card = model_card(open_trained(run, "ema", None), tmp_path, "fp32", ["diffusers", "x"], "mine")
+    assert "Pictures left out: from epoch 0 on 3 by data.exclude." in card

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from data_prep.decoder import Address, Answer, DecodePool, Probe, ProbeRequest
 from data_prep.images import ImagesConfig, Rejected
-from data_prep.metadata import MetadataFilter, refusal
+from data_prep.schema.metadata import MetadataFilter, refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.storage import publish, temporary_for
 from data_prep.text import encodable, encoding_of

@@ -22,10 +22,10 @@ from data_prep.catalog import draw_captions
 from data_prep.config import PrepareConfig
 from data_prep.encoders import configured
 from data_prep.images import Rejected, list_buckets
-from data_prep.metadata import refusal
 from data_prep.output import read_intakes
 from data_prep.report import Listing, class_names, console, cut_listing, encoder_listing, warn
 from data_prep.scan import compare
+from data_prep.schema.metadata import refusal
 from data_prep.sources import Entry, Item, SourceConfig, read_entries, sample_key
 from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of, num_files
@@ -138,7 +138,7 @@ def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listin
     yield cut_listing(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
     rows = []
     for name, encoder in config.text_encoders.items() if captions else ():
-        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view)
+        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view, encoder.store)
         stored = fmean(rows_stored(encoder.view, n) for n in counts[name])
         size = (stored * row_bytes + pooled_bytes) / 1024
         rows.append((name, f"{stored:.1f}", f"{row_bytes:,}", f"{size:,.1f}"))

@@ -32,6 +32,8 @@ WORDS = (0, 1, 2, 5, 10, 20, 40, 80, 160)
 HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption": WORDS}
 # A row of the plan and its Picture, None where no encoder looks at it.
 Decoded = tuple[dict[str, Any], Any]
+# Of a shard by role: tokens, sum and largest of their errors.
+TextErrors = dict[str, tuple[int, float, float]]
 
 # torch is imported by `describe`: this module is also imported where only decoding is done.
 
@@ -150,11 +152,12 @@ class ShardEncoder(Worker):
         rows = [row for place, row in enumerate(planned) if place not in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
         sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
-        samples = ProofSamples(self._config.thumbnails_per_shard)
+        samples, errors = ProofSamples(self._config.thumbnails_per_shard), TextErrors()
         rejects = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
+                    take_errors(arrays, errors)
                     variants = self._variants(row["captions"], self._flips(spec))
                     writer.add(row["key"], arrays, _facts(row, picture), variants)
                     kept.append(row)
@@ -167,7 +170,7 @@ class ShardEncoder(Worker):
             commit = asdict(spec) | writer.commit(proof) | _summary(kept)
             commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
             commit |= {"latent_square_sum": sums[2].tolist()}
-            commit |= {"psnr_db": psnr_db, "rejects": rejects}
+            commit |= {"psnr_db": psnr_db, "rejects": rejects, "text_errors": errors}
             self._commit(commit, kept)
         finally:
             writer.abandon()
@@ -331,6 +334,27 @@ def in_halves(encode: Callable[[Any], dict[str, Any]], values: Any) -> dict[str,
     middle = len(values) // 2
     first, second = (in_halves(encode, half) for half in (values[:middle], values[middle:]))
     return {name: [*first[name], *second[name]] for name in first}
+
+
+def take_errors(arrays: dict[str, np.ndarray], errors: TextErrors) -> None:
+    """Move what int8 loses of each token from a picture's arrays to its shard's errors."""
+    for name in [name for name in arrays if ".error" in name]:
+        values, role = arrays.pop(name), name.split(".")[0]
+        count, total, worst = errors.get(role, (0, 0.0, 0.0))
+        worst = max(worst, float(values.max(initial=0)))
+        errors[role] = count + len(values), total + float(values.sum()), worst
+
+
+def with_errors(text: dict[str, Any], commits: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest's record of the text, with what int8 loses of the tokens of all shards."""
+    roles = dict(text["roles"])
+    for name in roles:
+        every = (commit.get("text_errors", {}).get(name) for commit in commits)
+        if found := list(filter(None, every)):
+            counts, totals, worst = zip(*found, strict=True)
+            errors = {"mean_error": sum(totals) / sum(counts), "worst_error": max(worst)}
+            roles[name] = roles[name] | errors
+    return text | {"roles": roles}
 
 
 def _add_latents(sums: np.ndarray, moments: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from data_prep.schema import CodecRecord, Member, RoleRecord, VisionRecord
 from models.codec_layouts import LAYOUTS, PIXELS, Layout
 from models.config import Config, InputError, Place
 from models.files import file_sha256
-from models.text_conventions import Store, View
+from models.text_conventions import Store, View, width_stored
 from models.weights import (
     EncoderDtype,
     config_sha256,
@@ -149,7 +149,8 @@ class TextEncoderConfig(EncoderConfig, View):
     """
 
     store: Store = "float16"
-    """bfloat16 holds numbers beyond 65504, with 8 bits of each in place of 11."""
+    """bfloat16 holds numbers beyond 65504, with 8 bits of each in place of 11; int8 takes half the space, with 8 bits of
+    each token's largest number."""
 
     @property
     def view(self) -> View:
@@ -228,39 +229,53 @@ class Text(Encoder):
     def __init__(self, model: Any, name: str, store: Store):
         super().__init__(model, name)
         self.store: Store = store
+        # What vectors and the empty caption are stored in.
+        self.whole = "float16" if store == "int8" else store
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"store": self.store}
 
     def members(self) -> dict[str, Member]:
         dim, width = self.model.dim, self.model.pooled_dim
-        tokens = {self.name: Member(dtype=self.store, shape=(None, dim))} if dim else {}
-        pooled = {f"{self.name}_pooled": Member(dtype=self.store, shape=(width,))} if width else {}
-        return tokens | pooled
+        stored = Member(dtype=self.store, shape=(None, width_stored(self.store, dim)))
+        vector = Member(dtype=self.whole, shape=(width,))
+        return ({self.name: stored} if dim else {}) | (
+            {f"{self.name}_pooled": vector} if width else {}
+        )
 
     def encode(self, batch: Any) -> Arrays:
-        return self._arrays(self.model.encode(batch))
+        """Every member's array of each caption; of int8 the error of each token too, 1 - cosine, as NAME.error."""
+        tokens, mask, pooled = self.model.encode(batch)
+        found = self._arrays(tokens, mask, pooled)
+        if self.store == "int8" and self.model.dim:
+            import torch
 
-    def encode_empty(self, empty: str) -> dict[str, np.ndarray]:
-        """Every member's array of the caption without words."""
-        found = self._arrays(self.model.encode_empty(empty))
-        return {name: values[0] for name, values in found.items()}
+            from models.prompts import dequantised, quantised
 
-    def _arrays(self, encoded: Any) -> Arrays:
-        tokens, mask, pooled = encoded
-        found: Arrays = {}
-        if self.model.dim:
-            rows = zip(self._stored(tokens), mask.cpu().numpy(), strict=True)
-            found[self.name] = [values[kept] for values, kept in rows]
-        if pooled is not None:
-            found[f"{self.name}_pooled"] = self._stored(pooled)
+            stored, exact = quantised(tokens), tokens.double()
+            same = torch.cosine_similarity(exact, dequantised(stored).double(), dim=-1)
+            found[self.name] = _real(stored, mask)
+            found[f"{self.name}.error"] = _real((1 - same) * exact.any(-1), mask)
         return found
 
-    def _stored(self, values: Any) -> np.ndarray:
-        """The numbers as they are stored; raises InputError where that cannot hold them."""
+    def encode_empty(self, empty: str) -> dict[str, np.ndarray]:
+        """Every member's array of the caption without words, none in int8."""
+        found = self._arrays(*self.model.encode_empty(empty))
+        return {name: values[0] for name, values in found.items()}
+
+    def _arrays(self, tokens: Any, mask: Any, pooled: Any) -> Arrays:
+        found: Arrays = {}
+        if self.model.dim:
+            found[self.name] = _real(self._stored(tokens), mask)
+        if pooled is not None:
+            found[f"{self.name}_pooled"] = self._stored(pooled).cpu().numpy()
+        return found
+
+    def _stored(self, values: Any) -> Any:
+        """The numbers as they are stored, but for int8; raises InputError where that cannot hold them."""
         import torch
 
-        dtype, peak = getattr(torch, self.store), values.abs().max().item()
+        dtype, peak = getattr(torch, self.whole), values.abs().max().item()
         # Other captions may give larger ones.
         if not peak <= (largest := torch.finfo(dtype).max / 2):
             remedy = f"text_encoders.{self.name}." + (
@@ -268,10 +283,16 @@ class Text(Encoder):
             )
             raise InputError(
                 f"text_encoders.{self.name}: got numbers up to {peak:.4g}, expected at most {largest:.4g}, half of what "
-                f"{self.store} holds. Remedy: {remedy}, and --restart"
+                f"{self.whole} holds. Remedy: {remedy}, and --restart"
             )
-        values = values.to(dtype).cpu()
-        return values.view(torch.uint16).numpy() if self.store == "bfloat16" else values.numpy()
+        values = values.to(dtype)
+        return values.view(torch.uint16) if self.whole == "bfloat16" else values
+
+
+def _real(values: Any, mask: Any) -> list[np.ndarray]:
+    """The rows of every caption's own tokens."""
+    pairs = zip(values.cpu().numpy(), mask.cpu().numpy(), strict=True)
+    return [rows[kept] for rows, kept in pairs]
 
 
 class Vision(Encoder):

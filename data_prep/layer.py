@@ -24,7 +24,10 @@ from data_prep.encode import (
     Encoders,
     EncoderSettings,
     ShardEncoder,
+    TextErrors,
     reject,
+    take_errors,
+    with_errors,
 )
 from data_prep.encoders import check_encoders, weight_of
 from data_prep.images import ImagesConfig, Rejected
@@ -136,12 +139,14 @@ class LayerEncoder(ShardEncoder):
         rejects = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
         writer = ShardWriter(self._dataset, spec.path, list(self._members()))
         samples, kept, coming = ProofSamples(self._config.thumbnails_per_shard), {}, iter(keys)
+        errors = TextErrors()
         try:
             for batch in self._batches(spec, rows, rejects):
                 for row, _, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
                     key, captions = row["key"], row["captions"]
                     if key in lost:
                         continue
+                    take_errors(arrays, errors)
                     while next(coming) != key:
                         writer.skip(spec.each)
                     facts = {"source": row["source"], "name": row["name"], "caption": captions[0]}
@@ -156,7 +161,8 @@ class LayerEncoder(ShardEncoder):
                 proof, _ = make_proof(samples.in_order(), [], texts)
             self._check()
             about = {n: v for n, v in asdict(spec).items() if n not in ("number", "rejected")}
-            commit = about | writer.commit(proof) | {"num_kept": len(kept)}
+            commit = about | writer.commit(proof)
+            commit |= {"num_kept": len(kept), "text_errors": errors}
             commit["rejects"] = [r for r in rejects if r["key"] not in lost]
             places = [i * spec.each for i, key in enumerate(keys) if key not in kept]
             commit["missing"] = [first + n for first in places for n in range(spec.each)]
@@ -386,7 +392,7 @@ def _manifest(
     return base.model_copy(
         update={
             "id": schema.fingerprint({"settings": settings})[:32],
-            "text": schema.TextRecord.model_validate(encoders.record["text"]),
+            "text": schema.TextRecord.model_validate(with_errors(encoders.record["text"], commits)),
             "vision": schema.VisionRecord.model_validate(v)
             if (v := encoders.record["vision"])
             else None,

@@ -124,6 +124,7 @@ def html_report(
             report.bucket_listing(commits),
             *histograms(commits),
             report.caption_listing(manifest),
+            report.error_listing(manifest),
             report.latent_listing(manifest),
             report.encoder_listing(encoders, {n: e.weights_sha256 for n, e in encoders.items()}),
             report.Listing("Examples of rejects", columns, rows, words=len(columns)),

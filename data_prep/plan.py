@@ -35,8 +35,8 @@ from data_prep.duplicates import (
     write_known,
 )
 from data_prep.images import Bucket, list_buckets, nearest_bucket
-from data_prep.metadata import check_fields
 from data_prep.schema import REJECT_SCHEMA, SPLITS
+from data_prep.schema.metadata import check_fields
 from data_prep.shards import new_table, read_table, sealed_commits, write_table
 from data_prep.storage import find_files, is_remote
 from models.config import InputError

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
-from data_prep.encode import Encoders
+from data_prep.encode import Encoders, with_errors
 from data_prep.output import begun_facts
 from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
 from data_prep.report import bucket_samples, training_rows
@@ -148,9 +148,11 @@ def _manifest(
     latent_mean, latent_std = latent_statistics(training)
     flips, drawn = config.images.flip, config.captions.per_picture
     counts = [generation.counts for generation in generations]
+    record = dict(encoders.record)
+    record["text"] = with_errors(record["text"], commits)
     return schema.Manifest(
         id=schema.fingerprint(begun)[:32],
-        **encoders.record,
+        **record,
         members=encoders.members,
         latent_mean=latent_mean,
         latent_std=latent_std,

@@ -103,7 +103,8 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
     """Counts and buckets of a finished dataset."""
     rows = read_shard_table(dataset).to_pylist()
     listings = (*count_listings(manifest), generation_listing(manifest))
-    for listing in (*listings, bucket_listing(rows), caption_listing(manifest)):
+    listings += bucket_listing(rows), caption_listing(manifest), error_listing(manifest)
+    for listing in listings:
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
@@ -191,6 +192,16 @@ def cut_listing(
     ]
     head = ("encoder", "max_length in tokens", "captions", "%")
     return Listing(f"Captions cut at the end, longer than their encoder takes{where}", head, rows)
+
+
+def error_listing(manifest: Manifest) -> Listing:
+    """What int8 leaves of a token: its cosine with what the encoder gave."""
+    rows = [
+        (name, f"{1 - role.mean_error:.6f}", f"{1 - role.worst_error:.6f}")
+        for name, role in manifest.text.roles.items()
+        if role.mean_error is not None and role.worst_error is not None
+    ]
+    return Listing("Text in int8: cosine of a token", ("encoder", "mean", "worst"), rows)
 
 
 def class_names(classes: list[str]) -> str:

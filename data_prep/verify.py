@@ -158,7 +158,7 @@ def encode_caption(
     found: dict[str, np.ndarray] = {}
     for name, encoder in texts.items():
         arrays = Text(encoder, name, roles[name].store).encode([caption])
-        found |= {member: values[0] for member, values in arrays.items()}
+        found |= {member: values[0] for member, values in arrays.items() if "." not in member}
     return found
 
 
@@ -347,6 +347,9 @@ def _empty_caption_problems(path: Path, manifest: Manifest) -> list[str]:
     problems = []
     for name in manifest.text_members():
         shape, found = manifest.members[name].shape, arrays.get(name)
+        if name in manifest.text.roles:
+            # It is not in int8.
+            shape = None, manifest.text.roles[name].dim
         said = tuple("L" if side is None else str(side) for side in shape)
         if found is None or found.ndim != len(shape) or found.shape[-1] != shape[-1]:
             problems.append(f"{EMPTY_CAPTION}: {name} is not ({', '.join(said)})")
@@ -359,6 +362,8 @@ def finite(values: np.ndarray) -> bool:
     """Whether all are numbers; uint16 holds the bits of bfloat16, whose exponent is then all ones."""
     if values.dtype == np.uint16:
         return bool(((values & 0x7F80) != 0x7F80).all())
+    # A token in int8 ends with its scale.
+    values = values[..., -2:].copy().view(np.float16) if values.dtype == np.int8 else values
     return bool(np.isfinite(values).all())
 
 

@@ -6,7 +6,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
 from models.conditions import Conditions
@@ -148,17 +148,19 @@ class TextReader:
         return torch.zeros_like(tokens), mask, None if pooled is None else torch.zeros_like(pooled)
 
     def encode_prompts(self, texts: list[str], store: str, empty: str) -> EncodedText:
-        """The texts and, last, the empty caption, rounded as stored in a dtype and laid out as a network reads them."""
+        """The texts and, last, the empty caption, rounded as stored and laid out as a network reads them."""
         parts = [self.encode(texts), self.encode_empty(empty)]
-        length, whole = max(part[0].shape[1] for part in parts), fixed(self.view)
-        if whole:
+        length, pad = max(part[0].shape[1] for part in parts), torch.nn.functional.pad
+        if fixed(self.view):
             length = self.view.max_length
-        pad, dtype = torch.nn.functional.pad, getattr(torch, store)
         tokens = torch.cat([pad(t, (0, 0, 0, length - t.shape[1])) for t, _, _ in parts])
         mask = torch.cat([pad(m, (0, length - m.shape[1])) for _, m, _ in parts])
         vectors = [pooled for _, _, pooled in parts if pooled is not None]
-        pooled = torch.cat(vectors).to(dtype).float() if vectors else None
-        return tokens.to(dtype).float(), mask | whole, pooled
+        whole = "float16" if store == "int8" else store
+        pooled = as_stored(torch.cat(vectors), whole) if vectors else None
+        # The empty caption, the last one, is never stored in int8.
+        tokens = torch.cat([as_stored(tokens[:-1], store), as_stored(tokens[-1:], whole)])
+        return tokens, mask | fixed(self.view), pooled
 
 
 def final_norm(network: Any) -> Any:
@@ -169,6 +171,29 @@ def final_norm(network: Any) -> Any:
     if not found:
         raise InputError(f"{type(network).__name__} has no norm behind its last layer: say last")
     return text.get_submodule(min(found)[1])
+
+
+def quantised(tokens: Float[Tensor, "*L D"]) -> Int8[Tensor, "*L E"]:
+    """Each token as int8 times a scale of its own, whose float16 makes up its last two bytes: E = D + 2."""
+    peak = tokens.float().abs().amax(-1, keepdim=True)
+    scale = (peak / 127).half()
+    # Rounded up, so that the largest number is within 127 scales.
+    scale = (scale.view(torch.int16) + (scale.float() * 127 < peak)).view(torch.float16)
+    scale = scale.clamp(min=2**-14)
+    numbers = (tokens.float() / scale.float()).round().to(torch.int8)
+    return torch.cat([numbers, scale.view(torch.int8)], dim=-1)
+
+
+def dequantised(stored: Int8[Tensor, "*L E"]) -> Float[Tensor, "*L D"]:
+    """float16: the exact products, rounded once, so that every device gives the same."""
+    return stored[..., :-2].half() * stored[..., -2:].contiguous().view(torch.float16)
+
+
+def as_stored(tokens: Float[Tensor, "*L D"], store: str) -> Float[Tensor, "*L D"]:
+    """fp32, as a dataset gives back what it stores."""
+    if store == "int8":
+        return dequantised(quantised(tokens)).float()
+    return tokens.to(getattr(torch, store)).float()
 
 
 def join_texts(encoded: Mapping[str, EncodedText], arrangement: Any) -> Conditions:

@@ -11,7 +11,14 @@ from pydantic import Field, model_validator
 
 from models.config import Config, InputError
 
-Store = Literal["float16", "bfloat16"]
+Store = Literal["float16", "bfloat16", "int8"]
+SCALE_BYTES = 2
+"""A token in int8 ends with its scale, float16."""
+
+
+def width_stored(store: Store, dim: int) -> int:
+    """Numbers of a stored token of width `dim`."""
+    return dim + SCALE_BYTES * (store == "int8")
 
 
 class Chat(Config):

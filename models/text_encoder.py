@@ -10,7 +10,7 @@ from models import weights
 from models.config import InputError
 from models.numerics import tf32
 from models.prompts import TextReader, dropped, final_norm, prefix_tokens, token_ids
-from models.text_conventions import Chat, View
+from models.text_conventions import Chat, Store, View, width_stored
 
 
 class TextEncoder(TextReader):
@@ -76,13 +76,13 @@ def widths(config: Any, view: View) -> tuple[int, int]:
     return dim, text.projection_dim if view.pooled == "projected" else pooled[view.pooled]
 
 
-def stored_bytes(path: Path, view: View) -> tuple[int, int]:
+def stored_bytes(path: Path, view: View, store: Store) -> tuple[int, int]:
     """Bytes of a stored row and of the vector of an encoder that is not opened."""
     family = weights.text_class(weights.read_text_config(path, view))
     known = weights.network_class(transformers, family).config_class
     config = known.from_pretrained(path, local_files_only=True)
     dim, pooled = widths(config, with_own_pooled(view, family))
-    return 2 * dim, 2 * pooled
+    return width_stored(store, dim) * (1 if store == "int8" else 2), 2 * pooled
 
 
 def count_tokens(tokenizer: Any, captions: list[str], view: View) -> list[int]:

@@ -19,7 +19,7 @@ Options = TypeVar("Options")
 RunFolder = Annotated[Path, typer.Argument(help="folder of a training run")]
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value")]
-PLACES = r"data\.(datasets\.[^.]+\.)?(path|layers\.[^.]+)|encoders\.vae|encoders\.text\.[^.]+"
+PLACES = r"data\.(datasets\.[^.]+\.)?(path|layers\.[^.]+)|data\.(exclude|scores)|encoders\.(vae|text\.[^.]+)"
 """Keys of a run's config that say where something lies, which may have moved since."""
 
 MOVED = "data.path, data.layers.NAME, encoders.vae or encoders.text.NAME=FOLDER of what has moved"

@@ -67,8 +67,10 @@ class StartConfig(Config):
     """Carry weights of another objective over (`objective.network`); else they are refused."""
 
 
-MOVABLE = re.compile(r"data\.((datasets\..+\.)?path|verify|check|prefetch|cache.*)")
-"""Keys of `data` that say where and how it is read: what a dataset is, its manifest says."""
+MOVABLE = re.compile(
+    r"data\.((datasets\..+\.)?path|verify|check|prefetch|cache.*|exclude|scores|filters.*)"
+)
+"""Keys of `data` that say where and how it is read, or what is left out: a run's eras record what that was."""
 
 
 class EncodersConfig(Config):

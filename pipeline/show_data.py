@@ -38,12 +38,14 @@ def main(
         run = Path(config.run)
     eras = run / ERAS
     loader = Loader(
-        config.data.model_copy(update={"grow": False}),  # to look at a run decides nothing about it
+        config.data,
         global_batch=config.training.global_batch,
         seed=config.seed,
         rank_of=(0, ranks if show is None else 1),
         eras=eras if eras.is_dir() else None,
     )
+    # To look at a run decides nothing about it.
+    loader.eras.settles = False
     console = plain_console()
     if show is None:
         console.print(*epoch_tables(loader, epoch, ranks_per_node))

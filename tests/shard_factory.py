@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
+    REJECT_SCHEMA,
+    REJECTS,
     SHARD_SCHEMA,
     SHARD_TABLE,
     BaseRecord,
@@ -34,6 +36,7 @@ from data_prep.schema import (
     read_shard_table,
 )
 from models.files import file_sha256
+from models.text_conventions import width_stored
 
 Bucket = tuple[int, int]
 Sample = dict[str, np.ndarray]
@@ -53,6 +56,7 @@ class Kind:
     pads: str = "masked"
     only: tuple[str, ...] = ()  # members that are stored of all: a layer's, or its base's
     caption: str = "number"
+    int8: tuple[str, ...] = ()  # encoders whose tokens are stored so
 
     @property
     def own(self) -> dict[str, tuple[int, int]]:
@@ -66,7 +70,8 @@ class Kind:
         depth = self.channels * (1 if self.deterministic else 2)
         members = {"moments": Member(dtype="float16", shape=(depth, None, None))}
         for name, (_, dim) in self.encoders.items():
-            members[name] = Member(dtype="float16", shape=(None, dim))
+            store = "int8" if name in self.int8 else "float16"
+            members[name] = Member(dtype=store, shape=(None, width_stored(store, dim)))
             members[f"{name}_pooled"] = Member(dtype="float16", shape=(dim,))
         members["micro"] = Member(dtype="float32", shape=(4,))
         if self.label:
@@ -84,7 +89,12 @@ class Kind:
             elif name in self.encoders:
                 longest = self.encoders[name][0]
                 shape = int(rng.integers(2, longest + 1)) if self.ragged else longest, *shape
-            arrays[name] = rng.random(shape, np.float32).astype(member.dtype)
+            values = rng.random(shape, np.float32)
+            if member.dtype == "int8":
+                scale = rng.uniform(1e-3, 1, (len(values), 1)).astype("<f2")
+                numbers = (values * 255 - 127.5).round().astype(np.int8)
+                values = np.concatenate([numbers[:, :-2], scale.view(np.int8)], axis=1)
+            arrays[name] = values.astype(member.dtype)
         if not self.bare:
             arrays["micro"] = np.array([number, *bucket, 0], np.float32)
         if self.label:
@@ -189,6 +199,24 @@ def make_dataset(
     return folder
 
 
+def write_work(dataset: Path) -> Path:
+    """The plan of a dataset's shards, as preparation leaves it; of each shard one more was planned, and rejected."""
+    plan, paths = dataset / "work" / "plan", read_shard_table(dataset)["path"].to_pylist()
+    plan.mkdir(parents=True, exist_ok=True)
+    rejects = list[str]()
+    with pq.ParquetWriter(plan / "000000.parquet", pa.schema([("key", pa.string())])) as writer:
+        for path in paths:
+            with tarfile.open(dataset / path) as tar:
+                names = tar.getnames()
+            keys = sorted({name.split(".")[0] for name in names})
+            rejects.append(f"{keys[0]}r")
+            writer.write_table(pa.table({"key": sorted([*keys, rejects[-1]])}))
+    pq.write_table(pa.table({"path": paths}), plan.parent / "shard_list.parquet")
+    rows = [{"key": key, "reason": "not_finite"} for key in ["", *rejects]]
+    pq.write_table(pa.Table.from_pylist(rows, REJECT_SCHEMA), dataset / REJECTS)
+    return dataset
+
+
 def make_manifest(
     kind: Kind, plan: list[tuple[str, Bucket, int]], codec: dict[str, Any]
 ) -> Manifest:
@@ -216,7 +244,7 @@ def make_manifest(
                 "pooled": "none" if kind.bare else "mean",
             },
         }
-        | {"dim": dim, "pooled_dim": dim}
+        | {"dim": dim, "pooled_dim": dim, "store": "int8" if name in kind.int8 else "float16"}
         for name, (length, dim) in kind.own.items()
     }
     text = {

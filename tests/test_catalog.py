@@ -22,8 +22,8 @@ from data_prep.catalog import (
 from data_prep.decoder import DecodePool
 from data_prep.duplicates import near_duplicates
 from data_prep.images import ImagesConfig, Rejected, list_buckets, perceptual_hash
-from data_prep.metadata import MetadataFilter
 from data_prep.plan import find_duplicates, plan, read_planned, sift
+from data_prep.schema.metadata import MetadataFilter
 from data_prep.shards import write_table
 from data_prep.sources import sample_key
 from data_prep.sources.folder import FolderSource

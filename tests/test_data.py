@@ -43,7 +43,7 @@ def config(folder: Path, **options) -> DataConfig:
 def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
     """Copies, since the loader uses its buffers again."""
     batches = itertools.islice(loader.batches(start), count)
-    return [batch._map(torch.clone) for batch in batches]
+    return [batch.to("cpu")._map(torch.clone) for batch in batches]
 
 
 def on_ranks(count: int, folder: Path, world_size: int, start: int = 0, **options) -> list:

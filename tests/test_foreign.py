@@ -14,9 +14,9 @@ import pytest
 from data_prep.catalog import CaptionsConfig, FiltersConfig
 from data_prep.config import PrepareConfig
 from data_prep.images import Rejected
-from data_prep.metadata import check_fields
 from data_prep.preparation import prepare
 from data_prep.scan import list_sources
+from data_prep.schema.metadata import check_fields
 from data_prep.shards import write_text
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.table import TableSource

@@ -43,7 +43,7 @@ def take(config: DataConfig, count: int, ranks: int = 1, **options) -> list[Batc
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
     """Every tensor of every batch, bit for bit."""
     assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip((b.to("cpu") for b in one), (b.to("cpu") for b in other), strict=True):
         tensors = {name: value for name, value in vars(a).items() if torch.is_tensor(value)}
         assert {"moments", "text_emb", "text_mask", "micro"} <= tensors.keys()
         assert a.bucket == b.bucket

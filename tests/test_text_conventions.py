@@ -549,7 +549,7 @@ def dataset(folders, tmp_path_factory, vae_folder, ray_address) -> Path:
 def test_what_is_read_of_shards_is_what_sampling_tells_of_the_same_captions(dataset, read, dtype):
     config = DataConfig(path=str(dataset), text=read and Arrangement(**read))
     loader = Loader(config, global_batch=4, seed=0)
-    batch = next(iter(loader.batches(0)))
+    batch = next(iter(loader.batches(0))).to("cpu")
     captions = [loader.first.mixture.locate(i)["caption"] for i in batch.sample_ids.tolist()]
     assert len(set(captions)) > 1
     encoders = load_encoders(loader.manifest, None, {}, CPU)

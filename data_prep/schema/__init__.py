@@ -30,6 +30,7 @@ from models.text_conventions import (
     View,
     combination,
     fixed,
+    width_stored,
 )
 
 FORMAT_VERSION = 2
@@ -140,8 +141,12 @@ class RoleRecord(Config):
     """Width of the stored rows; 0 where none are stored."""
     pooled_dim: int
     mean_error: float | None = None
-    """What `store` loses, relative; null where it rounds no more than float16 does."""
+    """1 - cosine of a token and what int8 makes of it, over all; null of other stores."""
     worst_error: float | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return width_stored(self.store, self.dim) * (1 if self.store == "int8" else 2)
 
 
 class TextRecord(Combination):

@@ -63,6 +63,15 @@ def _other_picture(pixels: np.ndarray, shown: Arrays) -> str:
     )
 
 
+def numbers(stored: np.ndarray) -> np.ndarray:
+    """What is stored, float64: uint16 holds the bits of bfloat16, a token in int8 ends with its scale."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if stored.dtype == np.int8:
+        return stored[..., :-2] * stored[..., -2:].copy().view(np.float16).astype(np.float64)
+    return stored.astype(np.float64)
+
+
 def _other_text(
     arrays: Arrays, caption: str, encode: Callable[[str], Arrays], shown: Arrays
 ) -> str:
@@ -70,7 +79,7 @@ def _other_text(
     if not np.array_equal(shown["caption_sha256"], caption_hash(caption)):
         return "its caption is not the one that it was made with"
     for name, array in encode(caption).items():
-        then, now = (np.atleast_2d(a).astype(np.float64) for a in (arrays[name], array))
+        then, now = (np.atleast_2d(numbers(a)) for a in (arrays[name], array))
         if then.shape != now.shape:
             return f"{name}: {then.shape} are stored, its caption gives {now.shape}"
         lengths = np.linalg.norm(then, axis=1)

@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import chain
@@ -17,6 +18,7 @@ from data_prep.schema import EMPTY_CAPTION, Manifest, TextRecord
 from models.conditions import Conditions
 from models.config import InputError
 from models.networks import NetworkConfig, RoutedConfig
+from models.prompts import dequantised
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import Bucket, Dataset, Mixture
 from pipeline.data.randomness import fill_noise
@@ -39,9 +41,10 @@ class Batch:
     `indices` are places in the global batch, whatever the world size; `sample_ids` are the samples'
     numbers in the mixture. `moments` are raw, mean then std, or one value where the codec is
     deterministic. Groups of encoders' tokens lie one after another, `text_lengths` of each, zeros where
-    masked; within a group they lie side by side, and so do pooled vectors. A field is None where the dataset lacks it, or the network
-    that the batch is for needs none. The tensors lie in a buffer that is used again once neither one of
-    them nor a view of one is alive.
+    masked; within a group they lie side by side, and so do pooled vectors. Text of several encoders, or in
+    int8, is `packed` until the batch is on its device. A field is None where the dataset lacks it, or the
+    network that the batch is for needs none. The tensors lie in a buffer that is used again once neither
+    one of them nor a view of one is alive.
     """
 
     step: int
@@ -60,11 +63,16 @@ class Batch:
     noise: Tensor | None = None  # float32 (b, C, h, w)
     token_scores: Tensor | None = None  # float32 (b, patches)
     text_lengths: tuple[int, ...] = ()
+    packed: "Packed | None" = None
     buffer: "Buffer | None" = field(default=None, repr=False)
 
     def _map(self, function: Any) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: function(t) for n, t in tensors.items() if torch.is_tensor(t)})
+        mapped = {n: function(t) for n, t in tensors.items() if torch.is_tensor(t)}
+        if self.packed:
+            parts = {name: function(part) for name, part in self.packed.parts.items()}
+            mapped["packed"] = replace(self.packed, parts=parts)
+        return replace(self, **mapped)
 
     @property
     def conditions(self) -> Conditions:
@@ -109,18 +117,56 @@ class Batch:
         return self.parts(micro_batch)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy from a pinned buffer does not block.
+        """The batch on a device, its text unpacked there; the copy from a pinned buffer does not block.
 
         Indices and numbers stay: only the CPU reads them, and from a GPU each read would wait.
         """
         device = torch.device(device)
         if device.type == "cpu":
-            return self
+            return self._unpacked()
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         if self.buffer is not None and device.type == "cuda":
             self.buffer.copied = torch.cuda.Event()
             self.buffer.copied.record(torch.cuda.current_stream(device))
-        return replace(moved, indices=self.indices, sample_ids=self.sample_ids, buffer=None)
+        moved = replace(moved, indices=self.indices, sample_ids=self.sample_ids, buffer=None)
+        return moved._unpacked()
+
+    def _unpacked(self) -> "Batch":
+        if self.packed is None:
+            return self
+        return replace(self, text_emb=self.packed.unpacked(self.text_lengths), packed=None)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Text as it is stored: by role (b, length, width), which in int8 is two wider."""
+
+    parts: dict[str, Tensor]
+    text: TextRecord
+
+    def unpacked(self, lengths: tuple[int, ...]) -> Tensor:
+        """As a network reads it, (b, L, D), on the device where the parts are; zeros where no role is."""
+        parts = {n: dequantised(p) if p.dtype == torch.int8 else p for n, p in self.parts.items()}
+        first, dtypes = next(iter(parts.values())), {part.dtype for part in parts.values()}
+        # float32 holds the numbers of all.
+        dtype = first.dtype if len(dtypes) == 1 else torch.float32
+        out = first.new_zeros((len(first), sum(lengths), self.text.width), dtype=dtype)
+        for name, rows, columns in places(self.text, lengths):
+            if name in parts:
+                out[:, rows, columns] = parts[name]
+        return out
+
+
+def places(text: TextRecord, lengths: tuple[int, ...]) -> Iterator[tuple[str, slice, slice]]:
+    """The rows and columns of each role in a text whose groups have these lengths."""
+    begin = 0
+    for group, length in zip(text.tokens, lengths, strict=True):
+        offset = 0
+        for name in group:
+            width = text.shape(name)[1]
+            yield name, slice(begin, begin + length), slice(offset, offset + width)
+            offset += width
+        begin += length
 
 
 @dataclass(frozen=True)
@@ -138,19 +184,13 @@ class EmptyCaption:
         text, mask = batch.text_emb, batch.text_mask
         if text is not None and mask is not None:
             text, mask = torch.zeros_like(text[:1]), torch.zeros_like(mask[:1])
-            begin = 0
-            for group, length in zip(self.text.tokens, batch.text_lengths, strict=True):
-                offset, end = 0, begin + length
-                for name in group:
-                    width = self.text.shape(name)[1]
-                    if name not in self.text.absent:
-                        tokens = self.arrays[name][:length]
-                        end = begin + len(tokens)
-                        text[:, begin:end, offset : offset + width] = tokens
-                    offset += width
-                every = self.text.unmasked(group[0])
-                mask[:, begin : begin + length if every else end] = True
-                begin += length
+            for name, rows, columns in places(self.text, batch.text_lengths):
+                if name not in self.text.absent:
+                    tokens = self.arrays[name][: rows.stop - rows.start]
+                    text[:, rows, columns][:, : len(tokens)] = tokens
+                    if not self.text.unmasked(name):
+                        rows = slice(rows.start, rows.start + len(tokens))
+                mask[:, rows] = True
         pooled = [self.arrays[f"{name}_pooled"] for name in self.text.pooled]
         return Conditions(text, mask, torch.cat(pooled)[None] if pooled else None)
 
@@ -169,8 +209,12 @@ def load_empty_caption(dataset: Dataset, manifest: Manifest) -> EmptyCaption | N
         tensors = load_file(path)
         if name not in tensors:
             raise InputError(f"{path}: got {sorted(tensors)}, expected {name}")
-        shape = [-1 if side is None else side for side in manifest.members[name].shape]
-        arrays[name] = tensors[name].view(getattr(torch, manifest.members[name].dtype)).view(shape)
+        member, role = manifest.members[name], manifest.text.roles.get(name)
+        # No empty caption is in int8.
+        dtype = torch.float16 if member.dtype == "int8" else getattr(torch, member.dtype)
+        arrays[name] = (
+            tensors[name].view(dtype).view(-1, role.dim) if role else tensors[name].view(dtype)
+        )
     return EmptyCaption(arrays, manifest.text)
 
 
@@ -233,14 +277,10 @@ class Assembler:
             min(config.text_length or length, length)
             for length in (self.text.shape(group[0])[0] for group in self.text.tokens)
         ]
-        self.width = self.text.width
-        stored = {
-            getattr(torch, members[name].dtype)
-            for name in chain(*self.text.tokens)
-            if name in members
-        }
-        # float32 holds the numbers of both.
-        self.text_dtype = stored.pop() if len(stored) == 1 else torch.float32
+        self.roles = [name for name in chain(*self.text.tokens) if name in members]
+        # Text of one encoder alone is what a network reads.
+        several = len([*chain(*self.text.tokens)]) > 1
+        self.packs = several or any(members[name].dtype == "int8" for name in self.roles)
         self.columns = {name: column for column, name in enumerate(members)}
         # The rows of `Rows.tokens`.
         self.counted = [name for name in members if name in self.text.roles]
@@ -262,6 +302,10 @@ class Assembler:
                 gather(rows.address(part.column), rows.low, rows.high, flat)
             out[part.name] = flat.view(part.dtype).view(*part.shape)
         pooled = [out[name] for name in self.text.pooled_members]
+        texts = {name: out[name] for name in self.roles}
+        for name, part in texts.items():
+            self._gather_text(name, rows, part)
+        alone = None if self.packs else next(iter(texts.values()), None)
         return Batch(
             step=step,
             epoch=epoch,
@@ -269,14 +313,15 @@ class Assembler:
             indices=indices,
             sample_ids=torch.from_numpy(rows.ids),
             moments=out["moments"],
-            text_emb=out.get("text"),
-            text_mask=self._gather_text(out["text"], rows, padded) if self.width else None,
+            text_emb=alone,
+            text_mask=self._masks(rows, padded) if self.text.width else None,
             pooled=torch.cat(pooled, dim=1) if len(pooled) > 1 else next(iter(pooled), None),
             micro=out.get("micro"),
             label=out["label"].view(-1) if "label" in out else None,
             vision=out.get("vision"),
             **{name: out.get(name) for name in PURPOSES},
             text_lengths=padded,
+            packed=Packed(texts, self.text) if self.packs and texts else None,
             buffer=buffer,
         )
 
@@ -288,8 +333,10 @@ class Assembler:
             for name, shape in self.mixture.shapes(bucket).items()
             if name not in self.left_out
         ]
-        if self.width:
-            kinds.append(("text", None, (sum(padded), self.width), self.text_dtype))
+        for name, part, _ in places(self.text, padded):
+            if name in self.roles:
+                shape = part.stop - part.start, members[name].shape[-1] or 0
+                kinds.append((name, None, shape, getattr(torch, members[name].dtype)))
         kinds += [(name, None, s, torch.float32) for name, s in self._drawn(bucket).items()]
         parts, begin = [], 0
         for name, column, shape, dtype in kinds:
@@ -322,22 +369,10 @@ class Assembler:
         rounded = (-(-int(length) // LENGTHS) * LENGTHS for length in longest)
         return tuple(min(pair) for pair in zip(rounded, self.limits, strict=True))
 
-    def _gather_text(self, out: Tensor, rows: Rows, padded: tuple[int, ...]) -> Tensor:
-        """Fill `out`, (b, L, D), and return the mask, bool (b, L)."""
-        masks, begin = [], 0
-        for group, length in zip(self.text.tokens, padded, strict=True):
-            part, offset = out[:, begin : begin + length], 0
-            for name in group:
-                width = self.text.shape(name)[1]
-                if name in self.text.absent:
-                    part[:, :, offset : offset + width] = 0
-                else:
-                    self._gather_role(name, rows, part[:, :, offset : offset + width])
-                offset += width
-            if offset < self.width:
-                part[:, :, offset:] = 0
-            masks.append(self._mask(group[0], rows, length))
-            begin += length
+    def _masks(self, rows: Rows, padded: tuple[int, ...]) -> Tensor:
+        """Which tokens a network reads, bool (b, L)."""
+        groups = zip(self.text.tokens, padded, strict=True)
+        masks = [self._mask(group[0], rows, length) for group, length in groups]
         return torch.from_numpy(masks[0] if len(masks) == 1 else np.concatenate(masks, axis=1))
 
     def _mask(self, name: str, rows: Rows, length: int) -> np.ndarray:
@@ -347,18 +382,13 @@ class Assembler:
         tokens = np.minimum(rows.tokens[self.counted.index(name)], length)
         return np.arange(length) < tokens[:, None]
 
-    def _gather_role(self, name: str, rows: Rows, out: Tensor) -> None:
-        """Fill `out`, (b, length, D), with one role's tokens, zeros behind them."""
-        dtype = getattr(torch, self.mixture.manifest.members[name].dtype)
+    def _gather_text(self, name: str, rows: Rows, out: Tensor) -> None:
+        """Fill `out`, (b, length, width), with one role's tokens, zeros behind them."""
         count, length, width = out.shape
-        whole = out.is_contiguous() and out.dtype == dtype
-        part = out if whole else torch.empty(count, length, width, dtype=dtype)
-        address, token_bytes = rows.address(self.columns[name]), width * dtype.itemsize
-        flat = part.view(torch.uint8).view(count, length * token_bytes)
+        address, token_bytes = rows.address(self.columns[name]), width * out.itemsize
+        flat = out.view(torch.uint8).view(count, length * token_bytes)
         tokens = np.minimum(rows.tokens[self.counted.index(name)], length)
         if (tokens == length).all():
             gather(address, rows.low, rows.high, flat)
         else:
             gather_ragged(address, tokens * token_bytes, flat)
-        if not whole:
-            out.copy_(part)

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from models.config import Config, InputError, Place
+from data_prep.schema.metadata import MetadataFilter
+from models.config import Config, Entries, InputError, Place
 from models.text_conventions import Arrangement
 
 
@@ -49,6 +50,13 @@ class DataConfig(Config):
     """Looks for more shards at the beginning of every epoch."""
     on_corrupt: Literal["fail", "skip"] = "fail"
     """With skip, other samples take the places of a damaged shard's."""
+    # What is left out: taken up at an epoch's beginning, and recorded.
+    exclude: Place | None = None
+    """Keys of pictures that are left out: column `key` of a file .parquet or .csv, or lines of text."""
+    scores: Place | None = None
+    """A file .parquet or .csv with column `key` and columns of numbers, for `filters`."""
+    filters: Entries[str, MetadataFilter] = Field(default_factory=dict)
+    """Column of `scores` -> what it must be, as in `aesthetic: {min: 5}`; other pictures are left out."""
     # What changes the tensors.
     text: Arrangement | None = None
     """How the network reads the stored encoders, or some of them; null: as the convention of the data says."""
@@ -76,6 +84,8 @@ class DataConfig(Config):
             raise ValueError(
                 "mix: equal weighs several datasets alike. Remedy: no repeat, and datasets"
             )
+        if bool(self.scores) != bool(self.filters):
+            raise ValueError("scores, filters: got one of the two, which has no effect; give both")
         if self.layers and self.path is None:
             raise ValueError("layers: no effect beside datasets; give datasets.NAME.layers")
         paths = (

@@ -29,15 +29,17 @@ from data_prep.schema import (
 )
 from models.config import InputError, differences
 from models.files import file_sha256
-from models.text_conventions import Arrangement
+from models.text_conventions import Arrangement, width_stored
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DatasetConfig
 from pipeline.data.order import Part
 
 # pyarrow.compute ships no types.
 compute: Any = pyarrow.compute
+LEFT_OUT = pa.field("left_out", pa.binary())
+"""Column of a run's own shard tables: a bit for each of a shard's samples, null where none is left out."""
 SHARD_NAME = r"^shards/[\w-]+/[\w.-]+\.tar$"
-DTYPES = ("uint8", "float16", "bfloat16", "float32", "int64")
+DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "int64")
 
 Bucket = tuple[int, int]
 """Height and width of the pictures in pixels."""
@@ -121,12 +123,12 @@ class Dataset:
         return self.folders[self.owners.get(member, 0)]
 
     def kept(self, row: int) -> np.ndarray:
-        """The rows of a shard's index that every part has: those of its samples."""
-        missing, count = (
-            self.table["missing"][row].as_py() or (),
-            self.table["num_samples"][row].as_py(),
-        )
-        return np.delete(np.arange(count + len(missing)), np.array(missing, np.int64))
+        """The rows of a shard's index that every part has and that are not left out: those of its samples."""
+        facts = self.table.slice(row, 1).to_pylist()[0]
+        missing = np.array(facts["missing"] or (), np.int64)
+        rows = np.delete(np.arange(facts["num_samples"] + len(missing)), missing)
+        left_out = np.frombuffer(facts["left_out"] or bytes(-(-len(rows) // 8)), np.uint8)
+        return rows[np.unpackbits(left_out, count=len(rows)) == 0]
 
     def recorded(self, manifest: Manifest, table: pa.Table, identity: str) -> "Dataset":
         """The dataset as it was when a run recorded it, of which all shards are still there."""
@@ -151,6 +153,7 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
     else:
         raise InputError(f"{source.path}: {SHARD_TABLE} is not the one that {MANIFEST} names")
     table = read_shard_table(home)
+    table = table.append_column(LEFT_OUT, pa.nulls(len(table), LEFT_OUT.type))
     if not compute.all(compute.match_substring_regex(table["path"], SHARD_NAME)).as_py():
         raise InputError(
             f"{source.path}: {SHARD_TABLE} holds a path that is not shards/BUCKET/NAME.tar"
@@ -164,7 +167,8 @@ def check_members(manifest: Manifest, where: Path) -> None:
     """Raise InputError unless the loader can read the members: anyone may have written them."""
     roles, members = manifest.text.roles, manifest.members
     texts = [(n, m.dtype, m.shape) for n, m in members.items() if n in roles]
-    expected = [(n, r.store, (None, r.dim)) for n, r in roles.items() if r.dim]
+    widths = {name: width_stored(role.store, role.dim) for name, role in roles.items() if role.dim}
+    expected = [(name, roles[name].store, (None, width)) for name, width in widths.items()]
     if texts != expected:
         raise InputError(f"{where}: text members got {texts}, expected {expected}")
     for name, member in members.items():
@@ -185,16 +189,24 @@ class Mixture:
     """The datasets of a run as they stand at one moment, in one shard table."""
 
     def __init__(
-        self, datasets: list[Dataset], arrangement: Arrangement | None = None, mix: str = "repeat"
+        self,
+        datasets: list[Dataset],
+        arrangement: Arrangement | None = None,
+        mix: str = "repeat",
+        left_out: dict[str, int] | None = None,
     ):
+        """`left_out` counts pictures by what leaves them out."""
         self.datasets, self.arrangement, self.mix = datasets, arrangement, mix
+        self.left_out, self.notes = left_out or {}, [f"data: {d.note}" for d in datasets if d.note]
         self.manifest = datasets[0].manifest.arranged(arrangement)
         for other in datasets[1:]:
             check_mixes(other, datasets[0])
         sizes = [len(dataset.table) for dataset in datasets]
         self.dataset = np.repeat(np.arange(len(datasets)), sizes)
         self.table = pa.concat_tables([dataset.table for dataset in datasets]).combine_chunks()
-        self.sizes, self.bytes = self._column("num_samples"), self._column("bytes")
+        bits = (int.from_bytes(b or b"").bit_count() for b in self.table["left_out"].to_pylist())
+        self.sizes = self._column("num_samples") - np.fromiter(bits, np.int64, len(self.table))
+        self.bytes = self._column("bytes")
         self.heights, self.widths = self._column("height"), self._column("width")
         self.heldout = compute.equal(self.table["split"], "heldout").to_numpy()
         self.first_id = np.cumsum(self.sizes) - self.sizes
@@ -219,8 +231,7 @@ class Mixture:
     def doubts(self) -> list[str]:
         """Warnings about what the datasets hold."""
         doubts = [(d.source.path, d.manifest.latent_doubt()) for d in self.datasets]
-        notes = [f"data: {d.note}" for d in self.datasets if d.note]
-        return notes + [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
+        return self.notes + [f"warning: {path}: {doubt}" for path, doubt in doubts if doubt]
 
     def epochs(self, images: int) -> list[str]:
         """What so many pictures of training are of each dataset, where there are several."""
@@ -257,9 +268,9 @@ class Mixture:
     def bucket(self, shard: int) -> Bucket:
         return int(self.heights[shard]), int(self.widths[shard])
 
-    def buckets(self, heldout: bool = False) -> dict[Bucket, list[Part]]:
-        """Shards of one split by bucket and dataset, in the table's order."""
-        kept = (self.heldout == heldout) & (self.sizes > 0)
+    def buckets(self, heldout: bool = False, among: Any = True) -> dict[Bucket, list[Part]]:
+        """Shards of one split, `among` a choice of them, by bucket and dataset, in the table's order."""
+        kept = (self.heldout == heldout) & (self.sizes > 0) & among
         found: dict[Bucket, list[Part]] = {}
         sides = self.heights << 32 | self.widths
         for both in np.unique(sides[kept]).tolist():

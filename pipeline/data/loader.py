@@ -6,7 +6,6 @@ parsed.
 """
 
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -26,14 +25,11 @@ from models.networks import NetworkConfig
 from pipeline.data.batch import Assembler, Batch, EmptyCaption, load_empty_caption
 from pipeline.data.cache import ShardCache
 from pipeline.data.config import DataConfig, choose_partitions, is_remote
-from pipeline.data.datasets import Bucket, Mixture
+from pipeline.data.datasets import Bucket, Mixture, compute
 from pipeline.data.eras import Eras
 from pipeline.data.order import Order, Part, Plan, Window
 from pipeline.data.shards import Rows, ShardStore, Skipped
-from pipeline.data.stacks import open_dataset
-from pipeline.distributed import own_device
-
-log = logging.getLogger(__name__)
+from pipeline.distributed import own_device, say
 
 BLOCK = 256
 """Samples of a partition whose addresses are put together at once."""
@@ -140,15 +136,10 @@ class Loader:
         self._threads: list[threading.Thread] = []
         self._cache_of = lru_cache(maxsize=None)(self._make_cache)
         self.skipped = Skipped()
-        self.eras = Eras(eras, rank, self._stop, self._look, model.num_classes if model else 0)
+        classes = model.num_classes if model else 0
+        self.eras = Eras(eras, rank, self._stop, config, self._cache_of, classes)
         self._era = lru_cache(maxsize=2)(self._make_era)
         self.first = self._era(0)
-
-    def _look(self) -> Mixture:
-        """The datasets as they are now."""
-        sources = self.config.sources.items()
-        datasets = [open_dataset(name, source, self._cache_of) for name, source in sources]
-        return Mixture(datasets, self.config.text, self.config.mix)
 
     def _make_cache(self, path: str) -> ShardCache | None:
         """The cache of a URL; None of a local folder."""
@@ -227,13 +218,20 @@ class Loader:
             del batch
 
     def _produce(self, step: int, ahead: int) -> Iterator[Batch]:
-        assert self.eras.folder or not self.config.grow, "ranks agree there on what has grown"
         if self.eras.settle(0, 0):
             self._era.cache_clear()
             self.first = self._era(0)
         era, readers = self.era_at(step), {}
         epoch = era.order.epoch_of(step)
         while True:
+            if step == era.order.first_step(epoch):
+                self.eras.settle(epoch, step)
+            if era is not (latest := self.era_at(step)):
+                local, batch = epoch - era.plan.first_epoch, era.plan.global_batch
+                left = sum(bucket.drawn(local) % batch for bucket in era.order.buckets)
+                notes = [*latest.mixture.notes, f"{left} samples carried over wait their turn"]
+                say(f"epoch {epoch}: other data; {'; '.join(notes)}")
+                era, readers = latest, {}
             first, sequence = era.order.first_step(epoch), era.order.sequence(epoch)
             for bucket in sequence[step - first :].tolist():
                 if bucket not in readers:
@@ -246,31 +244,25 @@ class Loader:
                 del batch
                 step += 1
             epoch += 1
-            if self.config.grow:
-                self.eras.settle(epoch, step)
-            if era is not (latest := self.era_at(step)):
-                local, batch = epoch - era.plan.first_epoch, era.plan.global_batch
-                left = sum(bucket.drawn(local) % batch for bucket in era.order.buckets)
-                log.info(
-                    "epoch %d: more data; %d samples carried over wait their turn", epoch, left
-                )
-                era, readers = latest, {}
 
     def heldout_batches(self, size: int) -> list[Batch]:
         """The same `size` held-out samples at each call, or all there are, a batch per bucket.
 
         Every bucket of every dataset gives its share; none are there where nothing is held out.
         """
-        mixture = self.first.mixture
+        newest = self._era(len(self.eras.entries) - 1)
+        # A growth is not to move figures; what is left out by now is not measured.
+        known = self.first.mixture.table["sha256"]
+        first = compute.is_in(newest.mixture.table["sha256"], value_set=known).to_numpy()
         # No step draws noise for them.
-        assemble = Assembler(mixture, self.config)
-        buckets = mixture.buckets(heldout=True)
+        assemble = Assembler(newest.mixture, self.config)
+        buckets = newest.mixture.buckets(heldout=True, among=first)
         parts = [(bucket, part) for bucket, found in buckets.items() for part in found]
         ends = np.cumsum([0, *(part.total for _, part in parts)])
         shares = np.diff(ends * min(size, int(ends[-1])) // max(1, int(ends[-1])))
         rows: dict[Bucket, list[Rows]] = {}
         for (bucket, part), share in zip(parts, shares.tolist(), strict=True):
-            rows.setdefault(bucket, []).extend(self._first_rows(part, share))
+            rows.setdefault(bucket, []).extend(first_rows(newest.store, part, share))
         batches, count = list[Batch](), 0
         for bucket, found in rows.items():
             if found:
@@ -278,18 +270,19 @@ class Loader:
                 batches.append(assemble(Rows.join(found), bucket, indices, 0, 0))
         return batches
 
-    def _first_rows(self, part: Part, count: int) -> Iterator[Rows]:
-        """The first `count` samples of a part's shards."""
-        for number, size in zip(part.shards.tolist(), part.sizes.tolist(), strict=True):
-            if count > 0:
-                yield self.first.store.rows(number, np.arange(min(size, count)))
-                count -= size
-
     def close(self) -> None:
         """Stop reading ahead; a caller that still waits for a batch gets a RuntimeError."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
+
+
+def first_rows(store: ShardStore, part: Part, count: int) -> Iterator[Rows]:
+    """The first `count` samples of a part's shards."""
+    for number, size in zip(part.shards.tolist(), part.sizes.tolist(), strict=True):
+        if count > 0:
+            yield store.rows(number, np.arange(min(size, count)))
+            count -= size
 
 
 def _read_ahead(

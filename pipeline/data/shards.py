@@ -35,38 +35,36 @@ KEEP_BYTES = 64 << 30
 """Local shards that stay mapped, at a cost of 128 MiB of page tables."""
 
 
-def address_of(memory: mmap.mmap) -> int:
-    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+Mapped = tuple[mmap.mmap, np.ndarray, np.ndarray]
+"""A file with some of a shard's members; address and rows of each, int64 (members, samples)."""
 
 
-class Piece:
-    """A mapped file with some of a shard's members: address and rows of each, int64 (members, samples)."""
+def map_members(
+    where: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]
+) -> Mapped:
+    """Map a file; raises ShardError where its index does not fit.
 
-    def __init__(self, where: str, file: IO[bytes], index: np.ndarray, rows: list[tuple[int, int]]):
-        """`rows`: each member's bytes per row, and the most rows of a text (0: no text)."""
-        # The mapping keeps the file's lock.
-        self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
-        unit, most = np.array(rows).T
-        fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
-        inside = (begin >= 0) & (size >= 0) & (begin <= len(self.map) - size)
-        if not (fits & inside).all():
-            raise ShardError(f"{where}: its index does not fit the manifest's members or the file")
-        self.address, self.lengths = (begin + address_of(self.map)).T, (size // unit).T
+    `rows`: each member's bytes per row, and the most rows of a text (0: no text).
+    """
+    # The mapping keeps the file's lock.
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin, size = np.moveaxis(index, -1, 0)  # (samples, members)
+    unit, most = np.array(rows).T
+    fits = np.where(most, (size % unit == 0) & (size <= most * unit), size == unit)
+    inside = (begin >= 0) & (size >= 0) & (begin <= len(mapped) - size)
+    if not (fits & inside).all():
+        raise ShardError(f"{where}: its index does not fit the manifest's members or the file")
+    address = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    return mapped, (begin + address).T, (size // unit).T
 
 
 class Shard:
     """A shard's mapped files, and the `table` of its samples as Rows has it."""
 
-    def __init__(self, pieces: list[Piece], order: list[int], texts: list[int], first_id: int):
-        """`order` are the places of the members among the pieces', `texts` those of texts."""
-        self.map, self.bytes = pieces[0].map, sum(len(piece.map) for piece in pieces)
-        self.pieces, self.texts = pieces, len(texts)
-        address = np.concatenate([piece.address for piece in pieces])
-        lengths = np.concatenate([piece.lengths for piece in pieces])
-        ids = first_id + np.arange(address.shape[1])
-        self.table = np.concatenate([ids[None], lengths[texts], address[order]])
-        self.low, self.high = int(address.min()), int(address.max())
+    def __init__(self, maps: list[mmap.mmap], table: np.ndarray, texts: int):
+        self.map, self.maps, self.bytes = maps[0], maps, sum(map(len, maps))
+        self.table, self.texts = table, texts
+        self.low, self.high = int(table[1 + texts :].min()), int(table[1 + texts :].max())
 
 
 def parse_index(data: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -199,17 +197,19 @@ class ShardStore:
     def _fetch(self, number: int) -> Shard:
         mixture, dataset = self.mixture, self.mixture.dataset_of(number)
         check = self.config.verify == "first_use" and not self.verified[number]
-        kept, found, texts = dataset.kept(mixture.row_of(number)), list[str](), list[str]()
-        rows, pieces = self._rows(number), list[Piece]()
+        kept, rows = dataset.kept(mixture.row_of(number)), self._rows(number)
+        maps, address, lengths = list[mmap.mmap](), {}, {}
         for folder in dataset.folders:
             names = [name for name in rows if dataset.folder_of(name) is folder]
             if names:
-                pieces.append(self._piece(number, folder, kept, {n: rows[n] for n in names}, check))
-                found += names
-        texts = [name for name, (_, most) in rows.items() if most]
-        order, places = ([found.index(name) for name in names] for names in (rows, texts))
+                found = self._piece(number, folder, kept, {n: rows[n] for n in names}, check)
+                maps.append(found[0])
+                address |= zip(names, found[1], strict=True)
+                lengths |= zip(names, found[2], strict=True)
+        texts = [lengths[name] for name, (_, most) in rows.items() if most]
+        ids = int(mixture.first_id[number]) + np.arange(len(kept))
         self.verified[number] |= check
-        return Shard(pieces, order, places, int(mixture.first_id[number]))
+        return Shard(maps, np.stack([ids, *texts, *(address[name] for name in rows)]), len(texts))
 
     def _piece(
         self,
@@ -218,7 +218,7 @@ class ShardStore:
         kept: np.ndarray,
         rows: dict[str, tuple[int, int]],
         check: bool,
-    ) -> Piece:
+    ) -> Mapped:
         """Some members of a shard's samples, whose rows of the index are `kept`, from one folder."""
         facts = folder.table.slice(self.mixture.row_of(number), 1).to_pylist()[0]
         name, size = facts["path"], facts["bytes"]
@@ -234,14 +234,14 @@ class ShardStore:
                 if found != size:
                     raise ShardError(f"{where}: got {found} bytes, expected {size}")
                 columns = [members.index(member) for member in rows]
-                return Piece(where, file, index[:, columns], list(rows.values()))
+                return map_members(where, file, index[:, columns], list(rows.values()))
         except CacheFullError:
             raise
         except (OSError, ValueError) as error:
             raise ShardError(f"{where}: cannot be used: {error}") from error
 
     def _rows(self, number: int) -> dict[str, tuple[int, int]]:
-        """What Piece checks its index against, by member."""
+        """What `map_members` checks an index against, by member."""
         manifest, rows = self.mixture.manifest, {}
         for name, shape in self.mixture.shapes(self.mixture.bucket(number)).items():
             role = manifest.text.roles.get(name)

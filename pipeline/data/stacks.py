@@ -36,12 +36,8 @@ def open_dataset(name: str, source: DatasetConfig, cache_of: CacheOf = lambda _:
                 f"{source.path}: its base {record.path} is no dataset. Remedy: data.path=NEWPLACE "
                 f"data.layers.NAME={source.path} if it was moved. ({error})"
             ) from error
-    return _stack(replace(first, source=replace_path(source, first)), layers)
-
-
-def replace_path(source: DatasetConfig, base: Dataset) -> DatasetConfig:
-    """The config of a stack, with the path of its base."""
-    return source.model_copy(update={"path": base.source.path})
+    source = source.model_copy(update={"path": first.source.path})
+    return _stack(replace(first, source=source), layers)
 
 
 def _stack(base: Dataset, layers: dict[str, Dataset]) -> Dataset:
@@ -221,14 +217,12 @@ def _table(read: list[Dataset]) -> pa.Table:
 def _counted(manifest: Manifest, table: pa.Table) -> Manifest:
     """The manifest with the samples and pictures that are left."""
     train = compute.equal(table["split"], "train").to_numpy()
-    sizes, each = table["num_samples"].to_numpy(), manifest.samples_per_picture
+    sizes, height, width = (table[n].to_numpy() for n in ("num_samples", "height", "width"))
     buckets = list[object]()
     for bucket in manifest.buckets:
-        mine = compute.and_(
-            compute.equal(table["height"], bucket.height),
-            compute.equal(table["width"], bucket.width),
-        ).to_numpy()
-        buckets.append(bucket.model_copy(update={"num_samples": int(sizes[mine & train].sum())}))
+        mine = train & (height == bucket.height) & (width == bucket.width)
+        buckets.append(bucket.model_copy(update={"num_samples": int(sizes[mine].sum())}))
+    each = manifest.samples_per_picture
     kept = int(sizes[train].sum()) // each["train"] + int(sizes[~train].sum()) // each["heldout"]
     counts = manifest.counts.model_copy(update={"kept": kept})
     return manifest.model_copy(update={"buckets": buckets, "counts": counts})

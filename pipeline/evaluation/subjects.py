@@ -143,8 +143,8 @@ def open_exported(folder: Path, data: Path | None) -> Trained | None:
         if "flowmill.config" not in about:
             continue
         config = parse_config(TrainConfig, json.loads(about["flowmill.config"]), str(path))
-        source = next(iter(config.data.sources.values()))
-        source = DatasetConfig(path=str(data)) if data else source
+        trained_on = next(iter(config.data.sources.values()))
+        source = DatasetConfig(path=str(data)) if data else trained_on
         data = Path(source.path)
         if not (data / MANIFEST).is_file():
             return None
@@ -156,6 +156,9 @@ def open_exported(folder: Path, data: Path | None) -> Trained | None:
                 f"{codec['weights_sha256'][:12]}. Remedy: --heldout 0, or a dataset of that VAE"
             )
         given = {"path": source.path, "layers": source.layers}
+        # What training left out is not measured either.
+        own = ("exclude", "scores", "filters") if source is trained_on else ()
+        given |= {name: getattr(config.data, name) for name in own}
         config = config.model_copy(update={"data": DataConfig.model_validate(given)})
         state = {name: weight.float() for name, weight in load_file(path).items()}
         return Trained(folder, config, manifest, str(folder), state, 0)

@@ -66,7 +66,7 @@ Field = lambda default=None, **_: default
 model_validator = lambda **_: lambda method: method
 BeforeValidator = lambda _: None
 # Of shapes and ranges nothing is asked here.
-Bool = Float = Int = list
+Bool = Float = Int = Int8 = list
 Place = str
 PositiveFloat = NonNegativeFloat = float
 PositiveInt = int'''

@@ -11,6 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.schema import MANIFEST
+from pipeline.data.eras import ERAS, left_out_since
 from pipeline.data.stacks import open_dataset
 from pipeline.objectives.config import SamplerConfig
 from pipeline.runs.trained import Trained
@@ -126,6 +127,7 @@ def model_card(trained: Trained, folder: Path, dtype: str, entry: list[str], lic
     encoders = [(n, role.family, role.weights_sha256) for n, role in manifest.text.used.items()]
     encoders.append(("VAE", manifest.codec.class_name, manifest.codec.weights_sha256))
     frozen = "; ".join(f"{name}: {family}, sha256 {hash_[:16]}" for name, family, hash_ in encoders)
+    left_out = "; ".join(left_out_since(run / ERAS))
     shape = f"{config.model.kind}, {config.model.size}, {parameters / 1e6:,.1f} M parameters"
     shown = yaml.safe_dump(without_places(config.model_dump(mode="json")), sort_keys=False)
     return f"""---
@@ -154,7 +156,7 @@ The network's: {licence}. Its encoders keep their own.
 ## Data
 
 {manifest.counts.kept:,} pictures kept of {manifest.counts.seen:,}{f" (rejected: {rejected})" if rejected else ""}, fingerprint
-{manifest.fingerprint[:16]}. Sizes to train on: {buckets}. {frozen}.
+{manifest.fingerprint[:16]}. Sizes to train on: {buckets}. {frozen}.{f" Pictures left out: {left_out}." if left_out else ""}
 
 ## Compute
 

@@ -185,7 +185,7 @@ def prepared_data(config: TrainConfig) -> Workload:
     longest = [manifest.text.shape(group[0])[0] for group in manifest.text.tokens]
     tokens = sum(min(data.text_length or length, length) for length in longest)
     text = {
-        name: 2.0 * (role.view.max_length * role.dim + role.pooled_dim)
+        name: role.row_bytes * role.view.max_length + 2.0 * role.pooled_dim
         for name, role in manifest.text.roles.items()
     }
     total = float(mixture.bytes.sum())

@@ -213,7 +213,7 @@ class Monitor:
             for part in terms:
                 self.meter.add(part.t, part.named)
         self.meter.drawn.append((self.clock.step - 1, *batch.latent_size))
-        text_length = 0 if batch.text_emb is None else batch.text_emb.shape[1]
+        text_length = 0 if batch.text_mask is None else batch.text_mask.shape[1]
         self.shapes[*batch.latent_size, text_length] += 1
         self._profile(self.clock.step)
         # Forward alone: from backward on, every rank waits for the slowest.

@@ -43,6 +43,12 @@ CASES = {  # what a sample has, shards, samples per shard
         24,
         256,
     ),
+    # The text of 124k in half the bytes.
+    "int8": (
+        Kind({"text": (77, 768)}, ragged=False, channels=4, bare=True, int8=("text",)),
+        24,
+        256,
+    ),
 }
 LEAST_S = 0.5  # a turn: a few epochs of what is fast
 SLOW_SAMPLES = 2048  # of the sides that are known to be slow
@@ -208,6 +214,24 @@ def stacked(folder: Path) -> dict[str, Side]:
     }
 
 
+def smaller_text(folder: Path) -> dict[str, Side]:
+    """Text in int8, as it is read and as a network gets it, and in float16, which is both at once."""
+    kind, shards, size = CASES["int8"]
+    plan, samples = [(BUCKET, size)] * shards, shards * size
+    whole = make_dataset(folder / "float16", plan, replace(kind, int8=()))
+    small = make_dataset(folder / "int8", plan, kind)
+    batches = Loader(DataConfig(path=str(small), prefetch=0), global_batch=BATCH, seed=0).batches()
+
+    def unpacked() -> int:
+        return sum(len(next(batches).to("cpu").moments) for _ in range(samples // BATCH))
+
+    return {
+        "flowmill": flowmill(small, 0, samples),
+        "flowmill, float16": flowmill(whole, 0, samples),
+        "flowmill, unpacked on the CPU": unpacked,
+    }
+
+
 def flowmill_anew(folder: Path, samples: int) -> Side:
     """A new loader each round: every shard is hashed, mapped and touched for the first time."""
 
@@ -298,8 +322,8 @@ def measure(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, list[flo
 
 
 def build(folder: Path, case: str) -> dict[str, Side]:
-    if case == "stack":
-        return stacked(folder)
+    if case in ("stack", "int8"):
+        return stacked(folder) if case == "stack" else smaller_text(folder)
     kind, shards, size = CASES[case]
     plan = [(BUCKET, size)] * shards
     default = make_dataset(folder / "default", plan, kind, write=write_default_tar)
@@ -355,6 +379,7 @@ def report(
         f"of_shuffled_memcpy_{case}": "memory copy, shuffled",
         # How many times as fast one dataset is.
         f"x_stack_{case}": "flowmill, base and 2 layers",
+        f"x_float16_{case}": "flowmill, float16",
     }
     flat = {key: round(ratios[name, "wall"], 3) for key, name in keys.items() if name in found}
     flat |= {
@@ -366,12 +391,13 @@ def report(
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the ratios here")] = None,
     rounds: Annotated[int, typer.Option(min=5)] = 5,
+    cases: Annotated[list[str] | None, typer.Option("--case", help="all if none is given")] = None,
     folder: Annotated[Path | None, typer.Option(help="where to build the files (1 GB)")] = None,
 ) -> None:
     """Compare the loader with webdataset and with a memory copy."""
     torch.set_num_threads(1)
     console, results = Console(), {}
-    for case in CASES:
+    for case in cases or CASES:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             results |= report(console, case, measure(build(Path(temporary), case), rounds))
     if json_file:

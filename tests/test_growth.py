@@ -192,6 +192,10 @@ def test_where_all_that_is_new_is_rejected_a_generation_without_shards_is_sealed
     capsys.readouterr()
     run(config)
     assert "nothing to do" in capsys.readouterr().out
+    # A shard of the first that was lost comes back, and the second stays in the manifest.
+    next((dataset / "shards").rglob("train-000000.tar")).unlink()
+    run(config)
+    assert dataset_bytes(dataset) == after
     run(config, restart=True)
     assert [g.number for g in read_manifest(dataset).generations] == [0]
     assert read_manifest(dataset).counts.rejected == {"duplicate": 1}

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -153,19 +153,17 @@ class _Scan:
 
     def rows(self, items: Iterator[Item]) -> Iterator[dict[str, Any]]:
         begun, asked = list[_Begun](), deque[tuple[list[_Begun], Future[list[Answer]]]]()
-        for item in items:
-            begun.append(self._begin(item))
+        for item in chain(items, [None]):
+            if item:
+                begun.append(self._begin(item))
             # A copy may be gone with the next item.
-            if len(begun) == PROBES_AT_ONCE or item.copy:
-                asked.append((begun, self._ask(begun)))
+            alone = item is None or bool(item.copy)
+            if alone or len(begun) == PROBES_AT_ONCE:
+                requests = [request for _, request in begun if request]
+                asked.append((begun, self.pool.submit_all(requests)))
                 begun = []
-            while len(asked) > (0 if item.copy else 1):
+            while len(asked) > (0 if alone else 1):
                 yield from _finish(*asked.popleft())
-        for group, answers in (*asked, (begun, self._ask(begun))):
-            yield from _finish(group, answers)
-
-    def _ask(self, begun: list[_Begun]) -> Future[list[Answer]]:
-        return self.pool.submit_all([request for _, request in begun if request])
 
     def _begin(self, item: Item) -> _Begun:
         """The item's row as far as it is known without the picture, and the question about that."""

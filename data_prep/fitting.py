@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from data_prep.config import FitVaeConfig
 from data_prep.decoder import Address, DecodePool, DecodeRequest
 from data_prep.images import ImagesConfig, Picture, Rejected
+from data_prep.schema.proof import psnr_db
 from data_prep.sources import Item, read_entries
 from models.command import plain_console
 from models.config import InputError
@@ -44,33 +46,30 @@ def name_hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
-def find_pictures(config: FitVaeConfig, name: str, rejects: Counter[str]) -> Iterator[Item]:
-    """The pictures of one source; those that it cannot give are counted by reason."""
-    source = config.sources[name]
-    entries = list(source.entries(name))
-    classes = sorted({entry.class_name for entry in entries if entry.class_name})
-    for item in read_entries(entries, source, classes):
-        if item.reason:
-            rejects[item.reason] += 1
-        else:
-            yield item
-
-
 def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
     """The pictures of one source, uint8 (N, 3, R, R): those to fit on, and those held out.
 
     Each is resized to cover the square, and the centre is cut out. Raises InputError where a part is empty.
     """
-    rejects, bucket = Counter[str](), (config.resolution, config.resolution)
+    source, rejects = config.sources[name], Counter[str]()
+    entries = list(source.entries(name))
+    classes = sorted({entry.class_name for entry in entries if entry.class_name})
 
     def order(item: Item) -> tuple[float, str]:
         # A hash unlike the one that holds pictures out, lest the cut keep the held-out ones first.
         return name_hash("pick " + os.path.basename(item.name)), item.name
 
-    found = find_pictures(config, name, rejects)
-    items = heapq.nsmallest(config.max_pictures, found, key=order)
+    def found() -> Iterator[Item]:
+        for item in read_entries(entries, source, classes):
+            if item.reason:
+                rejects[item.reason] += 1
+            else:
+                yield item
+
+    items = heapq.nsmallest(config.max_pictures, found(), key=order)
     pool, fitting, heldout = DecodePool(ImagesConfig(), os.cpu_count() or 1), [], []
     addresses = (Address(i.path, i.offset, i.length, i.data) for i in items)
+    bucket = (config.resolution, config.resolution)
     answers = [pool.submit(DecodeRequest(a, None, bucket, (0.5, 0.5))) for a in addresses]
     pairs = zip(items, answers, strict=True)
     for item, future in track(pairs, f"Reading {name}", len(items), console=console):
@@ -215,21 +214,13 @@ def export(vae: AutoencoderKL, pictures: Tensor, config: FitVaeConfig, folder: P
     vae.save_pretrained(folder)
 
 
-def psnr(
-    images: UInt8[Tensor, "B 3 H W"], decoded: UInt8[Tensor, "B 3 H W"]
-) -> Float[Tensor, " B"]:
-    """PSNR of each picture in dB; at most 60, for equal ones."""
-    mse = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255**2 / mse.clamp(min=255**2 / 1e6))
-
-
 def heldout_psnr(codec: LatentCodec, pictures: UInt8[Tensor, "N 3 H W"]) -> float:
     """Mean PSNR in dB of the pictures decoded from their posterior's mean, which is normalised and back."""
-    values = [
-        psnr(batch, codec.decode_mean(codec.encode_moments(batch)).cpu())
-        for batch in pictures.split(64)
-    ]
-    return torch.cat(values).mean().item()
+    values = list[float]()
+    for batch in pictures.split(64):
+        decoded = codec.decode_mean(codec.encode_moments(batch)).cpu()
+        values += map(psnr_db, batch.numpy(), decoded.numpy())
+    return fmean(values)
 
 
 def run(config: FitVaeConfig) -> None:

@@ -93,19 +93,15 @@ def open_output(
     """
     dataset = open_root(config.output, "output")
     work = dataset / WORK
-    try:
-        if restart:
-            # config.json, and with it the right to resume, goes first.
-            for path in (work / "config.json", *(dataset / name for name in OURS)):
-                if count := delete(path):
-                    console.print(f"deleted {path} ({count} files)")
-        if facts := begun_facts(dataset):
-            refuse_other_settings(config.output, facts[0]["settings"], settings)
-        else:
-            begin(config, dataset, settings, compare([], listing))
-    except OSError as error:
-        why = error.strerror or error
-        raise InputError(f"output: cannot write {config.output}: {why}") from error
+    if restart:
+        # config.json, and with it the right to resume, goes first.
+        for path in (work / "config.json", *(dataset / name for name in OURS)):
+            if count := delete(path):
+                console.print(f"deleted {path} ({count} files)")
+    if facts := begun_facts(dataset):
+        refuse_other_settings(config.output, facts[0]["settings"], settings)
+    else:
+        begin(config, dataset, settings, compare([], listing))
     return dataset, compare(read_intakes(dataset), listing)
 
 
@@ -188,10 +184,7 @@ def refuse_changes(
 
 def unfinished(dataset: Path) -> list[int]:
     """The generations that are to be made or, having lost a shard, to be mended."""
-    facts, done = begun_facts(dataset), 0
-    if (dataset / MANIFEST).is_file():
-        done = sum(generation.complete for generation in read_manifest(dataset).generations)
-    there = find_files(dataset / "shards")
+    done, there = num_complete(dataset), find_files(dataset / "shards")
 
     def is_whole(number: int) -> bool:
         commits = sealed_commits(work_of(dataset, number))
@@ -199,4 +192,10 @@ def unfinished(dataset: Path) -> list[int]:
         sizes = {f"{folder}/{name}": size for folder, s in places for name, size in s.items()}
         return commits is not None and number < done and sizes.items() <= there.items()
 
-    return [number for number in range(len(facts)) if not is_whole(number)]
+    return [number for number in range(len(begun_facts(dataset))) if not is_whole(number)]
+
+
+def num_complete(dataset: Path) -> int:
+    """How many generations the manifest has whole."""
+    there = (dataset / MANIFEST).is_file()
+    return sum(g.complete for g in read_manifest(dataset).generations) if there else 0

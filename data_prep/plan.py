@@ -1,7 +1,7 @@
 """Into which shard each picture goes: filters, duplicates, buckets, cuts. A pure function of the catalog.
 
 Streams: the catalog is read twice, column by column and batch by batch, and sorted on disk by ranges of the
-keys. In memory are one range, 17 bytes per duplicate and, where near duplicates are looked for, 16 per picture;
+keys. In memory are one range, 29 bytes per duplicate and, where near duplicates are looked for, 16 per picture;
 of a growth 40 per new picture too, and of what earlier generations kept a block.
 """
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,7 @@ import pyarrow.parquet as pq
 
 from data_prep.catalog import CATALOG_SCHEMA, FiltersConfig
 from data_prep.config import PrepareConfig
-from data_prep.duplicates import (
-    DROP,
-    EARLIER,
-    KNOWN,
-    hash_words,
-    known_files,
-    known_looks,
-    near_duplicates,
-    same_files,
-    write_known,
-)
+from data_prep.duplicates import DROP, known_files, known_looks, near_duplicates, same_files
 from data_prep.images import Bucket, list_buckets, nearest_bucket
 from data_prep.schema import REJECT_SCHEMA, SPLITS
 from data_prep.schema.metadata import check_fields
@@ -41,9 +32,6 @@ from data_prep.shards import new_table, read_table, sealed_commits, write_table
 from data_prep.storage import find_files, is_remote
 from models.config import InputError
 
-REJECTED = ["key", "source", "name", "height", "width", "reason", "detail"]
-NOT_PLANNED = ("reason", "detail")
-HASHES = ["content_hash", "perceptual_hash"]
 ROWS_AT_ONCE = 1 << 16
 # Full rows that are sorted in memory at once.
 ROWS_PER_RANGE = 400_000
@@ -52,9 +40,6 @@ HASHES_PER_RANGE = 8_000_000
 MAX_RANGES = 256
 # Shards in one file of the plan; reading one shard reads the footer for all of them.
 SHARDS_PER_FILE = 256
-# What becomes of a row.
-TAKEN, SCANNED, TOO_SMALL, ASPECT, DUPLICATE, NEAR = range(6)
-REASONS = {TOO_SMALL: "too_small", ASPECT: "aspect", DUPLICATE: "duplicate", NEAR: "near_duplicate"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +61,7 @@ def make_plan(config: PrepareConfig, work: Path, earlier: Sequence[Path] = ()) -
     """
     if not (work / "shard_list.parquet").is_file():
         buckets, size = list_buckets(config.images), config.samples_per_shard
-        known = [known_table(folder, config.filters) for folder in earlier]
-        plan(work, buckets, config.filters, size, config.heldout_fraction, known)
+        plan(work, buckets, config.filters, size, config.heldout_fraction, earlier)
     shards = shard_list(work)
     if not shards and not earlier:
         rejects = read_table(work / "plan_rejects.parquet")
@@ -100,28 +84,28 @@ def plan(
     filters: FiltersConfig,
     samples_per_shard: int,
     heldout_fraction: float,
-    known: Sequence[Path] = (),
+    earlier: Sequence[Path] = (),
 ) -> None:
     """Write plan/NNNNNN.parquet (a row per picture, a row group a shard), the rejects, and last the shard list.
 
-    `known` are the tables of every earlier generation's pictures, of which no duplicate is taken. Raises
-    InputError where the filters speak of metadata that no picture has.
+    `earlier` are the folders of the generations before, of whose pictures no duplicate is taken. Raises InputError
+    where the filters speak of metadata that no picture has.
     """
     made = r"part-([0-9]{6}|[1-9][0-9]{6,})(\.staged)?\.parquet"
     names = sorted(name for name in find_files(work / "catalog") if re.fullmatch(made, name))
     parts = [work / "catalog" / name for name in names]
     texts = (t for _, rows in _batches(parts, ["metadata"]) for t in rows["metadata"].to_pylist())
     # What is new may lack a field that was there before.
-    check_fields(texts, {} if known else filters.metadata)
+    check_fields(texts, {} if earlier else filters.metadata)
     with _aside(work) as folder:
-        drops = find_duplicates(parts, filters, folder, known)
+        drops = find_duplicates(parts, filters, folder, earlier)
         count = _num_ranges(parts, ROWS_PER_RANGE)
         paths = [folder / f"range-{number}.arrow" for number in range(count)]
         with new_table(work / "plan_rejects.parquet", REJECT_SCHEMA) as write:
             sifted = sift(parts, filters, drops)
             spill(_grouped(sifted, write, buckets, heldout_fraction), paths)
         cut = _cut(read_ranges(paths), samples_per_shard)
-        shards = _write_shards(work / "plan", cut, buckets, len(known))
+        shards = _write_shards(work / "plan", cut, buckets, len(earlier))
     rows = [asdict(spec) for spec in shards]
     write_table(work / "shard_list.parquet", pa.Table.from_pylist(rows))
 
@@ -137,34 +121,19 @@ def _aside(work: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def known_table(work: Path, filters: FiltersConfig) -> Path:
-    """known.npy of a finished generation, written where it is not there: what it planned and did not reject."""
-    path, planned = work / "known.npy", sorted(find_files(work / "plan"))
-    if path.is_file():
-        return path
-    parts = [work / "plan" / name for name in planned]
+def kept_pictures(work: Path, column: str) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
+    """Hashes in a column, and keys, of what a finished generation planned and did not reject."""
+    parts = [work / "plan" / name for name in sorted(find_files(work / "plan"))]
     rejects = [r["key"] for commit in sealed_commits(work) or () for r in commit["rejects"]]
     gone = pa.array(rejects, pa.string())
-
-    def tables() -> Iterator[np.ndarray]:
-        looks = filters.near_duplicates is not None
-        for _, table in _batches(parts, ["key", *HASHES[: 1 + looks]]):
-            if looks and HASHES[1] not in table.column_names:
-                raise InputError(
-                    f"{work}: was planned by an older version, without the hashes that filters.near_duplicates "
-                    "compares. Remedy: prepare it anew, with --restart or in another output."
-                )
-            table = table.filter(~pc.field("key").isin(gone))
-            found = np.zeros(len(table), KNOWN)
-            found["hash"] = hash_words(table["content_hash"])
-            found["key"] = key_words(table["key"]).astype(">u2").view("u1")
-            if looks:
-                found["looks"] = table["perceptual_hash"].to_numpy()
-            yield found
-
-    with _aside(work) as folder:
-        write_known(path, tables(), _num_ranges(parts, HASHES_PER_RANGE), folder)
-    return path
+    for _, table in _batches(parts, ["key", column]):
+        if column not in table.column_names:
+            raise InputError(
+                f"{work}: was planned by an older version, without the hashes that filters.near_duplicates "
+                "compares. Remedy: prepare it anew, with --restart or in another output."
+            )
+        table = table.filter(~pc.field("key").isin(gone))
+        yield _hashes(table[column]), table["key"]
 
 
 def _grouped(
@@ -190,113 +159,93 @@ def read_planned(work: Path, number: int) -> pa.Table:
 
 
 def sift(
-    parts: list[Path], filters: FiltersConfig, found: tuple[np.ndarray, np.ndarray]
+    parts: list[Path], filters: FiltersConfig, drops: np.ndarray
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Taken rows and rejects, batch by batch; each is rejected by the first rule that applies.
-
-    `found` are the duplicates, as `find_duplicates` returns them.
-    """
-    drops, _ = found
+    """Taken rows and rejects, batch by batch; each is rejected by the first rule that applies, DROP after all others."""
     originals = np.unique(drops["original"])
     keys = np.zeros(len(originals), dtype="S20")
     for first, table in _batches(parts, CATALOG_SCHEMA.names):
-        fate = _fate(table, filters)
-        mine, known = (_of_batch(duplicates, first, table, fate) for duplicates in found)
+        begin, end = np.searchsorted(drops["row"], [first, first + len(table)])
+        mine, fate = drops[begin:end], _fate(table, filters)
+        same_file = mine["distance"] < 0
+        fate[mine["row"] - first] = np.where(same_file, "duplicate", "near_duplicate")
         # An original comes before its duplicates, so its key is known by then.
         low, high = np.searchsorted(originals, [first, first + len(table)])
         keys[low:high] = table["key"].take(originals[low:high] - first).to_pylist()
-        same = keys[np.searchsorted(originals, mine["original"])].astype(str)
-        pairs = zip(mine["row"] - first, same, mine["distance"], strict=True)
-        said = {row: _alike(key, distance) for row, key, distance in pairs}
-        for row, generation, distance, key in known.tolist():
-            alike = _alike(key.decode(), distance)
-            said[row - first] = f"{alike} (generation {generation})"
-        rejected = table.select(REJECTED).filter(fate != TAKEN).to_pylist()
-        rejects = [
-            _reject(row, int(fate[i]), said.get(i))
-            for i, row in zip(np.flatnonzero(fate).tolist(), rejected, strict=True)
-        ]
-        taken = table.filter(fate == TAKEN).drop_columns(list(NOT_PLANNED))
+        same = keys[np.searchsorted(originals, mine["original"])].astype(str).tolist()
+        said = dict[int, str]()
+        for (row, _, distance, generation, key), own in zip(mine.tolist(), same, strict=True):
+            alike = f"{bytes(key).hex()} (generation {generation})" if generation >= 0 else own
+            how = "same file as" if distance < 0 else f"{distance} of 64 bits from"
+            said[row - first] = f"{how} {alike}"
+        columns = [*REJECT_SCHEMA.names, "height", "width"]
+        rejects = table.select(columns).filter(fate != "").to_pylist()
+        for i, row in zip(np.flatnonzero(fate != "").tolist(), rejects, strict=True):
+            if fate[i] in ("too_small", "aspect"):
+                said[i] = f"{row['width']}x{row['height']}"
+            row |= {"reason": row["reason"] or fate[i], "detail": said.get(i, row["detail"])}
+        taken = table.filter(fate == "").drop_columns(["reason", "detail"])
         yield taken, pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
 
 
-def _of_batch(duplicates: np.ndarray, first: int, table: pa.Table, fate: np.ndarray) -> np.ndarray:
-    """The duplicates among a batch's rows, which is their fate."""
-    begin, end = np.searchsorted(duplicates["row"], [first, first + len(table)])
-    mine = duplicates[begin:end]
-    fate[mine["row"] - first] = np.where(mine["distance"] < 0, DUPLICATE, NEAR)
-    return mine
-
-
-def _alike(key: str, distance: int) -> str:
-    return f"same file as {key}" if distance < 0 else f"{distance} of 64 bits from {key}"
-
-
 def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
-    """What the rules that look at one row alone make of each."""
+    """Why the rules that look at one row alone reject each; "" where they do not."""
     height, width = _numbers(table["height"]), _numbers(table["width"])
     short, long = np.minimum(height, width), np.maximum(height, width)
-    fate = np.zeros(len(table), dtype=np.int8)
-    if filters.max_aspect is not None:
-        fate[long > filters.max_aspect * short] = ASPECT
-    if filters.min_side is not None:
-        fate[short < filters.min_side] = TOO_SMALL
-    fate[table["reason"].is_valid().to_numpy()] = SCANNED
-    return fate
-
-
-def _reject(row: dict[str, Any], fate: int, alike: str | None) -> dict[str, Any]:
-    reason, detail = REASONS.get(fate, row["reason"]), alike or row["detail"]
-    if fate in (TOO_SMALL, ASPECT):
-        detail = f"{row['width']}x{row['height']}"
-    return {**{n: row[n] for n in ("key", "source", "name")}, "reason": reason, "detail": detail}
+    rules = {
+        "scanned": table["reason"].is_valid().to_numpy(),
+        "too_small": short < (filters.min_side or 0),
+        "aspect": long > (filters.max_aspect or np.inf) * np.maximum(short, 1),
+    }
+    return np.select([*rules.values()], [*rules], "").astype("U14")
 
 
 def find_duplicates(
-    parts: list[Path], filters: FiltersConfig, folder: Path, known: Sequence[Path] = ()
-) -> tuple[np.ndarray, np.ndarray]:
-    """DROP of every row that an earlier one makes superfluous, EARLIER of those that a known picture does, by row."""
-    exact, earlier = np.zeros(0, DROP), np.zeros(0, EARLIER)
+    parts: list[Path], filters: FiltersConfig, folder: Path, earlier: Sequence[Path] = ()
+) -> np.ndarray:
+    """DROP of every row that an earlier one, or a picture of an earlier generation, makes superfluous, by row."""
+    found = np.zeros(0, DROP)
     if filters.duplicates == "reject":
-        if known:
-            rows, column = _passing_rows(parts, filters, "content_hash")
-            earlier = known_files(rows, hash_words(column), known)
+        if earlier:
+            known = [kept_pictures(work, "content_hash") for work in earlier]
+            found = known_files(*_all_passing(parts, filters, "content_hash"), known)
         count = _num_ranges(parts, HASHES_PER_RANGE)
         exact = same_files(_passing(parts, filters, "content_hash"), count, folder)
         # All rows with the hash of a known picture are its duplicates, the first of them too.
-        exact = exact[~np.isin(exact["row"], earlier["row"])]
-    if filters.near_duplicates is None:
-        return exact, earlier
-    rows, column = _passing_rows(parts, filters, "perceptual_hash")
-    stays = ~np.isin(rows, np.concatenate([exact["row"], earlier["row"]]))
-    rows, looks = rows[stays], column.to_numpy()[stays]
-    if known:
-        near = known_looks(rows, looks, known, filters.near_duplicates)
-        earlier = np.sort(np.concatenate([earlier, near]), order="row")
-        stays = ~np.isin(rows, near["row"])
-        rows, looks = rows[stays], looks[stays]
-    near = near_duplicates(rows, looks, filters.near_duplicates)
-    return np.sort(np.concatenate([exact, near]), order="row"), earlier
+        found = np.concatenate([found, exact[~np.isin(exact["row"], found["row"])]])
+    if filters.near_duplicates is not None:
+        rows, looks = _all_passing(parts, filters, "perceptual_hash")
+        known = [kept_pictures(work, "perceptual_hash") for work in earlier]
+        searches = [partial(known_looks, known=known)] if earlier else []
+        for search in [*searches, near_duplicates]:
+            stays = ~np.isin(rows, found["row"])
+            rows, looks = rows[stays], looks[stays]
+            found = np.concatenate([found, search(rows, looks, filters.near_duplicates)])
+    return np.sort(found, order="row")
 
 
-def _passing_rows(
-    parts: list[Path], filters: FiltersConfig, column: str
-) -> tuple[np.ndarray, pa.ChunkedArray]:
+def _all_passing(parts: list[Path], filters: FiltersConfig, column: str) -> tuple[Any, Any]:
     """All of `_passing` at once."""
-    found = list(_passing(parts, filters, column))
-    chunks = [chunk for _, values in found for chunk in values.chunks]
-    kind = CATALOG_SCHEMA.field(column).type
-    rows = np.concatenate([np.zeros(0, np.int64), *(rows for rows, _ in found)])
-    return rows, pa.chunked_array(chunks, kind)
+    return tuple(map(np.concatenate, zip(*_passing(parts, filters, column), strict=True)))
 
 
 def _passing(
     parts: list[Path], filters: FiltersConfig, column: str
-) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
-    """The numbers of the rows that pass by themselves, int64 (n,), and what a column holds there."""
-    for first, table in _batches(parts, [column, "height", "width", "reason"]):
-        rows = np.flatnonzero(_fate(table, filters) == TAKEN)
-        yield rows + first, table[column].take(rows)
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The numbers of the rows that pass by themselves, int64 (n,), and their hashes in a column; first those of no rows."""
+    batches = _batches(parts, [column, "height", "width", "reason"])
+    for first, table in chain([(0, CATALOG_SCHEMA.empty_table())], batches):
+        rows = np.flatnonzero(_fate(table, filters) == "")
+        yield rows + first, _hashes(table[column].take(rows))
+
+
+def _hashes(column: pa.ChunkedArray) -> np.ndarray:
+    """Perceptual hashes, uint64 (n,), or the first half of each sha256, uint64 (n, 2)."""
+    array = column.combine_chunks()
+    if array.type == pa.uint64():
+        return array.to_numpy()
+    words = np.frombuffer(array.buffers()[1] or b"", "u8").reshape(-1, 4)
+    return words[array.offset : array.offset + len(array), :2]
 
 
 def spill(tables: Iterator[pa.Table], paths: list[Path]) -> None:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders, with_errors
-from data_prep.output import begun_facts
-from data_prep.page import Shown, contact_sheet, html_report, shown_pictures
+from data_prep.output import begun_facts, num_complete
+from data_prep.page import contact_sheet, html_report, shown_pictures
 from data_prep.report import bucket_samples, training_rows
 from data_prep.shards import new_table, seal, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.source import count_rejects
@@ -49,21 +49,9 @@ def finalise(
                 "sources, or this hardware, are not what they were."
             )
     seal(work, commits)
-    made = _made(dataset, generation, commits)
-    newest = max(n for n, some in enumerate(made) if any(c["num_samples"] for c in some))
-    shown = shown_pictures(dataset, newest, made[newest])
-    sheet = contact_sheet(shown)
-    write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
-    publish(config, dataset, generation, commits, encoders, shown)
-
-
-def _made(
-    dataset: Path, generation: int, commits: list[dict[str, Any]]
-) -> list[list[dict[str, Any]]]:
-    """The commits of every generation: this one's, and of others those of which each is sealed."""
-    numbers = range(len(begun_facts(dataset)))
-    found = [commits if n == generation else sealed_commits(work_of(dataset, n)) for n in numbers]
-    return [some for some in found if some is not None]
+    # Where only a lost shard is back, all else is there.
+    if generation >= num_complete(dataset):
+        publish(config, dataset, generation, commits, encoders, complete=True)
 
 
 def publish(
@@ -72,32 +60,45 @@ def publish(
     generation: int,
     commits: list[dict[str, Any]],
     encoders: Encoders,
-    shown: list[Shown] | None = None,
+    complete: bool = False,
 ) -> None:
-    """Make of these commits and other generations a dataset that can be trained on; without `shown` more will come.
+    """Make of these commits and earlier generations a dataset that can be trained on; unless `complete` more will come.
 
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
     """
     from safetensors.numpy import save
 
-    made = _made(dataset, generation, commits)
-    table = [c | {"generation": n} for n, some in enumerate(made) for c in some if c["num_samples"]]
-    table.sort(key=lambda c: (c["generation"], c["path"]))
-    if not any(commit["split"] == "train" for commit in table) and shown is None:
+    made = [*(sealed_commits(work_of(dataset, n)) or [] for n in range(generation)), commits]
+    table = [c for some in made for c in sorted(some, key=lambda c: c["path"]) if c["num_samples"]]
+    if not (complete or any(commit["split"] == "train" for commit in table)):
         return
-    rejects, examples = _write_rejects(dataset, made)
+    rejected, others, examples = _write_rejects(dataset, made)
     rows = pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
     write_table(dataset / schema.SHARD_TABLE, rows)
     if encoders.empty_caption:
         # save_file would make it a file that its owner alone may read.
         data = save(encoders.empty_caption)
         write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
-    roles = list(encoders.record["text"]["roles"])
-    generations = _generations(begun_facts(dataset), made, rejects, roles)
-    manifest = _manifest(config, dataset, table, generations, encoders)
-    if shown is not None:
-        manifest = manifest.completed()
+    facts, mine = begun_facts(dataset), [c for c in table if c["generation"] == generation]
+    kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in mine)
+    counts = schema.Counts(
+        seen=kept + rejected.total(),
+        kept=kept,
+        rejected=_sorted(rejected),
+        other_files=_sorted(others),
+        cut_captions={
+            n: sum(c["cut_captions"][n] for c in mine) for n in encoders.record["text"]["roles"]
+        },
+    )
+    before = schema.read_manifest(dataset).generations[:generation] if generation else []
+    generations = [*before, _generation(facts, before, mine, counts, complete)]
+    manifest = _manifest(config, facts, table, generations, encoders)
+    if complete:
+        newest = max(n for n, some in enumerate(made) if any(c["num_samples"] for c in some))
+        shown = shown_pictures(dataset, newest, made[newest])
+        sheet = contact_sheet(shown)
+        write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
         write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
     files = [name for name in schema.AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
@@ -107,24 +108,26 @@ def publish(
 
 def _write_rejects(
     dataset: Path, made: list[list[dict[str, Any]]]
-) -> tuple[list[tuple[Counter[str], Counter[str]]], list[dict[str, str]]]:
+) -> tuple[Counter[str], Counter[str], list[dict[str, str]]]:
     """Generation by generation those of scan and plan in the order of the sources, then those of encoding.
 
-    Returns for each how many pictures there are by reason and how many other files by extension, and of all the
-    first few of each reason.
+    Returns how many pictures of the last one there are by reason and how many other files by extension, and of
+    all generations the first few of each reason.
     """
-    kind, counts = schema.REJECT_SCHEMA, [(Counter[str](), Counter[str]()) for _ in made]
+    pictures, others = Counter[str](), Counter[str]()
     examples = defaultdict[str, list[dict[str, str]]](list)
-    with new_table(dataset / schema.REJECTS, kind) as write:
+    with new_table(dataset / schema.REJECTS, schema.REJECT_SCHEMA) as write:
         for number, commits in enumerate(made):
             for table in _rejects(work_of(dataset, number), commits):
                 write(table)
                 for reason in table["reason"].unique().to_pylist():
                     few, mine = examples[reason], table.filter(pc.field("reason") == reason)
                     few += mine.slice(0, EXAMPLES - len(few)).to_pylist()
-                for counted, new in zip(counts[number], count_rejects(table), strict=True):
-                    counted.update(new)
-    return counts, [row for _, few in sorted(examples.items()) for row in few]
+                if number == len(made) - 1:
+                    of_table = count_rejects(table)
+                    pictures.update(of_table[0])
+                    others.update(of_table[1])
+    return pictures, others, [row for _, few in sorted(examples.items()) for row in few]
 
 
 def _rejects(work: Path, commits: list[dict[str, Any]]) -> Iterator[pa.Table]:
@@ -137,12 +140,11 @@ def _rejects(work: Path, commits: list[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def _manifest(
     config: PrepareConfig,
-    dataset: Path,
+    facts: list[dict[str, Any]],
     commits: list[dict[str, Any]],
     generations: list[schema.Generation],
     encoders: Encoders,
 ) -> schema.Manifest:
-    facts = begun_facts(dataset)
     begun = {"settings": _decisive(facts), "listing": facts[0]["listing_sha256"]}
     training = training_rows(commits)
     latent_mean, latent_std = latent_statistics(training)
@@ -164,8 +166,8 @@ def _manifest(
         counts=schema.Counts(
             seen=sum(c.seen for c in counts),
             kept=sum(c.kept for c in counts),
-            rejected=_summed([c.rejected for c in counts]),
-            other_files=_summed([c.other_files or {} for c in counts]),
+            rejected=_sorted(sum((Counter(c.rejected) for c in counts), Counter())),
+            other_files=_sorted(sum((Counter(c.other_files) for c in counts), Counter())),
             cut_captions={
                 n: sum(c.cut_captions[n] for c in counts) for n in counts[0].cut_captions
             },
@@ -178,8 +180,8 @@ def _manifest(
     )
 
 
-def _summed(counts: list[dict[str, int]]) -> dict[str, int]:
-    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _decisive(facts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,49 +191,37 @@ def _decisive(facts: list[dict[str, Any]]) -> dict[str, Any]:
     return settings | {"config": config}
 
 
-def _generations(
+def _generation(
     facts: list[dict[str, Any]],
-    made: list[list[dict[str, Any]]],
-    rejects: list[tuple[Counter[str], Counter[str]]],
-    roles: list[str],
-) -> list[schema.Generation]:
-    """The record of every generation, whose fingerprint goes on from the one before."""
-    found, settings = list[schema.Generation](), schema.fingerprint(_decisive(facts))
+    before: list[schema.Generation],
+    commits: list[dict[str, Any]],
+    counts: schema.Counts,
+    complete: bool,
+) -> schema.Generation:
+    """The record of the generation that comes after those before, whose fingerprint goes on from theirs."""
+    number, begun = len(before), facts[len(before)]
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256")
-    for number, (commits, (rejected, others)) in enumerate(zip(made, rejects, strict=True)):
-        shards = sorted((c for c in commits if c["num_samples"]), key=lambda c: c["path"])
-        begun, kept = facts[number], sum(c["num_planned"] - len(c["rejects"]) for c in shards)
-        counts = schema.Counts(
-            seen=kept + rejected.total(),
-            kept=kept,
-            rejected=_summed([rejected]),
-            other_files=_summed([others]),
-            cut_captions={name: sum(c["cut_captions"][name] for c in shards) for name in roles},
-        )
-        labels = (commit["num_labels"] for commit in shards)
-        said: dict[str, Any] = {
-            "listing_sha256": begun["listing_sha256"],
-            "counts": counts.model_dump(mode="json"),
-            "num_labels": max([len(begun["classes"]), *labels]),
-        }
-        link = said | {
-            "previous": found[-1].fingerprint if found else "",
-            "settings_sha256": settings,
-            "shards": [[commit[name] for name in columns] for commit in shards],
-        }
-        psnr = [value for commit in shards for value in commit["psnr_db"]]
-        generation = schema.Generation(
-            number=number,
-            complete=number < len(made) - 1,
-            listed=begun["listed"],
-            num_shards=len(shards),
-            psnr_db=round(mean(psnr), 2) if psnr else None,
-            fingerprint=schema.fingerprint(link),
-            missing=begun.get("missing", 0),
-            **said,
-        )
-        found.append(generation)
-    return found
+    said: dict[str, Any] = {
+        "listing_sha256": begun["listing_sha256"],
+        "counts": counts.model_dump(mode="json"),
+        "num_labels": max([len(begun["classes"]), *(commit["num_labels"] for commit in commits)]),
+    }
+    link = said | {
+        "previous": before[-1].fingerprint if before else "",
+        "settings_sha256": schema.fingerprint(_decisive(facts)),
+        "shards": [[commit[name] for name in columns] for commit in commits],
+    }
+    psnr = [value for commit in commits for value in commit["psnr_db"]]
+    return schema.Generation(
+        number=number,
+        complete=complete,
+        listed=begun["listed"],
+        num_shards=len(commits),
+        psnr_db=round(mean(psnr), 2) if psnr else None,
+        fingerprint=schema.fingerprint(link),
+        missing=begun.get("missing", 0),
+        **said,
+    )
 
 
 def latent_statistics(commits: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

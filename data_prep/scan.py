@@ -42,6 +42,8 @@ DECISIVE = [name for name in LISTING_SCHEMA.names if name != "stamp"]
 # What of a catalog's row is its content, and where that lies.
 CONTENT = ["key", "source", "name", "content_hash", "captions", "metadata", "label", "reason"]
 PLACE = ["offset", "length"]
+# The name of a catalog's part, and the entries of a source that it is of.
+Part = tuple[str, SourceConfig, pa.Table]
 
 
 @dataclass(frozen=True)
@@ -132,18 +134,14 @@ def compare(begun: list[Intake], listing: pa.Table) -> Comparison:
     """What has become of the files since they were listed, and which are new."""
     compute: Any = pc
     now, others = split_others(listing)
-    parts = [split_others(intake.listing) for intake in begun]
-    before, known = (
-        pa.concat_tables([LISTING_SCHEMA.empty_table(), *(part[i] for part in parts)])
-        for i in (0, 1)
-    )
+    parts, none = [split_others(intake.listing) for intake in begun], LISTING_SCHEMA.empty_table()
+    before, known = map(pa.concat_tables, zip((none, none), *parts, strict=True))
     names, there, seen, other = (
         _lines([table["source"], table["name"]]) for table in (before, now, known, others)
     )
     place = compute.index_in(names, value_set=there)
-    found = now.take(place)
+    found, gone = now.take(place), place.is_null()
     same = compute.equal(*(_lines([t[name] for name in DECISIVE]) for t in (before, found)))
-    gone = place.is_null()
     changed = compute.and_not(compute.invert(same), gone)
     # The stamp of what is not as it was says nothing.
     stamps = compute.if_else(same, found["stamp"], before["stamp"])
@@ -153,58 +151,57 @@ def compare(begun: list[Intake], listing: pa.Table) -> Comparison:
         mine = mine.set_column(mine.schema.get_field_index("stamp"), "stamp", column)
         looked.append(replace(intake, listing=pa.concat_tables([mine, rest])))
         first += len(mine)
-    fresh = [
+    new = (
         table.filter(compute.invert(compute.is_in(mine, value_set=theirs)))
         for table, mine, theirs in ((now, there, names), (others, other, seen))
-    ]
+    )
     lost = (
         [f"{row['source']}/{row['name']}" for row in before.filter(which).to_pylist()]
         for which in (gone, changed)
     )
-    return Comparison(looked, pa.concat_tables(fresh), *lost)
+    return Comparison(looked, pa.concat_tables(new), *lost)
 
 
 def scan(config: PrepareConfig, intake: Intake, check: Callable[[], None] = lambda: None) -> None:
     """One catalog part per partition of a generation's entries; parts that exist are not made again."""
     made, staged = (set(find_files(intake.work / name)) for name in ("catalog", STAGED))
-    settings, todo = _settings(config, intake.work, intake.classes, check), list[Any]()
+    todo = list[Part]()
     for name, source, rows in _partitions(config, intake.listing):
         # A part whose pictures were staged wants them there, so long as shards are to be made.
         there = f"{name}.staged.parquet" in made and name in staged
         if not (there or f"{name}.parquet" in made):
-            todo.append((settings, name, source, rows))
-    _scan_parts(todo, "scan")
+            todo.append((name, source, rows))
+    _scan_parts(config, intake, todo, check, "scan")
 
 
 def changed_content(config: PrepareConfig, intake: Intake, check: Callable[[], None]) -> list[str]:
     """The pictures that were changed, or what is said of them, by a second scan of what was touched since it was listed."""
-    work, again = intake.work, intake.work / "again"
+    again = replace(intake, work=intake.work / "again")
     touched = list(_touched(config, intake))
     if not touched:
         return []
     connect(config.ray)
-    delete(again)
-    settings = _settings(config, again, intake.classes, check)
-    _scan_parts([(settings, *part) for _, *part in touched], "check")
+    delete(again.work)
+    _scan_parts(config, again, [part for _, part in touched], check, "check")
     changed = list[str]()
-    for path, name, *_ in touched:
-        now = next(p for end in PARTS if (p := again / "catalog" / f"{name}{end}").is_file())
+    for path, (name, *_) in touched:
+        now = next(p for end in PARTS if (p := again.work / "catalog" / f"{name}{end}").is_file())
         tables = read_table(path), read_table(now)
         for columns in (CONTENT, [*CONTENT, *PLACE]):
             before, after = ({r["key"]: r for r in t.select(columns).to_pylist()} for t in tables)
             differ = [k for k in before | after if before.get(k) != after.get(k)]
+            rows = [before.get(key) or after[key] for key in differ]
+            changed += [f"{row['source']}/{row['name']}" for row in rows]
             if differ:
-                rows = [before.get(key) or after[key] for key in differ]
-                changed += [f"{row['source']}/{row['name']}" for row in rows]
                 break
-    delete(again)
+    delete(again.work)
     if not changed:
-        write_table(work / LISTING, intake.listing)
+        write_table(intake.work / LISTING, intake.listing)
     return changed
 
 
-def _touched(config: PrepareConfig, intake: Intake) -> Iterator[tuple[Any, ...]]:
-    """The parts whose files have another stamp than when they were listed: their place and what was scanned."""
+def _touched(config: PrepareConfig, intake: Intake) -> Iterator[tuple[Path, Part]]:
+    """What was scanned of the parts whose files have another stamp than when they were listed, and these."""
     work, listing = intake.work, intake.listing
     before, made = read_table(work / LISTING, LISTING_SCHEMA), find_files(work / "catalog")
     at, since = 0, (work / LISTING).stat().st_mtime
@@ -214,7 +211,7 @@ def _touched(config: PrepareConfig, intake: Intake) -> Iterator[tuple[Any, ...]]
         for end in PARTS:
             path = work / "catalog" / f"{name}{end}"
             if path.name in made and (mine.any() or _points_at_newer(source, path, rows, since)):
-                yield path, name, source, rows
+                yield path, (name, source, rows)
 
 
 def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: float) -> bool:
@@ -237,13 +234,13 @@ def _points_at_newer(source: SourceConfig, path: Path, rows: pa.Table, since: fl
     return False
 
 
-def _settings(
-    config: PrepareConfig, work: Path, classes: list[str], check: Callable[[], None]
-) -> ScanSettings:
-    return ScanSettings(work, classes, config.images, config.captions, config.filters, check)
-
-
-def _scan_parts(todo: list[Any], what: str) -> None:
+def _scan_parts(
+    config: PrepareConfig, intake: Intake, parts: list[Part], check: Callable[[], None], what: str
+) -> None:
+    settings = ScanSettings(
+        intake.work, intake.classes, config.images, config.captions, config.filters, check
+    )
+    todo: list[Any] = [(settings, *part) for part in parts]
     # A task scans several parts, but not so many that a CPU is left without.
     size = max(1, min(PARTS_AT_ONCE, len(todo) // (4 * num_cpus())))
     groups = (todo[begin : begin + size] for begin in range(0, len(todo), size))
@@ -299,9 +296,7 @@ def try_entry(
         scan_part(aside, name, source, rows.slice(place, 1))
 
 
-def _partitions(
-    config: PrepareConfig, listing: pa.Table
-) -> Iterator[tuple[str, SourceConfig, pa.Table]]:
+def _partitions(config: PrepareConfig, listing: pa.Table) -> Iterator[Part]:
     """Neighbours of one source in the listing, many files, or one tar or table, by the name of their part."""
     number = 0
     for some, at_once in zip(split_others(listing), (None, ENTRIES_AT_ONCE), strict=True):

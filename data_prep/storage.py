@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import tempfile
 import time
 import uuid
@@ -192,19 +191,15 @@ def publish(temporary: Path, path: Path) -> None:
     """Make a local file appear at `path`: by fsync and rename, on an object store by one put."""
     if not is_remote(path):
         return files.publish(temporary, path)
-    target: Any = path
-    patient(target.fs.put_file, str(temporary), target.path)
+    filesystem, name = filesystem_of(path)
+    patient(filesystem.put_file, str(temporary), name)
 
 
 def delete(path: Path) -> int:
     """Delete a file or a folder with all in it; returns how many files that were."""
-    count = 1 if path.is_file() else len(find_files(path)) if path.exists() else 0
-    if is_remote(path):
-        target: Any = path
-        if count:
-            patient(lambda: target.fs.rm(target.path, recursive=True))
-    elif path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    filesystem, name = filesystem_of(path)
+    if not path.exists():
+        return 0
+    count = 1 if path.is_file() else len(find_files(path))
+    patient(filesystem.rm, name, True)
     return count

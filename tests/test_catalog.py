@@ -363,14 +363,15 @@ def test_near_duplicates_are_those_that_comparing_all_pairs_finds(most):
     expected = slow_near_duplicates([int(h) for h in hashes], most)
     assert len(expected) > 20
     assert sorted(found["row"]) == sorted(expected)
-    for row, original, distance in found.tolist():
+    for row, original, distance, generation, _ in found.tolist():
+        assert generation == -1
         assert original not in expected
         assert distance == (int(hashes[row]) ^ int(hashes[original])).bit_count()
         assert distance <= most
 
 
 def test_many_hashes_are_compared_through_more_than_one_block(monkeypatch):
-    monkeypatch.setattr("data_prep.duplicates.CHANCE_PAIRS", 0.001)
+    monkeypatch.setattr("data_prep.duplicates.CHOICES", [3])
     test_near_duplicates_are_those_that_comparing_all_pairs_finds(3)
 
 

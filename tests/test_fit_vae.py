@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from data_prep import fitting
 from data_prep.config import FitVaeConfig
-from data_prep.fitting import heldout_psnr, name_hash, psnr, read_pictures
+from data_prep.fitting import heldout_psnr, name_hash, read_pictures
+from data_prep.schema.proof import psnr_db
 from models.codec_layouts import Normalisation
 from models.command import load_config
 from models.config import InputError, parse_config
@@ -272,10 +273,9 @@ def test_settings_that_cannot_work_are_refused_at_load(tmp_path, changes, messag
 
 
 def test_psnr_is_that_of_the_formula_and_capped_where_nothing_differs():
-    images = torch.full((3, 3, 4, 4), 100, dtype=torch.uint8)
-    decoded = images - torch.tensor([1, 10, 0], dtype=torch.uint8).view(3, 1, 1, 1)
-    expected = [20 * np.log10(255 / 1), 20 * np.log10(255 / 10), 60.0]
-    assert psnr(images, decoded).tolist() == pytest.approx(expected, abs=1e-3)  # fp32
+    image, limit = np.full((3, 4, 4), 100, np.uint8), 10 * np.log10(255**2 / 1e-3)
+    for error, expected in ((1, 20 * np.log10(255 / 1)), (10, 20 * np.log10(255 / 10)), (0, limit)):
+        assert psnr_db(image, image - np.uint8(error)) == pytest.approx(expected)
 
 
 def test_the_demo_codec_opens_in_stock_diffusers_as_what_its_config_says():

@@ -10,12 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import duplicates
-from data_prep.catalog import FiltersConfig
 from data_prep.config import PrepareConfig, check_settings
-from data_prep.duplicates import KNOWN, known_files, known_looks, write_known
+from data_prep.duplicates import known_files, known_looks
 from data_prep.output import begin, open_output
-from data_prep.plan import known_table
+from data_prep.plan import kept_pictures
 from data_prep.preparation import prepare
 from data_prep.scan import list_sources
 from data_prep.schema import read_manifest, read_shard_table
@@ -194,6 +192,10 @@ def test_where_all_that_is_new_is_rejected_a_generation_without_shards_is_sealed
     capsys.readouterr()
     run(config)
     assert "nothing to do" in capsys.readouterr().out
+    # A shard of the first that was lost comes back, and the second stays in the manifest.
+    next((dataset / "shards").rglob("train-000000.tar")).unlink()
+    run(config)
+    assert dataset_bytes(dataset) == after
     run(config, restart=True)
     assert [g.number for g in read_manifest(dataset).generations] == [0]
     assert read_manifest(dataset).counts.rejected == {"duplicate": 1}
@@ -291,7 +293,7 @@ def test_a_growth_that_dies_before_any_of_its_drivers_commits_is_taken_up_again(
         assert dataset_bytes(output) == expected, committed
         assert before.items() <= inodes(output).items()
         shutil.rmtree(output)
-    names = {"listing.parquet", "config.json", "known.npy", "plan_rejects.parquet", "manifest.json"}
+    names = {"listing.parquet", "config.json", "plan_rejects.parquet", "manifest.json"}
     names |= {"shard_list.parquet", "sealed.jsonl", "shards.parquet", "rejects.parquet"}
     assert names <= set(committed)
 
@@ -312,44 +314,44 @@ def slow_known(hashes: np.ndarray, known: list[np.ndarray], most: int) -> dict[i
 
 @pytest.mark.parametrize("block", [1 << 20, 64])
 @pytest.mark.parametrize("most", range(9))
-def test_duplicates_of_earlier_generations_are_those_that_comparing_all_pairs_finds(
-    tmp_path, monkeypatch, most, block
-):
+def test_duplicates_of_earlier_generations_are_those_that_comparing_all_pairs_finds(most, block):
     """Every pair of four generations: 2,000 hashes, clusters of which differ in few bits."""
-    monkeypatch.setattr(duplicates, "KNOWN_AT_ONCE", block)
     rng = np.random.default_rng(most)
     looks = rng.integers(0, 2**64, 200, dtype=np.uint64).repeat(10)
     for _ in range(6):
         flipped = np.uint64(1) << rng.integers(0, 64, len(looks), dtype=np.uint64)
         looks ^= np.where(rng.random(len(looks)) < 0.4, flipped, np.uint64(0))
-    tables = np.zeros(len(looks), KNOWN)
+    kind = np.dtype([("hash", "u8", 2), ("looks", "u8"), ("key", "u1", 10)])
+    tables = np.zeros(len(looks), kind)
     tables["looks"] = rng.permutation(looks)
     tables["key"] = rng.integers(0, 256, (len(looks), 10))
     # Some files are the same, and some hashes begin alike.
     tables["hash"] = rng.integers(0, 300, (len(looks), 2)) << 54
     parts = np.split(tables, 4)
-    paths = [tmp_path / f"{number}.npy" for number in range(4)]
-    for path, part in zip(paths, parts, strict=True):
-        write_known(path, np.split(part, 5), 3, tmp_path)
-        stored = np.load(path)
-        assert sorted(row.tobytes() for row in stored) == sorted(row.tobytes() for row in part)
-        assert (np.diff(stored["hash"][:, 0].astype(object)) >= 0).all()
+
+    def kept(number: int, what: str):
+        for some in np.split(parts[number], range(block, len(parts[number]), block)):
+            yield some[what], pa.chunked_array([[key.tobytes().hex() for key in some["key"]]])
+
     for number in range(1, 4):
         new, known = parts[number], parts[:number]
         rows = np.arange(len(new)) * 3 + 5
-        found = known_looks(rows, new["looks"], paths[:number], most)
+        found = np.sort(
+            known_looks(rows, new["looks"], most, [kept(n, "looks") for n in range(number)]),
+            order="row",
+        )
         expected = slow_known(new["looks"], known, most)
         assert [row for row, *_ in found.tolist()] == [rows[i] for i in sorted(expected)]
-        got = {(row - 5) // 3: (g, d, key.decode()) for row, g, d, key in found.tolist()}
+        got = {(row - 5) // 3: (g, d, bytes(key).hex()) for row, _, d, g, key in found.tolist()}
         assert got == expected
         assert most < 2 or len(expected) > 20
-        same = known_files(rows, new["hash"], paths[:number])
+        same = known_files(rows, new["hash"], [kept(n, "hash") for n in range(number)])
         before = [{tuple(h) for h in part["hash"].tolist()} for part in known]
         first = {
             row: next((g for g, hashes in enumerate(before) if tuple(h) in hashes), None)
             for row, h in zip(rows.tolist(), new["hash"].tolist(), strict=True)
         }
-        assert {row: g for row, g, *_ in same.tolist()} == {
+        assert {row: g for row, *_, g, _ in same.tolist()} == {
             row: g for row, g in first.items() if g is not None
         }
 
@@ -359,5 +361,6 @@ def test_a_plan_of_an_older_version_is_refused_where_a_growth_needs_what_it_lack
     old = {"key": ["0" * 20], "content_hash": pa.array([bytes(32)], pa.binary(32))}
     pq.write_table(pa.table(old), tmp_path / "plan" / "000000.parquet")
     with pytest.raises(InputError, match=r"older version.*near_duplicates compares\. Remedy: "):
-        known_table(tmp_path, FiltersConfig(near_duplicates=3))
-    assert len(np.load(known_table(tmp_path, FiltersConfig()))) == 1
+        next(kept_pictures(tmp_path, "perceptual_hash"))
+    ((hashes, keys),) = kept_pictures(tmp_path, "content_hash")
+    assert (hashes.tolist(), keys.to_pylist()) == ([[0, 0]], ["0" * 20])

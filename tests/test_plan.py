@@ -8,12 +8,20 @@ import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
+from data_prep.encoders import Codec, Text
+from models.codec_layouts import LAYOUTS, PIXELS, Normalisation
 from models.command import load_config
 from models.config import InputError
 from models.networks import DiTConfig, UNetConfig, build_model
+from models.text_conventions import CONVENTIONS
+from models.text_encoder import TextEncoder
+from models.vae import LatentCodec
+from models.weights import network_class
 from pipeline import plan
 from pipeline.config import TrainConfig
 from pipeline.runs import planning
@@ -25,9 +33,11 @@ from pipeline.runs.planning import (
     num_small,
     prepared_data,
     state_bytes,
+    stored_bytes,
 )
 from pipeline.training.config import EngineConfig, OptimizerConfig
 from tests import ranks_traffic
+from tests.shard_factory import Kind, make_manifest
 from tests.train_factory import ROOT, environment, results, run, write_config
 
 RECIPES = sorted((ROOT / "configs").glob("train_*.yaml"))
@@ -212,6 +222,10 @@ def test_a_prepared_dataset_is_planned_from_its_own_numbers(tmp_path, capsys):
     tars = list((tmp_path / "dataset").glob("shards/*/*.tar"))
     assert data.total_bytes == sum(p.stat().st_size for p in tars)
     assert "90 pictures" in out
+    # Of a text that varies the longest caption; all latents are of one size here.
+    indices = [np.load(path)[..., 1] for path in (tmp_path / "dataset").rglob("*.idx.npy")]
+    assert list(data.stored.values()) == np.concatenate(indices).max(axis=0).tolist()
+    assert re.search(r"^of these +moments \(float16\) [\d.]+ KiB, mini \(float16\) ", out, re.M)
     assert "normalised latents have a std of 0.1, expected 0.5 to 2" in out
     # What --fit prints is a valid change of the same config.
     best = out.splitlines()[-1].split()
@@ -264,3 +278,61 @@ def test_what_cannot_be_planned_is_refused(tmp_path):
         plan.main(path, gpus=2, pictures=1000)
     with pytest.raises(InputError, match=r"manifest.json"):
         plan.main(path, ["data.path=/nowhere"], gpus=2)
+
+
+# What their config.json says of the published weights.
+CODECS = {
+    "SD, SDXL: 4 channels at 1/8": ("AutoencoderKL", {"latent_channels": 4}),
+    "SD3, FLUX.1: 16 channels at 1/8": ("AutoencoderKL", {"latent_channels": 16}),
+    "FLUX.2: 128 channels at 1/16": ("AutoencoderKLFlux2", {"latent_channels": 32}),
+    "DC-AE: 32 channels at 1/32": ("AutoencoderDC", {"latent_channels": 32}),
+    "pixels: uint8": (PIXELS, {}),
+}
+CLIP_L = transformers.CLIPTextConfig(hidden_size=768, projection_dim=768, num_hidden_layers=1)
+CLIP_G = transformers.CLIPTextConfig(hidden_size=1280, projection_dim=1280, num_hidden_layers=1)
+T5 = transformers.T5Config(d_model=4096, num_layers=1)
+GEMMA = transformers.Gemma2Config(hidden_size=2304, num_hidden_layers=1)
+MODULE = transformers.T5GemmaModuleConfig(num_hidden_layers=1, layer_types=["full_attention"])
+SAME = {key: value for key, value in MODULE.to_dict().items() if key != "model_type"}
+T5GEMMA = transformers.T5GemmaConfig(encoder=MODULE, **SAME | {"is_encoder_decoder": False})
+TEXTS = {
+    "CLIP-L: 77 tokens": (CLIP_L, "sd15", "clip_l", 77),
+    "CLIP-G: 77 tokens, a vector": (CLIP_G, "sdxl", "clip_g", 77),
+    "T5-XXL: 77 tokens": (T5, "sd3", "t5", 77),
+    "T5-XXL: 256 tokens": (T5, "sd3", "t5", 256),
+    "Gemma 2 2B: 300 tokens": (GEMMA, "sana", "gemma2", 300),
+    "T5Gemma 2B: 256 tokens": (T5GEMMA, "prx", "t5gemma", 256),
+}
+
+
+def kib_of_latents(name: str, config: dict) -> list[float]:
+    """At 256 and at 512 pixels."""
+    blocks = {"block_out_channels": [1] * 4, "encoder_block_out_channels": [1] * 6}
+    layout, same = LAYOUTS[name](config | blocks), ("channels", "downscale", "deterministic")
+    flat = Normalisation(mean=(0.0,) * layout.channels, std=(1.0,) * layout.channels)
+    record = {field: getattr(layout, field) for field in same} | {"normalisation": flat}
+    members = Codec(LatentCodec(None, layout, record, torch.device("cpu")), "vae").members()
+    manifest = make_manifest(Kind(encoders={}), [], record).model_copy(update={"members": members})
+    return [stored_bytes(manifest, "moments", side) / 1024 for side in (256, 512)]
+
+
+def kib_of_text(config, convention: str, name: str, length: int) -> float:
+    """The real class of the encoder, of one layer and without weights."""
+    view = CONVENTIONS[convention].roles[name].model_copy(update={"max_length": length})
+    with torch.device("meta"):
+        network = network_class(transformers, view.family)(config)
+    encoder = TextEncoder(network, None, ROOT, view, "fp32")
+    kind = Kind(encoders={name: (length, encoder.dim)})
+    members = Text(encoder, name, "float16").members()
+    manifest = make_manifest(kind, [], {}).model_copy(update={"members": members})
+    return sum(stored_bytes(manifest, member, 256) for member in members) / 1024
+
+
+def test_the_readme_says_how_many_bytes_usual_encoders_take_per_picture():
+    lines = (ROOT / "data_prep" / "README.md").read_text().splitlines()
+    expected = {name: kib_of_latents(*codec) for name, codec in CODECS.items()}
+    expected |= {name: [kib_of_text(*text)] for name, text in TEXTS.items()}
+    for name, sizes in expected.items():
+        (line,) = [line for line in lines if line.startswith(f"| {name} |")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+        assert cells == [f"{size:,.1f}".removesuffix(".0") for size in sizes], name

@@ -33,14 +33,14 @@ from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.encoders import PROCESS_BYTES, configured, weight_of
-from data_prep.estimate import estimate
+from data_prep.estimate import bytes_by_member, estimate
 from data_prep.images import decode
 from data_prep.output import open_output, refuse_changes, unfinished
 from data_prep.plan import ShardSpec, shard_list
 from data_prep.preparation import prepare
 from data_prep.prepare import main
 from data_prep.scan import list_sources
-from data_prep.schema import read_index, read_manifest, read_shard_table
+from data_prep.schema import index_path, read_index, read_manifest, read_shard_table
 from data_prep.schema.proof import proof_keys, read_proof
 from data_prep.shards import read_commits, write_table
 from data_prep.verify import verify
@@ -793,10 +793,39 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
     every = sum(p.stat().st_size for p in (dataset / "shards").rglob("*.*"))
     assert abs(found.total_bytes / found.kept / (every / counts.kept) - 1) < 0.05
     assert found.seconds_per_picture > 0
+    members = read_manifest(dataset).members
+    assert {name: dtype for name, (dtype, _) in found.members.items()} == {
+        name: member.dtype for name, member in members.items()
+    }
+    indices = [read_index(dataset / index_path(path)) for path in table["path"].to_pylist()]
+    written = np.concatenate(indices)[..., 1].mean(axis=0).tolist()
+    sizes = [size for _, size in found.members.values()]
+    assert sizes == pytest.approx(written, rel=0.05)
     doubts = (found.doubt, read_manifest(dataset).latent_doubt())
     stds = [float(re.search(r"have a std of ([\d.]+),", doubt)[1]) for doubt in doubts]
     assert stds[0] == pytest.approx(stds[1], rel=0.1)
     assert not list(Path(tempfile.gettempdir()).glob("flowmill-plan-*"))
+
+
+def test_a_sample_of_which_nothing_is_kept_is_said_with_the_reason(
+    tmp_path, text_folder, ray_address
+):
+    vae = save_kl(tmp_path / "vae")
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors["quant_conv.bias"] += 1e6
+    safetensors.torch.save_file(tensors, weights)
+    sources = {"mine": fill_folder(tmp_path / "pictures", 4)}
+    path = write_config(tmp_path / "c.yaml", sources, vae, text_folder)
+    with pytest.raises(InputError, match=r"every picture of the sample .*: not_finite\. Remedy"):
+        estimate(load_config(PrepareConfig, path, []), 4)
+
+
+def test_arrays_that_samples_of_a_picture_share_are_counted_once(tmp_path):
+    index = np.array([[[512, 64], [1024, 10]], [[512, 64], [2048, 20]]])
+    np.save(tmp_path / index_path("a.tar"), index)
+    found = bytes_by_member(tmp_path, ["a.tar", "a.tar"], ["moments", "t5"])
+    assert found == {"moments": 2 * 64, "t5": 2 * 30}
 
 
 @pytest.mark.slow

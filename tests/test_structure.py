@@ -219,6 +219,7 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
     from data_prep import fitting
     from models import layers
     from models.conditions import Conditions
+    from models.vae import LatentCodec
     from pipeline.data import randomness
     from pipeline.inference import grid, painter
     from pipeline.objectives import objective, sampling
@@ -228,7 +229,9 @@ def test_a_wrong_shape_fails_wherever_shapes_are_checked():
     flow, sampler = objective.Objective(objective.ObjectiveConfig()), sampling.SamplerConfig()
     wrong: dict[str, Callable[[], object]] = {
         "models": lambda: layers.take(flat, chosen),
-        "data_prep.fitting": lambda: fitting.psnr(flat.byte(), flat.byte()),
+        "data_prep.fitting": lambda: fitting.heldout_psnr(
+            LatentCodec.__new__(LatentCodec), flat.byte()
+        ),
         "pipeline.objectives.objective": lambda: objective.alignment_loss(flat, flat),
         "pipeline.data.randomness": lambda: randomness.draw_noise(0, flat, [0], (1,)),
         "pipeline.training.forward": lambda: forward.loss_of_kept(flow, *[flat] * 5),

@@ -62,14 +62,13 @@ def refusal(facts: Mapping[str, Any], filters: Mapping[str, MetadataFilter]) -> 
 
 def check_fields(texts: Iterable[str], filters: Mapping[str, MetadataFilter]) -> None:
     """Raises InputError where a filter's field is in no picture's metadata (JSON), or never of its kind."""
-    left, fields = dict(filters), Counter[str]()
-    misfits = dict[str, Any]()
+    left, fields, misfits = dict(filters), Counter[str](), dict[str, Any]()
     for text in texts:
         if not left:
             return
-        facts = json.loads(text) if text else {}
-        fields.update(name for name, value in facts.items() if value is not None)
-        for name in [name for name in left if facts.get(name) is not None]:
+        facts = {n: value for n, value in json.loads(text or "{}").items() if value is not None}
+        fields.update(facts.keys())
+        for name in left.keys() & facts.keys():
             if left[name].fits(facts[name]):
                 del left[name]
             else:

@@ -1,7 +1,7 @@
 """What a run will take: memory, hours, disk and bandwidth."""
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from data_prep.schema import Manifest
 from models.command import duration
 from models.conditions import example_conditions
 from models.config import InputError
@@ -78,8 +79,9 @@ def state_bytes(
         weights = small + num_parameters / ranks  # small ones whole, and their partitions too
         weights += num_parameters / (engine.hpz_partition_size or math.inf)
         bucket = min(BUCKET_ELEMENTS, num_parameters)
-    states = num_parameters * _optimizer_bytes(stage, precision, averages) - 4 * by_muon
-    states /= ranks if stage else 1
+    # Two moments, the averages, and a master where the weight itself is none.
+    states = num_parameters * (8 + 4 * averages + (4 if stage or precision == "bf16" else 0))
+    states = (states - 4 * by_muon) / (ranks if stage else 1)
     buffers = float(bucket * BYTES[engine.reduce_precision])
     return StateBytes(weights * size, num_parameters * gradients, states, buffers)
 
@@ -87,11 +89,6 @@ def state_bytes(
 def planned_precision(engine: EngineConfig) -> Precision:
     """`auto` is bf16 on every GPU in the table."""
     return "fp32" if engine.precision == "fp32" else "bf16"
-
-
-def _optimizer_bytes(stage: Stage, precision: Precision, averages: int) -> int:
-    """Bytes per parameter: two moments, the averages, and a master where the weight itself is none."""
-    return 8 + 4 * averages + (4 if stage or precision == "bf16" else 0)
 
 
 def checkpoint_bytes(num_parameters: int, averages: int = 1, by_muon: int = 0) -> int:
@@ -131,9 +128,8 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    tables = (positions_2d, rope_2d)  # remembered, but not across from fake to real
-    for table in tables:
-        table.cache_clear()
+    positions_2d.cache_clear()  # remembered, but not across from fake to real
+    rope_2d.cache_clear()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     batch = 8
     with FakeTensorMode():  # of a real device: on "meta" attention would hold its whole matrix
@@ -153,8 +149,8 @@ def _tracked_bytes(model: Any, sample: Sample, precision: Precision) -> float:
             outputs = network(x_t, t, conditions)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             sum(out.float().square().mean() for out in outputs).backward()  # pyright: ignore[reportAttributeAccessIssue]
-    for table in tables:
-        table.cache_clear()
+    positions_2d.cache_clear()
+    rope_2d.cache_clear()
     peaks = tracker.get_tracker_snapshot("peak").values()
     kinds = [(str(kind), size) for peak in peaks for kind, size in peak.items()]
     return sum(n for kind, n in kinds if kind.endswith((".ACT", ".TEMP", ".OTH"))) / batch
@@ -170,7 +166,8 @@ class Workload:
     total_bytes: float
     sizes: dict[str, int]  # of the model's config that the data fix
     sample: Sample
-    text: dict[str, float]  # bytes of an encoder's longest caption in a shard
+    # Bytes of a picture's members in shards; of text, those of its longest caption.
+    stored: dict[str, float]
 
 
 def prepared_data(config: TrainConfig) -> Workload:
@@ -184,10 +181,7 @@ def prepared_data(config: TrainConfig) -> Workload:
     side = round(math.sqrt(area) / manifest.codec.downscale)
     longest = [manifest.text.shape(group[0])[0] for group in manifest.text.tokens]
     tokens = sum(min(data.text_length or length, length) for length in longest)
-    text = {
-        name: role.row_bytes * role.view.max_length + 2.0 * role.pooled_dim
-        for name, role in manifest.text.roles.items()
-    }
+    size = manifest.codec.downscale * side
     total = float(mixture.bytes.sum())
     return Workload(
         ", ".join(source.path for source in data.sources.values()),
@@ -196,8 +190,16 @@ def prepared_data(config: TrainConfig) -> Workload:
         total,
         sizes_of(manifest),
         Sample(side, side, tokens, total / int(mixture.sizes.sum())),
-        text,
+        {f"{n} ({m.dtype})": stored_bytes(manifest, n, size) for n, m in manifest.members.items()},
     )
+
+
+def stored_bytes(manifest: Manifest, name: str, side: int) -> float:
+    """Bytes that a member has in shards per square picture of `side` pixels; of text, those of its longest caption."""
+    role, member = manifest.text.roles.get(name), manifest.members[name]
+    shape = manifest.shape_in_bucket(name, side, side)
+    longest = role.view.max_length if role else 0
+    return np.dtype(member.stored).itemsize * math.prod(longest if n is None else n for n in shape)
 
 
 def assumed_data(
@@ -213,11 +215,13 @@ def assumed_data(
             f"Remedy: prepare it first, or pass {' '.join(f'{m}=N' for m in missing)}"
         )
     side = resolution // downscale
-    arrays = 2 * (2 * sizes["latent_channels"] * side**2 + tokens * sizes["text_dim"] + sizes["pooled_dim"])  # fmt: skip
+    # Pixels are bytes, latents a mean and a std in float16, as text is.
+    stored = {"moments": sizes["latent_channels"] * side**2 * (1.0 if downscale == 1 else 4.0)}
+    stored |= {"text": 2.0 * tokens * sizes["text_dim"], "pooled": 2.0 * sizes["pooled_dim"]}
     # A header of 128 and a tar entry of 512 bytes per member, each padded to 512; captions are short.
-    size = arrays + 5 * 1024
-    sample = Sample(side, side, tokens, size)
-    return Workload("assumed: none is there yet", [], pictures, size * pictures, sizes, sample, {})
+    size = sum(stored.values()) + 5 * 1024
+    where, sample = "assumed: none is there yet", Sample(side, side, tokens, size)
+    return Workload(where, [], pictures, size * pictures, sizes, sample, stored)
 
 
 class Collective(NamedTuple):
@@ -246,6 +250,11 @@ class Machines:
     price: float | None  # a GPU-hour
     within: float  # GB/s that a GPU sends to others of its node
     between: float  # GB/s that a node sends to others
+
+    @property
+    def speed(self) -> float:
+        """FLOP/s of a GPU."""
+        return PEAK_TFLOPS[self.gpu] * 1e12 * self.mfu
 
     def seconds(self, sent: list[Collective]) -> float:
         """Time of a step's collectives; a ring through several nodes is as slow as its slowest link."""
@@ -302,14 +311,25 @@ def muon_collectives(matrices: list[torch.Size], stage: Stage, ranks: int) -> li
     return [Collective("all_to_all", "bf16", 2 * float(sizes.sum()) / ranks, ranks)]
 
 
+class Network:
+    """A run's network as far as its cost depends on it, which is not built."""
+
+    def __init__(self, config: TrainConfig, data: Workload):
+        self.model, sample = config.model.with_sizes(data.sizes), data.sample
+        with torch.device("meta"):
+            network = build_model(self.model)
+        self.num_parameters = sum(p.numel() for p in network.parameters())
+        self.num_small, matrices = num_small(network), muon_matrices(config, network)
+        self.matrices, self.by_muon = matrices, sum(shape.numel() for shape in matrices)
+        counted = ModelFlops(self.model)
+        self.picture_flops = counted.picture(sample.height, sample.width, sample.tokens)
+        self.muon_flops = float(sum(map(muon_flops, matrices)))
+
+
 def flops_per_step(config: TrainConfig) -> float:
     """FLOPs of a step over all ranks: the batch forward and backward, and Muon's."""
-    data = prepared_data(config)
-    model, (height, width, tokens, _) = config.model.with_sizes(data.sizes), astuple(data.sample)
-    with torch.device("meta"):
-        matrices = muon_matrices(config, build_model(model))
-    picture = ModelFlops(model).picture(height, width, tokens)
-    return config.training.global_batch * picture + sum(map(muon_flops, matrices))
+    network = Network(config, prepared_data(config))
+    return config.training.global_batch * network.picture_flops + network.muon_flops
 
 
 @dataclass(frozen=True)
@@ -325,32 +345,21 @@ class Fit:
     seconds: float  # per step, computing and sending, nothing hidden
 
 
-def layouts(
-    config: TrainConfig,
-    model: Any,
-    network: nn.Module,
-    sample: Sample,
-    machines: Machines,
-    computing: float,
-) -> list[Fit]:
-    """Every ZeRO stage that can train it, with and without gradient checkpointing.
-
-    `computing` is a step's seconds of arithmetic.
-    """
+def layouts(config: TrainConfig, network: Network, sample: Sample, machines: Machines) -> list[Fit]:
+    """Every ZeRO stage that can train it, with and without gradient checkpointing."""
     gpus, share = machines.gpus, config.training.global_batch // machines.gpus
     divisors = [d for d in range(1, share + 1) if share % d == 0]
     precision = planned_precision(config.engine)
     averages, fits = len(config.ema.names()), []
-    num_parameters = sum(p.numel() for p in network.parameters())
-    small, matrices = num_small(network), muon_matrices(config, network)
-    by_muon = sum(shape.numel() for shape in matrices)
-    speed = PEAK_TFLOPS[machines.gpu] * 1e12 * machines.mfu
-    muon_s = sum(map(muon_flops, matrices)) / speed
+    num_parameters, small = network.num_parameters, network.num_small
+    muon_s = network.muon_flops / machines.speed
     for checkpointing in (False, True):
-        activations = activation_bytes(model, sample, precision, checkpointing)
+        activations = activation_bytes(network.model, sample, precision, checkpointing)
+        # The repeated forward is a third of the arithmetic.
+        computing = share * network.picture_flops / machines.speed * (4 / 3 if checkpointing else 1)
         for stage in (0, 1, 2, 3):
             engine = config.engine.model_copy(update={"zero_stage": stage})
-            state = state_bytes(num_parameters, engine, gpus, averages, small, by_muon)
+            state = state_bytes(num_parameters, engine, gpus, averages, small, network.by_muon)
             room = USABLE * machines.memory - state.total
             # At stage 0, micro-batches would be summed in bf16.
             whole = stage == 0 and precision == "bf16"
@@ -359,10 +368,8 @@ def layouts(
             micro_batch = max(sizes, default=0)
             steps = share // (micro_batch or 1)
             sent = collectives(engine, num_parameters, small, gpus, steps, checkpointing)
-            sent += muon_collectives(matrices, stage, gpus)
-            # The repeated forward is a third of the arithmetic.
-            seconds = computing * (4 / 3 if checkpointing else 1) + machines.seconds(sent)
-            seconds += muon_s / (gpus if stage else 1)
+            sent += muon_collectives(network.matrices, stage, gpus)
+            seconds = computing + machines.seconds(sent) + muon_s / (gpus if stage else 1)
             fits.append(Fit(stage, checkpointing, state, activations, micro_batch, sent, seconds))
     return fits
 
@@ -380,47 +387,45 @@ def memory_table(fits: list[Fit], best: Fit | None, gpu: str) -> Table:
     for name in ("ZeRO", "checkpointing", "weights", "gradients", "optimizer + EMA", "buffers", "a picture", "micro-batch", "GB sent"):  # fmt: skip
         table.add_column(name, justify="right")
     for fit in fits:
-        s, chosen = fit.state, "bold green" if fit is best else None
+        s = fit.state
         numbers = (s.weights, s.gradients, s.optimizer, s.buffers, fit.activations)
-        cells = [f"{n / GIB:.3f}" for n in numbers]
-        row = [str(fit.stage), "yes" if fit.checkpointing else "no", *cells]
-        row.append(str(fit.micro_batch) if fit.micro_batch else "does not fit")
-        row.append(f"{sum(part.sent_bytes for part in fit.sent) / 1e9:.2f}")
-        table.add_row(*row, style=chosen)
+        table.add_row(
+            str(fit.stage),
+            "yes" if fit.checkpointing else "no",
+            *(f"{n / GIB:.3f}" for n in numbers),
+            str(fit.micro_batch or "does not fit"),
+            f"{sum(part.sent_bytes for part in fit.sent) / 1e9:.2f}",
+            style="bold green" if fit is best else None,
+        )
     return table
 
 
 def report(config: TrainConfig, data: Workload, machines: Machines, console: Console) -> Fit | None:
     """Print the plan; returns the layout it proposes."""
-    model = config.model.with_sizes(data.sizes)
-    with torch.device("meta"):
-        network = build_model(model)
-    num_parameters = sum(p.numel() for p in network.parameters())
+    network = Network(config, data)
+    num_parameters, flops = network.num_parameters, network.picture_flops
     batch, sample = config.training.global_batch, data.sample
     steps = config.training.num_steps
     precision = planned_precision(config.engine)
-    flops = ModelFlops(model).picture(sample.height, sample.width, sample.tokens)
-    rate = machines.gpus * PEAK_TFLOPS[machines.gpu] * 1e12 * machines.mfu / flops
-    fits = layouts(config, model, network, sample, machines, batch / rate)
+    rate = machines.gpus * machines.speed / flops
+    fits = layouts(config, network, sample, machines)
     best = best_layout(fits, batch // machines.gpus)
     hours = config.training.images / rate / 3600
     nodes = -(-machines.gpus // machines.gpus_per_node)
     chosen = best or fits[-1]
     sent = sum(part.sent_bytes for part in chosen.sent)
-    matrices = muon_matrices(config, network)
-    by_muon = sum(shape.numel() for shape in matrices)
-    saved = checkpoint_bytes(num_parameters, len(config.ema.names()), by_muon)
+    saved = checkpoint_bytes(num_parameters, len(config.ema.names()), network.by_muon)
     kept = config.checkpoint.keep
     if config.checkpoint.keep_every_steps:
         kept += steps // config.checkpoint.keep_every_steps
     lines = [
         ("data", f"{data.origin}: {data.num_pictures:,} pictures, {data.total_bytes / GIB:,.2f} GiB, {sample.bytes / 1024:.1f} KiB each"),
-        *(("text", f"{name}: {size / 1024:,.1f} KiB per picture of its longest caption") for name, size in data.text.items()),
-        ("model", f"{model.kind} {getattr(model, 'size', '')}: {num_parameters / 1e6:,.1f} M parameters"),
+        ("of these", ", ".join(f"{name} {size / 1024:,.1f} KiB" for name, size in data.stored.items()) + ", text of its longest captions"),
+        ("model", f"{config.model.kind} {getattr(config.model, 'size', '')}: {num_parameters / 1e6:,.1f} M parameters"),
         ("a picture", f"latents {sample.height} x {sample.width}, {sample.tokens} text tokens, {flops / 1e9:,.1f} GFLOPs forward and backward"),
         ("steps", f"{steps:,} of {batch} pictures; {config.training.images / max(data.num_pictures, 1):.2f} epochs"),
         ("speed", f"{rate:,.0f} pictures/s on {machines.gpus} x {machines.gpu} at a model FLOPs utilisation of {machines.mfu:.0%} ({precision}); {batch / rate:.3f} s per step"),
-        *([("muon", f"{sum(map(muon_flops, matrices)) / (batch * flops):.2%} more FLOPs, {by_muon / 1e6:,.1f} M parameters; at ZeRO 0 on every GPU, else shared")] if matrices else []),
+        *([("muon", f"{network.muon_flops / (batch * flops):.2%} more FLOPs, {network.by_muon / 1e6:,.1f} M parameters; at ZeRO 0 on every GPU, else shared")] if network.by_muon else []),
         ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step at ZeRO {chosen.stage}, gradients summed in {config.engine.reduce_precision}: {machines.seconds(chosen.sent):.3f} s at {machines.within:g} GB/s per GPU within nodes and {machines.between:g} GB/s per node between them, less what backward hides"),

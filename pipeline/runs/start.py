@@ -82,11 +82,8 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
 
 def _of_scheduler(about: dict[str, Any]) -> dict[str, Any]:
     """The objective behind a scheduler of diffusers; empty where that is none of ours."""
-    predicts, flows = (
-        about.get("prediction_type", "epsilon"),
-        ("FlowMatch" in str(about.get("_class_name"))),
-    )
-    if flows or predicts == "flow_prediction":
+    predicts = about.get("prediction_type", "epsilon")
+    if "FlowMatch" in str(about.get("_class_name")) or predicts == "flow_prediction":
         return {"path": "rectified_flow", "prediction": "flow"}
     betas = tuple(about.get(f"beta_{name}") for name in ("schedule", "start", "end"))
     name = next((name for name, schedule in SCHEDULES.items() if schedule == betas), None)

@@ -10,8 +10,7 @@ another. Each size and each filter runs in a process of its own, whose peak memo
 
 Measured on one core of a busy machine: 10^6 rows 9.3 CPU s and 497 MiB, 10^7 rows 117 CPU s and 576 MiB, of
 which 172 MiB are Python and its libraries; with near duplicates within 3 bits 150 CPU s and 1194 MiB.
-A growth of 10^6 planned pictures by 10^3, near duplicates within 3 bits, the table of known pictures made anew:
-0.9 CPU s and 544 MiB.
+A growth of 10^6 planned pictures by 10^3, near duplicates within 3 bits: 0.9 CPU s and 544 MiB.
 Reasoned for 10^9 rows, of which 10^8 are duplicates: the work is linear but for the sorting within ranges, so
 some 3.3 CPU hours, beside weeks of encoding. Ranges stop growing in number at 256, so one holds 4 * 10^6
 rows, ten times as many as here: about 4 GiB; the duplicates take 37 bytes each, 3.7 GB; the temporary folder
@@ -50,7 +49,7 @@ from data_prep.catalog import (
 from data_prep.config import PrepareConfig
 from data_prep.decoder import Address, DecodePool, ProbeRequest
 from data_prep.images import ImagesConfig, list_buckets, probe
-from data_prep.plan import known_table, make_plan, plan
+from data_prep.plan import make_plan, plan
 from data_prep.scan import Intake, list_sources, scan
 from data_prep.sources import Entry, read_entries
 from data_prep.storage import read_bytes
@@ -122,14 +121,14 @@ def catalog_part(work: Path, number: int) -> Path:
 def one(work: Path, near: int | None) -> None:
     """Plan the catalog in this process, as a growth of the planned one beside it if there is any.
 
-    Prints seconds, that of the table of known pictures among them, and peak MiB.
+    Prints seconds and peak MiB.
     """
     before = peak_mib()
     started, cpu = time.perf_counter(), time.process_time()
     images = ImagesConfig(resolution=256)
     filters, old = FiltersConfig(min_side=256, near_duplicates=near), work.parent / "old"
-    known = [known_table(old, filters)] if work != old and old.exists() else []
-    plan(work, list_buckets(images), filters, 2000, 0.001, known)
+    earlier = [old] if work != old and old.exists() else []
+    plan(work, list_buckets(images), filters, 2000, 0.001, earlier)
     peak = peak_mib()
     shards = pq.read_metadata(work / "shard_list.parquet").num_rows
     rejects = pq.read_metadata(work / "plan_rejects.parquet").num_rows

@@ -107,12 +107,13 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
-    size = sum(row["bytes"] for row in rows) / 2**20
+    size, kept = sum(row["bytes"] for row in rows), manifest.counts.kept
     where = str(dataset)
     if not is_remote(dataset):
         where = min(os.path.relpath(dataset), where, key=len)
     console.print(
-        f"{where}: {manifest.counts.kept:,} pictures, {len(rows):,} shards, {size:,.1f} MiB; "
+        f"{where}: {kept:,} pictures, {len(rows):,} shards, {size / 2**20:,.1f} MiB, "
+        f"{size / max(kept, 1) / 1024:,.1f} KiB per picture; "
         + ", ".join(f"{what} {duration(s)}" for what, s in spent.items())
     )
 
@@ -152,10 +153,11 @@ def training_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bucket_samples(rows: list[dict[str, Any]]) -> Counter[Bucket]:
-    """Samples by bucket, in the shards of a table or of commits."""
+    """Samples by bucket, in the shards of a table or of commits, without those that a layer lacks."""
     counts = Counter[Bucket]()
     for row in rows:
-        counts[row["height"], row["width"]] += row["num_samples"]
+        lacks = len(row.get("missing") or ())
+        counts[row["height"], row["width"]] += row["num_samples"] - lacks
     return counts
 
 
@@ -199,11 +201,12 @@ def class_names(classes: list[str]) -> str:
 
 
 def latent_listing(manifest: Manifest) -> Listing:
+    """The latents' statistics by channel; no rows of a layer, which has none."""
     scale = manifest.codec.normalisation
     stats = zip(manifest.latent_mean, manifest.latent_std, scale.mean, scale.std, strict=True)
     rows = [
         (str(i), *(f"{x:.4f}" for x in (mean, std, (mean - shift) / factor, std / factor)))
-        for i, (mean, std, shift, factor) in enumerate(stats)
+        for i, (mean, std, shift, factor) in enumerate(() if manifest.base else stats)
     ]
     head = ("channel", "raw mean", "raw std", "normalised mean", "normalised std")
     return Listing("Latents", head, rows)

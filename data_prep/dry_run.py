@@ -50,8 +50,7 @@ def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[
         console.print(f"Classes, by label: {class_names(list(classes))}")
         if empty := [name for name, count in classes.items() if not count]:
             warn(f"classes without a picture: {', '.join(empty)}")
-    weights = {place: found["weights"] for place, found in hashes.items()}
-    encoder_listing(configured(config), weights).print()
+    encoder_listing(configured(config), hashes).print()
     cell = config.vae.divides
     rows = [
         (f"{height}x{width}", f"{width / height:.2f}", f"{height / cell:g}x{width / cell:g}")
@@ -72,20 +71,15 @@ def print_layer_plan(
     config: LayerConfig, hashes: dict[str, dict[str, str]], captions: Iterator[list[str]]
 ) -> None:
     """The dry run's answer for a layer; `captions` are the base's, picture by picture."""
-    weights = {place: found["weights"] for place, found in hashes.items()}
-    encoder_listing(configured(config), weights).print()
+    encoder_listing(configured(config), hashes).print()
     given = config.captions
     if given and given.captioner:
         console.print("prompts:", *given.captioner.prompts, sep="\n  ")
     else:
         bases = (((text.encode(), 1.0),) for texts in captions for text in texts)
         said = some_captions(given, PICTURES) if given else list(islice(bases, PICTURES))
-        where, drawn, fates = "captions.table" if given else "base", list[str](), Counter[str]()
-        for each in said:
-            try:
-                drawn += draw_captions("", each, given or CaptionsConfig(empty="keep"))
-            except Rejected as rejected:
-                fates[rejected.reason] += 1
+        where, items = "captions.table" if given else "base", [Item("", captions=s) for s in said]
+        drawn, fates = _drawn(where, items, given or CaptionsConfig(empty="keep"), {})
         print_texts(config, drawn, f" (sample of {where})", [(where, fates, len(said))])
     _print_output(config.output)
 
@@ -130,18 +124,8 @@ def print_sample(config: PrepareConfig, listing: pa.Table) -> None:
     captions, found = list[str](), list[tuple[str, Counter[str], int]]()
     for name, source in config.sources.items():
         items = sampled_items(name, source, listing, list(config.filters.metadata))
-        fates = Counter[str]()
-        for item in items:
-            try:
-                if item.reason:
-                    raise Rejected(item.reason)
-                key = sample_key(name, item.name)
-                drawn = draw_captions(key, item.captions, config.captions)
-                if refusal(item.metadata, config.filters.metadata):
-                    raise Rejected("metadata")
-                captions += drawn
-            except Rejected as rejected:
-                fates[rejected.reason] += 1
+        drawn, fates = _drawn(name, items, config.captions, config.filters.metadata)
+        captions += drawn
         found.append((name, fates, len(items)))
         taken = [(i.path, i.offset, i.data, i.label) for i in items if not i.reason]
         if again := len(taken) - len(set(taken)):
@@ -151,6 +135,24 @@ def print_sample(config: PrepareConfig, listing: pa.Table) -> None:
             )
     looked = sum(count for *_, count in found)
     print_texts(config, captions, f" (sample of {looked:,} pictures)", found)
+
+
+def _drawn(
+    source: str, items: list[Item], config: CaptionsConfig, filters: dict[str, Any]
+) -> tuple[list[str], Counter[str]]:
+    """The captions of the pictures that are taken so far, and how many are not, by reason."""
+    captions, fates = list[str](), Counter[str]()
+    for item in items:
+        try:
+            if item.reason:
+                raise Rejected(item.reason)
+            drawn = draw_captions(sample_key(source, item.name), item.captions, config)
+            if refusal(item.metadata, filters):
+                raise Rejected("metadata")
+            captions += drawn
+        except Rejected as rejected:
+            fates[rejected.reason] += 1
+    return captions, fates
 
 
 def print_texts(

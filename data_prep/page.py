@@ -102,6 +102,7 @@ def html_report(
     columns = ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
     size = sum(commit["bytes"] for commit in commits)
+    hashes = {name: {"weights": e.weights_sha256} for name, e in encoders.items()}
     environment = Environment(
         loader=PackageLoader("data_prep", ""),
         autoescape=True,
@@ -131,7 +132,7 @@ def html_report(
             *histograms(commits),
             report.caption_listing(manifest),
             report.latent_listing(manifest),
-            report.encoder_listing(encoders, {n: e.weights_sha256 for n, e in encoders.items()}),
+            report.encoder_listing(encoders, hashes),
             report.Listing("Examples of rejects", columns, rows, words=len(columns)),
         ],
         shown=shown,

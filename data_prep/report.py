@@ -212,7 +212,10 @@ def latent_listing(manifest: Manifest) -> Listing:
     return Listing("Latents", head, rows)
 
 
-def encoder_listing(encoders: dict[str, Any], weights: dict[str, str]) -> Listing:
-    """Configs or records of encoders, and their weights' hashes, by name."""
-    rows = [(name, e.path, e.dtype, weights[name][:12]) for name, e in encoders.items()]
+def encoder_listing(encoders: dict[str, Any], hashes: dict[str, dict[str, str]]) -> Listing:
+    """Configs or records of encoders, and their weights' hashes, by name; pixels have no weights."""
+    rows = [
+        (name, encoder.path, encoder.dtype, hashes[name].get("weights", "")[:12])
+        for name, encoder in encoders.items()
+    ]
     return Listing("Encoders", ("encoder", "path", "dtype", "weights sha256"), rows, words=4)

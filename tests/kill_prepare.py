@@ -243,6 +243,7 @@ def main(
         cluster = TwoRaylets(folder)
         try:
             if layer:
+                sources.add(1)
                 base = drive(config, cluster.environment, f"output={folder / 'base'}")
                 assert base.wait() == 0, (folder / "driver.log").read_text()
                 config = config_of_layer(folder, temperature)

@@ -48,8 +48,6 @@ SAID_SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-# The base's pictures; the group is 1 where their captions are wanted.
-KEYS = pa.schema([("key", pa.string()), ("group", pa.int64())])
 Said = tuple[tuple[bytes | Rejected, float], ...]
 
 
@@ -86,8 +84,7 @@ def sort_captions(
             for what in ("said", "keys")
         )
         broken = list[dict[str, Any]]()
-        with _named_as_table():
-            spill(_tables(_captions(config, broken)), paths)
+        spill(_tables(_captions(config, broken)), paths)
         some = (pa.table({"key": k, "group": [int(wanted)] * len(k)}) for wanted, k in keys)
         spill(filter(len, some), own)
         # The captions' own table appears last.
@@ -101,7 +98,7 @@ def sort_captions(
 def _match(said: Path, own: Path, write_said: Any, write: Any) -> None:
     """Write a range's captions, and as rejects those of pictures that the base has not."""
     table = next(read_ranges([said]), SAID_SCHEMA.empty_table())
-    keys = next(read_ranges([own]), KEYS.empty_table())
+    keys = next(read_ranges([own]), SAID_SCHEMA.empty_table())
     wanted = keys.filter(pc.field("group") == 1)["key"].combine_chunks()
     kept = table.filter(pc.field("key").isin(wanted))
     for begin in range(0, len(kept), ROWS_PER_GROUP):
@@ -135,8 +132,7 @@ def _tables(rows: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
 
 def some_captions(config: LayerCaptions, count: int) -> list[Said]:
     """What the first rows of the table say; raises InputError as `sort_captions` does."""
-    with _named_as_table():
-        return [((_text(row), 1.0),) for row in islice(_captions(config, []), count)]
+    return [((_text(row), 1.0),) for row in islice(_captions(config, []), count)]
 
 
 def _text(row: dict[str, Any]) -> bytes | Rejected:
@@ -148,9 +144,9 @@ def _captions(config: LayerCaptions, broken: list[dict[str, Any]]) -> Iterator[d
     first, *others = NAMES[config.by]
     texts = dict.fromkeys((config.caption, *others), 1.0)
     source = _source(config).model_copy(update={"image": first, "captions": texts})
-    for entry in source.entries("captions"):
-        for number, row in enumerate(_read(entry, source)):
-            name = f"{entry.name}/{number:09d}"
+    with _named_as_table():
+        rows = (row for entry in source.entries("captions") for row in _read(entry, source))
+        for name, row in rows:
             try:
                 if isinstance(row, Rejected):
                     raise row
@@ -163,11 +159,15 @@ def _source(config: LayerCaptions) -> TableSource:
     return TableSource(kind="table", path=config.table or "")
 
 
-def _read(entry: Entry, source: TableSource) -> Iterator[Any]:
+def _read(entry: Entry, source: TableSource) -> Iterator[tuple[str, Any]]:
+    """The rows of a file by name, a Rejected where one, or what is left of the file, cannot be read."""
+    number = 0
     try:
-        yield from () if entry.reason else read_rows(entry, source)
+        for row in () if entry.reason else read_rows(entry, source):
+            yield f"{entry.name}/{number:09d}", row
+            number += 1
     except Rejected as rejected:
-        yield rejected
+        yield f"{entry.name}/{number:09d}", rejected
 
 
 @contextmanager

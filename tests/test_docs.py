@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from data_prep.plan import REASONS
 from models.command import read_yaml
 from models.config import parse_config
 from pipeline.cli import STAGES
@@ -19,7 +20,9 @@ from tests.prep_factory import fill_folder
 from tests.test_show_config import stage_of
 from tests.train_factory import ROOT, environment
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("c*/README.md"))]
+ROOMS = ("cluster", "configs", "data_prep", "models", "pipeline")
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
+PAGES += sorted(page for room in ROOMS for page in (ROOT / room).rglob("README.md"))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -73,6 +76,35 @@ def test_every_config_named_on_the_pages_loads_with_the_changes_given(page, comm
     overrides = [change[1] for change in changes if change]
     tree = read_yaml(ROOT / path, overrides)
     parse_config(config_class(stage_of(tree)), tree, f"{page}: {path}")
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_files_named_on_the_pages_are_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            there = page.parent / path if path else page
+            assert there.exists(), f"{page}: {target}"
+            assert not anchor or anchor in slugs(there), f"{page}: {target}"
+    for name in re.findall(rf"`((?:{'|'.join(ROOMS)}|tests)/[\w/.*-]+)`", text):
+        assert list(ROOT.glob(name.rstrip("/"))), f"{page}: {name}"
+
+
+def test_the_page_on_preparing_has_every_reason_of_a_reject():
+    source = "".join(path.read_text() for path in (ROOT / "data_prep").rglob("*.py"))
+    used = set(re.findall(r'(?:Rejected\(\s*|reason(?:=|": )|reject\(\w+, )"(\w+)"', source)) | set(
+        REASONS.values()
+    )
+    page = (ROOT / "data_prep" / "README.md").read_text().partition("## Rejects, by reason")[2]
+    told = set(re.findall(r"`([a-z_]+)`", page.partition("\n## ")[0]))
+    assert used - told - {"companion", "left_out", "merged"} == set(), "not on the page"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from data_prep.catalog import CaptionsConfig, FiltersConfig
 from data_prep.encoders import (
+    CaptionerConfig,
     EncodeConfig,
     TextEncoderConfig,
     VaeConfig,
@@ -23,6 +24,7 @@ from models.text_conventions import (
     CONVENTIONS,
     REFUSED,
     Combination,
+    View,
     own_view,
 )
 from models.weights import Dtype
@@ -30,8 +32,10 @@ from models.weights import Dtype
 SourceName = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 # Fields that do not decide what is written.
 INDECISIVE = {"publish_every_shards": True, "ray": True, "output": True}
-# Encoders are known by the hashes of what is loaded, wherever they lie.
+# Encoders are known by the hashes of what is loaded, a base by its id, wherever they lie; a table is read when a
+# generation takes its captions from it.
 PLACES = {"vae": {"path"}, "text_encoders": {"__all__": {"path"}}, "vision_encoder": {"path"}}
+PLACES |= {"base": True, "captions": {"table": True, "captioner": {"path"}}}
 
 
 def _free_name(name: str) -> str:
@@ -63,43 +67,59 @@ class RayConfig(Config):
     """Null: the CPUs that are left, shared out."""
 
 
-class PrepareConfig(Config):
-    """A preparation. All but the last three decides what is written, bit by bit, when it is complete."""
+class EncodingConfig(Config):
+    """What encodes, how fast and where to: a preparation's and a layer's."""
+
+    text: Annotated[str | Combination, AfterValidator(_known)] = "plain"
+    """A convention: one of a pipeline of diffusers by its name, `plain`, or one's own. Of a base and its layers one."""
+    text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
+    """By name; under a named convention the names are its roles."""
+    vision_encoder: VisionEncoderConfig | None = None
+    thumbnails_per_shard: int = Field(default=4, ge=1)
+    """Pictures of a shard that its proof speaks of and the report may show: chosen by their keys."""
+    ray: RayConfig = RayConfig()
+    output: str
+    """A local path, or any fsspec URL such as s3://bucket/folder."""
+
+    @model_validator(mode="after")
+    def _views_are_as_the_convention_says(self) -> Self:
+        for name, given in self.text_encoders.items():
+            view = own_view(self.text, name, given)
+            self.text_encoders[name] = given.model_copy(update=dict(view))
+        return self
+
+    @property
+    def views(self) -> dict[str, View]:
+        return {name: encoder.view for name, encoder in self.text_encoders.items()}
+
+
+class PicturesConfig(Config):
+    """Which pictures there are, and how they become latents."""
 
     sources: Entries[SourceName, SourceConfig] = Field(min_length=1)
     images: ImagesConfig = ImagesConfig()
     captions: CaptionsConfig = CaptionsConfig()
     filters: FiltersConfig = FiltersConfig()
     vae: VaeConfig
-    text: Annotated[str | Combination, AfterValidator(_known)] = "plain"
-    """A convention: one of a pipeline of diffusers by its name, `plain`, or one's own."""
-    text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
-    """By name; under a named convention the names are its roles."""
-    vision_encoder: VisionEncoderConfig | None = None
+
+
+class PrepareConfig(EncodingConfig, PicturesConfig):
+    """A preparation. All but `ray`, `output` and `publish_every_shards` decides what is written, bit by bit."""
+
     encode: EncodeConfig = EncodeConfig()
     samples_per_shard: int = Field(default=1000, ge=1)
     heldout_fraction: float = Field(default=0.0, ge=0, lt=1)
-    thumbnails_per_shard: int = Field(default=4, ge=1)
-    """Pictures of a shard that its proof shows: chosen by their keys, decoded once from their latents."""
     publish_every_shards: int | None = Field(default=None, ge=1)
     """Shards between two manifests of what is there so far; null: one manifest, at the end."""
-    ray: RayConfig = RayConfig()
-    output: str
-    """A local path, or any fsspec URL such as s3://bucket/folder."""
 
     @model_validator(mode="after")
-    def _text_is_as_the_convention_says(self) -> Self:
-        encoders = self.text_encoders
-        for name, given in encoders.items():
-            view = own_view(self.text, name, given)
-            encoders[name] = given.model_copy(update=dict(view))
+    def _text_is_whole(self) -> Self:
         self.text_record({})
         return self
 
     def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of the text; `roles`: what the encoders say of themselves."""
-        views = {name: encoder.view for name, encoder in self.text_encoders.items()}
-        return text_record(self.text, roles, views)
+        return text_record(self.text, roles, self.views)
 
     @model_validator(mode="after")
     def _labels_are_of_one_kind(self) -> Self:
@@ -113,9 +133,9 @@ class PrepareConfig(Config):
 
 
 class LayerCaptions(CaptionsConfig):
-    """Captions from a table in place of the base's; `per_picture` are drawn as for the base."""
+    """Captions from a table or a captioner in place of the base's; `per_picture` are drawn as for the base."""
 
-    table: AbsolutePath
+    table: AbsolutePath | None = None
     """A file of Parquet, CSV or JSONL, or a folder of them. Several rows of a picture are several captions."""
     by: Literal["key", "name"] = "key"
     """How a row names its picture: column `key`, or columns `source` and `name`, as KEY.json has them."""
@@ -123,53 +143,50 @@ class LayerCaptions(CaptionsConfig):
     """Column of the caption, or of a list of equally good ones."""
     weight: str | None = None
     """Column of the caption's weight; null: all weigh the same."""
+    captioner: CaptionerConfig | None = None
 
     @model_validator(mode="after")
-    def _per_picture_is_the_bases(self) -> Self:
-        if "per_picture" in self.model_fields_set:
-            raise ValueError("per_picture: no effect, for a layer has as many samples as its base")
+    def _they_come_from_one_place(self) -> Self:
+        given = [name for name in ("table", "captioner") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"got {' and '.join(given) or 'neither'}, expected one of table and captioner. Remedy: a layer for "
+                "each; without captions a layer has its base's"
+            )
+        of_table = () if self.table else ("by", "caption", "weight")
+        if lost := sorted(self.model_fields_set & {"per_picture", *of_table}):
+            has = "a layer has as many samples as its base" if lost[-1] == "per_picture" else ""
+            raise ValueError(f"{lost[-1]}: no effect, for {has or 'it names what a table has'}")
         return self
 
 
-class LayerConfig(Config):
+class LayerConfig(EncodingConfig):
     """A layer: more members for the pictures of a dataset, which stays as it is."""
 
     base: Place
-    """The dataset's folder."""
+    """The dataset's folder; `output` is not within it."""
     captions: LayerCaptions | None = None
     """Null: the base's."""
-    text: Annotated[str | Combination, AfterValidator(_known)] = "plain"
-    """That of the base and all layers, whose encoders together are to be those of the convention."""
-    text_encoders: Entries[EncoderName, TextEncoderConfig] = Field(default_factory=dict)
-    vision_encoder: VisionEncoderConfig | None = None
     encode: EncodeConfig | None = None
     """Null: the base's, so that the numbers are those of a preparation with all encoders at once."""
-    thumbnails_per_shard: int = Field(default=4, ge=1)
-    """Captions of a shard that its proof speaks of."""
-    ray: RayConfig = RayConfig()
-    output: str
-    """A local path, or any fsspec URL; not within the base."""
 
     @model_validator(mode="after")
     def _adds_something(self) -> Self:
-        encoders = self.text_encoders
-        if self.captions and not encoders:
+        if self.captions and not self.text_encoders:
             raise ValueError("captions: no effect without text_encoders")
-        if not (encoders or self.vision_encoder):
+        if not (self.text_encoders or self.vision_encoder):
             raise ValueError(
                 "a layer needs text_encoders or a vision_encoder: base alone adds none"
             )
-        for name, given in encoders.items():
-            encoders[name] = given.model_copy(update=dict(own_view(self.text, name, given)))
         return self
 
     def text_record(self, roles: dict[str, Any]) -> dict[str, Any]:
         """What the layer's manifest says of its text, which is read with that of its base."""
-        views = {name: encoder.view for name, encoder in self.text_encoders.items()}
         if self.text == "plain":
-            return text_record(self.text, roles, views)
+            return text_record(self.text, roles, self.views)
+        name = self.text if isinstance(self.text, str) else "custom"
         read = CONVENTIONS[self.text] if isinstance(self.text, str) else self.text
-        said = {"convention": self.text if isinstance(self.text, str) else "custom", "roles": roles}
+        said = {"convention": name, "roles": roles}
         return said | {key: getattr(read, key) for key in Combination.model_fields}
 
 
@@ -183,7 +200,7 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
 
     Raises InputError where one is not there, or does not divide the buckets' sides as it needs.
     """
-    hashes, got = check_encoders(config), config.images.bucket_multiple
+    settings, got = decisive(config), config.images.bucket_multiple
     for place, encoder in configured(config).items():
         if got % encoder.divides:
             raise InputError(
@@ -196,9 +213,15 @@ def check_settings(config: PrepareConfig) -> dict[str, Any]:
                 f"{place}: takes squares of {only} pixels alone. Remedy: images.resolution={only} and "
                 "images.bucket_max_aspect=1"
             )
+    return settings
+
+
+def decisive(config: PrepareConfig | LayerConfig) -> dict[str, Any]:
+    """The config without places, and the encoders by their hashes; raises InputError where one is not there."""
+    hashes = check_encoders(config)
     # The order of the encoders is that of the members.
-    decisive = config.model_dump(mode="json", exclude=INDECISIVE | PLACES)
-    return {"config": decisive, "encoders": list(hashes), "hashes": hashes}
+    said = {"encoders": list(hashes), "hashes": hashes}
+    return {"config": config.model_dump(mode="json", exclude=INDECISIVE | PLACES)} | said
 
 
 class LossConfig(Config):

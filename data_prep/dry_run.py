@@ -18,8 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.catalog import draw_captions
-from data_prep.config import PrepareConfig
+from data_prep.captions_table import some_captions
+from data_prep.catalog import CaptionsConfig, draw_captions
+from data_prep.config import EncodingConfig, LayerConfig, PrepareConfig
 from data_prep.encoders import configured
 from data_prep.images import Rejected, list_buckets
 from data_prep.output import read_intakes
@@ -49,29 +50,48 @@ def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[
         console.print(f"Classes, by label: {class_names(list(classes))}")
         if empty := [name for name, count in classes.items() if not count]:
             warn(f"classes without a picture: {', '.join(empty)}")
-    weights = {place: found["weights"] for place, found in hashes.items()}
-    encoder_listing(configured(config), weights).print()
+    encoder_listing(configured(config), hashes).print()
     cell = config.vae.divides
     rows = [
         (f"{height}x{width}", f"{width / height:.2f}", f"{height / cell:g}x{width / cell:g}")
         for height, width in list_buckets(config.images)
     ]
     Listing(f"Buckets, latents at 1/{cell}", ("bucket", "aspect", "latents"), rows).print()
-    for found in sample_listings(config, listing):
-        found.print()
+    print_sample(config, listing)
     dataset = open_root(config.output, "output")
     if begun := read_intakes(dataset):
         found = compare(begun, listing)
         console.print(f"Growth: {found.num_new:,} new files after {len(begun)} generations.")
         if said := found.misses(config.output):
             warn(f"{said}. Remedy: restore them, or --allow-missing to go on with what is new.")
+    _print_output(config.output)
+
+
+def print_layer_plan(
+    config: LayerConfig, hashes: dict[str, dict[str, str]], captions: Iterator[list[str]]
+) -> None:
+    """The dry run's answer for a layer; `captions` are the base's, picture by picture."""
+    encoder_listing(configured(config), hashes).print()
+    given = config.captions
+    if given and given.captioner:
+        console.print("prompts:", *given.captioner.prompts, sep="\n  ")
+    else:
+        bases = (((text.encode(), 1.0),) for texts in captions for text in texts)
+        said = some_captions(given, PICTURES) if given else list(islice(bases, PICTURES))
+        where, items = "captions.table" if given else "base", [Item("", captions=s) for s in said]
+        drawn, fates = _drawn(where, items, given or CaptionsConfig(empty="keep"), {})
+        print_texts(config, drawn, f" (sample of {where})", [(where, fates, len(said))])
+    _print_output(config.output)
+
+
+def _print_output(output: str) -> None:
     room = ""
-    if not is_remote(config.output):
-        folder = Path(config.output).absolute()
+    if not is_remote(output):
+        folder = Path(output).absolute()
         while not folder.exists():
             folder = folder.parent
         room = f", {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free there"
-    console.print(f"Output {config.output}{room}. Nothing was written.")
+    console.print(f"Output {output}{room}. Nothing was written.")
 
 
 def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:
@@ -99,50 +119,69 @@ def _count_and_mib(groups: list[dict[str, Any]]) -> tuple[str, str]:
     return f"{count:,}", f"{size / 2**20:,.1f}"
 
 
-def sample_listings(config: PrepareConfig, listing: pa.Table) -> Iterator[Listing]:
+def print_sample(config: PrepareConfig, listing: pa.Table) -> None:
     """What becomes of the captions of a random sample: rejected, cut, or neither."""
-    from models.text_encoder import count_tokens, load_tokenizer, stored_bytes
-
-    looked, captions, rows = 0, list[str](), list[tuple[str, ...]]()
+    captions, found = list[str](), list[tuple[str, Counter[str], int]]()
     for name, source in config.sources.items():
         items = sampled_items(name, source, listing, list(config.filters.metadata))
-        fates = Counter[str]()
-        for item in items:
-            try:
-                if item.reason:
-                    raise Rejected(item.reason)
-                key = sample_key(name, item.name)
-                drawn = draw_captions(key, item.captions, config.captions)
-                if refusal(item.metadata, config.filters.metadata):
-                    raise Rejected("metadata")
-                captions += drawn
-            except Rejected as rejected:
-                fates[rejected.reason] += 1
-        looked += len(items)
+        drawn, fates = _drawn(name, items, config.captions, config.filters.metadata)
+        captions += drawn
+        found.append((name, fates, len(items)))
         taken = [(i.path, i.offset, i.data, i.label) for i in items if not i.reason]
         if again := len(taken) - len(set(taken)):
             console.print(
                 f"sources.{name}: {again:,} of {len(items):,} rows are of a picture that another row has; "
                 f"sources.{name}.merge_rows=true gives it the captions of all."
             )
-        for reason, count in fates.most_common():
-            share = f"{100 * count / len(items):.2f}"
-            rows.append((name, reason, f"{count:,} of {len(items):,}", share))
+    looked = sum(count for *_, count in found)
+    print_texts(config, captions, f" (sample of {looked:,} pictures)", found)
+
+
+def _drawn(
+    source: str, items: list[Item], config: CaptionsConfig, filters: dict[str, Any]
+) -> tuple[list[str], Counter[str]]:
+    """The captions of the pictures that are taken so far, and how many are not, by reason."""
+    captions, fates = list[str](), Counter[str]()
+    for item in items:
+        try:
+            if item.reason:
+                raise Rejected(item.reason)
+            drawn = draw_captions(sample_key(source, item.name), item.captions, config)
+            if refusal(item.metadata, filters):
+                raise Rejected("metadata")
+            captions += drawn
+        except Rejected as rejected:
+            fates[rejected.reason] += 1
+    return captions, fates
+
+
+def print_texts(
+    config: EncodingConfig,
+    captions: list[str],
+    where: str,
+    looked: list[tuple[str, Counter[str], int]],
+) -> None:
+    """Rejects by reason of so many that were looked at in each source, and what encoders store of the captions."""
+    from models.text_encoder import count_tokens, load_tokenizer, stored_bytes
+
+    rows = [
+        (name, reason, f"{count:,} of {total:,}", f"{100 * count / total:.2f}")
+        for name, fates, total in looked
+        for reason, count in fates.most_common()
+    ]
     title = "Rejected in a sample, before pictures are opened"
-    yield Listing(title, ("source", "reason", "pictures", "%"), rows, words=2)
-    lengths, counts = dict[str, int](), dict[str, list[int]]()
-    for name, encoder in config.text_encoders.items():
-        lengths[name] = encoder.max_length
-        counts[name] = count_tokens(load_tokenizer(Path(encoder.path)), captions, encoder.view)
-    cut = {name: sum(n > lengths[name] for n in counts[name]) for name in lengths}
-    yield cut_listing(lengths, cut, len(captions), f" (sample of {looked:,} pictures)")
-    rows = []
+    Listing(title, ("source", "reason", "pictures", "%"), rows, words=2).print()
+    lengths, cut, rows = dict[str, int](), dict[str, int](), list[tuple[str, ...]]()
     for name, encoder in config.text_encoders.items() if captions else ():
-        row_bytes, pooled_bytes = stored_bytes(Path(encoder.path), encoder.view, encoder.store)
-        stored = fmean(rows_stored(encoder.view, n) for n in counts[name])
+        path, lengths[name] = Path(encoder.path), encoder.max_length
+        counts = count_tokens(load_tokenizer(path), captions, encoder.view)
+        cut[name] = sum(n > encoder.max_length for n in counts)
+        row_bytes, pooled_bytes = stored_bytes(path, encoder.view, encoder.store)
+        stored = fmean(rows_stored(encoder.view, n) for n in counts)
         size = (stored * row_bytes + pooled_bytes) / 1024
         rows.append((name, f"{stored:.1f}", f"{row_bytes:,}", f"{size:,.1f}"))
-    yield Listing("Text per caption", ("encoder", "rows", "bytes per row", "KiB"), rows)
+    cut_listing(lengths, cut, len(captions), where).print()
+    Listing("Text per caption", ("encoder", "rows", "bytes per row", "KiB"), rows).print()
 
 
 def sampled_items(

@@ -5,19 +5,19 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.decoder import Address, DecodePool, DecodeRequest
-from data_prep.encoders import Arrays, Codec, EncodeConfig, Encoder, Text, Vision, configured
-from data_prep.images import ImagesConfig, Picture, Rejected
+from data_prep.encoders import Arrays, Codec, Encoder, Text, Vision, configured
+from data_prep.images import Picture, Rejected
 from data_prep.plan import ShardSpec, read_planned
 from data_prep.schema import Member, captions_sha256
 from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
@@ -34,6 +34,7 @@ HISTOGRAMS = {"Shorter side of the original, pixels": SIDES, "Words per caption"
 Decoded = tuple[dict[str, Any], Any]
 # Of a shard by role: tokens, sum and largest of their errors.
 TextErrors = dict[str, tuple[int, float, float]]
+Kind = TypeVar("Kind", bound=Encoder)
 
 # torch is imported by `describe`: this module is also imported where only decoding is done.
 
@@ -55,22 +56,38 @@ class EncoderSettings:
     config: PrepareConfig | LayerConfig
     dataset: Path
     check: Callable[[], None] = lambda: None
-    base_images: ImagesConfig | None = None
-    """How a layer's base looked at its pictures."""
+    base: Path = Path()
+    of_base: PrepareConfig | None = None
+    """A layer's base, and the preparation that made it."""
 
     @property
-    def images(self) -> ImagesConfig:
-        own = self.config.images if isinstance(self.config, PrepareConfig) else None
-        return self.base_images or own or ImagesConfig()
+    def pictures(self) -> PrepareConfig:
+        """What says how pictures are looked at."""
+        found = self.of_base or self.config
+        assert isinstance(found, PrepareConfig)
+        return found
 
     def beside(self) -> dict[str, Member]:
         """The members of no encoder."""
-        if isinstance(self.config, LayerConfig):
+        if self.of_base:
             return {}
         members = {"micro": Member(dtype="float32", shape=(4,))}
-        if any(source.labels for source in self.config.sources.values()):
+        if any(source.labels for source in self.pictures.sources.values()):
             members["label"] = Member(dtype="int64", shape=())
         return members
+
+
+@dataclass(frozen=True)
+class Making:
+    """A shard as far as it is made: of the rows of its plan some are kept, others rejected."""
+
+    spec: ShardSpec
+    planned: list[dict[str, Any]]
+    kept: list[dict[str, Any]]
+    rejects: list[dict[str, str]]
+    writer: ShardWriter
+    samples: ProofSamples
+    errors: TextErrors = field(default_factory=dict)
 
 
 class ShardEncoder(Worker):
@@ -83,8 +100,9 @@ class ShardEncoder(Worker):
         from ray.util.metrics import Counter
 
         self._config, self._dataset = settings.config, settings.dataset
-        self._check, self._images, self._beside = settings.check, settings.images, settings.beside()
-        self._numbers = self._config.encode or EncodeConfig()
+        self._check, self._beside = settings.check, settings.beside()
+        self._images = settings.pictures.images
+        self._numbers = self._config.encode or settings.pictures.encode
         self._pool = DecodePool(self._images, num_decoders)
         self._encoding = threading.Lock()
         self._encoders: list[Encoder] = []
@@ -95,12 +113,10 @@ class ShardEncoder(Worker):
     def describe(self) -> Encoders:
         """Open the encoders; returns what they say of themselves. Raises InputError."""
         self._open()
-        visions = [e.record() for e in self._encoders if isinstance(e, Vision)]
-        roles = {text.name: text.record() for text in self._texts}
-        text = self._config.text_record(roles)
-        record = {"text": text, "vision": visions[0] if visions else None}
-        if any(isinstance(encoder, Codec) for encoder in self._encoders):
-            record["codec"] = self._codec.record()
+        text = self._config.text_record({text.name: text.record() for text in self._texts})
+        one = {"codec": self._only(Codec), "vision": self._only(Vision)}
+        record = {name: encoder and encoder.record() for name, encoder in one.items()}
+        record |= {"text": text}
         empty_caption = dict[str, np.ndarray]()
         for encoder in self._texts:
             empty_caption |= encoder.encode_empty(text["empty"])
@@ -123,9 +139,9 @@ class ShardEncoder(Worker):
             for place, encoder in configured(self._config).items()
         ]
 
-    @property
-    def _codec(self) -> Codec:
-        return next(encoder for encoder in self._encoders if isinstance(encoder, Codec))
+    def _only(self, kind: type[Kind]) -> Kind | None:
+        """The encoder of a kind of which there is one at most."""
+        return next((encoder for encoder in self._encoders if isinstance(encoder, kind)), None)
 
     @property
     def _texts(self) -> list[Text]:
@@ -148,33 +164,39 @@ class ShardEncoder(Worker):
         """
         if commit := read_commit(self._dataset, spec.path):
             return commit
-        planned = self._planned(spec, number)
+        planned, flip = self._planned(spec, number), self._flips(spec)
         rows = [row for place, row in enumerate(planned) if place not in deadly]
-        writer = ShardWriter(self._dataset, spec.path, list(self._members()))
-        sums, kept = np.zeros((3, self._codec.model.channels)), list[dict[str, Any]]()
-        samples, errors = ProofSamples(self._config.thumbnails_per_shard), TextErrors()
         rejects = [reject(planned[place], "encoder_crash", CRASH) for place in deadly]
+        writer = ShardWriter(self._dataset, spec.path, list(self._members()))
+        samples = ProofSamples(self._config.thumbnails_per_shard)
+        made, codec = Making(spec, planned, [], rejects, writer, samples), self._only(Codec)
+        sums = np.zeros((3, codec.model.channels if codec else 0))
         try:
             for batch in self._batches(spec, rows, rejects):
-                for row, picture, arrays in self._encode_batch(batch, rejects, self._flips(spec)):
-                    take_errors(arrays, errors)
-                    variants = self._variants(row["captions"], self._flips(spec))
+                for row, picture, arrays in self._encode_batch(batch, rejects, flip):
+                    take_errors(arrays, made.errors)
+                    captions, pixels = row["captions"], picture.pixels if codec else None
+                    variants = self._variants(captions, flip)
                     writer.add(row["key"], arrays, _facts(row, picture), variants)
-                    kept.append(row)
-                    caption = row["captions"][0]
-                    samples.add(ProofSample(row["key"], caption, picture.pixels, arrays))
-                    for name in ("moments", "moments.flip")[: 1 + self._flips(spec)]:
+                    made.kept.append(row)
+                    samples.add(ProofSample(row["key"], captions[0], pixels, arrays))
+                    for name in ("moments", "moments.flip")[: (1 + flip) * bool(codec)]:
                         _add_latents(sums, arrays[name])
-            proof, psnr_db = self._prove(samples.in_order())
-            self._check()
-            commit = asdict(spec) | writer.commit(proof) | _summary(kept)
-            commit |= {"latent_count": int(sums[0, 0]), "latent_sum": sums[1].tolist()}
+            commit = self._finish(made)
+            commit |= {"latent_count": int(sums[0, :1].sum()), "latent_sum": sums[1].tolist()}
             commit |= {"latent_square_sum": sums[2].tolist()}
-            commit |= {"psnr_db": psnr_db, "rejects": rejects, "text_errors": errors}
-            self._commit(commit, kept)
+            self._commit(commit, made.kept)
         finally:
             writer.abandon()
         return commit
+
+    def _finish(self, made: Making, keys: Sequence[str] = (), each: int = 0) -> dict[str, Any]:
+        """Let a shard's files appear; returns what its commit says. `keys` and `each` as ShardWriter.commit has them."""
+        proof, psnr_db = self._prove(made.samples.in_order())
+        self._check()
+        files = made.writer.commit(proof, keys, each) | {"psnr_db": psnr_db}
+        summary = _summary(made.kept) | {"rejects": made.rejects, "text_errors": made.errors}
+        return asdict(made.spec) | files | summary
 
     def _commit(self, commit: dict[str, Any], kept: list[dict[str, Any]]) -> None:
         """Write a shard's commit record, and count."""
@@ -286,7 +308,8 @@ class ShardEncoder(Worker):
         if not samples:
             return b"", []
         with self._encoding:
-            decoded = [self._codec.model.picture(s.arrays["moments"]) for s in samples]
+            codec = self._only(Codec)
+            decoded = [codec.model.picture(s.arrays["moments"]) for s in samples if codec]
         return make_proof(samples, decoded, list(self._members("captions")))
 
     def _variants(self, captions: list[str], flip: bool) -> list[dict[str, str]]:
@@ -382,12 +405,14 @@ def _mirrored(picture: Picture) -> np.ndarray:
     return np.array([height, width, top, right], dtype=np.float32)
 
 
-def _facts(row: dict[str, Any], picture: Picture) -> dict[str, Any]:
-    """KEY.json: for people, and for the audit the captions as drawn."""
-    facts = {name: row[name] for name in ("source", "name", "height", "width")}
-    facts["caption"] = row["captions"][0]
+def _facts(row: dict[str, Any], picture: Picture | None) -> dict[str, Any]:
+    """KEY.json: for people, and for the audit the captions as drawn; without a picture no more than that."""
+    facts = {"source": row["source"], "name": row["name"], "caption": row["captions"][0]}
     if len(row["captions"]) > 1:
         facts["captions"] = row["captions"]
+    if picture is None:
+        return facts
+    facts |= {"height": row["height"], "width": row["width"]}
     if row["metadata"]:
         facts["metadata"] = json.loads(row["metadata"])
     return facts | ({"notes": picture.notes} if picture.notes else {})

@@ -20,6 +20,7 @@ from models.weights import (
     config_sha256,
     num_parameters,
     read_codec_config,
+    read_model_config,
     read_text_config,
     read_vision_config,
     tokenizer_sha256,
@@ -37,7 +38,7 @@ Arrays = dict[str, np.ndarray | list[np.ndarray]]
 class Encoder:
     """What preparation asks of an encoder of any kind; `name` is the last part of its place in the config."""
 
-    reads: ClassVar[Literal["pixels", "captions"]] = "pixels"
+    reads: ClassVar[Literal["pixels", "captions", "prompts"]] = "pixels"
     RECORD: ClassVar[type[Config]]
 
     def __init__(self, model: Any, name: str):
@@ -195,6 +196,34 @@ class VisionEncoderConfig(EncoderConfig):
         return Vision(VisionEncoder(self.path, self.patch_pixels, self.dtype, device), name)
 
 
+class CaptionerConfig(EncoderConfig):
+    """A transformers image-text-to-text model's folder, its processor within, and what it is asked."""
+
+    prompts: list[str] = Field(min_length=1)
+    """One for each caption of a picture, beginning where its key says; one that is there twice is asked twice as often."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """An answer that has not ended by then is no caption."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: the likeliest tokens. Else they are drawn by numbers that depend on the key and the prompt."""
+    batch_size: int = Field(default=8, ge=1)
+    pixels: int = Field(default=448, ge=1)
+    """Shorter side, at least, of what it is shown: the training crop at a multiple of the bucket's size."""
+
+    def read_config(self) -> dict[str, Any]:
+        return read_model_config(Path(self.path), "a transformers image-text-to-text model")
+
+    def hashes(self) -> dict[str, str]:
+        found, names = super().hashes(), ("*processor_config.json", "generation_config.json")
+        files = sorted(path for name in names for path in Path(self.path).glob(name))
+        tokenizer = tokenizer_sha256(Path(self.path))
+        return found | {"tokenizer": tokenizer, "processor": file_sha256(*files)}
+
+    def open(self, name: str, device: str) -> "Writer":
+        from models.captioner import Captioner
+
+        return Writer(Captioner(Path(self.path), self.dtype, device), name, self)
+
+
 class EncodeConfig(Config):
     """What changes the last bits of the numbers, so that it must not change while a dataset is made."""
 
@@ -304,18 +333,36 @@ class Vision(Encoder):
         return {"vision": Member(dtype="float16", shape=(self.model.dim, None, None))}
 
     def encode(self, batch: Any) -> Arrays:
-        return {"vision": _float16(self.model.encode(batch))}
+        return {"vision": self.model.encode(batch).half().cpu().numpy()}
 
 
-def _float16(values: Any) -> np.ndarray:
-    return values.half().cpu().numpy()
+class Writer(Encoder):
+    """A captioner: samples hold what text encoders make of its words."""
+
+    reads = "prompts"
+
+    def __init__(self, model: Any, name: str, config: CaptionerConfig):
+        super().__init__(model, name)
+        self.config = config
+
+    def members(self) -> dict[str, Member]:
+        return {}
+
+    def answer(self, prompt: str, batch: list[tuple[str, np.ndarray]]) -> dict[str, list[Any]]:
+        """The `answers` to a prompt about pictures, uint8 (H, W, 3) each, with their keys."""
+        import torch
+
+        keys, pixels = zip(*batch, strict=True)
+        pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        limits = self.config.max_new_tokens, self.config.temperature
+        return {"answers": self.model.answer(pictures, keys, prompt, *limits)}
 
 
 def configured(config: Config) -> dict[str, EncoderConfig]:
     """Every encoder of a preparation's config by its place there, in the order of their members."""
     found: dict[str, EncoderConfig] = {}
     for name, value in config:
-        inner = value if isinstance(value, dict) else {}
+        inner = dict(value) if isinstance(value, dict | Config) else {}
         places = {name: value} | {f"{name}.{key}": each for key, each in inner.items()}
         found |= {place: e for place, e in places.items() if isinstance(e, EncoderConfig)}
     return found

@@ -29,7 +29,7 @@ from data_prep.storage import delete, find_files, is_remote, names_in, open_root
 from models.config import InputError, differences
 from models.lock import Lock
 
-OURS = (MANIFEST, *AUDITED, "shards", WORK)
+OURS = (MANIFEST, *AUDITED, "shards", "captions", WORK)
 LOCK = "lock.json"
 
 

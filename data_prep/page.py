@@ -3,14 +3,13 @@
 import base64
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -21,7 +20,6 @@ from data_prep.images import Bucket
 from data_prep.plan import read_planned
 from data_prep.schema import Manifest
 from data_prep.schema.proof import SIDE, png, proof_keys, read_proof
-from data_prep.shards import work_of
 
 SHEET_PAIRS, SHEET_COLUMNS = 24, 4
 # Pixels: between the pictures of a pair, around pairs, and of the lines of text below them.
@@ -40,27 +38,33 @@ class Shown:
     decoded: np.ndarray
 
 
-def shown_pictures(dataset: Path, generation: int, commits: list[dict[str, Any]]) -> list[Shown]:
-    """Up to SHEET_PAIRS pictures, the buckets by turns; commits are in the order of the generation's plan."""
-    work = work_of(dataset, generation)
+def shown_pictures(
+    dataset: Path, commits: list[dict[str, Any]], captions_of: Callable[[int], dict[str, str]]
+) -> list[Shown]:
+    """Up to SHEET_PAIRS pictures of a dataset's proofs, the buckets by turns; `captions_of` a place among the commits."""
     shards: dict[Bucket, list[int]] = defaultdict(list)
     for number, commit in enumerate(commits):
         if commit["num_samples"]:
             shards[commit["height"], commit["width"]].append(number)
     turns = (n for turn in zip_longest(*shards.values()) for n in turn if n is not None)
-    pictures = chain.from_iterable(
-        _pictures_of(dataset, commits[n], read_planned(work, n)) for n in turns
-    )
-    return list(islice(pictures, SHEET_PAIRS))
+    pictures = (_pictures_of(dataset, commits[n], captions_of(n)) for n in turns)
+    return list(islice(chain.from_iterable(pictures), SHEET_PAIRS))
 
 
-def _pictures_of(dataset: Path, commit: dict[str, Any], planned: pa.Table) -> Iterator[Shown]:
-    rows = planned.select(["key", "captions"]).to_pylist()
-    captions = {row["key"]: row["captions"][0] for row in rows}
+def planned_captions(work: Path, number: int) -> dict[str, str]:
+    """The first caption of every picture of a shard by its key."""
+    rows = read_planned(work, number).select(["key", "captions"]).to_pylist()
+    return {row["key"]: row["captions"][0] for row in rows}
+
+
+def _pictures_of(
+    dataset: Path, commit: dict[str, Any], captions: dict[str, str]
+) -> Iterator[Shown]:
     proof, bucket = read_proof(dataset, commit["path"]), f"{commit['height']}x{commit['width']}"
     names = ("psnr_db", "original", "decoded")
     for key, *shown in zip(proof_keys(proof), *(proof[name] for name in names), strict=True):
-        yield Shown(bucket, captions[key], *shown)
+        if key in captions:
+            yield Shown(bucket, captions[key], *shown)
 
 
 def contact_sheet(shown: list[Shown]) -> Image.Image:
@@ -94,9 +98,11 @@ def html_report(
 ) -> str:
     """The page's text, wherever the dataset lies; rejects: some of each reason."""
     counts, encoders = manifest.counts, manifest.encoders()
-    psnr = [generation.psnr_db for generation in manifest.generations if generation.num_shards]
+    psnr = [g.psnr_db for g in manifest.generations if g.num_shards and g.psnr_db is not None]
     columns = ("reason", "source", "name", "detail")
     rows = [tuple(reject[name] for name in columns) for reject in rejects]
+    size = sum(commit["bytes"] for commit in commits)
+    hashes = {name: {"weights": e.weights_sha256} for name, e in encoders.items()}
     environment = Environment(
         loader=PackageLoader("data_prep", ""),
         autoescape=True,
@@ -113,10 +119,11 @@ def html_report(
         figures={
             "pictures kept": f"{counts.kept:,}",
             "of seen": f"{counts.seen:,}",
-            "samples": f"{sum(commit['num_samples'] for commit in commits):,}",
+            "samples": f"{report.bucket_samples(commits).total():,}",
             "shards": f"{len(commits):,}",
-            "MiB": f"{sum(commit['bytes'] for commit in commits) / 2**20:,.1f}",
-            "PSNR of decoded latents": f"{psnr[-1]} dB",
+            "MiB": f"{size / 2**20:,.1f}",
+            "KiB per picture": f"{size / max(counts.kept, 1) / 1024:,.1f}",
+            "PSNR of decoded latents": f"{psnr[-1]} dB" if psnr else "the base's",
         },
         listings=[
             *report.count_listings(manifest),
@@ -126,7 +133,7 @@ def html_report(
             report.caption_listing(manifest),
             report.error_listing(manifest),
             report.latent_listing(manifest),
-            report.encoder_listing(encoders, {n: e.weights_sha256 for n, e in encoders.items()}),
+            report.encoder_listing(encoders, hashes),
             report.Listing("Examples of rejects", columns, rows, words=len(columns)),
         ],
         shown=shown,

@@ -1,7 +1,7 @@
 """Pictures to shards: the stages of a preparation, each of which does only what is not done yet."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.numpy import load
 
 from data_prep.catalog import STAGED
-from data_prep.config import LayerConfig, PrepareConfig, check_settings
+from data_prep.config import PrepareConfig, check_settings
 from data_prep.dry_run import print_plan
 from data_prep.encode import Encoders, EncoderSettings, ShardEncoder, encode_shards
 from data_prep.encoders import weight_of
@@ -89,14 +89,8 @@ def _make(
     if not shards:
         console.print(f"generation {intake.number}: every new picture was rejected")
         return finalise(config, dataset, intake.number, [], _recorded(dataset))
-    weight = weight_of(config)
-    shares = share_out(config.ray, config.encode.threads, len(shards), weight)
     settings = EncoderSettings(config, dataset, lock.check)
-    with Actors(ShardEncoder, settings, shares, console.print) as actors:
-        with stage(spent, "load encoders", "loading the encoders"):
-            encoders: Encoders = actors.describe()
-        with stage(spent, "encode"):
-            commits = encode(config, dataset, shards, actors, encoders)
+    commits, encoders = encode(ShardEncoder, settings, shards, spent)
     lock.check()
     with stage(spent, "finalise", "writing tables and report"):
         finalise(config, dataset, intake.number, commits, encoders)
@@ -120,28 +114,36 @@ def stage(spent: dict[str, float], name: str, doing: str = "") -> Iterator[None]
 
 
 def encode(
-    config: PrepareConfig | LayerConfig,
-    dataset: Path,
-    shards: list[ShardSpec],
-    actors: Actors,
-    encoders: Encoders,
-) -> list[dict[str, Any]]:
-    """Every shard that is not committed yet; returns all commits in the order of the list."""
-    commits = read_commits(dataset, [spec.path for spec in shards])
-    todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
-    total = sum(shard.num_planned for shard in shards)
-    generation, every = shards[0].generation, None
-    # One that lost a shard is published whole, and so is a layer.
-    if isinstance(config, PrepareConfig) and not sealed_commits(work_of(dataset, generation)):
-        every = config.publish_every_shards
-    done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
-    with Progress("encode", total, "pictures", done) as progress:
-        for count, (number, commit) in enumerate(encode_shards(actors, todo), start=1):
-            commits[number] = commit
-            done += commit["num_planned"]
-            rejected += len(commit["rejects"])
-            progress.update(done, rejected)
-            if isinstance(config, PrepareConfig) and every and count % every == 0:
-                publish(config, dataset, generation, [c for c in commits if c], encoders)
+    body: type[ShardEncoder],
+    settings: EncoderSettings,
+    shards: Sequence[ShardSpec],
+    spent: dict[str, float],
+) -> tuple[list[dict[str, Any]], Encoders]:
+    """Let actors of that body make every shard that is not committed yet.
+
+    Returns all commits in the order of the list, and what the encoders say of themselves.
+    """
+    config, dataset = settings.config, settings.dataset
+    threads = (config.encode or settings.pictures.encode).threads
+    shares = share_out(config.ray, threads, len(shards), weight_of(config))
+    with Actors(body, settings, shares, console.print) as actors:
+        with stage(spent, "load encoders", "loading the encoders"):
+            encoders: Encoders = actors.describe()
+        commits = read_commits(dataset, [spec.path for spec in shards])
+        todo = [(shards[i], i) for i, commit in enumerate(commits) if commit is None]
+        total = sum(shard.num_planned for shard in shards)
+        generation, every = shards[0].generation, None
+        # One that lost a shard is published whole, and so is a layer.
+        if isinstance(config, PrepareConfig) and not sealed_commits(work_of(dataset, generation)):
+            every = config.publish_every_shards
+        done, rejected = sum(commit["num_planned"] for commit in commits if commit), 0
+        with stage(spent, "encode"), Progress("encode", total, "pictures", done) as progress:
+            for count, (number, commit) in enumerate(encode_shards(actors, todo), start=1):
+                commits[number] = commit
+                done += commit["num_planned"]
+                rejected += len(commit["rejects"])
+                progress.update(done, rejected)
+                if isinstance(config, PrepareConfig) and every and count % every == 0:
+                    publish(config, dataset, generation, [c for c in commits if c], encoders)
     assert all(commits), "the actors returned before every shard was committed"
-    return [commit for commit in commits if commit]
+    return [commit for commit in commits if commit], encoders

@@ -1,7 +1,8 @@
 """Commits to a dataset that can be trained on: tables, report, and last the manifest."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders, with_errors
 from data_prep.output import begun_facts, num_complete
-from data_prep.page import contact_sheet, html_report, shown_pictures
+from data_prep.page import Shown, contact_sheet, html_report, planned_captions, shown_pictures
 from data_prep.report import bucket_samples, training_rows
 from data_prep.shards import new_table, seal, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.source import count_rejects
@@ -67,43 +68,60 @@ def publish(
     Of a preparation that goes on, `seen` counts what was decided so far. The table and the manifest that
     has its hash are replaced one after the other; readers look again where they do not match.
     """
-    from safetensors.numpy import save
-
     made = [*(sealed_commits(work_of(dataset, n)) or [] for n in range(generation)), commits]
     table = [c for some in made for c in sorted(some, key=lambda c: c["path"]) if c["num_samples"]]
     if not (complete or any(commit["split"] == "train" for commit in table)):
         return
     rejected, others, examples = _write_rejects(dataset, made)
-    rows = pa.Table.from_pylist(table, schema=schema.SHARD_SCHEMA)
-    write_table(dataset / schema.SHARD_TABLE, rows)
-    if encoders.empty_caption:
-        # save_file would make it a file that its owner alone may read.
-        data = save(encoders.empty_caption)
-        write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
+    write_tables(dataset, table, encoders)
     facts, mine = begun_facts(dataset), [c for c in table if c["generation"] == generation]
     kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in mine)
-    counts = schema.Counts(
-        seen=kept + rejected.total(),
-        kept=kept,
-        rejected=_sorted(rejected),
-        other_files=_sorted(others),
-        cut_captions={
-            n: sum(c["cut_captions"][n] for c in mine) for n in encoders.record["text"]["roles"]
-        },
-    )
+    counts = counts_of(mine, kept, rejected, encoders.record["text"]["roles"])
+    counts = counts.model_copy(update={"other_files": _sorted(others)})
     before = schema.read_manifest(dataset).generations[:generation] if generation else []
     generations = [*before, _generation(facts, before, mine, counts, complete)]
     manifest = _manifest(config, facts, table, generations, encoders)
     if complete:
         newest = max(n for n, some in enumerate(made) if any(c["num_samples"] for c in some))
-        shown = shown_pictures(dataset, newest, made[newest])
-        sheet = contact_sheet(shown)
-        write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
+        captions = partial(planned_captions, work_of(dataset, newest))
+        shown = shown_pictures(dataset, made[newest], captions)
+        write_sheet(dataset, shown)
         write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
+    write_manifest(dataset, manifest)
+
+
+def write_sheet(dataset: Path, shown: list[Shown]) -> None:
+    sheet = contact_sheet(shown)
+    write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
+
+
+def write_tables(dataset: Path, commits: list[dict[str, Any]], encoders: Encoders) -> None:
+    """The shard table, and the empty caption where there is text."""
+    from safetensors.numpy import save
+
+    rows = pa.Table.from_pylist(commits, schema=schema.SHARD_SCHEMA)
+    write_table(dataset / schema.SHARD_TABLE, rows)
+    if encoders.empty_caption:
+        # save_file would make it a file that its owner alone may read.
+        data = save(encoders.empty_caption)
+        write_atomic(dataset / schema.EMPTY_CAPTION, lambda path: path.write_bytes(data))
+
+
+def write_manifest(dataset: Path, manifest: schema.Manifest) -> None:
+    """The manifest with the hashes of what lies beside it."""
     files = [name for name in schema.AUDITED if (dataset / name).is_file()]
     hashes = {name: file_sha256(dataset / name) for name in files}
     manifest = manifest.model_copy(update={"files": hashes}).with_fingerprint()
     write_text(dataset / schema.MANIFEST, manifest.model_dump_json(indent=1))
+
+
+def counts_of(
+    commits: list[dict[str, Any]], kept: int, rejected: Counter[str], roles: Iterable[str]
+) -> schema.Counts:
+    """The pictures of some commits, and the captions that were cut by text encoder."""
+    cut = {name: sum(commit["cut_captions"][name] for commit in commits) for name in roles}
+    known = {"kept": kept, "rejected": _sorted(rejected), "cut_captions": cut}
+    return schema.Counts(seen=kept + rejected.total(), **known)
 
 
 def _write_rejects(

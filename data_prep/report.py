@@ -108,12 +108,13 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
         listing.print()
     if doubt := manifest.latent_doubt():
         warn(doubt)
-    size = sum(row["bytes"] for row in rows) / 2**20
+    size, kept = sum(row["bytes"] for row in rows), manifest.counts.kept
     where = str(dataset)
     if not is_remote(dataset):
         where = min(os.path.relpath(dataset), where, key=len)
     console.print(
-        f"{where}: {manifest.counts.kept:,} pictures, {len(rows):,} shards, {size:,.1f} MiB; "
+        f"{where}: {kept:,} pictures, {len(rows):,} shards, {size / 2**20:,.1f} MiB, "
+        f"{size / max(kept, 1) / 1024:,.1f} KiB per picture; "
         + ", ".join(f"{what} {duration(s)}" for what, s in spent.items())
     )
 
@@ -153,10 +154,11 @@ def training_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bucket_samples(rows: list[dict[str, Any]]) -> Counter[Bucket]:
-    """Samples by bucket, in the shards of a table or of commits."""
+    """Samples by bucket, in the shards of a table or of commits, without those that a layer lacks."""
     counts = Counter[Bucket]()
     for row in rows:
-        counts[row["height"], row["width"]] += row["num_samples"]
+        lacks = len(row.get("missing") or ())
+        counts[row["height"], row["width"]] += row["num_samples"] - lacks
     return counts
 
 
@@ -210,17 +212,21 @@ def class_names(classes: list[str]) -> str:
 
 
 def latent_listing(manifest: Manifest) -> Listing:
+    """The latents' statistics by channel; no rows of a layer, which has none."""
     scale = manifest.codec.normalisation
     stats = zip(manifest.latent_mean, manifest.latent_std, scale.mean, scale.std, strict=True)
     rows = [
         (str(i), *(f"{x:.4f}" for x in (mean, std, (mean - shift) / factor, std / factor)))
-        for i, (mean, std, shift, factor) in enumerate(stats)
+        for i, (mean, std, shift, factor) in enumerate(() if manifest.base else stats)
     ]
     head = ("channel", "raw mean", "raw std", "normalised mean", "normalised std")
     return Listing("Latents", head, rows)
 
 
-def encoder_listing(encoders: dict[str, Any], weights: dict[str, str]) -> Listing:
-    """Configs or records of encoders, and their weights' hashes, by name."""
-    rows = [(name, e.path, e.dtype, weights[name][:12]) for name, e in encoders.items()]
+def encoder_listing(encoders: dict[str, Any], hashes: dict[str, dict[str, str]]) -> Listing:
+    """Configs or records of encoders, and their weights' hashes, by name; pixels have no weights."""
+    rows = [
+        (name, encoder.path, encoder.dtype, hashes[name].get("weights", "")[:12])
+        for name, encoder in encoders.items()
+    ]
     return Listing("Encoders", ("encoder", "path", "dtype", "weights sha256"), rows, words=4)

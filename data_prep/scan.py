@@ -162,14 +162,19 @@ def compare(begun: list[Intake], listing: pa.Table) -> Comparison:
     return Comparison(looked, pa.concat_tables(new), *lost)
 
 
-def scan(config: PrepareConfig, intake: Intake, check: Callable[[], None] = lambda: None) -> None:
+def scan(
+    config: PrepareConfig,
+    intake: Intake,
+    check: Callable[[], None] = lambda: None,
+    only: Container[str] | None = None,
+) -> None:
     """One catalog part per partition of a generation's entries; parts that exist are not made again."""
     made, staged = (set(find_files(intake.work / name)) for name in ("catalog", STAGED))
     todo = list[Part]()
     for name, source, rows in _partitions(config, intake.listing):
         # A part whose pictures were staged wants them there, so long as shards are to be made.
         there = f"{name}.staged.parquet" in made and name in staged
-        if not (there or f"{name}.parquet" in made):
+        if not (there or f"{name}.parquet" in made) and (only is None or name in only):
             todo.append((name, source, rows))
     _scan_parts(config, intake, todo, check, "scan")
 

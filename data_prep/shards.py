@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +75,7 @@ class ShardWriter:
         self._target, self._members = dataset / path, members
         self._temporary = temporary_for(self._target)
         self._tar = tarfile.TarFile(self._temporary, "w", format=tarfile.USTAR_FORMAT)
-        self._index: list[list[tuple[int, int]]] = []
+        self._rows = dict[str, list[list[tuple[int, int]]]]()
 
     def add(
         self,
@@ -84,7 +84,7 @@ class ShardWriter:
         facts: dict[str, Any],
         variants: list[dict[str, str]] | None = None,
     ) -> None:
-        """Append a picture: KEY.NAME.npy of every array, KEY.json, and a row of the index a variant.
+        """Append a picture: KEY.NAME.npy of every array, KEY.json, and a row of the index per variant.
 
         A variant says which array stands for a member, where it is not the one of the member's own name.
         """
@@ -94,12 +94,10 @@ class ShardWriter:
             places[name] = (end - array.nbytes, array.nbytes)
         text = json.dumps(facts, ensure_ascii=False, sort_keys=True)
         self._append(f"{key}.json", text.encode())
-        for variant in variants or [{}]:
-            self._index.append([places[variant.get(name, name)] for name in self._members])
-
-    def skip(self, rows: int) -> None:
-        """Rows of the index that lead nowhere: a layer lacks them."""
-        self._index += [[(0, 0)] * len(self._members)] * rows
+        self._rows[key] = [
+            [places[variant.get(name, name)] for name in self._members]
+            for variant in variants or [{}]
+        ]
 
     def _append(self, name: str, data: bytes) -> int:
         """Offset just past the data."""
@@ -108,16 +106,19 @@ class ShardWriter:
         self._tar.addfile(member, io.BytesIO(data))
         return self._tar.offset - -len(data) % tarfile.BLOCKSIZE
 
-    def commit(self, proof: bytes) -> dict[str, Any]:
+    def commit(self, proof: bytes, keys: Sequence[str] = (), each: int = 0) -> dict[str, Any]:
         """Make shard, index and proof appear, durably; returns num_samples, bytes, hashes and sizes.
 
-        A shard without samples leaves no file.
+        A shard without samples leaves no file. Of a layer all `keys` have `each` rows in the index, of which those
+        of pictures that were not added lead nowhere.
         """
-        if not self._index:
+        empty = [[(0, 0)] * len(self._members)] * each
+        rows = [row for key in keys or self._rows for row in self._rows.get(key, empty)]
+        if not rows:
             return {"num_samples": 0, "bytes": 0}
         self._tar.close()
         num_bytes, sha256 = self._temporary.stat().st_size, file_sha256(self._temporary)
-        index = np.array(self._index, dtype=np.int64).reshape(-1, len(self._members), 2)
+        index = np.array(rows, dtype=np.int64).reshape(-1, len(self._members), 2)
         beside = {index_path: npy_bytes(index), proof_path: proof}
         sizes = {self._target.name: num_bytes}
         for path_of, data in beside.items():
@@ -126,7 +127,7 @@ class ShardWriter:
             sizes[path.name] = len(data)
         publish(self._temporary, self._target)
         return {
-            "num_samples": len(self._index),
+            "num_samples": len(rows),
             "bytes": num_bytes,
             "sha256": sha256,
             "index_sha256": hashlib.sha256(beside[index_path]).hexdigest(),

@@ -280,10 +280,9 @@ def _problem_of(array: np.ndarray, member: str, manifest: Manifest, row: dict[st
 def _count_problems(manifest: Manifest, rows: list[dict[str, Any]], rejects: pa.Table) -> list[str]:
     counts = manifest.counts
     shards, kept = Counter(row["generation"] for row in rows), Counter[int]()
-    rows = [r | {"num_samples": r["num_samples"] - len(r["missing"] or ())} for r in rows]
     for row in rows:
         each = manifest.samples_per_picture[row["split"]]
-        kept[row["generation"]] += row["num_samples"] // each
+        kept[row["generation"]] += bucket_samples([row]).total() // each
     generations = {g.number: (g.num_shards, g.counts.kept) for g in manifest.generations}
     rejected, others = count_rejects(rejects)
     said = {(bucket.height, bucket.width): bucket.num_samples for bucket in manifest.buckets}

@@ -135,14 +135,24 @@ def some_pictures(folder: Path, count: int, first: int = 0) -> Path:
     return folder
 
 
-def config_of_layer(folder: Path) -> Path:
-    """A second encoder over the base, whose pictures are gone by now."""
+def config_of_layer(folder: Path, temperature: float | None) -> Path:
+    """A second encoder over the base: of a captioner's words, or of the base's, whose pictures are gone by now."""
+    from tests.test_captioner import save_captioner
     from tests.test_text_encoder import save_encoder
 
-    shutil.rmtree(folder / "pictures")
-    path = folder / "layer.yaml"
     encoder = {"path": str(save_encoder(folder / "t5", "t5")), "max_length": 8}
-    path.write_text(json.dumps({"base": str(folder / "base"), "text_encoders": {"t5": encoder}}))
+    config = {"base": str(folder / "base"), "text_encoders": {"t5": encoder}}
+    if temperature is None:
+        shutil.rmtree(folder / "pictures")
+    else:
+        captioner = {
+            "path": str(save_captioner(folder / "captioner", seed=3)),
+            "temperature": temperature,
+        }
+        captioner |= {"prompts": ["describe", "w1"], "max_new_tokens": 40, "pixels": 64}
+        config["captions"] = {"captioner": captioner}
+    path = folder / "layer.yaml"
+    path.write_text(json.dumps(config))
     return path
 
 
@@ -207,6 +217,9 @@ def main(
     layer: Annotated[
         bool, typer.Option("--layer", help="of a text layer over the pictures")
     ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="of a captioner that writes the layer's captions")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Kill, resume, compare; exit status 1 where a byte differs."""
@@ -230,9 +243,10 @@ def main(
         cluster = TwoRaylets(folder)
         try:
             if layer:
+                sources.add(1)
                 base = drive(config, cluster.environment, f"output={folder / 'base'}")
                 assert base.wait() == 0, (folder / "driver.log").read_text()
-                config = config_of_layer(folder)
+                config = config_of_layer(folder, temperature)
             output = folder / "reference"
             for number in range(generations):
                 sources.add(number + 1)

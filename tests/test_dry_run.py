@@ -150,6 +150,12 @@ def test_the_printed_classes_are_the_labels_of_the_preparation(
         assert names[label] == f"{label} {name}"
 
 
+def test_pixels_without_a_codec_have_no_weights_to_be_named(tmp_path, text_folder, capsys):
+    sources = {"p": fill_folder(tmp_path / "pictures", 2)}
+    config = config_of(tmp_path, sources, Path("pixels"), text_folder)
+    assert ["vae", "pixels", "fp32", ""] in dry_run(config, capsys)["Encoders"]
+
+
 def test_a_sample_of_many_pictures_is_counted_as_what_it_is(
     tmp_path, vae_folder, text_folder, capsys
 ):

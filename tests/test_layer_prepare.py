@@ -12,26 +12,31 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from data_prep.config import LayerConfig, PrepareConfig
+from data_prep.images import ImagesConfig, decode
 from data_prep.layer import prepare_layer
 from data_prep.preparation import prepare
 from data_prep.schema import REJECTS, index_path, read_manifest, read_shard_table
-from data_prep.shards import commit_path
+from data_prep.shards import commit_path, work_of
 from data_prep.sources.source import sample_key
 from data_prep.verify import verify
+from models.captioner import Captioner
 from models.command import load_config
 from models.config import InputError
 from models.networks import AlignmentConfig, DiTConfig
 from models.text_conventions import View
 from models.text_encoder import TextEncoder
+from models.weights import weights_sha256
 from pipeline.data.config import DataConfig
 from pipeline.data.loader import Loader
 from tests import train_factory
 from tests.conftest import RUN
-from tests.prep_factory import config_of_pictures, encoded, pixels
+from tests.prep_factory import config_of_pictures, encoded, fill_folder, pixels, write_config
 from tests.test_alignment import save_vision
+from tests.test_captioner import save_captioner
 from tests.test_layers import assert_same, stack, take
 from tests.test_text_encoder import save_encoder
 
@@ -42,12 +47,19 @@ def run(config: Path, *overrides: str) -> Path:
     return Path(settings.output)
 
 
-def lay(base: Path, name: str, encoders: dict[str, Any], **more: Any) -> Path:
+def planned_rows(base: Path, generation: int = 0) -> list[dict[str, Any]]:
+    """The base's pictures of a generation, with their addresses."""
+    return pq.read_table(work_of(base, generation) / "plan").to_pylist()
+
+
+def lay(
+    base: Path, name: str, encoders: dict[str, Any], dry_run: bool = False, **more: Any
+) -> Path:
     """A layer beside its base."""
     path = base.parent / f"{name}.yaml"
     config = {"base": str(base), "text_encoders": encoders, "ray": {"num_actors": 1}}
     path.write_text(yaml.safe_dump(config | {"output": str(base.parent / name)} | more))
-    prepare_layer(load_config(LayerConfig, path, []))
+    prepare_layer(load_config(LayerConfig, path, []), dry_run)
     return base.parent / name
 
 
@@ -156,7 +168,7 @@ CAPTIONS = ["a red apple", "many words of a green volcano", "volcano"]
 
 def recaption_rows(base: Path) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """A table's rows in no order, with keys that are wrong; and what is said of each picture of the base."""
-    facts = pq.read_table(base / "work/plan").to_pylist()
+    facts = planned_rows(base)
     lost = set(pq.read_table(base / REJECTS)["key"].to_pylist())
     said, rows = dict[str, list[str]](), list[dict[str, Any]]()
     for number, row in enumerate(facts):
@@ -223,12 +235,14 @@ def test_a_table_that_lacks_a_column_or_changed_is_refused(base, text_folder, tm
     rows, _ = recaption_rows(base)
     table = as_table(tmp_path / "new.jsonl", rows)
     bert = {"bert": {"path": str(text_folder), "max_length": 8}}
-    with pytest.raises(InputError, match=r"captions.captions.caption: .*no column 'caption'"):
+    with pytest.raises(InputError, match=r"captions.table: .*/new.jsonl has no column 'caption'"):
         lay(base, "lacks", bert, captions={"table": str(table)})
     captions = {"table": str(table), "caption": "text"}
     lay(base, "changed", bert, captions=captions)
     as_table(table, rows[1:])
-    with pytest.raises(InputError, match=r"(?s)begun with another config:.*tables.new.jsonl: "):
+    with pytest.raises(
+        InputError, match=r"captions.table: has changed since generation 0 of .*/changed "
+    ):
         lay(base, "changed", bert, captions=captions)
 
 
@@ -269,6 +283,180 @@ def test_a_layer_begun_over_a_base_that_was_encoded_again_is_not_gone_on_with(ba
     given["text_encoders"]["t5"]["max_length"] = 6  # others have been tried
     with pytest.raises(InputError, match=f"{spec} was made over another shard of {base}"):
         prepare_layer(LayerConfig.model_validate(given))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, vae_folder, text_folder, ray_address) -> Path:
+    """A base whose pictures lie in a folder and, as bytes, in a table; two captions each."""
+    folder = tmp_path_factory.mktemp("seen")
+    rows = {"image": [encoded(pixels(200 + i)) for i in range(6)], "caption": ["a b\nc"] * 6}
+    pq.write_table(pa.table(rows), folder / "t.parquet")
+    sources = {"p": fill_folder(folder / "pictures", 14)}
+    sources["t"] = {"kind": "table", "path": str(folder / "t.parquet")}
+    captions = {"per_picture": 2, "lines": "each"}
+    more = {"captions": captions, "images": {"resolution": 32, "bucket_multiple": 8, "flip": True}}
+    return run(write_config(folder / "c.yaml", sources, vae_folder, text_folder, **more))
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory) -> dict[str, Any]:
+    """Its answers at random, some of which do not end."""
+    path = str(save_captioner(tmp_path_factory.mktemp("captioner"), seed=3))
+    numbers = {"temperature": 1.0, "max_new_tokens": 32, "batch_size": 3, "pixels": 50}
+    return {"path": path, "prompts": ["describe", "w1", "w2"]} | numbers
+
+
+@pytest.fixture(scope="module")
+def told(seen, captioner, text_folder) -> Path:
+    bert = {"bert": {"path": str(text_folder), "max_length": 8}}
+    return lay(seen, "told", bert, captions={"captioner": captioner})
+
+
+def answers(layer: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the captioner said, by key."""
+    found = dict[str, list[dict[str, Any]]]()
+    for row in pq.read_table(layer / "captions").to_pylist():
+        found.setdefault(row["key"], []).append(row)
+    return found
+
+
+def test_what_a_captioner_says_of_the_training_crop_is_the_caption_and_else_a_reject(
+    seen, told, captioner
+):
+    assert verify(told) == []
+    said, rows = answers(told), planned_rows(seen)
+    assert said.keys() == {row["key"] for row in rows}
+    model, square = Captioner(Path(captioner["path"])), 0
+    for row in rows:
+        found = said[row["key"]]
+        assert len({answer["prompt"] for answer in found}) == 2
+        for answer in found:
+            assert answer["caption"] == (None if answer["reason"] else answer["answer"])
+        if row["height"] != row["width"] or row["source"] == "t":
+            continue
+        # At twice the bucket's 32 pixels the picture has over 50.
+        pixels = decode(Path(row["path"]).read_bytes(), (64, 64), ImagesConfig()).pixels
+        shown = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        for answer in found:
+            (alone,) = model.answer(shown, [row["key"]], answer["prompt"], 32, 1.0)
+            assert vars(alone).items() <= answer.items()
+        square += 1
+    assert square > 3
+    assert Counter(row["source"] for row in rows) == {"p": 14, "t": 6}
+    assert not [row for rows in said.values() for row in rows if row["reason"] == "unreadable"]
+    rejects = Counter(pq.read_table(told / REJECTS)["reason"].to_pylist())
+    lost = [rows[0]["reason"] for rows in said.values() if all(row["reason"] for row in rows)]
+    assert rejects == Counter(lost)
+    assert rejects["caption_cut"] > 0
+    assert read_manifest(told).counts.kept == 20 - len(lost) > 5
+    assert read_manifest(told).captioner["weights"] == weights_sha256(Path(captioner["path"]))
+
+
+def test_a_step_shows_a_captioners_captions_and_its_table_makes_the_same_layer(
+    seen, told, text_folder
+):
+    loader, said = Loader(stack(seen, new=told), global_batch=4, seed=1), answers(told)
+    for batch in itertools.islice(loader.batches(), 12):
+        for sample in batch.sample_ids.tolist():
+            found = loader.first.mixture.locate(sample)
+            assert found["caption"] in [row["caption"] for row in said[found["key"]]]
+    bert = {"bert": {"path": str(text_folder), "max_length": 8}}
+    again = lay(seen, "again", bert, captions={"table": str(told / "captions")})
+    assert read_shard_table(again).equals(read_shard_table(told))
+    page = (told / "report.html").read_text()
+    assert any(row["caption"] and row["caption"] in page for rows in said.values() for row in rows)
+    assert "caption_cut" in page
+    assert (told / "contact_sheet.png").is_file()
+
+
+def test_a_picture_that_is_gone_is_a_reject_and_changes_no_other_answer(
+    seen, told, captioner, text_folder, tmp_path
+):
+    lost = next(row for row in planned_rows(seen) if row["source"] == "p")
+    bert = {"bert": {"path": str(text_folder), "max_length": 8}}
+    Path(lost["path"]).rename(tmp_path / "aside")
+    try:
+        layer = lay(seen, "lost", bert, captions={"captioner": captioner})
+    finally:
+        (tmp_path / "aside").rename(lost["path"])
+    before, after = answers(told), answers(layer)
+    assert {row["reason"] for row in after.pop(lost["key"])} == {"unreadable"}
+    del before[lost["key"]]
+    assert before == after
+
+
+def test_captions_of_two_kinds_or_captioners_or_of_no_base_are_refused_in_one_message(
+    seen, told, captioner, text_folder, tmp_path
+):
+    bert = {"bert": {"path": str(text_folder), "max_length": 8}}
+    lay_told = lambda **changes: lay(  # noqa: E731
+        seen, "told", bert, captions={"captioner": captioner | changes}
+    )
+    with pytest.raises(InputError, match="captions: got table and captioner, expected one of"):
+        lay(seen, "both", bert, captions={"table": str(told), "captioner": captioner})
+    with pytest.raises(InputError, match="captions: weight: no effect"):
+        lay(seen, "both", bert, captions={"weight": "w", "captioner": captioner})
+    with pytest.raises(InputError, match=r"begun with another config:\n.*captioner.prompts: "):
+        lay_told(prompts=["w3"])
+    other = str(save_captioner(tmp_path / "other", seed=1))
+    with pytest.raises(InputError, match=r"hashes.captions.captioner.weights: \w+ -> \w+"):
+        lay_told(path=other)
+    with pytest.raises(
+        InputError, match=r"captions.captioner.path: /none: no such folder, expected"
+    ):
+        lay_told(path="/none")
+    gone = {"base": str(tmp_path / "gone"), "text_encoders": bert, "output": str(tmp_path / "x")}
+    with pytest.raises(InputError, match=rf"^base: {tmp_path}/gone/manifest.json: no such file"):
+        prepare_layer(LayerConfig.model_validate(gone))
+
+
+def test_a_dry_run_says_what_a_layer_would_store_and_reject(
+    seen, captioner, text_folder, tmp_path, capsys
+):
+    bert = {"bert": {"path": str(text_folder), "max_length": 4}}
+    rows = [{"key": row["key"], "caption": "a red apple"} for row in planned_rows(seen)[:9]]
+    table = as_table(tmp_path / "t.jsonl", [*rows, rows[0] | {"caption": " "}])
+    cases = {
+        "table": ({"captions": {"table": str(table)}}, ["caption_empty", "1 of 10", "9 of 9"]),
+        "captioner": ({"captions": {"captioner": captioner}}, ["describe", "w2"]),
+        "base": ({}, ["of 40", "KiB"]),
+    }
+    for name, (more, expected) in cases.items():
+        lay(seen, f"dry-{name}", bert, dry_run=True, **more)
+        shown = capsys.readouterr().out
+        assert "20 pictures to encode for" in shown
+        assert "bert" in shown
+        assert [text for text in expected if text not in shown] == [], shown
+        assert not (seen.parent / f"dry-{name}").exists()
+
+
+def test_a_table_may_grow_with_its_base_and_what_was_taken_from_it_stays(
+    tmp_path, vae_folder, text_folder, ray_address, capsys
+):
+    config = config_of_pictures(tmp_path, 12, vae_folder, text_folder, text_encoders={})
+    base, bert = run(config), {"bert": {"path": str(text_folder), "max_length": 8}}
+    captions = {"table": str(tmp_path / "new.jsonl")}
+    rows = [{"key": row["key"], "caption": f"old {row['key']}"} for row in planned_rows(base)]
+    as_table(tmp_path / "new.jsonl", rows[1:])
+    layer = lay(base, "recaption", bert, captions=captions)
+    first = read_shard_table(layer)
+    for number in range(3):
+        (tmp_path / f"pictures/even/new{number}.png").write_bytes(encoded(pixels(100 + number)))
+        (tmp_path / f"pictures/even/new{number}.txt").write_text("new")
+    run(config)
+    changed = [row | {"caption": "another"} for row in rows]
+    keys = [row["key"] for row in planned_rows(base, 1)]
+    changed += [{"key": key, "caption": f"new {key}"} for key in keys]
+    as_table(tmp_path / "new.jsonl", [*changed, {"key": "0" * 20, "caption": "x"}])
+    assert lay(base, "recaption", bert, captions=captions) == layer
+    assert "earlier generations keep what they took" in capsys.readouterr().out
+    assert verify(layer) == []
+    table = read_shard_table(layer)
+    assert table.slice(0, len(first)).equals(first)
+    assert len(table) > len(first)
+    counts = Counter(pq.read_table(layer / REJECTS)["reason"].to_pylist())
+    assert counts == {"caption_missing": 1, "caption_no_picture": 1}
+    assert read_manifest(layer).counts.kept == 14
 
 
 @pytest.mark.slow

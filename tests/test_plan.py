@@ -19,8 +19,7 @@ from models.command import load_config
 from models.config import InputError
 from models.networks import DiTConfig, UNetConfig, build_model
 from models.text_conventions import CONVENTIONS
-from models.text_encoder import TextEncoder
-from models.vae import LatentCodec
+from models.text_encoder import widths, with_own_pooled
 from models.weights import network_class
 from pipeline import plan
 from pipeline.config import TrainConfig
@@ -311,7 +310,10 @@ def kib_of_latents(name: str, config: dict) -> list[float]:
     layout, same = LAYOUTS[name](config | blocks), ("channels", "downscale", "deterministic")
     flat = Normalisation(mean=(0.0,) * layout.channels, std=(1.0,) * layout.channels)
     record = {field: getattr(layout, field) for field in same} | {"normalisation": flat}
-    members = Codec(LatentCodec(None, layout, record, torch.device("cpu")), "vae").members()
+    sizes = SimpleNamespace(
+        channels=layout.channels, deterministic=layout.deterministic, layout=layout
+    )
+    members = Codec(sizes, "vae").members()
     manifest = make_manifest(Kind(encoders={}), [], record).model_copy(update={"members": members})
     return [stored_bytes(manifest, "moments", side) / 1024 for side in (256, 512)]
 
@@ -321,9 +323,10 @@ def kib_of_text(config, convention: str, name: str, length: int) -> float:
     view = CONVENTIONS[convention].roles[name].model_copy(update={"max_length": length})
     with torch.device("meta"):
         network = network_class(transformers, view.family)(config)
-    encoder = TextEncoder(network, None, ROOT, view, "fp32")
-    kind = Kind(encoders={name: (length, encoder.dim)})
-    members = Text(encoder, name, "float16").members()
+    dim, pooled_dim = widths(network.config, with_own_pooled(view, type(network).__name__))
+    kind = Kind(encoders={name: (length, dim)})
+    sizes = SimpleNamespace(dim=dim, pooled_dim=pooled_dim)
+    members = Text(sizes, name, "float16").members()
     manifest = make_manifest(kind, [], {}).model_copy(update={"members": members})
     return sum(stored_bytes(manifest, member, 256) for member in members) / 1024
 

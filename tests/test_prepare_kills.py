@@ -89,6 +89,8 @@ def test_killed_everywhere_from_s3_to_s3_it_writes_what_an_undisturbed_run_on_di
         ("--kills", "30"),
         ("--kills", "12", "--generations", "3", "--pictures", "150"),
         ("--layer", "--kills", "10", "--every-s", "1.5"),
+        ("--layer", "--temperature", "0", "--kills", "10", "--pictures", "300"),
+        ("--layer", "--temperature", "1", "--kills", "10", "--pictures", "300"),
     ],
 )
 def test_random_kills_over_repeated_runs_and_growths_change_no_byte(options):

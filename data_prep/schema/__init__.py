@@ -265,6 +265,8 @@ class Manifest(Config):
     codec: CodecRecord
     text: TextRecord
     vision: VisionRecord | None
+    captioner: dict[str, str] = {}
+    """sha256 of what a layer's captioner is made of; `prepare_config` has what it was asked."""
     members: dict[str, Member]
     """In the column order of every index."""
     latent_mean: list[float]
@@ -285,9 +287,9 @@ class Manifest(Config):
     fingerprint: str = ""
 
     def encoders(self) -> dict[str, CodecRecord | RoleRecord | VisionRecord]:
-        """The record of every encoder by name."""
-        vision = {"vision": self.vision} if self.vision else {}
-        return {"vae": self.codec, **self.text.roles, **vision}
+        """The record of every encoder by name; a layer has its own alone."""
+        found = {"vae": None if self.base else self.codec, **self.text.roles, "vision": self.vision}
+        return {name: record for name, record in found.items() if record}
 
     def text_members(self) -> list[str]:
         """The members with tokens and vectors of roles."""
@@ -298,14 +300,8 @@ class Manifest(Config):
         return self.model_copy(update={"text": self.text.arranged(wanted)})
 
     def latent_doubt(self) -> str:
-        """What is to be said of the measured latents; "" where they are as the objectives expect."""
-        return self.codec.doubt(self.latent_mean, self.latent_std)
-
-    def completed(self) -> "Manifest":
-        """This one with a last generation to which nothing will be added."""
-        *earlier, last = self.generations
-        last = last.model_copy(update={"complete": True})
-        return self.model_copy(update={"generations": [*earlier, last]})
+        """What is to be said of the measured latents; "" where they are as the objectives expect, or the base's."""
+        return "" if self.base else self.codec.doubt(self.latent_mean, self.latent_std)
 
     def with_fingerprint(self) -> "Manifest":
         content = self.model_dump(mode="json")

@@ -52,14 +52,19 @@ def parse_changes(
     return found
 
 
-def plan_job(path: Path, given: list[str], steps: int | None, flops: float | None) -> Job:
-    """One run; raises InputError where it cannot be trained and measured, or has begun with another config."""
+def plan_job(
+    path: Path, given: list[str], steps: int | None, flops: float | None, cost: float | None = None
+) -> Job:
+    """One run; raises InputError where it cannot be trained and measured, or has begun with another config.
+
+    `cost` is the FLOPs of a step, counted in seconds where nobody has.
+    """
     from data_prep.schema import fingerprint
     from pipeline.runs.planning import flops_per_step
     from pipeline.runs.setup import fit_run
 
     config = load_config(TrainConfig, path, given)
-    cost = flops_per_step(config)
+    cost = cost or flops_per_step(config)
     steps = steps or int((flops or 0) // cost)
     if not steps:
         raise InputError(f"--flops: got {flops or 0:g}, expected at least a step's, {cost:g}")
@@ -220,10 +225,11 @@ def main(
         if seconds:
             steps = steps_within(seconds, path, [*own, f"run={output / 'timed' / name}"])
         each = [[f"run={output / f'{name}_{seed}'}", f"seed={seed}"] for seed in range(seeds)]
-        planned[name] = [plan_job(path, [*own, *one], steps, flops) for one in each]
-        job, ratio = planned[name][0], planned[name][0].flops / planned["base"][0].flops
-        about = f"{job.config.training.num_steps} steps, {job.flops:.4g} FLOPs"
-        console.print(f"{name}: {about}, {ratio:.3f} of base")
+        job = plan_job(path, [*own, *each[0]], steps, flops)
+        count = job.config.training.num_steps
+        rest = [plan_job(path, [*own, *one], count, None, job.flops / count) for one in each[1:]]
+        planned[name], ratio = [job, *rest], job.flops / planned.get("base", [job])[0].flops
+        console.print(f"{name}: {count} steps, {job.flops:.4g} FLOPs, {ratio:.3f} of base")
     if dry_run:
         return
     every = [job for own in planned.values() for job in own]

@@ -53,22 +53,24 @@ def parse_changes(
 
 
 def plan_job(
-    path: Path, given: list[str], steps: int | None, flops: float | None, cost: float | None = None
+    path: Path, given: list[str], steps: int | None, flops: float | None, costs: dict[str, float]
 ) -> Job:
     """One run; raises InputError where it cannot be trained and measured, or has begun with another config.
 
-    `cost` is the FLOPs of a step, counted in seconds where nobody has.
+    `costs` has the FLOPs of a step of what was counted before, which takes seconds.
     """
     from data_prep.schema import fingerprint
     from pipeline.runs.planning import flops_per_step
     from pipeline.runs.setup import fit_run
 
     config = load_config(TrainConfig, path, given)
-    cost = cost or flops_per_step(config)
+    batch = config.training.global_batch
+    kind = f"{config.model} {config.data} {config.optimizer.kind} {batch}"
+    cost = costs[kind] = costs.get(kind) or flops_per_step(config)
     steps = steps or int((flops or 0) // cost)
     if not steps:
         raise InputError(f"--flops: got {flops or 0:g}, expected at least a step's, {cost:g}")
-    given = [*given, f"training.images={steps * config.training.global_batch}"]
+    given = [*given, f"training.images={steps * batch}"]
     fitted = fit_run(load_config(TrainConfig, path, given))
     heldout, run = fitted.loader.heldout_batches(1), Path(config.run)
     shards = fitted.loader.first.mixture.table["sha256"].to_pylist()
@@ -176,7 +178,7 @@ def steps_within(seconds: float, path: Path, given: list[str]) -> int:
     # So short a run has no room for a schedule.
     plain = ["schedule=constant_with_warmup", "warmup_images=0", "decay_images=0"]
     given = [*given, *(f"optimizer.{item}" for item in plain), "monitor.every_steps=10"]
-    job = plan_job(path, given, TIMED_STEPS, None)
+    job = plan_job(path, given, TIMED_STEPS, None, {})
     asyncio.run(train(job, {}))
     _, step_ms = read_scalars(Path(job.config.run), "speed/step_ms")["speed/step_ms"]
     return max(1, int(1000 * seconds / median(step_ms)))
@@ -217,7 +219,7 @@ def main(
         raise InputError("expected at least one --change, and one of --steps, --flops, --seconds")
     if seconds and (jobs > 1 or dry_run):
         raise InputError("--seconds: runs are timed, one by one. Remedy: --steps or --flops")
-    places, planned = share_machine(jobs), dict[str, list[Job]]()
+    places, planned, costs = share_machine(jobs), dict[str, list[Job]](), dict[str, float]()
     threads = [f"engine.cpu_threads={p['OMP_NUM_THREADS']}" for p in places if p][:1]
     # What is wrong with the last run is found before the first one begins.
     for name, (path, own) in variants.items():
@@ -225,11 +227,10 @@ def main(
         if seconds:
             steps = steps_within(seconds, path, [*own, f"run={output / 'timed' / name}"])
         each = [[f"run={output / f'{name}_{seed}'}", f"seed={seed}"] for seed in range(seeds)]
-        job = plan_job(path, [*own, *each[0]], steps, flops)
-        count = job.config.training.num_steps
-        rest = [plan_job(path, [*own, *one], count, None, job.flops / count) for one in each[1:]]
-        planned[name], ratio = [job, *rest], job.flops / planned.get("base", [job])[0].flops
-        console.print(f"{name}: {count} steps, {job.flops:.4g} FLOPs, {ratio:.3f} of base")
+        planned[name] = [plan_job(path, [*own, *one], steps, flops, costs) for one in each]
+        job, ratio = planned[name][0], planned[name][0].flops / planned["base"][0].flops
+        about = f"{job.config.training.num_steps} steps, {job.flops:.4g} FLOPs"
+        console.print(f"{name}: {about}, {ratio:.3f} of base")
     if dry_run:
         return
     every = [job for own in planned.values() for job in own]

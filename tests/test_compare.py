@@ -15,7 +15,7 @@ from models.command import load_config
 from models.config import InputError
 from pipeline.compare import main, parse_changes, plan_job, share_machine
 from pipeline.config import TrainConfig, load_run_config
-from pipeline.evaluation.comparison import LEVEL, compare_runs, critical_value, paired, t_quantile
+from pipeline.evaluation.comparison import LEVEL, compare_runs, paired, t_quantile
 from pipeline.inference.heldout import LOG_SNR
 from pipeline.runs.planning import flops_per_step
 from tests import train_factory
@@ -54,8 +54,7 @@ def experiments(
     return base, base + base.mean(0) * (change + 0.01 * own @ mix)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds", [3, 4, 5, 8])
+@pytest.mark.parametrize("seeds", [3, 4])
 def test_all_intervals_hold_the_truth_in_95_percent_of_experiments(seeds):
     rng, change, held = np.random.default_rng(seeds), -0.02, 0
     for _ in range(10_000):
@@ -80,30 +79,11 @@ def test_levels_are_a_family_and_every_other_figure_is_alone():
     )
     found = compare_runs(base, other)
     assert list(found) == names
-    for name in names:
+    for name, confidence in ((names[0], 0.95 ** (1 / len(LOG_SNR))), ("images_per_s", 0.95)):
         mean = np.mean([run[name] for run in base])
         change = [(b[name] - a[name]) / mean for a, b in zip(base, other, strict=True)]
-        test = stats.ttest_1samp(change, 0)
-        alone, sidak = (test.confidence_interval(0.95**p) for p in (1, 1 / len(LOG_SNR)))
-        assert found[name].change == pytest.approx(np.mean(change))
-        if name == "images_per_s":
-            assert found[name][1:] == pytest.approx(tuple(alone), rel=1e-5)
-        else:
-            # What is known of the correlation takes something off the bound for independent figures.
-            assert sidak.low * 1.02 < found[name].low < alone.low
-
-
-def test_a_family_that_moves_as_one_needs_little_more_than_one_figure():
-    """Of ever more seeds the bound goes from that of independent figures to that of a single one."""
-    rng = np.random.default_rng(2)
-    for seeds, largest in ((8, 1.56), (30, 1.3)):
-        alone = stats.t.ppf(0.975, seeds - 1)
-        sidak = stats.t.ppf((1 + 0.95 ** (1 / 7)) / 2, seeds - 1)
-        same = np.repeat(rng.standard_normal((seeds, 1)), 7, axis=1)
-        assert alone < critical_value(same) < largest * alone < sidak
-        # Of figures that never differ, as of FLOPs, nothing is known.
-        for apart in (rng.standard_normal((seeds, 7)), np.zeros((seeds, 7))):
-            assert critical_value(apart) == pytest.approx(sidak, rel=0.03)
+        expected = stats.ttest_1samp(change, 0).confidence_interval(confidence)
+        assert found[name][1:] == pytest.approx(tuple(expected), rel=1e-5)
 
 
 def compare(folder: Path, *options: str, seeds: int = 2) -> tuple[dict, str]:
@@ -193,20 +173,21 @@ def test_runs_side_by_side_have_a_gpu_each_or_are_refused():
 def test_equal_flops_are_steps_by_what_a_step_costs(tmp_path):
     path = write_config(tmp_path, heldout=HELD_OUT)
     given = [f"run={tmp_path / 'new'}"]
-    plain = plan_job(path, given, 70, None)
+    costs = dict[str, float]()
+    plain = plan_job(path, given, 70, None, costs)
     assert plain.config.training.num_steps == 70
-    muon = plan_job(path, [*given, "optimizer.kind=muon"], None, plain.flops)
+    muon = plan_job(path, [*given, "optimizer.kind=muon"], None, plain.flops, costs)
     cost = flops_per_step(muon.config)
     assert cost > plain.flops / 70
     assert muon.config.training.num_steps == plain.flops // cost
     with pytest.raises(InputError, match="at least a step's"):
-        plan_job(path, given, None, 1.0)
+        plan_job(path, given, None, 1.0, costs)
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path):
     path = write_config(tmp_path)
     with pytest.raises(InputError, match="holds nothing out"):
-        plan_job(path, [f"run={tmp_path / 'new'}"], 5, None)
+        plan_job(path, [f"run={tmp_path / 'new'}"], 5, None, {})
     for change in ("lr", "base=seed=3", "a b=seed=3", "=x"):
         with pytest.raises(InputError, match=r"NAME=section\.key=value"):
             parse_changes(path, [], [change])

@@ -131,6 +131,7 @@ def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> 
         if sampler := given.get("sampler"):
             scale = sampler["guidance_scale"]
             name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
+            name += f"_from_{given['guide'].rpartition(':')[2]}" if "guide" in given else ""
         for figure, value in figures.items():
             board.add(scalar(f"evaluate/{figure}/{name}", value), step)
     with distributed.beside("TensorBoard"):

@@ -102,36 +102,16 @@ class FeatureNetwork:
         self, pictures: Iterable[UInt8[Tensor, "3 H W"]], batch_size: int, device: torch.device
     ) -> Float[Tensor, "n D"]:
         """fp32, in order; neighbours of one size go through together."""
-        parts: list[Tensor] = []
-        waiting: list[Tensor] = []
-
-        def flush() -> None:
-            if waiting:
-                parts.append(self.module(torch.stack(waiting).to(device)).float().cpu())
-                waiting.clear()
-
-        for picture in pictures:
-            if len(waiting) == batch_size or (waiting and picture.shape != waiting[0].shape):
-                flush()
-            waiting.append(picture)
-        flush()
+        parts = list[Tensor]()
+        for _, alike in itertools.groupby(pictures, key=lambda picture: picture.shape):
+            while batch := list(itertools.islice(alike, batch_size)):
+                parts.append(self.module(torch.stack(batch).to(device)).float().cpu())
         if len(lengths := {part.shape[1] for part in parts}) > 1:
             raise InputError(
                 f"--features {self.name}: pictures of several sizes gave {sorted(lengths)} features. Remedy: a "
                 "network that resizes them"
             )
         return torch.cat(parts) if parts else torch.zeros(0, 0)
-
-
-class _Given(nn.Module):
-    """Features are given to torchmetrics as they are."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def compare(
@@ -180,7 +160,9 @@ def distances(
     from torchmetrics.image.fid import FrechetInceptionDistance  # optional
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    given = _Given(real.shape[1])
+    # Features are given to torchmetrics as they are.
+    given: Any = nn.Identity()
+    given.num_features = real.shape[1]
     frechet = FrechetInceptionDistance(given, sync_on_compute=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features

@@ -23,6 +23,7 @@ from pipeline.inference.grid import to_pil
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.sampling import Guidance, generate
+from pipeline.runs.trained import Trained
 
 
 class Painter:
@@ -31,7 +32,15 @@ class Painter:
     Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
     """
 
-    def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
+    def __init__(
+        self,
+        encoders: Encoders,
+        prompts: list[str],
+        num_classes: int = 0,
+        guide: nn.Module | None = None,
+    ):
+        """`guide` is led away from in place of the network without a prompt."""
+        self.guide = guide
         self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
         self.prompts = prompts
         # The empty caption, and no class, go last and make the unconditional half.
@@ -66,7 +75,8 @@ class Painter:
         noise = draw_noise(sampler.seed, 0, places, shape, self.device, "pictures")
         cond = self._conditions(rows, size)
         uncond = self._conditions([len(self.prompts)] * len(rows), size)
-        latents = generate(network, objective, noise, Guidance(cond, uncond), sampler, places)
+        guidance = Guidance(cond, uncond, self.guide)
+        latents = generate(network, objective, noise, guidance, sampler, places)
         return self.codec.decode(latents).cpu()
 
     def draw(
@@ -123,15 +133,15 @@ def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch
                 write_whole(request.path, save, durable=False)
 
 
-def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw:
+def drawer(trained: Trained, device: torch.device) -> Draw:
     """Draws requests, whose prompts it encodes as they come."""
-    num_classes = network.config.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+    encoders, objective = trained.encoders(device), Objective(trained.config.objective)
+    network, guide = trained.network(device), trained.guide and trained.guide.network(device)
 
     def draw(requests: list[Request]) -> Tensor:
-        painter = Painter(encoders, [request.prompt for request in requests], num_classes)  # pyright: ignore[reportArgumentType]
-        places = [request.place for request in requests]
-        sampler, size = requests[0].sampler, requests[0].size
-        rows = list(range(len(requests)))
+        prompts, places = [r.prompt for r in requests], [r.place for r in requests]
+        painter = Painter(encoders, prompts, trained.config.model.num_classes, guide)
+        sampler, size, rows = requests[0].sampler, requests[0].size, list(range(len(prompts)))
         return painter.draw_batch(network, objective, sampler, size, rows, places)
 
     return draw

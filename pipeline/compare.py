@@ -2,7 +2,7 @@
 
 All variants of a seed see the same pictures in the same order with the same noise, and begin with the same weights
 where their networks are alike. Each is an ordinary run under OUTPUT; the same line again goes on where it stopped.
-What was measured of a run is kept apart, as small as it is: with it, the run itself is not needed again.
+With the record of what was measured of it, a run itself is not needed again.
 """
 
 import asyncio
@@ -19,12 +19,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from models.command import load_config, plain_console, run_command
-from models.config import InputError, differences, flatten
+from models.config import InputError, differences
 from pipeline.arguments import ConfigFile, DryRun, Overrides
-from pipeline.config import CONFIG, MOVABLE, RESULTS, TrainConfig, load_run_config
-
-TIMED_STEPS = 50
-"""Length of the run that a variant is timed by, for --seconds."""
+from pipeline.config import CONFIG, RESULTS, TrainConfig, load_run_config
 
 
 class Job(NamedTuple):
@@ -57,7 +54,7 @@ def plan_job(
 ) -> Job:
     """One run; raises InputError where it cannot be trained and measured, or has begun with another config.
 
-    `costs` has the FLOPs of a step of what was counted before, which takes seconds.
+    `costs` has the FLOPs of steps that were counted before.
     """
     from data_prep.schema import fingerprint
     from pipeline.runs.planning import flops_per_step
@@ -86,8 +83,8 @@ def plan_job(
                 f"{run}: was trained with another {', '.join(others)}. Remedy: another --output"
             )
     # Left out are defaults, among them those of options to come, and where the data lie.
-    own = fitted.config.model_dump(mode="json", include=set(RESULTS), exclude_defaults=True)
-    settings = {key: value for key, value in flatten(own).items() if not MOVABLE.fullmatch(key)}
+    own: dict[str, Any] = {"include": set(RESULTS), "exclude": {"data": {"path"}}}
+    settings = fitted.config.model_dump(mode="json", exclude_defaults=True, **own)
     settings["shards"] = fingerprint({"sha256": shards})
     return Job([str(path), *given], fitted.config, steps * cost, settings)
 
@@ -176,9 +173,8 @@ def steps_within(seconds: float, path: Path, given: list[str]) -> int:
     from pipeline.inference.model_card import read_scalars
 
     # So short a run has no room for a schedule.
-    plain = ["schedule=constant_with_warmup", "warmup_images=0", "decay_images=0"]
-    given = [*given, *(f"optimizer.{item}" for item in plain), "monitor.every_steps=10"]
-    job = plan_job(path, given, TIMED_STEPS, None, {})
+    plain = "{schedule: constant_with_warmup, warmup_images: 0, decay_images: 0}"
+    job = plan_job(path, [*given, f"optimizer={plain}", "monitor.every_steps=10"], 50, None, {})
     asyncio.run(train(job, {}))
     _, step_ms = read_scalars(Path(job.config.run), "speed/step_ms")["speed/step_ms"]
     return max(1, int(1000 * seconds / median(step_ms)))

@@ -26,8 +26,6 @@ def main(options: Options) -> None:
     is_pipeline = (target / "model_index.json").is_file()
     device = distributed.join(1800 if is_pipeline else load_run_config(target).engine.timeout_s)
     if is_pipeline:
-        if options.guide:
-            raise InputError("--guide: a pipeline's folder has no other weights. Remedy: its run")
         trained = None
         overrides = options.overrides or []
         subject = subjects.pipeline_subject(target, overrides, options.trust_remote_code, device)

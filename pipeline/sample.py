@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from PIL import Image
@@ -51,8 +51,7 @@ def read_recipe(picture: Path) -> dict[str, Any]:
         raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A picture of the sheet: its prompt, the place of its noise, its sampler and what is said of that."""
 
     prompt: str

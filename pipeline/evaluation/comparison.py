@@ -91,7 +91,7 @@ def draw(differences: dict[str, dict[str, Interval]]) -> Figure:
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(range(len(differences)), list(differences), rotation=90)
     axes.grid(alpha=0.4)
-    figure.legend(frameon=False, loc="outside right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -82,8 +82,11 @@ class Options:
                 )
         if self.train_pictures and (not self.networks or self.split == "train"):
             raise InputError("--train-pictures: needs --features, and --split heldout to judge by")
-        if self.guide and not (self.networks or self.clip):
-            raise InputError("--guide: leads what is drawn. Remedy: --features or --clip")
+        draws = (self.networks or self.clip) and not (self.target / "model_index.json").is_file()
+        if self.guide and not draws:
+            raise InputError(
+                "--guide: leads what a run draws for --features or --clip, and nothing else"
+            )
         if self.prompts_file is not None:
             read_prompts([], self.prompts_file)
         if self.size is not None:

@@ -32,15 +32,10 @@ class Painter:
     Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
     """
 
-    def __init__(
-        self,
-        encoders: Encoders,
-        prompts: list[str],
-        num_classes: int = 0,
-        guide: nn.Module | None = None,
-    ):
-        """`guide` is led away from in place of the network without a prompt."""
-        self.guide = guide
+    guide: nn.Module | None = None
+    """What guidance leads away from, in place of the network without a prompt."""
+
+    def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
         self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
         self.prompts = prompts
         # The empty caption, and no class, go last and make the unconditional half.
@@ -140,7 +135,8 @@ def drawer(trained: Trained, device: torch.device) -> Draw:
 
     def draw(requests: list[Request]) -> Tensor:
         prompts, places = [r.prompt for r in requests], [r.place for r in requests]
-        painter = Painter(encoders, prompts, trained.config.model.num_classes, guide)
+        painter = Painter(encoders, prompts, trained.config.model.num_classes)
+        painter.guide = guide
         sampler, size, rows = requests[0].sampler, requests[0].size, list(range(len(prompts)))
         return painter.draw_batch(network, objective, sampler, size, rows, places)
 

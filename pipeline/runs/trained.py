@@ -104,11 +104,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def open_trained(
-    run: Path,
-    weights: str,
-    step: int | None,
-    places: Sequence[str] = (),
-    guide: str | None = None,
+    run: Path, weights: str, step: int | None, places: Sequence[str] = (), guide: str | None = None
 ) -> Trained:
     """The newest sound checkpoint of a run, or that of `step`; raises InputError. Collective.
 

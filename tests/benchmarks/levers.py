@@ -5,7 +5,7 @@
 
 The demo's 1,438 OpenMoji pictures as latents of 4 x 16 x 16, of which a patch is 4 x 4: 16 tokens per picture. 600
 steps of 32, three seeds, AdamW at the demo's rate unless a name says otherwise; no other lever is tuned again. Every
-run's figures are a file in tests/benchmarks/levers, with which nothing is trained again on the same pictures.
+run's figures are a file in the folder `levers` beside this one, with which nothing is trained again on the same pictures.
 
 REPA's teacher is no DINOv2: it is a ViT of 0.9 M parameters, trained here on the very pictures of the train split and
 on their captions' embeddings, by contrast.

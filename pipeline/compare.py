@@ -82,10 +82,10 @@ def plan_job(
             raise InputError(
                 f"{run}: was trained with another {', '.join(others)}. Remedy: another --output"
             )
-    # Left out are defaults, among them those of options to come, and where the data lie.
-    own: dict[str, Any] = {"include": set(RESULTS), "exclude": {"data": {"path"}}}
-    settings = fitted.config.model_dump(mode="json", exclude_defaults=True, **own)
-    settings["shards"] = fingerprint({"sha256": shards})
+    # People are shown what is no default; the hash is of all but where the data lie.
+    own: dict[str, Any] = {"mode": "json", "include": set(RESULTS), "exclude": {"data": {"path"}}}
+    settings = fitted.config.model_dump(exclude_defaults=True, **own)
+    settings["sha256"] = fingerprint({"all": fitted.config.model_dump(**own), "shards": shards})
     return Job([str(path), *given], fitted.config, steps * cost, settings)
 
 
@@ -107,17 +107,15 @@ def share_machine(jobs: int) -> list[dict[str, str]]:
 async def call(place: dict[str, str], module: str, *arguments: str) -> None:
     """Run a module of ours to its end. Where we are stopped it is too, which saves, and waited for."""
     words, to = [sys.executable, "-m", module, *arguments], asyncio.subprocess.DEVNULL
-    child = await asyncio.create_subprocess_exec(*words, stdout=to, env=os.environ | place)
+    done = await asyncio.create_subprocess_exec(*words, stdout=to, env=os.environ | place)
     try:
-        await child.wait()
+        await done.wait()
     finally:
-        if child.returncode is None:
-            child.terminate()
-            await child.wait()
-    if child.returncode:
-        raise InputError(
-            f"{shlex.join([module, *arguments])}: ended with status {child.returncode}"
-        )
+        if done.returncode is None:
+            done.terminate()
+            await done.wait()
+    if done.returncode:
+        raise InputError(f"{shlex.join([module, *arguments])}: ended with status {done.returncode}")
 
 
 async def train(job: Job, place: dict[str, str]) -> None:

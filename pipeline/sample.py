@@ -165,9 +165,9 @@ def main(options: Options) -> None:
             for path, c in zip(paths, cells, strict=True)
         ]
         labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-        across = 5 if each == 1 else each
-        if options.columns:
-            across = len({cell.label for cell in cells})
+        across = (
+            len({cell.label for cell in cells}) if options.columns else 5 if each == 1 else each
+        )
         draw_sheet(trained, requests, labels, 0 if suite else across, options.batch_size, device)
         join_grids(folder, suite, paths)
     distributed.stop()

@@ -184,6 +184,17 @@ def test_equal_flops_are_steps_by_what_a_step_costs(tmp_path):
         plan_job(path, given, None, 1.0, costs)
 
 
+def test_a_record_is_of_all_settings_and_pictures_but_not_of_where_they_lie(tmp_path):
+    path, costs = write_config(tmp_path, heldout=HELD_OUT), dict[str, float]()
+    shutil.copytree(tmp_path / "dataset", tmp_path / "moved")
+    same = [["run=a"], ["run=b", f"data.path={tmp_path / 'moved'}", "engine.cpu_threads=2"]]
+    # Two that have no option but their kind, and are each no default.
+    other = [["objective.weighting=min_snr"], ["objective.weighting=debiased"], ["seed=4"]]
+    found = [plan_job(path, given, 5, None, costs).results_from for given in (*same, *other)]
+    assert found[0] == found[1]
+    assert all(a != b for i, a in enumerate(found[1:]) for b in found[1:][:i])
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path):
     path = write_config(tmp_path)
     with pytest.raises(InputError, match="holds nothing out"):

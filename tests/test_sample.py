@@ -184,8 +184,8 @@ def test_a_run_is_guided_by_its_own_earlier_checkpoint_or_other_average(trained_
 @pytest.mark.parametrize(
     ("guide", "options", "message"),
     [
-        ("raw@x", ["sampler.guidance_scale=3"], "expected WEIGHTS, WEIGHTS@STEP or RUN:WEIGHTS@STEP"),
-        ("ema", ["sampler.guidance_scale=3"], "has the very weights that it is to guide"),
+        ("raw@x", ["sampler.guidance_scale=3"], "expected NAME, NAME@STEP or RUN:NAME@STEP"),
+        ("ema", ["sampler.guidance_scale=3"], "has the same weights"),
         ("nobody", ["sampler.guidance_scale=3"], "weights 'nobody'"),
         ("raw", [], "no effect at sampler.guidance_scale 1"),
     ],

@@ -84,9 +84,7 @@ class Options:
             raise InputError("--train-pictures: needs --features, and --split heldout to judge by")
         draws = (self.networks or self.clip) and not (self.target / "model_index.json").is_file()
         if self.guide and not draws:
-            raise InputError(
-                "--guide: leads what a run draws for --features or --clip, and nothing else"
-            )
+            raise InputError("--guide: leads a run's pictures alone. Remedy: --features or --clip")
         if self.prompts_file is not None:
             read_prompts([], self.prompts_file)
         if self.size is not None:

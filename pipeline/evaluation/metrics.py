@@ -183,16 +183,14 @@ def distances(
     }
 
 
-def precision_recall(
-    real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"], k: int = NEIGHBOURS
-) -> tuple[float, float]:
+def precision_recall(real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"]) -> tuple[float, float]:
     """Share of fake within the real manifold, and of real within the fake (Kynkaanniemi 1904.06991, eq. 1).
 
     A manifold is the union of balls around its points that reach their k-th neighbours.
     """
 
     def inside(points: Tensor, manifold: Tensor) -> float:
-        near = min(k, len(manifold) - 1)
+        near = min(NEIGHBOURS, len(manifold) - 1)
         radii = torch.cat(
             [torch.cdist(p, manifold).kthvalue(near + 1).values for p in manifold.split(1000)]
         )

@@ -70,14 +70,12 @@ class Trained:
 
 
 def guided_by(trained: Trained, guide: str, places: Sequence[str] = ()) -> Trained:
-    """The same led by a guide: "WEIGHTS" or "WEIGHTS@STEP" of its own run, or "RUN:WEIGHTS@STEP".
+    """The same led by a guide: weights "NAME" or "NAME@STEP" of its own run, or "RUN:NAME@STEP".
 
     Raises InputError where latents, text, classes or task of the guide are others, or its weights the same. Collective.
     """
     if not (match := re.fullmatch(r"(?:(.+):)?([^:@]+)(?:@(\d+))?", guide)):
-        raise InputError(
-            f"--guide: got {guide!r}, expected WEIGHTS, WEIGHTS@STEP or RUN:WEIGHTS@STEP"
-        )
+        raise InputError(f"--guide: got {guide!r}, expected NAME, NAME@STEP or RUN:NAME@STEP")
     run, step = Path(match[1] or trained.run), int(match[3]) if match[3] else None
     if step is None and run == trained.run:
         step = trained.step
@@ -89,9 +87,7 @@ def guided_by(trained: Trained, guide: str, places: Sequence[str] = ()) -> Train
     pairs += encoded_otherwise(found.manifest, trained.manifest)
     refuse(f"--guide {guide}: does not fit {trained.run}", pairs, "a guide that is told the same")
     if tensors_sha256(found.state) == tensors_sha256(trained.state):
-        raise InputError(
-            f"--guide {guide}: has the very weights that it is to guide. Remedy: an earlier step, or another average"
-        )
+        raise InputError(f"--guide {guide}: has the same weights. Remedy: another step or average")
     return replace(trained, guide=found)
 
 

@@ -27,6 +27,8 @@ PlaceOverrides = Annotated[list[str] | None, typer.Argument(help=MOVED)]
 SamplerOverrides = Annotated[list[str] | None, typer.Argument(help=f"sampler.key=value; {MOVED}")]
 Weights = Annotated[str, typer.Option(help="raw, ema, or another average")]
 Step = Annotated[int | None, typer.Option(help="of the checkpoint; the newest")]
+LED_FROM = "weights that guidance leads away from: NAME, NAME@STEP or RUN:NAME@STEP"
+Guide = Annotated[str | None, typer.Option(help=LED_FROM)]
 BatchSize = Annotated[int, typer.Option(min=1, help="pictures at a time on each rank")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check and describe; write nothing")]
 Override = Annotated[

@@ -108,10 +108,14 @@ class TrainConfig(ResultsConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    def check_samplers(self, *samplers: SamplerConfig) -> None:
-        """Raise InputError where the network cannot be sampled from so."""
-        if reasons := dict.fromkeys(r for s in samplers for r in self._refusals_of(s)):
+    def check_samplers(self, *samplers: SamplerConfig, guide: bool = False) -> None:
+        """Raise InputError where the network cannot be sampled from so, led by itself or by a guide."""
+        if reasons := dict.fromkeys(r for s in samplers for r in self._refusals_of(s, guide)):
             raise InputError("\n".join(reasons))
+        if guide and all(sampler.guidance_scale == 1 for sampler in samplers):
+            raise InputError(
+                "--guide: has no effect at sampler.guidance_scale 1. Remedy: another scale"
+            )
 
     def refusals(self) -> Iterator[str]:
         batch, steps = self.training.global_batch, self.training.num_steps
@@ -138,12 +142,12 @@ class TrainConfig(ResultsConfig):
                 yield str(error)
         yield from self._refusals_of(self.sampler)
 
-    def _refusals_of(self, sampler: SamplerConfig) -> Iterator[str]:
+    def _refusals_of(self, sampler: SamplerConfig, guide: bool = False) -> Iterator[str]:
         """The reasons why a network that is trained so cannot be sampled from so."""
         if sampler.shift is not None and not (path := self.objective.path).shiftable:
             yield f"sampler.shift has no meaning on path {path.kind}: its noise levels are fixed. Remedy: remove it"
         untrained = not (self.training.caption_dropout or self.start_from or self.model.init_from)
-        if sampler.guidance_scale != 1 and untrained:
+        if sampler.guidance_scale != 1 and untrained and not guide:
             yield (
                 f"sampler.guidance_scale: got {sampler.guidance_scale:g}, but with training.caption_dropout 0 the "
                 "network never learns what it is to do without a caption. Remedy: guidance_scale=1, or some dropout"

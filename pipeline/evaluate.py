@@ -30,7 +30,8 @@ def main(options: Options) -> None:
         overrides = options.overrides or []
         subject = subjects.pipeline_subject(target, overrides, options.trust_remote_code, device)
     else:
-        trained = open_trained(target, options.weights, options.step, places)
+        weights, step, guide = options.weights, options.step, options.guide
+        trained = open_trained(target, weights, step, places, guide)
         subject = subjects.run_subject(trained, overrides, device)
     name, found = evaluate(subject, trained, options, device)
     if not found:

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from PIL import Image
@@ -14,6 +14,7 @@ from models.config import InputError, parse_config
 from pipeline.arguments import (
     BatchSize,
     DryRun,
+    Guide,
     RunFolder,
     SamplerOverrides,
     Step,
@@ -38,22 +39,19 @@ def parse_columns(text: str | None, sampler: SamplerConfig) -> dict[str, Sampler
     return {f"{key} {v}": parse_sampler(sampler, [f"sampler.{key}={v}"]) for v in values.split(",")}
 
 
-RECIPE = ("prompt", "index", "size", "run", "weights", "step", "model_sha256")
-"""What a picture says of itself besides its sampler."""
-
-
 def read_recipe(picture: Path) -> dict[str, Any]:
     """What a picture's chunk `flowmill` says; raises InputError where it has none."""
     try:
         with Image.open(picture) as image:
             recipe = json.loads(image.info["flowmill"])
-        return {key: recipe[key] for key in (*RECIPE, *SamplerConfig.model_fields)}
+        keys = ("prompt", "index", "size", "run", "weights", "step", "model_sha256")
+        found = {key: recipe[key] for key in (*keys, *SamplerConfig.model_fields)}
+        return found | {"guide": recipe.get("guide")}
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{picture}: expected a PNG that flowmill sample wrote") from error
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A picture of the sheet: its prompt, the place of its noise, its sampler and what is said of that."""
 
     prompt: str
@@ -82,6 +80,7 @@ class Options:
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; the most common bucket's")] = None
     weights: Weights = "ema"
     step: Step = None
+    guide: Guide = None
     output: Annotated[Path | None, typer.Option(help="folder; RUN/samples/step_N")] = None
     batch_size: BatchSize = 16
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier output")] = (
@@ -94,20 +93,13 @@ def cells_like(options: Options, recipe: dict[str, Any]) -> tuple[list[Cell], Op
     """The one cell that a picture of ours is of, and the options that it was drawn with."""
     o = options
     _, overrides = split_places(o.overrides)
-    if (
-        o.prompt
-        or o.prompts_file
-        or o.suite
-        or o.columns
-        or overrides
-        or o.size
-        or o.images_per_prompt > 1
-    ):
+    given = (o.prompt, o.prompts_file, o.suite, o.columns, overrides, o.size, o.guide)
+    if any(given) or o.images_per_prompt > 1:
         raise InputError("--like: the picture says what was drawn. Remedy: leave the rest out")
     fields = {key: recipe[key] for key in SamplerConfig.model_fields}
     sampler = parse_config(SamplerConfig, fields, "--like")
     cell = Cell(recipe["prompt"], recipe["index"], "", sampler)
-    same = {key: recipe[key] for key in ("weights", "step", "size")}
+    same = {key: recipe[key] for key in ("weights", "step", "size", "guide")}
     return [cell], replace(options, **same)
 
 
@@ -142,9 +134,9 @@ def main(options: Options) -> None:
         cells, options = cells_like(options, recipe)
     else:
         cells = cells_of(options, config.sampler, [entry.prompt for entry in suite])
-    config.check_samplers(*(cell.sampler for cell in cells))
+    config.check_samplers(*(cell.sampler for cell in cells), guide=options.guide is not None)
     size = parse_size(options.size) if options.size else None
-    trained = open_trained(options.run, options.weights, options.step, places)
+    trained = open_trained(options.run, options.weights, options.step, places, options.guide)
     if recipe and recipe["model_sha256"] != trained.model_sha256:
         raise InputError(
             f"{options.like}: was drawn by another model, {recipe['weights']} at step {recipe['step']} of "

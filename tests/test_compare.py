@@ -2,22 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from models.command import load_config
 from models.config import InputError
-from pipeline.compare import parse_changes, plan_job
-from pipeline.config import TrainConfig
+from pipeline.compare import main, parse_changes, plan_job, share_machine
+from pipeline.config import TrainConfig, load_run_config
 from pipeline.evaluation.comparison import LEVEL, compare_runs, paired, t_quantile
 from pipeline.inference.heldout import LOG_SNR
 from pipeline.runs.planning import flops_per_step
 from tests import train_factory
-from tests.train_factory import write_config
+from tests.train_factory import scalars, write_config
 
 HELD_OUT = [((32, 32), 24)]
 
@@ -94,15 +96,15 @@ def compare(folder: Path, *options: str, seeds: int = 2) -> tuple[dict, str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(tmp_path):
+    """Begun two by two, ended one by one, and told once more from the records alone."""
     write_config(tmp_path, heldout=HELD_OUT)
     options = ("--change=fast=optimizer.lr=3e-3", "--change=fast=optimizer.clip=0.5")
-    options += ("--steps=12", "monitor.log_samples=true")
+    options += ("--steps=12", "monitor.log_samples=true", "engine.cpu_threads=1")
     arguments = (str(tmp_path / "run.yaml"), f"--output={tmp_path / 'out'}", "--seeds=2", *options)
-    process = train_factory.start("pipeline.compare", *arguments)
-    train_factory.wait_for(process, "fast, seed 0")
-    for pid in {process.pid, *process.ranks}:
-        os.kill(pid, signal.SIGTERM)
-    process.wait()
+    process = train_factory.start("pipeline.compare", *arguments, "--jobs=2")
+    train_factory.wait_for(process, "fast_0: x0")
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 143
     done = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*_0/checkpoints/*/*")
     }
@@ -111,8 +113,12 @@ def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert [len(found["runs"][name]) for name in ("base", "fast")] == [2, 2]
     assert found["differences"]["fast"]["x0_error"]["change"] < 0
+    flops = [run["flops"] for run in found["runs"]["base"] + found["runs"]["fast"]]
+    assert len(set(flops)) == 1
     assert "log SNR +2" in shown
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
+    (row,) = (r for r in (tmp_path / "out/comparison.md").read_text().splitlines() if "fast" in r)
+    assert row.count("|") == 2 + len(found["runs"]["base"][0])
     seen = [
         (tmp_path / "out" / f"{name}_{seed}/samples_seen/rank_00000.txt").read_text()
         for seed in (0, 1)
@@ -123,25 +129,76 @@ def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(tmp_path):
     refused = train_factory.run("pipeline.compare", *arguments, "--steps=13")
     assert refused.returncode == 2
     assert "base_0: was trained with another training.images" in refused.stderr
+    for run in (tmp_path / "out").glob("*_[01]"):
+        shutil.rmtree(run)
+    assert compare(tmp_path, *options)[0] == found
+    assert not list((tmp_path / "out").glob("*_[01]"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_equal_seconds_are_steps_by_the_measured_time_of_one(tmp_path):
+    write_config(tmp_path, heldout=HELD_OUT)
+    options = ("--change=wide=model.hidden_size=128", "--seconds=0.5")
+    found, shown = compare(tmp_path, *options)
+    assert found["equal_compute"] == "0.5 seconds of steps each, 2 seeds"
+    for name in ("base", "wide"):
+        _, step_ms = zip(*scalars(tmp_path / f"out/timed/{name}", "speed/step_ms"), strict=True)
+        assert len(step_ms) == 5
+        steps = int(500 / np.median(step_ms))
+        assert f"{name}: {steps} steps" in shown
+        assert load_run_config(tmp_path / f"out/{name}_1").training.num_steps == steps
+
+
+def test_runs_side_by_side_share_the_cores_and_are_not_timed(tmp_path):
+    assert share_machine(1) == [{}]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+    if not torch.cuda.is_available():
+        assert share_machine(2) == [threads, threads]
+    for more in ({"jobs": 2}, {"dry_run": True}):
+        with pytest.raises(InputError, match="--seconds: runs are timed, one by one"):
+            main(tmp_path / "run.yaml", change=["a=seed=1"], seconds=3.0, **more)
+
+
+@pytest.mark.gpu
+def test_runs_side_by_side_have_a_gpu_each_or_are_refused():
+    count = torch.cuda.device_count()
+    with pytest.raises(InputError, match=f"at most the GPUs here, {count}"):
+        share_machine(count + 1)
+    if count > 1:
+        gpus = [place["CUDA_VISIBLE_DEVICES"] for place in share_machine(count)]
+        assert len(set(gpus)) == count
 
 
 def test_equal_flops_are_steps_by_what_a_step_costs(tmp_path):
     path = write_config(tmp_path, heldout=HELD_OUT)
     given = [f"run={tmp_path / 'new'}"]
-    plain = plan_job(path, given, 70, None)
+    costs = dict[str, float]()
+    plain = plan_job(path, given, 70, None, costs)
     assert plain.config.training.num_steps == 70
-    muon = plan_job(path, [*given, "optimizer.kind=muon"], None, plain.flops)
+    muon = plan_job(path, [*given, "optimizer.kind=muon"], None, plain.flops, costs)
     cost = flops_per_step(muon.config)
     assert cost > plain.flops / 70
     assert muon.config.training.num_steps == plain.flops // cost
     with pytest.raises(InputError, match="at least a step's"):
-        plan_job(path, given, None, 1.0)
+        plan_job(path, given, None, 1.0, costs)
+
+
+def test_a_record_is_of_all_settings_and_pictures_but_not_of_where_they_lie(tmp_path):
+    path, costs = write_config(tmp_path, heldout=HELD_OUT), dict[str, float]()
+    shutil.copytree(tmp_path / "dataset", tmp_path / "moved")
+    same = [["run=a"], ["run=b", f"data.path={tmp_path / 'moved'}", "engine.cpu_threads=2"]]
+    # Two that have no option but their kind, and are each no default.
+    other = [["objective.weighting=min_snr"], ["objective.weighting=debiased"], ["seed=4"]]
+    found = [plan_job(path, given, 5, None, costs).results_from for given in (*same, *other)]
+    assert found[0] == found[1]
+    assert all(a != b for i, a in enumerate(found[1:]) for b in found[1:][:i])
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(tmp_path):
     path = write_config(tmp_path)
     with pytest.raises(InputError, match="holds nothing out"):
-        plan_job(path, [f"run={tmp_path / 'new'}"], 5, None)
+        plan_job(path, [f"run={tmp_path / 'new'}"], 5, None, {})
     for change in ("lr", "base=seed=3", "a b=seed=3", "=x"):
         with pytest.raises(InputError, match=r"NAME=section\.key=value"):
             parse_changes(path, [], [change])

@@ -587,6 +587,7 @@ def test_two_ranks_measure_what_one_does(trained_run, network_file, tmp_path):
         (["--prompts-file=/absent", "--weights=none"], "no such file"),
         (["--size=12", "--weights=none"], "HEIGHTxWIDTH"),
         (["--heldout=0"], "nothing to measure"),
+        (["--guide=raw"], "leads a run's pictures alone"),
         (["model.size=B"], "sampler.key=value"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipeline.arguments import parse_sampler, parse_size, read_prompts
 from pipeline.inference.grid import grid
 from pipeline.inference.sheet import begin_suite, read_suite
 from pipeline.objectives.config import SamplerConfig
+from pipeline.runs.trained import guided_by, open_trained
 from pipeline.sample import main, parse_columns, read_recipe
 from tests import train_factory
 
@@ -161,6 +163,58 @@ def test_a_picture_is_drawn_again_alone_from_what_it_says_of_itself(trained_run,
     again = sample(trained_run, "--like", str(picture), "--output", str(tmp_path / "again"))
     assert np.allclose(read(again, "00000"), read(first, "00001"), atol=1)  # in a batch of one
     assert not np.allclose(read(first, "00000"), read(first, "00001"), atol=1)
+
+
+def test_a_run_is_guided_by_its_own_earlier_checkpoint_or_other_average(trained_run, tmp_path):
+    def drawn(name: str, *options: str) -> np.ndarray:
+        words = ("--prompt", "red square", *options, "--output", str(tmp_path / name))
+        return read(sample(trained_run, *words), "00000")
+
+    plain = drawn("plain", "sampler.guidance_scale=3")
+    for name, guide in (("earlier", "ema@60"), ("raw", "raw"), ("named", f"{trained_run}:raw")):
+        led = drawn(name, "--guide", guide, "sampler.guidance_scale=3")
+        assert not np.allclose(led, plain, atol=1), name
+    assert np.array_equal(drawn("again", "--guide", "raw@120", "sampler.guidance_scale=3"), led)
+    (picture,) = (tmp_path / "earlier").glob("00000_*.png")
+    assert read_recipe(picture)["guide"] == "ema@60"
+    again = sample(trained_run, "--like", str(picture), "--output", str(tmp_path / "like"))
+    assert np.array_equal(read(again, "00000"), read(tmp_path / "earlier", "00000"))
+
+
+@pytest.mark.parametrize(
+    ("guide", "options", "message"),
+    [
+        ("raw@x", ["sampler.guidance_scale=3"], "expected NAME, NAME@STEP or RUN:NAME@STEP"),
+        ("ema", ["sampler.guidance_scale=3"], "has the same weights"),
+        ("nobody", ["sampler.guidance_scale=3"], "weights 'nobody'"),
+        ("raw", [], "no effect at sampler.guidance_scale 1"),
+    ],
+)  # fmt: skip
+def test_a_guide_that_cannot_guide_is_refused(trained_run, guide, options, message):
+    with pytest.raises(InputError) as error:
+        sample(
+            trained_run, "--prompt", "a dog", "--guide", guide, "sampler.guidance_scale=1", *options
+        )
+    assert message in str(error.value)
+
+
+def test_a_guide_of_other_latents_or_another_task_is_refused(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "other")
+    config = run / "config.yaml"
+    (era,) = (p for p in (run / "eras").glob("*.json") if not p.name.startswith("epoch"))
+    whole = config.read_text()
+    config.write_text(whole.replace("prediction: flow", "prediction: sample"))
+    trained = open_trained(trained_run, "ema", None)
+    with pytest.raises(InputError, match="what the network computes: got prediction sample"):
+        guided_by(trained, f"{run}:raw")
+    config.write_text(whole)
+    assert guided_by(trained, f"{run}:raw").guide is not None
+    manifest = trained.manifest
+    codec = manifest.codec.model_copy(update={"weights_sha256": "other"})
+    other = manifest.model_copy(update={"codec": codec}).with_fingerprint()
+    era.write_text(other.model_dump_json())
+    with pytest.raises(InputError, match=r"codec\.weights_sha256: got other"):
+        guided_by(trained, f"{run}:raw")
 
 
 def test_a_picture_of_another_model_is_not_drawn_again_by_this_one(trained_run, tmp_path):

@@ -383,6 +383,27 @@ def test_guidance_extrapolates_from_the_unconditional_prediction():
     assert torch.equal(pred, cond)
 
 
+def test_a_guide_is_led_away_from_and_told_the_same():
+    x_t, t = draw_noise(0, 0, range(3), (2, 4, 4)), torch.full((3,), 0.5)
+    cond, config = factors([1.0, 2.0, 3.0]), sampler(guidance_scale=4.0)
+
+    def guide(x_t: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        return torch.tanh(scaled_network(x_t, t, conditions))
+
+    worse, better = guide(x_t, t, cond), scaled_network(x_t, t, cond)
+    for uncond in (None, factors([0.5] * 3)):
+        pred = guided(scaled_network, x_t, t, Guidance(cond, uncond, guide), config)
+        torch.testing.assert_close(pred, worse + 4 * (better - worse))
+    # A whole generation: of a guide that says what the network says, nothing is left.
+    objective, noise = make(), spread_noise(128)
+    factor = factors([-1.0] * len(noise))
+    alone = generate(scaled_network, objective, noise, Guidance(factor), sampler())
+    same = Guidance(factor, None, scaled_network)
+    torch.testing.assert_close(generate(scaled_network, objective, noise, same, config), alone)
+    led = generate(scaled_network, objective, noise, Guidance(factor, None, guide), config)
+    assert (led - alone).abs().max() > 0.1
+
+
 def test_guidance_rescale_is_diffusers():
     pred, cond, uncond = guidance_case(guidance_scale=4.0, guidance_rescale=0.7)
     expected = rescale_noise_cfg(uncond + 4 * (cond - uncond), cond, guidance_rescale=0.7)

@@ -1,5 +1,6 @@
 """The shipped configs: what each comment says can be done is tried, with tiny stand-ins for data and weights."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_every_command_and_override_in_a_comment_is_accepted(path):
         # What is no command's is this file's.
         rest = COMMAND.sub("", comment)
         load(path, *(text.rstrip(".;:,") for text in OVERRIDE.findall(rest)))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_head_says_the_cost_and_what_to_expect_or_that_nobody_measured_it(path):
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    head = " ".join(line.removeprefix("#").strip() for line in lines)
+    assert re.search(r"\bCost: \w", head)
+    (expected,) = re.findall(r"\bExpect: (.+)", head)
+    # A figure with who measured it and where that is told, or that there is none.
+    told = r"(measured|report)\b.*\d.*(\(\d{4}\.\d{5}\)|\(their repository|[\w/]+\.md)"
+    assert re.search(rf"\bnobody has|{told}", expected)
 
 
 def name_of(fragment: str) -> str:

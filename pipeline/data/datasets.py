@@ -51,7 +51,7 @@ Difference = tuple[str, Any, Any]
 def check_mixes(dataset: "Dataset", first: "Dataset") -> None:
     """Raise InputError with all that keeps a dataset from being mixed with the run's first one."""
     what = f"{dataset.source.path}: does not fit {first.source.path}, with which it is to be mixed"
-    pairs = _encoded_otherwise(dataset.manifest, first.manifest)
+    pairs = encoded_otherwise(dataset.manifest, first.manifest)
     refuse(what, pairs, "prepare both with the same encoders, or train on one of them")
 
 
@@ -60,12 +60,12 @@ def check_same(manifest: Manifest, recorded: Manifest, where: str) -> None:
     known = [generation.fingerprint for generation in recorded.generations if generation.complete]
     got = [generation.fingerprint for generation in manifest.generations[: len(known)]]
     pairs = [("id", manifest.id, recorded.id), ("generations", got, known)]
-    pairs += _encoded_otherwise(manifest, recorded)
+    pairs += encoded_otherwise(manifest, recorded)
     remedy = "data.path=FOLDER of that dataset, which may have moved, or a new run"
     refuse(f"{where}: is another dataset than the run's", pairs, remedy)
 
 
-def _encoded_otherwise(manifest: Manifest, other: Manifest) -> list[Difference]:
+def encoded_otherwise(manifest: Manifest, other: Manifest) -> list[Difference]:
     pairs = differences(_encoded_by(manifest), _encoded_by(other))
     return [(key, *both) for key, both in pairs.items()]
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from models.files import write_text
@@ -30,6 +32,9 @@ class Interval(NamedTuple):
     def found(self) -> bool:
         """Whether the interval holds no 0."""
         return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{100 * self.change:+.2f} ± {50 * (self.high - self.low):.2f}{' *' * self.found}"
 
 
 def read_figures(run: Path, measurements: Path) -> Figures:
@@ -74,35 +79,39 @@ def compare_runs(base: list[Figures], other: list[Figures]) -> dict[str, Interva
 
 
 def draw(differences: dict[str, dict[str, Interval]]) -> Figure:
-    """Differences of the held-out error in % by log SNR, a curve with intervals for each variant."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="log SNR", ylabel="x0 error, % more than base")
-    for number, (variant, found) in enumerate(differences.items()):
-        levels = {int(n.removeprefix(LEVEL)): d for n, d in found.items() if n.startswith(LEVEL)}
-        change, low, _ = 100 * np.array(list(levels.values())).T
-        x = np.array(list(levels)) + 0.08 * number
-        axes.errorbar(x, change, change - low, marker="o", capsize=3, label=variant)
+    """Differences of the held-out error in %, with intervals, by variant and in each by log SNR."""
+    figure = Figure(figsize=(4 + len(differences) / 2, 4.5), layout="constrained")
+    axes = figure.add_subplot(ylabel="x0 error, % more than base")
+    levels = [name for name in next(iter(differences.values())) if name.startswith(LEVEL)]
+    for number, level in enumerate(levels):
+        found = np.array([own[level] for own in differences.values()]) * 100
+        x = np.arange(len(found)) + 0.1 * (number - len(levels) / 2)
+        label, half = f"log SNR {level.removeprefix(LEVEL)}", found[:, 0] - found[:, 1]
+        axes.errorbar(x, found[:, 0], half, fmt="o", markersize=3, label=label)
     axes.axhline(0, color="black", linewidth=1)
+    axes.set_xticks(range(len(differences)), list(differences), rotation=90)
     axes.grid(alpha=0.4)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def write(runs: dict[str, list[Figures]], folder: Path, budget: str) -> Table:
-    """Write comparison.json and comparison.png; returns the table, the first of the runs being the base."""
+    """Write comparison.json, .md and .png; returns the table, the first of the runs being the base."""
     base = next(iter(runs.values()))
     others = {name: compare_runs(base, own) for name, own in list(runs.items())[1:]}
     plain = {n: {f: i._asdict() for f, i in found.items()} for n, found in others.items()}
     about = {"equal_compute": budget, "runs": runs, "differences": plain}
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "comparison.json", json.dumps(about, indent=1) + "\n")
     draw(others).savefig(folder / "comparison.png")
-    caption = "differences in % with paired 95% intervals, of the errors by level for all levels together; * holds no 0"
+    caption = "base's means, and differences in % with paired 95% intervals, of the errors by level for all levels together; * holds no 0"
     title = f"held-out x0 error by log SNR, their geometric mean, and more; {budget}"
-    table = Table("", "base", *others, title=title, caption=caption)
-    for name in base[0]:
-        cells = [f"{np.mean([run[name] for run in base]):.4g}"]
-        for found in others.values():
-            change, low, high = (100 * value for value in found[name])
-            cells.append(f"{change:+.2f} ± {(high - low) / 2:.2f}{' *' * found[name].found}")
-        table.add_row(name.replace(LEVEL, "log SNR "), *cells)
+    columns = [name.replace(LEVEL, "log SNR ") for name in base[0]]
+    table = Table("", *columns, box=box.MARKDOWN, title=title, caption=caption)
+    table.title_justify = table.caption_justify = "left"
+    table.add_row("base", *(f"{np.mean([run[name] for run in base]):.4g}" for name in base[0]))
+    for name, found in others.items():
+        table.add_row(name, *map(str, found.values()))
+    with (folder / "comparison.md").open("w") as file:
+        Console(file=file, width=1000).print(table)
     return table

@@ -10,6 +10,7 @@ from data_prep.schema import MANIFEST
 from models.config import InputError
 from pipeline.arguments import (
     BatchSize,
+    Guide,
     SamplerOverrides,
     Step,
     Weights,
@@ -45,6 +46,7 @@ class Options:
     heldout: Annotated[int, typer.Option(min=0, help="samples for the held-out error")] = 256
     weights: Weights = "ema"
     step: Step = None
+    guide: Guide = None
     batch_size: BatchSize = 32
     output: Annotated[Path | None, typer.Option(help="folder; TARGET/evaluations")] = None
     trust_remote_code: Annotated[
@@ -80,6 +82,9 @@ class Options:
                 )
         if self.train_pictures and (not self.networks or self.split == "train"):
             raise InputError("--train-pictures: needs --features, and --split heldout to judge by")
+        draws = (self.networks or self.clip) and not (self.target / "model_index.json").is_file()
+        if self.guide and not draws:
+            raise InputError("--guide: leads a run's pictures alone. Remedy: --features or --clip")
         if self.prompts_file is not None:
             read_prompts([], self.prompts_file)
         if self.size is not None:

@@ -129,8 +129,8 @@ def write_tensorboard(run: Path, step: int, measurements: list[Measurement]) -> 
     for figures, given in measurements:
         name = f"{given['weights']}_{given['num_pictures']}_pictures"
         if sampler := given.get("sampler"):
-            scale = sampler["guidance_scale"]
-            name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{scale:g}"
+            name += f"_{sampler['name']}_{sampler['num_steps']}_cfg_{sampler['guidance_scale']:g}"
+            name += f"_from_{given['guide'].rpartition(':')[2]}" if "guide" in given else ""
         for figure, value in figures.items():
             board.add(scalar(f"evaluate/{figure}/{name}", value), step)
     with distributed.beside("TensorBoard"):
@@ -150,9 +150,7 @@ def open_reference(
     if size is None and loader is not None:
         size = largest_bucket(loader.manifest)
     prompts = read_prompts([], options.prompts_file) if options.prompts_file else []
-    samples = None
-    if loader is not None:
-        samples = DatasetPictures(loader, options.split, options.num_reference, vae, device)
+    samples = loader and DatasetPictures(loader, options.split, options.num_reference, vae, device)
     reference = samples
     if options.reference is not None and options.dataset is None:
         paths = find_pictures(options.reference)[: options.num_reference]

@@ -6,7 +6,7 @@ on the number of pictures, the network's very weights and how pictures are resiz
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,48 +32,44 @@ NEIGHBOURS = 3  # k of precision and recall
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # of the paper (2401.09603) and its authors' code
 
 
-class TorchScript(nn.Module):
-    """A TorchScript file that takes uint8 (B, 3, H, W), resizes itself and returns (B, D).
+Network = Callable[[UInt8[Tensor, "B 3 H W"]], Float[Tensor, "B D"]]
+
+
+def torchscript(path: Path, device: torch.device) -> Network:
+    """A TorchScript file that takes uint8 pictures and resizes them itself.
 
     Such is NVIDIA's inception-2015-12-05.pt, which returns features when asked so.
     """
-
-    def __init__(self, path: Path, device: torch.device):
-        super().__init__()
-        try:
-            self.network = torch.jit.load(path, map_location=device).eval()
-        except RuntimeError as error:
-            raise InputError(f"{path}: not a TorchScript file: {brief(error)}") from error
-        names = [argument.name for argument in self.network.forward.schema.arguments]
-        self.options = {"return_features": True} if "return_features" in names else {}
-
-    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        return self.network(images, **self.options).flatten(1)
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a TorchScript file: {brief(error)}") from error
+    names = [argument.name for argument in network.forward.schema.arguments]
+    options = {"return_features": True} if "return_features" in names else {}
+    return lambda images: network(images, **options).flatten(1)
 
 
-class Transformer(nn.Module):
+def transformer(path: Path, device: torch.device) -> Network:
     """A transformers vision model in a folder, safetensors: CLIP's image embedding, of others the pooled output."""
-
-    def __init__(self, path: Path, device: torch.device):
-        super().__init__()
-        read_model_config(path, "a transformers vision model")
-        self.processor = load_processor("AutoImageProcessor", path)
-        # The pooled output is what is measured: a pooler without weights of its own would be noise.
-        model = load_network("transformers", "AutoModel", path, unused=())
-        self.network = model.eval().requires_grad_(False).to(device)
-        self.path, self.of_images = path, getattr(model, "get_image_features", model)
-        self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+    read_model_config(path, "a transformers vision model")
+    processor = load_processor("AutoImageProcessor", path)
+    # The pooled output is what is measured: a pooler without weights of its own would be noise.
+    model = load_network("transformers", "AutoModel", path, unused=()).to(device)
+    of_images = getattr(model.eval(), "get_image_features", model)
 
     @torch.inference_mode()
-    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        pixels = self.processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
-        output = self.of_images(pixel_values=pixels.to(images.device))
-        if (pooled := getattr(output, "pooler_output", None)) is None:
+    def pooled(images: Tensor) -> Tensor:
+        pixels = processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        output = of_images(pixel_values=pixels.to(device))
+        if (found := getattr(output, "pooler_output", None)) is None:
             raise InputError(
-                f"{self.path}: {type(self.network).__name__} pools nothing, expected a network of one vector per "
-                "picture. Remedy: another network, or a TorchScript file that pools"
+                f"{path}: {type(model).__name__} pools nothing, expected a network of one vector per picture. "
+                "Remedy: another network, or a TorchScript file that pools"
             )
-        return pooled.flatten(1)
+        return found.flatten(1)
+
+    pooled(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    return pooled
 
 
 def folder_sha256(path: Path) -> str:
@@ -87,51 +83,31 @@ class FeatureNetwork:
     """A frozen network under the name that its figures go by; "inception" makes FID of the distance."""
 
     name: str
-    module: nn.Module
+    module: Network
     sha256: str
 
     @classmethod
     def load(cls, name: str, path: Path, device: torch.device) -> "FeatureNetwork":
         """A TorchScript file or a transformers folder; raises InputError."""
         if path.is_dir():
-            return cls(name, Transformer(path, device), folder_sha256(path))
-        return cls(name, TorchScript(path, device), file_sha256(path))
+            return cls(name, transformer(path, device), folder_sha256(path))
+        return cls(name, torchscript(path, device), file_sha256(path))
 
     @torch.inference_mode()
     def features(
         self, pictures: Iterable[UInt8[Tensor, "3 H W"]], batch_size: int, device: torch.device
     ) -> Float[Tensor, "n D"]:
         """fp32, in order; neighbours of one size go through together."""
-        parts: list[Tensor] = []
-        waiting: list[Tensor] = []
-
-        def flush() -> None:
-            if waiting:
-                parts.append(self.module(torch.stack(waiting).to(device)).float().cpu())
-                waiting.clear()
-
-        for picture in pictures:
-            if len(waiting) == batch_size or (waiting and picture.shape != waiting[0].shape):
-                flush()
-            waiting.append(picture)
-        flush()
+        parts = list[Tensor]()
+        for _, alike in itertools.groupby(pictures, key=lambda picture: picture.shape):
+            while batch := list(itertools.islice(alike, batch_size)):
+                parts.append(self.module(torch.stack(batch).to(device)).float().cpu())
         if len(lengths := {part.shape[1] for part in parts}) > 1:
             raise InputError(
                 f"--features {self.name}: pictures of several sizes gave {sorted(lengths)} features. Remedy: a "
                 "network that resizes them"
             )
         return torch.cat(parts) if parts else torch.zeros(0, 0)
-
-
-class _Given(nn.Module):
-    """Features are given to torchmetrics as they are."""
-
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 def compare(
@@ -180,7 +156,9 @@ def distances(
     from torchmetrics.image.fid import FrechetInceptionDistance  # optional
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    given = _Given(real.shape[1])
+    # Features are given to torchmetrics as they are.
+    given: Any = nn.Identity()
+    given.num_features = real.shape[1]
     frechet = FrechetInceptionDistance(given, sync_on_compute=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features
@@ -205,16 +183,14 @@ def distances(
     }
 
 
-def precision_recall(
-    real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"], k: int = NEIGHBOURS
-) -> tuple[float, float]:
+def precision_recall(real: Float[Tensor, "n D"], fake: Float[Tensor, "m D"]) -> tuple[float, float]:
     """Share of fake within the real manifold, and of real within the fake (Kynkaanniemi 1904.06991, eq. 1).
 
     A manifold is the union of balls around its points that reach their k-th neighbours.
     """
 
     def inside(points: Tensor, manifold: Tensor) -> float:
-        near = min(k, len(manifold) - 1)
+        near = min(NEIGHBOURS, len(manifold) - 1)
         radii = torch.cat(
             [torch.cdist(p, manifold).kthvalue(near + 1).values for p in manifold.split(1000)]
         )

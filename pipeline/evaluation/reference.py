@@ -1,8 +1,10 @@
 """Real pictures to compare drawn ones with: a prepared dataset's, decoded, or a folder's; their features kept."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from data_prep.schema.recorded import open_codec
 from models.config import InputError
 from models.files import file_sha256, write_whole
 from pipeline import distributed
+from pipeline.data.batch import Batch
 from pipeline.data.datasets import Mixture
 from pipeline.data.loader import Loader
 from pipeline.data.randomness import make_generator
@@ -94,41 +97,32 @@ class DatasetPictures:
 
     def read(self, begin: int, end: int) -> Iterator[Tensor]:
         codec = open_codec(self.loader.manifest.codec, self.vae, self.device)
-        for shard, rows in self._by_shard(begin, end):
-            for first in range(0, len(rows), 16):
-                found = self.loader.first.store.rows(shard, np.array(rows[first : first + 16]))
-                places = torch.arange(len(found.ids))
-                bucket = self.mixture.bucket(shard)
-                batch = self.loader.first.assemble(found, bucket, places, 0, 0)
-                yield from codec.decode_mean(batch.moments).cpu()
+        for _, _, batch in self._batches(begin, end):
+            yield from codec.decode_mean(batch.moments).cpu()
 
     def prompts(self, count: int, with_class: bool) -> list[str]:
         """What the first `count` samples are of, as a prompt: caption, or "CLASS: CAPTION", or CLASS."""
         prompts: list[str] = []
-        for shard, rows in self._by_shard(0, count):
-            samples = self.mixture.keys_and_captions(shard)
-            if not samples:
+        for shard, rows, batch in self._batches(0, count):
+            if not (samples := self.mixture.keys_and_captions(shard)):
                 raise InputError(
                     f"{self.mixture.text('path', shard)}: its captions are not on this machine. Remedy: "
                     "--prompts-file"
                 )
-            found = self.loader.first.store.rows(shard, np.array(rows))
-            batch = self.loader.first.assemble(
-                found, self.mixture.bucket(shard), torch.arange(len(rows)), 0, 0
-            )
-            for i, row in enumerate(rows):
-                _, caption = samples[row]
-                if with_class and batch.label is not None:
-                    caption = f"{int(batch.label[i])}: {caption}".removesuffix(": ")
-                prompts.append(caption)
+            captions = [samples[row][1] for row in rows]
+            if with_class and batch.label is not None:
+                pairs = zip(batch.label.tolist(), captions, strict=True)
+                captions = [f"{label}: {caption}".removesuffix(": ") for label, caption in pairs]
+            prompts += captions
         return prompts
 
-    def _by_shard(self, begin: int, end: int) -> Iterator[tuple[int, list[int]]]:
-        """Samples begin to end, shard by shard."""
-        shards: dict[int, list[int]] = {}
-        for shard, row in self.samples[begin:end]:
-            shards.setdefault(shard, []).append(row)
-        yield from shards.items()
+    def _batches(self, begin: int, end: int) -> Iterator[tuple[int, list[int], Batch]]:
+        """Samples begin to end, 16 of a shard at a time: shard, rows and what lies there."""
+        for shard, group in itertools.groupby(self.samples[begin:end], key=itemgetter(0)):
+            while rows := [row for _, row in itertools.islice(group, 16)]:
+                found = self.loader.first.store.rows(shard, np.array(rows))
+                bucket, places = self.mixture.bucket(shard), torch.arange(len(rows))
+                yield shard, rows, self.loader.first.assemble(found, bucket, places, 0, 0)
 
 
 Pictures = FilePictures | DatasetPictures

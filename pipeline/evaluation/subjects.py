@@ -23,7 +23,6 @@ from pipeline.data.randomness import make_generator
 from pipeline.data.stacks import open_dataset
 from pipeline.inference.painter import Draw, Request, drawer
 from pipeline.objectives.config import SamplerConfig
-from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained
 
 
@@ -43,15 +42,11 @@ class Subject:
 
 def run_subject(trained: Trained, overrides: list[str], device: torch.device) -> Subject:
     sampler = parse_sampler(trained.config.sampler, overrides)
-    trained.config.check_samplers(sampler)
-
-    def make_draw() -> Draw:
-        objective = Objective(trained.config.objective)
-        return drawer(trained.encoders(device), trained.network(device), objective)
-
+    trained.config.check_samplers(sampler, guide=trained.guide is not None)
     name = f"step_{trained.step:08d}_{trained.weights}"
     classes = trained.config.model.num_classes
-    return Subject(trained.run, name, trained.facts, sampler, make_draw, classes)
+    draw = partial(drawer, trained, device)
+    return Subject(trained.run, name, trained.facts, sampler, draw, classes)
 
 
 def pipeline_subject(
@@ -85,17 +80,14 @@ def pipeline_subject(
         except (OSError, ValueError) as error:
             raise InputError(f"{folder}: cannot load the pipeline: {brief(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
-        return partial(draw_stock if recipe is None else draw_exported, pipeline)
+        return partial(draw_with, pipeline, bool(recipe))
 
-    about, saved = (
-        {"pipeline": str(folder), "model_sha256": model_sha256(folder, index)},
-        SamplerConfig(),
-    )
+    about = {"pipeline": str(folder), "model_sha256": model_sha256(folder, index)}
     if recipe is None:
         about["scheduler"] = str(index["scheduler"][1])
-    else:
-        saved = parse_config(SamplerConfig, recipe["sampler"], f"{folder}: recipe.sampler")
-    sampler, classes = parse_sampler(saved, overrides), (recipe or {}).get("num_classes", 0)
+    recipe = recipe or {}
+    saved = parse_config(SamplerConfig, recipe.get("sampler", {}), f"{folder}: recipe.sampler")
+    sampler, classes = parse_sampler(saved, overrides), recipe.get("num_classes", 0)
     return Subject(folder, "pipeline", about, sampler, make_draw, classes)
 
 
@@ -110,26 +102,20 @@ def model_sha256(folder: Path, index: dict[str, Any]) -> str:
     return distributed.gather_objects(found)[0]
 
 
-def draw_stock(pipeline: Any, requests: list[Request]) -> torch.Tensor:
-    """Requests of one size and sampler with a stock pipeline; seeds are functions of (seed, place)."""
-    sampler = requests[0].sampler
-    draws = [make_generator(r.sampler.seed, "pipeline", r.place) for r in requests]
-    generators = [torch.Generator().manual_seed(int(d.integers(2**63))) for d in draws]
-    given = {"num_inference_steps": sampler.num_steps, "guidance_scale": sampler.guidance_scale}
-    return _draw(pipeline, requests, generator=generators, **given)
-
-
-def draw_exported(pipeline: Any, requests: list[Request]) -> torch.Tensor:
-    """Requests of one size and sampler with a pipeline of ours: what the run itself draws."""
-    sampler = requests[0].sampler
-    places, given = [r.place for r in requests], sampler.model_dump(mode="json")
-    return _draw(pipeline, requests, sampler=given, seed=sampler.seed, places=places)
-
-
-def _draw(pipeline: Any, requests: list[Request], **given: Any) -> torch.Tensor:
-    prompts, (height, width) = [request.prompt for request in requests], requests[0].size
-    size = {"height": height, "width": width}
-    pictures = pipeline(prompt=prompts, **size, **given, output_type="np").images
+def draw_with(pipeline: Any, ours: bool, requests: list[Request]) -> torch.Tensor:
+    """Requests of one size and sampler, from functions of (seed, place): with a pipeline of ours what the run draws."""
+    sampler, places = requests[0].sampler, [r.place for r in requests]
+    if ours:
+        settings = sampler.model_dump(mode="json")
+        given = {"sampler": settings, "seed": sampler.seed, "places": places}
+    else:
+        draws = [make_generator(sampler.seed, "pipeline", place) for place in places]
+        generators = [torch.Generator().manual_seed(int(d.integers(2**63))) for d in draws]
+        given = {"generator": generators, "guidance_scale": sampler.guidance_scale}
+        given["num_inference_steps"] = sampler.num_steps
+    given["height"], given["width"] = requests[0].size
+    prompts = [request.prompt for request in requests]
+    pictures = pipeline(prompt=prompts, **given, output_type="np").images
     return torch.from_numpy(pictures * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
 
 

@@ -23,6 +23,7 @@ from pipeline.inference.grid import to_pil
 from pipeline.objectives.config import SamplerConfig
 from pipeline.objectives.objective import Objective
 from pipeline.objectives.sampling import Guidance, generate
+from pipeline.runs.trained import Trained
 
 
 class Painter:
@@ -30,6 +31,9 @@ class Painter:
 
     Of a class-conditional network a prompt is the class's number, and if there is text too, "NUMBER: TEXT".
     """
+
+    guide: nn.Module | None = None
+    """What guidance leads away from, in place of the network without a prompt."""
 
     def __init__(self, encoders: Encoders, prompts: list[str], num_classes: int = 0):
         self.record, self.codec, self.device = encoders.record, encoders.codec, encoders.device
@@ -68,7 +72,9 @@ class Painter:
             here = places[begin : begin + batch_size]
             noise = draw_noise(sampler.seed, 0, here, shape, self.device, "pictures")
             cond, uncond = (self._conditions(r, size) for r in (rows, [last] * len(rows)))
-            latents = generate(network, objective, noise, Guidance(cond, uncond), sampler, here)
+            latents = generate(
+                network, objective, noise, Guidance(cond, uncond, self.guide), sampler, here
+            )
             pictures.append(self.codec.decode(latents).cpu())
         return torch.cat(pictures)
 
@@ -108,14 +114,15 @@ def draw_files(requests: list[Request], draw: Draw, facts: dict[str, Any], batch
                 write_whole(request.path, save, durable=False)
 
 
-def drawer(encoders: Encoders, network: nn.Module, objective: Objective) -> Draw:
+def drawer(trained: Trained, device: torch.device) -> Draw:
     """Draws requests, whose prompts it encodes as they come."""
-    num_classes = network.config.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+    encoders, objective = trained.encoders(device), Objective(trained.config.objective)
+    network, guide = trained.network(device), trained.guide and trained.guide.network(device)
 
     def draw(requests: list[Request]) -> Tensor:
-        painter = Painter(encoders, [request.prompt for request in requests], num_classes)  # pyright: ignore[reportArgumentType]
-        places = [request.place for request in requests]
-        sampler, size = requests[0].sampler, requests[0].size
+        painter = Painter(encoders, [r.prompt for r in requests], trained.config.model.num_classes)
+        painter.guide = guide
+        places, sampler, size = [r.place for r in requests], requests[0].sampler, requests[0].size
         return painter.draw(network, objective, sampler, size, places, len(requests))
 
     return draw

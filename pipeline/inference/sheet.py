@@ -13,7 +13,6 @@ from models.files import write_text
 from pipeline import distributed
 from pipeline.inference.grid import grid, read_picture, to_pil
 from pipeline.inference.painter import Request, draw_files, drawer
-from pipeline.objectives.objective import Objective
 from pipeline.runs.trained import Trained
 
 
@@ -42,9 +41,7 @@ def draw_sheet(
     device: torch.device,
 ) -> None:
     """One PNG per request, drawn by all ranks, and with `columns` grid.png of all beside them. Collective."""
-    objective = Objective(trained.config.objective)
-    draw = drawer(trained.encoders(device), trained.network(device), objective)
-    draw_files(requests, draw, trained.facts, batch_size)
+    draw_files(requests, drawer(trained, device), trained.facts, batch_size)
     distributed.barrier()
     if columns and distributed.is_main():
         pictures = torch.stack([read_picture(request.path) for request in requests])

@@ -24,10 +24,12 @@ Velocity = Callable[[int, Tensor], Tensor]  # (i, x_t) -> noise - x0, at level i
 
 
 class Guidance(NamedTuple):
-    """What the network is told of each picture, and the same without the prompt, which guidance leads away from."""
+    """What the network is told of each picture, and what guidance leads away from: itself without the prompt, or a guide."""
 
     conditional: Conditions
     unconditional: Conditions | None = None
+    guide: Network | None = None
+    """A worse network of the same task, which is told the same as the better one."""
 
 
 class Schedule(NamedTuple):
@@ -58,10 +60,12 @@ def generate(
         raise InputError(
             f"sampler.shift has no meaning on path {path.kind}: its noise levels are fixed. Remedy: remove it"
         )
-    if scale != 1 and guidance.unconditional is None:
-        raise ValueError(f"guidance_scale {scale}: expected unconditional conditions")
+    if scale != 1 and guidance.unconditional is None and guidance.guide is None:
+        raise ValueError(f"guidance_scale {scale}: expected unconditional conditions, or a guide")
     schedule = make_schedule(objective, config, noise)
     network = partial(objective.called, network)
+    if guidance.guide is not None:
+        guidance = guidance._replace(guide=partial(objective.called, guidance.guide))
 
     def velocity(i: int, x_t: Tensor) -> Tensor:
         t = schedule.times[i].expand(len(x_t))
@@ -149,14 +153,21 @@ def ancestral_step(
 def guided(
     network: Network, x_t: Tensor, t: Tensor, guidance: Guidance, config: SamplerConfig
 ) -> Tensor:
-    """Prediction under classifier-free guidance (Ho 2207.12598), both halves in one batch, fp32."""
-    (low, high), (conditions, unconditional) = config.guidance_interval, guidance
-    if config.guidance_scale == 1 or unconditional is None or not low <= float(t[0]) <= high:
+    """Prediction, fp32, under classifier-free guidance (Ho 2207.12598), both halves in one batch, or by a guide:
+    guide + scale (network - guide), autoguidance (Karras 2406.02507, eq. 2). Both call twice.
+    """
+    (low, high), (conditions, unconditional, guide) = config.guidance_interval, guidance
+    if config.guidance_scale == 1 or not low <= float(t[0]) <= high:
         return network(x_t, t, conditions).float()
-    pairs = zip(unconditional, conditions, strict=True)
-    both = Conditions(*(None if u is None or c is None else torch.cat([u, c]) for u, c in pairs))
-    uncond, cond = network(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
-    pred = uncond + config.guidance_scale * (cond - uncond)
+    if guide is not None:
+        away, cond = (called(x_t, t, conditions).float() for called in (guide, network))
+    else:
+        assert unconditional is not None
+        pairs = zip(unconditional, conditions, strict=True)
+        both = [None if u is None or c is None else torch.cat([u, c]) for u, c in pairs]
+        predicted = network(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditions(*both))
+        away, cond = predicted.float().chunk(2)
+    pred = away + config.guidance_scale * (cond - away)
     if config.guidance_rescale > 0:
         # The floor serves a network that still predicts zero everywhere.
         ratio = cond.flatten(1).std(1) / pred.flatten(1).std(1).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Presets compared at equal steps by `flowmill compare`, with the config's own objective as the base.
+"""Presets compared at equal steps by `flowmill compare`, with the default objective as the base, whatever the config's.
 
     python -m tests.benchmarks.objectives configs/demo_train.yaml data.path=DATASET --steps 600 [--seeds 3]
 
@@ -7,6 +7,10 @@ or distribution of t. A pair of lines that differ in one option says what that o
 """
 
 import sys
+import tempfile
+from pathlib import Path
+
+import yaml
 
 from models.command import run_command
 from pipeline.compare import main
@@ -27,5 +31,11 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
+    # A preset is merged into a section that is there, so there must be none.
+    bare = yaml.safe_load(Path(sys.argv[1]).read_text()) | {"objective": {}}
+    file = tempfile.NamedTemporaryFile("w", suffix=".yaml")  # noqa: SIM115
+    yaml.safe_dump(bare, file)
+    file.flush()
+    sys.argv[1] = file.name
     sys.argv += [f"--change={name}=objective={section}" for name, section in VARIANTS.items()]
     run_command(main)

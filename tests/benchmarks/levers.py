@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from models.command import run_command
+from models.config import InputError
 from pipeline import compare, demo
 
 HERE = Path(__file__).parent
@@ -150,6 +151,8 @@ def show_records() -> None:
         for name, paths in files.items()
         if all(path.is_file() for path in paths)
     }
+    if "base" not in runs or len(runs) < 2:
+        raise InputError(f"{RECORDS}: has no lever and base of {SEEDS} seeds yet")
     output = Path("outputs/levers")
     write(runs, output, f"{STEPS} steps each, {SEEDS} seeds")
     print((output / "comparison.md").read_text())

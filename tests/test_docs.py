@@ -102,7 +102,7 @@ def test_the_page_on_preparing_has_every_reason_of_a_reject():
     used |= set(re.findall(r'"(too_small|aspect|duplicate|near_duplicate)"', source))
     assert len(used) > 40
     page = (ROOT / "data_prep" / "README.md").read_text().partition("## Rejects, by reason")[2]
-    told = set(re.findall(r"`([a-z_]+)`", page.partition("\n## ")[0]))
+    told = set(re.findall(r"`([a-z_0-9]+)`", page.partition("\n## ")[0]))
     assert used - told - {"companion", "left_out", "merged"} == set(), "not on the page"
 
 

@@ -147,10 +147,11 @@ def logged(run: Any, weights: str = "ema") -> list[tuple[int, float]]:
     return train_factory.scalars(run, f"heldout_{weights}/x0_mse_t_0.3125")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("kind", "ranks", "stage"),
-    [pytest.param("dit", 2, 3, marks=pytest.mark.slow), ("unet", 1, 1)],
+    [("dit", 2, 3), ("unet", 1, 1)],
 )
 def test_a_network_of_epsilon_goes_on_as_rectified_flow_from_its_own_error(
     home, kind, ranks, stage

@@ -174,6 +174,7 @@ def test_what_is_gone_or_changed_is_named_and_allowed_on_request(
     assert "complete; nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_all_that_is_new_is_rejected_a_generation_without_shards_is_sealed(
     tmp_path, ray_address, vae_folder, text_folder, capsys
 ):
@@ -230,6 +231,7 @@ def test_a_generation_that_was_begun_is_finished_as_it_was_listed_before_the_nex
     assert [g.counts.kept for g in one.generations] == [12, 8, 4]
 
 
+@pytest.mark.slow
 def test_labels_stay_what_they_are_when_a_class_comes_before_them(
     tmp_path, ray_address, vae_folder, text_folder
 ):

@@ -430,6 +430,7 @@ def test_a_dry_run_says_what_a_layer_would_store_and_reject(
         assert not (seen.parent / f"dry-{name}").exists()
 
 
+@pytest.mark.slow
 def test_a_table_may_grow_with_its_base_and_what_was_taken_from_it_stays(
     tmp_path, vae_folder, text_folder, ray_address, capsys
 ):

@@ -317,6 +317,7 @@ def test_running_it_again_does_nothing(reference, messy, capsys):
     assert (dataset_bytes(reference), commits(reference)) == (before, times)
 
 
+@pytest.mark.slow
 def test_killed_drivers_and_a_lost_shard_cost_nothing_but_time(reference, messy, ray_address):
     dataset = messy.parent / "killed"
     moments = [

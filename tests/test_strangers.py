@@ -146,6 +146,7 @@ def test_the_cache_evicts_nothing_but_what_it_fetched(tmp_path, server):  # noqa
     check_untouched(strangers | {cache.top / "backup.tar": b"theirs" * 1000})
 
 
+@pytest.mark.slow
 def test_a_preparation_goes_on_among_strangers_to_the_same_bytes(
     tmp_path, ray_address, vae_folder, text_folder
 ):

@@ -28,6 +28,7 @@ def test_every_stage_precision_optimizer_and_offload_trains_as_plain_torch_does(
         assert float(blocks) <= {"fp32": 1e-4, "bf16": 0.1}[case[1]], case
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "ranks", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=len

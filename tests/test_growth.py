@@ -141,6 +141,7 @@ def test_a_dataset_grows_in_three_generations_and_what_was_there_stays(
     assert rows == sorted(rows, key=lambda row: (row["generation"], row["path"]))
 
 
+@pytest.mark.slow
 def test_what_is_gone_or_changed_is_named_and_allowed_on_request(
     tmp_path, ray_address, vae_folder, text_folder, capsys
 ):

@@ -122,6 +122,7 @@ def test_int8_is_cut_into_micro_batches_before_it_is_unpacked(tmp_path):
     assert (dropped.text_emb[0, 2:] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_dataset_in_int8_and_a_layer_in_int8_say_their_error_and_are_read(
     tmp_path, ray_address, vae_folder, text_folder, capsys
 ):

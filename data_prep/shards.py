@@ -17,12 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.schema import index_path, proof_path
+from data_prep.schema import WORK as WORK
+from data_prep.schema import index_path, proof_path, work_folder
 from data_prep.storage import find_files, publish, temporary_for, write_atomic
 from models.files import file_sha256
 
-# Folder of a dataset with everything that resuming needs.
-WORK = "work"
 SEALED = "sealed.jsonl"
 # Threads that read commits, each of which costs an object store's round trip.
 READERS = 16
@@ -144,8 +143,7 @@ class ShardWriter:
 
 
 def work_of(dataset: Path, generation: int) -> Path:
-    """The folder with what resuming a generation needs, but for its shards' commits."""
-    return dataset / WORK / f"g{generation:04d}" if generation else dataset / WORK
+    return dataset / work_folder(generation)
 
 
 def commit_path(dataset: Path, shard: str) -> Path:

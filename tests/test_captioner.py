@@ -1,4 +1,4 @@
-"""Captions by a vision-language model: what is drawn hangs on the picture's key, never on its neighbours."""
+"""Captions by an image-text-to-text model: what is drawn hangs on the picture's key, never on its neighbours."""
 
 import json
 from pathlib import Path

@@ -38,6 +38,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SHARD_TABLE = "shards.parquet"
 REJECTS = "rejects.parquet"
+# Folder of a dataset with everything that resuming needs.
+WORK = "work"
 EMPTY_CAPTION = "empty_caption.safetensors"
 CONTACT_SHEET = "contact_sheet.png"
 REPORT = "report.html"
@@ -324,6 +326,11 @@ def _content_fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 of all that the file says but this itself; the members' order counts."""
     content = {name: value for name, value in manifest.items() if name != "fingerprint"}
     return fingerprint({"content": content, "order": list(manifest["members"])})
+
+
+def work_folder(generation: int) -> str:
+    """The folder, within a dataset's, with what resuming a generation needs, but for its shards' commits."""
+    return f"{WORK}/g{generation:04d}" if generation else WORK
 
 
 def fingerprint(data: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data_prep.schema import REJECTS, fingerprint
+from data_prep.schema import REJECTS, fingerprint, work_folder
 from models.config import InputError
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import LEFT_OUT, Dataset, Mixture
@@ -150,7 +150,7 @@ def _keys(dataset: Dataset, choices: list[Choice]) -> Iterator[tuple[str, np.nda
         with fsspec.open(f"{place}/{REJECTS}") as file:
             rejected = np.unique(key_bytes(pq.read_table(file, columns=["key"])["key"]))
         for generation in sorted(set(dataset.table["generation"].to_pylist())):
-            work = f"{place}/work/g{generation:04d}" if generation else f"{place}/work"
+            work = f"{place}/{work_folder(generation)}"
             with fsspec.open(f"{work}/shard_list.parquet") as file:
                 paths = pq.read_table(file, columns=["path"])["path"].to_pylist()
             done = 0

@@ -1,4 +1,4 @@
-"""Every benchmark, one after another, and one table of those with peers: `make bench`, 41 minutes on two cores."""
+"""Every benchmark, one after another, and one table of those with peers: `make bench`, 31 minutes on two cores."""
 
 import json
 import subprocess

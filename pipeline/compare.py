@@ -24,6 +24,13 @@ from pipeline.arguments import ConfigFile, DryRun, Overrides
 from pipeline.config import CONFIG, RESULTS, TrainConfig, load_run_config
 
 
+class Slot(NamedTuple):
+    """Where one run is trained and measured at a time: what starts Python there, and variables of its own."""
+
+    launcher: list[str]
+    variables: dict[str, str]
+
+
 class Job(NamedTuple):
     """The arguments that train a run, what they resolve to, the FLOPs of the whole run, and all that it results from."""
 
@@ -37,7 +44,7 @@ def parse_changes(
     config: Path, overrides: list[str], changes: list[str]
 ) -> dict[str, tuple[Path, list[str]]]:
     """File and overrides of each variant by name, the config as it is first; raises InputError."""
-    found = {"base": (config, overrides)}
+    found = {"base": (config.absolute(), overrides)}
     for item in changes:
         name, _, change = item.partition("=")
         if not re.fullmatch(r"[\w.+-]+", name) or name == "base" or not change:
@@ -45,7 +52,9 @@ def parse_changes(
                 f"--change: got {item!r}, expected NAME=section.key=value or NAME=FILE.yaml"
             )
         path, given = found.get(name, found["base"])
-        found[name] = (path, [*given, change]) if "=" in change else (Path(change), given)
+        found[name] = (
+            (path, [*given, change]) if "=" in change else (Path(change).absolute(), given)
+        )
     return found
 
 
@@ -89,25 +98,30 @@ def plan_job(
     return Job([str(path), *given], fitted.config, steps * cost, settings)
 
 
-def share_machine(jobs: int) -> list[dict[str, str]]:
-    """Variables that give each of so many runs side by side a GPU and a share of the cores; raises InputError."""
+def share_machine(jobs: int, launcher: str = "") -> list[Slot]:
+    """Places that give each of so many runs side by side a GPU and a share of the cores; raises InputError.
+
+    A launcher gives each what it asks for, here or on other machines.
+    """
     import torch
 
-    if jobs == 1:
-        return [{}]
+    words = shlex.split(launcher) or [sys.executable]
+    if jobs == 1 or launcher:
+        return jobs * [Slot(words, {})]
     count = torch.cuda.device_count()
     every = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     if count and jobs > count:
         raise InputError(f"--jobs: got {jobs}, expected at most the GPUs here, {count}")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     gpus = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in every.split(",")] if count else jobs * [{}]
-    return [threads | gpu for gpu in gpus[:jobs]]
+    return [Slot(words, threads | gpu) for gpu in gpus[:jobs]]
 
 
-async def call(place: dict[str, str], module: str, *arguments: str) -> None:
+async def call(slot: Slot, module: str, *arguments: str) -> None:
     """Run a module of ours to its end. Where we are stopped it is too, which saves, and waited for."""
-    words, to = [sys.executable, "-m", module, *arguments], asyncio.subprocess.DEVNULL
-    done = await asyncio.create_subprocess_exec(*words, stdout=to, env=os.environ | place)
+    words, to = [*slot.launcher, "-m", module, *arguments], asyncio.subprocess.DEVNULL
+    variables = os.environ | slot.variables
+    done = await asyncio.create_subprocess_exec(*words, stdout=to, env=variables)
     try:
         await done.wait()
     finally:
@@ -115,20 +129,20 @@ async def call(place: dict[str, str], module: str, *arguments: str) -> None:
             done.terminate()
             await done.wait()
     if done.returncode:
-        raise InputError(f"{shlex.join([module, *arguments])}: ended with status {done.returncode}")
+        raise InputError(f"{shlex.join(words)}: ended with status {done.returncode}")
 
 
-async def train(job: Job, place: dict[str, str]) -> None:
+async def train(job: Job, slot: Slot) -> None:
     """Train a run as far as it is not yet; raises InputError where it was stopped."""
     from pipeline.runs.start import finished
 
     if not finished(job.config):
-        await call(place, "pipeline.train", *job.arguments)
+        await call(slot, "pipeline.train", *job.arguments)
     if not finished(job.config):
         raise InputError(f"{job.config.run}: was stopped. Remedy: the same command, which goes on")
 
 
-async def measure(job: Job, evaluate: str, record: Path, place: dict[str, str]) -> dict[str, float]:
+async def measure(job: Job, evaluate: str, record: Path, slot: Slot) -> dict[str, float]:
     """The figures of a run, as recorded, or trained and evaluated as far as it is not yet."""
     from data_prep.schema import fingerprint
     from models.files import write_text
@@ -137,10 +151,10 @@ async def measure(job: Job, evaluate: str, record: Path, place: dict[str, str]) 
     of, run = job.results_from | {"evaluate": evaluate}, Path(job.config.run)
     if record.is_file() and (saved := json.loads(record.read_text()))["of"] == of:
         return saved["figures"]
-    await train(job, place)
+    await train(job, slot)
     folder = run / "compared" / fingerprint({"evaluate": evaluate})[:8]
     options = ["--output", str(folder), *shlex.split(evaluate)]
-    await call(place, "pipeline.evaluate", str(run), *options)
+    await call(slot, "pipeline.evaluate", str(run), *options)
     figures = read_figures(run, next(folder.glob("*/measurements.json"))) | {"flops": job.flops}
     record.parent.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps({"of": of, "figures": figures}, indent=1) + "\n")
@@ -148,10 +162,10 @@ async def measure(job: Job, evaluate: str, record: Path, place: dict[str, str]) 
 
 
 async def measure_all(
-    jobs: list[Job], evaluate: str, records: Path, places: list[dict[str, str]]
+    jobs: list[Job], evaluate: str, records: Path, places: list[Slot]
 ) -> list[dict[str, float]]:
     """The figures of every run, as many at a time as there are places; says each as it ends."""
-    free, console = asyncio.Queue[dict[str, str]](), plain_console()
+    free, console = asyncio.Queue[Slot](), plain_console()
     for place in places:
         free.put_nowait(place)
 
@@ -173,7 +187,7 @@ def steps_within(seconds: float, path: Path, given: list[str]) -> int:
     # So short a run has no room for a schedule.
     plain = "{schedule: constant_with_warmup, warmup_images: 0, decay_images: 0}"
     job = plan_job(path, [*given, f"optimizer={plain}", "monitor.every_steps=10"], 50, None, {})
-    asyncio.run(train(job, {}))
+    asyncio.run(train(job, Slot([sys.executable], {})))
     _, step_ms = read_scalars(Path(job.config.run), "speed/step_ms")["speed/step_ms"]
     return max(1, int(1000 * seconds / median(step_ms)))
 
@@ -194,6 +208,9 @@ def main(
     jobs: Annotated[
         int, typer.Option(min=1, help="runs side by side, each with a GPU and a share of the cores")
     ] = 1,
+    launcher: Annotated[
+        str, typer.Option(help="what starts each run, such as 'torchrun --nproc-per-node 8'")
+    ] = "",
     evaluate: Annotated[str, typer.Option(help="more options of `evaluate`, in quotes")] = "",
     output: Annotated[Path, typer.Option(help="folder")] = Path("outputs/compare"),
     records: Annotated[
@@ -207,14 +224,20 @@ def main(
     # A child would go on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     variants, console = parse_changes(config, overrides or [], change or []), plain_console(160)
+    output = output.absolute()
     budgets = {"steps": steps, "FLOPs": flops, "seconds of steps": seconds}
     budget = [f"{amount:g} {unit} each" for unit, amount in budgets.items() if amount]
     if len(variants) < 2 or len(budget) != 1:
         raise InputError("expected at least one --change, and one of --steps, --flops, --seconds")
-    if seconds and (jobs > 1 or dry_run):
-        raise InputError("--seconds: runs are timed, one by one. Remedy: --steps or --flops")
-    places, planned, costs = share_machine(jobs), dict[str, list[Job]](), dict[str, float]()
-    threads = [f"engine.cpu_threads={p['OMP_NUM_THREADS']}" for p in places if p][:1]
+    if seconds and (jobs > 1 or launcher or dry_run):
+        raise InputError("--seconds: runs are timed here, one by one. Remedy: --steps or --flops")
+    places, planned, costs = (
+        share_machine(jobs, launcher),
+        dict[str, list[Job]](),
+        dict[str, float](),
+    )
+    shared = places[0].variables.get("OMP_NUM_THREADS")
+    threads = [f"engine.cpu_threads={shared}"] if shared else []
     # What is wrong with the last run is found before the first one begins.
     for name, (path, own) in variants.items():
         own = [*threads, *own, "monitor.prompts=[]"]

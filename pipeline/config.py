@@ -84,6 +84,8 @@ class ResultsConfig(Config):
     """What changes results: a resumed run may change it only with --override."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
+    weights_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """The seed of the first weights alone; null: as `seed`, which also orders the data and draws the noise."""
     data: DataConfig
     model: ModelConfig = DiTConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

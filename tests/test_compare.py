@@ -1,9 +1,13 @@
 """Variants compared at equal compute: the statistics against closed forms and many experiments, the command end to end."""
 
+import asyncio
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +17,13 @@ from scipy import stats
 
 from models.command import load_config
 from models.config import InputError
-from pipeline.compare import main, parse_changes, plan_job, share_machine
+from pipeline.compare import main, measure_all, parse_changes, plan_job, share_machine
 from pipeline.config import TrainConfig, load_run_config
 from pipeline.evaluation.comparison import LEVEL, compare_runs, paired, t_quantile
 from pipeline.inference.heldout import LOG_SNR
 from pipeline.runs.planning import flops_per_step
 from tests import train_factory
+from tests.ray_cluster import RAY
 from tests.train_factory import scalars, write_config
 
 HELD_OUT = [((32, 32), 24)]
@@ -86,9 +91,11 @@ def test_levels_are_a_family_and_every_other_figure_is_alone():
         assert found[name][1:] == pytest.approx(tuple(expected), rel=1e-5)
 
 
-def compare(folder: Path, *options: str, seeds: int = 2) -> tuple[dict, str]:
-    arguments = (str(folder / "run.yaml"), f"--output={folder / 'out'}", f"--seeds={seeds}")
-    done = train_factory.run("pipeline.compare", *arguments, *options)
+def compare(folder: Path, *options: str, seeds: int = 2, **variables: str) -> tuple[dict, str]:
+    words = [sys.executable, "-m", "pipeline.compare", str(folder / "run.yaml"), *options]
+    words += [f"--output={folder / 'out'}", f"--seeds={seeds}"]
+    variables = train_factory.environment() | variables
+    done = subprocess.run(words, capture_output=True, text=True, env=variables, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out" / "comparison.json").read_text()), done.stdout
 
@@ -151,13 +158,73 @@ def test_equal_seconds_are_steps_by_the_measured_time_of_one(tmp_path):
 
 
 def test_runs_side_by_side_share_the_cores_and_are_not_timed(tmp_path):
-    assert share_machine(1) == [{}]
+    assert share_machine(1) == [([sys.executable], {})]
+    assert share_machine(2, "srun --gpus 1 python") == 2 * [(["srun", "--gpus", "1", "python"], {})]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     if not torch.cuda.is_available():
-        assert share_machine(2) == [threads, threads]
-    for more in ({"jobs": 2}, {"dry_run": True}):
-        with pytest.raises(InputError, match="--seconds: runs are timed, one by one"):
+        assert share_machine(2) == 2 * [([sys.executable], threads)]
+    for more in ({"jobs": 2}, {"launcher": "torchrun"}, {"dry_run": True}):
+        with pytest.raises(InputError, match="--seconds: runs are timed here, one by one"):
             main(tmp_path / "run.yaml", change=["a=seed=1"], seconds=3.0, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_run_of_a_comparison_may_have_two_ranks(tmp_path):
+    write_config(tmp_path, heldout=HELD_OUT)
+    launcher = f"--launcher={sys.executable} -m torch.distributed.run --nproc-per-node 2"
+    options = ("--change=fast=optimizer.lr=3e-3", "--steps=12", "engine.cpu_threads=1")
+    found, _ = compare(tmp_path, *options, launcher, "monitor.log_samples=true")
+    for run in ("base_0", "base_1", "fast_0", "fast_1"):
+        seen = tmp_path / "out" / run / "samples_seen"
+        assert sorted(path.name for path in seen.iterdir()) == ["rank_00000.txt", "rank_00001.txt"]
+    shutil.rmtree(tmp_path / "out")
+    # One rank has the same pictures and noise.
+    alone = compare(tmp_path, *options)[0]["runs"]
+    for name, own in found["runs"].items():
+        errors = [run["x0_error"] for run in own]
+        assert errors == pytest.approx([run["x0_error"] for run in alone[name]], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_runs_of_a_comparison_are_jobs_of_a_ray_cluster(tmp_path, job_cluster):
+    """Side by side, each with a CPU of the cluster's two; what one prints is that cluster's."""
+    write_config(tmp_path, heldout=HELD_OUT)
+    ours = json.dumps({"env_vars": {"PYTHONPATH": str(train_factory.ROOT)}})
+    submit = [RAY, "job", "submit", "--entrypoint-num-cpus", "1", f"--runtime-env-json={ours}"]
+    options = ["--steps=12", "--jobs=2", "engine.cpu_threads=1"]
+    options += ["--change=fast=optimizer={lr: 3e-3, betas: [0.9, 0.99]}"]
+    launcher = f"--launcher={shlex.join([*submit, '--', sys.executable])}"
+    found, _ = compare(tmp_path, *options, launcher, **job_cluster.environment)
+    assert found["differences"]["fast"]["x0_error"]["change"] < 0
+    listed = [RAY, "job", "list"]
+    jobs = subprocess.run(listed, env=job_cluster.environment, capture_output=True, text=True)
+    assert jobs.stdout.count("pipeline.train") >= 4, jobs.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_first_weights_alone_make_no_difference_in_ten_experiments(tmp_path):
+    """Pairs of runs that see the same, three at a time: what another seed of first weights is worth is chance."""
+    path, sides = write_config(tmp_path, heldout=HELD_OUT), list[list[dict[str, float]]]()
+    for first in (0, 1000):
+        jobs = []
+        for seed in range(30):
+            own = [f"run={tmp_path / 'runs' / f'{first + seed}'}", f"seed={seed}"]
+            own += [f"weights_seed={first + seed}", "monitor.every_steps=50", "monitor.prompts=[]"]
+            jobs.append(plan_job(path, own, 100, None, {}))
+        sides.append(asyncio.run(measure_all(jobs, "", tmp_path / "records", share_machine(1))))
+    assert all(a["x0_error"] != b["x0_error"] for a, b in zip(*sides, strict=True))
+    found = 0
+    for first in range(0, 30, 3):
+        base, other = (side[first : first + 3] for side in sides)
+        found += any(
+            interval.found
+            for name, interval in compare_runs(base, other).items()
+            if name.startswith(LEVEL)
+        )
+    assert found <= stats.binom.ppf(0.99, 10, 0.05)
 
 
 @pytest.mark.gpu
@@ -166,7 +233,7 @@ def test_runs_side_by_side_have_a_gpu_each_or_are_refused():
     with pytest.raises(InputError, match=f"at most the GPUs here, {count}"):
         share_machine(count + 1)
     if count > 1:
-        gpus = [place["CUDA_VISIBLE_DEVICES"] for place in share_machine(count)]
+        gpus = [slot.variables["CUDA_VISIBLE_DEVICES"] for slot in share_machine(count)]
         assert len(set(gpus)) == count
 
 

@@ -72,12 +72,13 @@ class Run:
         They are 0 where the run has a checkpoint, which will be loaded. Collective.
         """
         config, begins = self.config, f"{self.folder}: begins with the"
-        start = config.start_from
+        start, seed = config.start_from, config.weights_seed
+        seed = config.seed if seed is None else seed
         if self.begun or not (start or config.model.init_from):
             place = placement(config.engine, config.training.global_batch)
-            return build_drawn(config.model, None if self.begun else config.seed, place)
+            return build_drawn(config.model, None if self.begun else seed, place)
         # Weights of others are read whole, by every rank, and cut afterwards.
-        model = build_drawn(config.model, config.seed)
+        model = build_drawn(config.model, seed)
         if start:
             distributed.say(f"{begins} {start.weights} weights of {start.run}")
             load_start(model, start)

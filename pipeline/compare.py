@@ -91,10 +91,13 @@ def plan_job(
             raise InputError(
                 f"{run}: was trained with another {', '.join(others)}. Remedy: another --output"
             )
-    # People are shown what is no default; the hash is of all but where the data lie.
+    # People are shown what is no default; the hash is of all but where the data lie. An option that is null counts for
+    # none: one that is new leaves the records of before as they are.
     own: dict[str, Any] = {"mode": "json", "include": set(RESULTS), "exclude": {"data": {"path"}}}
     settings = fitted.config.model_dump(exclude_defaults=True, **own)
-    settings["sha256"] = fingerprint({"all": fitted.config.model_dump(**own), "shards": shards})
+    settings["sha256"] = fingerprint(
+        {"all": fitted.config.model_dump(exclude_none=True, **own), "shards": shards}
+    )
     return Job([str(path), *given], fitted.config, steps * cost, settings)
 
 

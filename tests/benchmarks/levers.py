@@ -52,6 +52,7 @@ LEVERS: dict[str, list[str]] = {
     "uniform-t": ["objective.timesteps=uniform"],
     "shift-2": ["objective.shift={kind: constant, value: 2}"],
     "x-prediction": ["objective.prediction=sample", "objective.weighting=velocity"],
+    "v-prediction": ["objective.prediction=v", "objective.weighting=velocity"],
     "min-snr": ["objective.weighting=min_snr"],
     "repa": ["model.alignment={block: 2, hidden_size: 256}"],
     "long-skips": ["model.long_skips=true"],
@@ -87,7 +88,7 @@ def train_teacher(dataset: Path, folder: Path, steps: int = 300, batch: int = 96
     from torch.nn import functional as F
     from transformers import ViTConfig, ViTModel
 
-    from data_prep.recorded import open_codec
+    from data_prep.schema.recorded import open_codec
     from models.vision_encoder import IMAGENET_MEAN, IMAGENET_STD
     from pipeline.data.config import DataConfig
     from pipeline.data.loader import Loader

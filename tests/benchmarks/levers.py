@@ -1,7 +1,8 @@
 """Levers on quality at equal steps, each against the demo's recipe at 0.4 M parameters, by `flowmill compare`.
 
-    nice python -m tests.benchmarks.levers FOLDER    # all that is not done yet; OMP_NUM_THREADS=1 beside other work
-    python -m tests.benchmarks.levers                # the table of what is recorded
+    nice python -m tests.benchmarks.levers FOLDER            # all that is not done yet; OMP_NUM_THREADS=1 beside other work
+    nice python -m tests.benchmarks.levers FOLDER --large    # the best of them at the 6.4 M parameters of the demo itself
+    python -m tests.benchmarks.levers [--large]              # the table of what is recorded
 
 The demo's 1,438 OpenMoji pictures as latents of 4 x 16 x 16, of which a patch is 4 x 4: 16 tokens per picture. 600
 steps of 32, three seeds, AdamW at the demo's rate unless a name says otherwise; no other lever is tuned again. Every
@@ -25,12 +26,13 @@ from models.config import InputError
 from pipeline import compare, demo
 
 HERE = Path(__file__).parent
-RECORDS, SEEDS, STEPS = HERE / "levers", 3, 600
-SHRUNK = [
-    "model.size=debug",
-    "model.depth=5",
-    "model.hidden_size=56",
-    "model.num_heads=2",
+RECORDS, SEEDS = HERE / "levers", 3
+SHRUNK = ["model.size=debug", "model.depth=5", "model.hidden_size=56", "model.num_heads=2"]
+# The demo's recipe as it was when they were measured, and on one core.
+BASE = [
+    "model.patch_size=4",
+    "objective.prediction=flow",
+    "optimizer.lr=2e-3",
     "engine.precision=fp32",
     "engine.cpu_threads=1",
     "checkpoint.keep=1",
@@ -75,6 +77,7 @@ LEVERS: dict[str, list[str]] = {
         for name, lr in (("x1", LR), ("x3", 3 * LR), ("third", LR / 3))
     },
 }
+LARGE = ("v-prediction", "patch-2", "adamw-lr-x3")
 
 
 def python(*words: str) -> None:
@@ -142,34 +145,40 @@ def make_data(folder: Path) -> Path:
     return dataset
 
 
-def show_records() -> None:
+def show_records(records: Path, budget: str) -> None:
     """The table of all levers of which every seed is recorded."""
     from pipeline.evaluation.comparison import write
 
-    files = {n: [RECORDS / f"{n}_{seed}.json" for seed in range(SEEDS)] for n in ("base", *LEVERS)}
+    files = {n: [records / f"{n}_{seed}.json" for seed in range(SEEDS)] for n in ("base", *LEVERS)}
     runs = {
         name: [json.loads(path.read_text())["figures"] for path in paths]
         for name, paths in files.items()
         if all(path.is_file() for path in paths)
     }
     if "base" not in runs or len(runs) < 2:
-        raise InputError(f"{RECORDS}: has no lever and base of {SEEDS} seeds yet")
+        raise InputError(f"{records}: has no lever and base of {SEEDS} seeds yet")
     output = Path("outputs/levers")
-    write(runs, output, f"{STEPS} steps each, {SEEDS} seeds")
+    write(runs, output, budget)
     print((output / "comparison.md").read_text())
 
 
-def main(folder: Annotated[Path | None, typer.Argument(help="of all that is made")] = None) -> None:
+def main(
+    folder: Annotated[Path | None, typer.Argument(help="of all that is made")] = None,
+    large: Annotated[bool, typer.Option("--large", help="at the demo's own size")] = False,
+) -> None:
     """Measure the levers, going on where it stopped; without a folder show what is recorded."""
+    size, steps = ("6M", 900) if large else (".", 600)
     if folder is None:
-        show_records()
+        show_records(RECORDS / size, f"{steps} steps each, {SEEDS} seeds")
         return
     dataset = make_data(folder.absolute())
     levers = LEVERS | {"repa": [*LEVERS["repa"], f"data.layers.teacher={folder / 'features'}"]}
-    words = [str(demo.HERE / "configs" / "demo_train.yaml"), f"data.path={dataset}", *SHRUNK]
-    words += [f"--change={name}={change}" for name, own in levers.items() for change in own]
-    words += [f"--steps={STEPS}", f"--seeds={SEEDS}", "--evaluate=--heldout=80 --batch-size=80"]
-    sys.argv[1:] = [*words, f"--output={folder / 'runs'}", f"--records={RECORDS}"]
+    words = [str(demo.HERE / "configs" / "demo_train.yaml"), f"data.path={dataset}", *BASE]
+    words += [] if large else SHRUNK
+    taken = LARGE if large else levers
+    words += [f"--change={name}={change}" for name in taken for change in levers[name]]
+    words += [f"--steps={steps}", f"--seeds={SEEDS}", "--evaluate=--heldout=80 --batch-size=80"]
+    sys.argv[1:] = [*words, f"--output={folder / 'runs' / size}", f"--records={RECORDS / size}"]
     run_command(compare.main)
 
 

@@ -174,7 +174,8 @@ def main(
     dataset = make_data(folder.absolute())
     levers = LEVERS | {"repa": [*LEVERS["repa"], f"data.layers.teacher={folder / 'features'}"]}
     words = [str(demo.HERE / "configs" / "demo_train.yaml"), f"data.path={dataset}", *BASE]
-    words += [] if large else SHRUNK
+    # Earlier weights are what guidance may lead away from.
+    words += ["checkpoint.every_steps=300", "checkpoint.keep=3"] if large else SHRUNK
     taken = LARGE if large else levers
     words += [f"--change={name}={change}" for name in taken for change in levers[name]]
     words += [f"--steps={steps}", f"--seeds={SEEDS}", "--evaluate=--heldout=80 --batch-size=80"]

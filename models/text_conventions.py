@@ -4,10 +4,11 @@ A view is what is kept of a text encoder's states; a convention names a view for
 network reads the roles together. Each equals the encode_prompt of its pipeline in diffusers 0.42.
 """
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from models.config import Config, InputError
 
@@ -67,27 +68,20 @@ class View(Config):
             return self.drop
         return self.template.split("{}")[0] if isinstance(self.template, str) else ""
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "View":
+    def refusals(self) -> Iterator[str]:
+        text = self.template if isinstance(self.template, str) else None
         if -1 in self.layers and "final_norm" not in self.model_fields_set:
-            raise ValueError(
-                "layers: -1 is the last layer before its norm. Remedy: say last, or final_norm too"
-            )
+            yield "layers: -1 is the last layer before its norm. Remedy: say last, or final_norm too"
         if not self.layers and self.pooled in ("mean", "none"):
-            raise ValueError(
-                f"layers: got none with pooled {self.pooled}, so that nothing is stored"
-            )
-        if isinstance(self.template, str) and self.template.count("{}") != 1:
-            raise ValueError(f"template: got {self.template!r}, expected one {{}} for the prompt")
-        if self.drop and not (
-            isinstance(self.template, str) and self.template.startswith(self.prefix)
-        ):
-            raise ValueError("drop: expected a template that begins with what is dropped")
+            yield f"layers: got none with pooled {self.pooled}, so that nothing is stored"
+        if text is not None and text.count("{}") != 1:
+            yield f"template: got {text!r}, expected one {{}} for the prompt"
+        if self.drop and not (text and text.startswith(self.prefix)):
+            yield "drop: expected a template that begins with what is dropped"
         if self.keep_first and not self.drop:
-            raise ValueError("keep_first: has no effect without drop")
+            yield "keep_first: has no effect without drop"
         if self.pads in ("zeros", "first") and self.side != "right":
-            raise ValueError(f"pads: {self.pads} needs side right, got {self.side}")
-        return self
+            yield f"pads: {self.pads} needs side right, got {self.side}"
 
 
 class Arrangement(Config):

@@ -1,9 +1,10 @@
 """Configs of what a run reads: datasets, their mixture, the cache. They import no torch."""
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data_prep.schema.metadata import MetadataFilter
 from models.config import Config, Entries, InputError, Place
@@ -74,29 +75,22 @@ class DataConfig(Config):
     cache: CacheConfig | None = None
     """For datasets at URLs."""
 
-    @model_validator(mode="after")
-    def _one_or_several(self) -> Self:
+    def refusals(self) -> Iterator[str]:
         if (self.path is None) == (not self.datasets):
-            raise ValueError("give either path (one dataset) or datasets (several), and not both")
-        if self.mix == "equal" and (
-            not self.datasets or any(d.repeat != 1 for d in self.datasets.values())
-        ):
-            raise ValueError(
-                "mix: equal weighs several datasets alike. Remedy: no repeat, and datasets"
-            )
+            yield "give either path (one dataset) or datasets (several), and not both"
+        repeats = {dataset.repeat for dataset in self.datasets.values()}
+        if self.mix == "equal" and repeats != {1}:
+            yield "mix: equal weighs several datasets alike. Remedy: no repeat, and datasets"
         if bool(self.scores) != bool(self.filters):
-            raise ValueError("scores, filters: got one of the two, which has no effect; give both")
+            yield "scores, filters: got one of the two, which has no effect; give both"
         if self.layers and self.path is None:
-            raise ValueError("layers: no effect beside datasets; give datasets.NAME.layers")
-        paths = (
-            p for source in self.sources.values() for p in (source.path, *source.layers.values())
-        )
-        remote = [path for path in paths if is_remote(path)]
+            yield "layers: no effect beside datasets; give datasets.NAME.layers"
+        places = [place for s in self.sources.values() for place in (s.path, *s.layers.values())]
+        remote = [place for place in places if is_remote(place)]
         if remote and not self.cache:
-            raise ValueError(f"{remote[0]} is remote: give cache.path and cache.max_gib")
+            yield f"{remote[0]} is remote: give cache.path and cache.max_gib"
         if self.cache and not remote:
-            raise ValueError("cache has no effect: every dataset is a local folder")
-        return self
+            yield "cache has no effect: every dataset is a local folder"
 
     @property
     def sources(self) -> dict[str, DatasetConfig]:

@@ -9,11 +9,7 @@ from models.command import load_config, plain_console, run_command
 from models.config import InputError
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig
-
-GPU_GIB = {
-    "B200": 180, "H200": 141, "H100": 80, "H100 PCIe": 80, "A100": 80, "L40S": 48, "A10G": 24,
-    "RTX 4090": 24,
-}  # fmt: skip
+from pipeline.training.config import GPUS
 
 
 def main(
@@ -26,7 +22,7 @@ def main(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="in all")] = 8,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
-    gpu: Annotated[str, typer.Option(help=", ".join(GPU_GIB))] = "H100",
+    gpu: Annotated[str, typer.Option(help=", ".join(GPUS))] = "H100",
     gpu_memory: Annotated[float | None, typer.Option(help="GiB; by default the GPU's")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of the peak reached")] = 0.4,
     within: Annotated[float, typer.Option(help="GB/s that a GPU sends within its node")] = 300.0,
@@ -42,8 +38,8 @@ def main(
     from pipeline.runs.planning import GIB, Machines, assumed_data, prepared_data, report
 
     parsed = load_config(TrainConfig, config, overrides or [])
-    if gpu not in GPU_GIB:
-        raise InputError(f"--gpu: got {gpu!r}, expected one of {', '.join(GPU_GIB)}")
+    if gpu not in GPUS:
+        raise InputError(f"--gpu: got {gpu!r}, expected one of {', '.join(GPUS)}")
     if parsed.training.global_batch % gpus:
         raise InputError(
             f"--gpus: got {gpus}, expected a divisor of training.global_batch, {parsed.training.global_batch}"
@@ -52,7 +48,7 @@ def main(
         data = prepared_data(parsed)
     else:
         data = assumed_data(pictures, resolution, downscale, text_tokens, parsed.model)
-    memory = (gpu_memory or GPU_GIB[gpu]) * GIB
+    memory = (gpu_memory or GPUS[gpu][1]) * GIB
     console = plain_console(110)
     machines = Machines(gpus, gpus_per_node, gpu, memory, mfu, price, within, between)
     best = report(parsed, data, machines, console)

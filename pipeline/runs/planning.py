@@ -20,14 +20,14 @@ from models.networks import TransformerConfig, build_model
 from pipeline.config import TrainConfig, sizes_of
 from pipeline.data.loader import Loader
 from pipeline.runs.setup import fit_data
-from pipeline.training.config import EngineConfig
+from pipeline.training.config import GPUS, EngineConfig
 from pipeline.training.engine import (
     BUCKET_ELEMENTS,
     LIVE_ELEMENTS,
     PERSISTENT_ELEMENTS,
     parameter_groups,
 )
-from pipeline.training.flops import PEAK_TFLOPS, ModelFlops
+from pipeline.training.flops import ModelFlops
 from pipeline.training.optimizers import muon_flops
 
 GIB = 2**30
@@ -254,7 +254,7 @@ class Machines:
     @property
     def speed(self) -> float:
         """FLOP/s of a GPU."""
-        return PEAK_TFLOPS[self.gpu] * 1e12 * self.mfu
+        return GPUS[self.gpu][0] * 1e12 * self.mfu
 
     def seconds(self, sent: list[Collective]) -> float:
         """Time of a step's collectives; a ring through several nodes is as slow as its slowest link."""

@@ -9,6 +9,12 @@ from pydantic import Field
 
 from models.config import Config, InputError
 
+GPUS = {
+    "B200": (2250.0, 180), "H200": (989.0, 141), "H100 PCIe": (756.0, 80), "H100": (989.0, 80),
+    "A100": (312.0, 80), "L40S": (362.0, 48), "A10G": (70.0, 24), "RTX 4090": (165.0, 24),
+}  # fmt: skip
+"""bf16 TFLOP/s from the makers' data sheets, without sparsity, and GiB, by a part of torch's device name."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Halflife = Annotated[float, Field(gt=0)]
 Schedule = Literal["constant_with_warmup", "cosine", "linear", "warmup_stable_decay"]

@@ -10,18 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.conditions import example_conditions
 from models.networks import build_model
-
-# bf16 TFLOP/s from the makers' data sheets, without sparsity, by a part of torch's device name.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.0,
-}
+from pipeline.training.config import GPUS
 
 
 class ModelFlops:
@@ -71,7 +60,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """FLOP/s of one device, and the source: the table, or else a large product, timed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if precision == "bf16":
-        for part, tflops in PEAK_TFLOPS.items():
+        for part, (tflops, _) in GPUS.items():
             if part in name:
                 return tflops * 1e12, f"{tflops:g} TFLOP/s, bf16 dense, data sheet of {part}"
     size = 8192 if device.type == "cuda" else 1024

@@ -43,8 +43,6 @@ KINDS = 20
 
 def print_plan(config: PrepareConfig, listing: pa.Table, hashes: dict[str, dict[str, str]]) -> None:
     """The dry run's answer: what is there and what would be made of it."""
-    sources = [(name, source.kind, source.path) for name, source in config.sources.items()]
-    Listing("Sources", ("source", "kind", "path"), sources, words=3).print()
     file_listing(config, listing).print()
     if classes := count_classes(config.sources, listing):
         console.print(f"Classes, by label: {class_names(list(classes))}")

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
@@ -69,6 +69,7 @@ FITTING = {"CMYK": ("CMYK",), "RGB": ("RGB",), "GRAY": ("GRAY", "RGB")}
 SAME_COLOURS = 8.0
 
 Bucket = tuple[int, int]  # height, width
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class Rejected(Exception):
@@ -89,7 +90,7 @@ class ImagesConfig(Config):
     bucket_max_aspect: float = Field(default=2.0, ge=1)
     """Long over short side; 1: squares only."""
     crop: Literal["center", "random"] = "center"
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[Level, Level, Level] = (255, 255, 255)
     """RGB behind transparent pixels."""
     flip: bool = False
     """Store the latents of mirror images as well, in the train split."""
@@ -105,8 +106,6 @@ class ImagesConfig(Config):
             raise ValueError(
                 f"resolution {self.resolution} is not a multiple of bucket_multiple {self.bucket_multiple}"
             )
-        if not all(0 <= value <= 255 for value in self.background):
-            raise ValueError("background: expected three numbers from 0 to 255")
         return self
 
 

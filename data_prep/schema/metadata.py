@@ -74,16 +74,10 @@ def check_fields(texts: Iterable[str], filters: Mapping[str, MetadataFilter]) ->
             else:
                 misfits.setdefault(name, facts[name])
     for name, wanted in left.items():
-        where = f"filters.metadata.{name}"
-        if name in misfits:
-            kind, remedy = "text or number", "a field that has one for each picture"
-            if wanted.one_of is None:
-                kind, remedy = "number", "one_of for texts, or with another name"
-            raise InputError(
-                f"{where}: no picture has a {kind} there; got {misfits[name]!r}, expected {wanted.wanted()}. "
-                f"Remedy: --restart with {remedy}."
-            )
-        found = ", ".join(name for name, _ in fields.most_common(20)) or "no metadata at all"
+        kind = "number" if wanted.one_of is None else "text or number"
+        seen = ", ".join(field for field, _ in fields.most_common(20)) or "no metadata at all"
+        got = repr(misfits[name]) if name in misfits else f"of all fields {seen}"
         raise InputError(
-            f"{where}: no picture has that field; got {found}. Remedy: --restart with another name."
+            f"filters.metadata.{name}: no picture has a {kind} there; got {got}, expected {wanted.wanted()}. Remedy: "
+            "--restart with another name, or one_of for texts."
         )

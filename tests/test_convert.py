@@ -79,7 +79,7 @@ def test_a_converted_network_s_x0_is_the_original_s_at_every_level_that_both_pat
         x_t = objective.add_noise(*(draw_noise(0, i, range(len(t)), (4, 8, 8)) for i in (0, 1)), t)
         x = x_t.double() * (torch.hypot(a, s) / p).view(-1, 1, 1, 1)
         pred = network(x.float(), torch.from_numpy(own_t).float()).double()
-        c = prediction_coefficients(old[1], a, s, getattr(path, "sigma_data", 1.0))
+        c = prediction_coefficients(objective.config.own, a, s)
         before = x * c.x0_x.view(-1, 1, 1, 1) + pred * c.x0_p.view(-1, 1, 1, 1)
         answer = objective.called(recorded(network, seen := []), x_t, t, None)
         after, _ = implied(objective, answer, x_t, t)

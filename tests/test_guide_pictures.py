@@ -9,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.command import read_yaml
-from models.config import parse_config
+from models.command import load_config
+from pipeline.config import TrainConfig
 from pipeline.inference.grid import grid
 from pipeline.objectives.config import SamplerConfig
 from pipeline.sample import Options, cells_of
-from pipeline.show_config import config_class
 from pipeline.show_objective import main
 from tests.benchmarks import brightness
 from tests.test_docs import ours
@@ -47,9 +46,8 @@ def size_of(name: str) -> tuple[int, int]:
         return picture.size
 
 
-def config_of_demo():
-    tree = read_yaml(ROOT / "configs" / "demo_train.yaml", [])
-    return parse_config(config_class("train"), tree, "demo")
+def config_of_demo() -> TrainConfig:
+    return load_config(TrainConfig, ROOT / "configs" / "demo_train.yaml", [])
 
 
 def sheet_size(labels: list[str], columns: int) -> tuple[int, int]:

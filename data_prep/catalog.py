@@ -92,6 +92,14 @@ class FiltersConfig(Config):
     near_duplicates: int | None = Field(default=None, ge=0, le=8)
     """Bits of the 64-bit dHash in which a near duplicate may differ; 0: none, but looks alike to it."""
 
+    def rules(self, height: np.ndarray, width: np.ndarray) -> dict[str, np.ndarray]:
+        """By reason, in the order in which they apply, which pictures of these sizes (N,) are rejected."""
+        short, long = np.minimum(height, width), np.maximum(height, width)
+        return {
+            "too_small": short < (self.min_side or 0),
+            "aspect": long > (self.max_aspect or np.inf) * np.maximum(short, 1),
+        }
+
 
 @dataclass(frozen=True)
 class ScanSettings:

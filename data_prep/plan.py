@@ -181,8 +181,8 @@ def sift(
         columns = [*REJECT_SCHEMA.names, "height", "width"]
         rejects = table.select(columns).filter(fate != "").to_pylist()
         for i, row in zip(np.flatnonzero(fate != "").tolist(), rejects, strict=True):
-            if fate[i] in ("too_small", "aspect"):
-                said[i] = f"{row['width']}x{row['height']}"
+            if not row["reason"]:
+                said.setdefault(i, f"{row['width']}x{row['height']}")
             row |= {"reason": row["reason"] or fate[i], "detail": said.get(i, row["detail"])}
         taken = table.filter(fate == "").drop_columns(["reason", "detail"])
         yield taken, pa.Table.from_pylist(rejects, schema=REJECT_SCHEMA)
@@ -190,14 +190,9 @@ def sift(
 
 def _fate(table: pa.Table, filters: FiltersConfig) -> np.ndarray:
     """Why the rules that look at one row alone reject each; "" where they do not."""
-    height, width = _numbers(table["height"]), _numbers(table["width"])
-    short, long = np.minimum(height, width), np.maximum(height, width)
-    rules = {
-        "scanned": table["reason"].is_valid().to_numpy(),
-        "too_small": short < (filters.min_side or 0),
-        "aspect": long > (filters.max_aspect or np.inf) * np.maximum(short, 1),
-    }
-    return np.select([*rules.values()], [*rules], "").astype("U14")
+    scanned = {"scanned": table["reason"].is_valid().to_numpy()}
+    rules = scanned | filters.rules(_numbers(table["height"]), _numbers(table["width"]))
+    return np.select([*rules.values()], [*rules], "").astype("U32")
 
 
 def find_duplicates(

@@ -28,6 +28,11 @@ class Conditions(NamedTuple):
         """The function's result in place of each tensor that is there."""
         return Conditions(*(None if value is None else function(value) for value in self))
 
+    def drawn(self, count: int, size: tuple[int, int], device: torch.device) -> "Conditions":
+        """What is told beside captions and classes of `count` pictures that are drawn at `size` (height, width)."""
+        micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count, 4)
+        return self._replace(micro=micro)
+
 
 Fields: Any = tuple[tuple(Conditions.__annotations__.values())]
 

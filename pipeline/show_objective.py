@@ -1,5 +1,6 @@
 """What an objective really does, drawn and tabled beside the presets: `flowmill objective CONFIG.yaml`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -22,22 +23,24 @@ def main(
     latent_channels: Annotated[int, typer.Option(min=1, help="for a shift by dimension")] = 4,
 ) -> None:
     """Show what the configured objective trains, against the presets."""
-    from pipeline.objectives.profiles import draw, make_profile, print_table
+    from pipeline.objectives.profiles import PANELS, draw, make_profile, print_table
 
     size = (latent_channels, *parse_size(latent_size, "--latent-size"))
     section = read_yaml(config, overrides or []).get("objective", {})
     chosen = parse_config(ObjectiveConfig, section, f"{config}: objective")
-    profiles = [make_profile("this config", chosen, size)]
+    objectives = {"this config": chosen}
     for name in read_yaml(PRESETS, []):
-        preset = parse_config(ObjectiveConfig, {"preset": name}, str(PRESETS))
-        profiles.append(make_profile(name, preset, size))
+        objectives[name] = parse_config(ObjectiveConfig, {"preset": name}, str(PRESETS))
+    profiles = [make_profile(name, each, size) for name, each in objectives.items()]
     console = plain_console(110)
     print_table(profiles, console)
     for note in chosen.notes():
         console.print(f"note: {note}")
     if not dry_run:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draw(profiles).savefig(output)
+        curves = {name: each.model_dump(mode="json") for name, each in objectives.items()}
+        shown = {"curves": curves, "latent_size": size, "panels": PANELS}
+        draw(profiles).savefig(output, metadata={"Description": json.dumps(shown)})
         console.print(f"{output}: density of t, log SNR, weight and effective weight")
 
 

@@ -17,7 +17,7 @@ from pipeline.inference.exported import make_scheduler, save_network, save_singl
 from pipeline.inference.heldout import x0_errors
 from pipeline.objectives.config import ObjectiveConfig, Task
 from pipeline.objectives.objective import Objective, prediction_coefficients
-from pipeline.objectives.paths import NoisePath, vp_signal
+from pipeline.objectives.paths import NoisePath, VPDiscrete, vp_signal
 from pipeline.runs.setup import fit_run
 from pipeline.runs.start import in_its_terms
 from pipeline.runs.trained import open_trained
@@ -33,16 +33,19 @@ def converted(old: tuple[str, str], new: tuple[str, str]) -> Objective:
 
 
 def level_of(path: NoisePath, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """t of a path at which sigma/alpha has this value, and alpha there, by closed forms in fp64."""
-    if path.kind == "rectified_flow":
-        return ratio / (1 + ratio), 1 / (1 + ratio)
-    if path.kind == "edm":
-        return path.time_of(ratio), (ratio**2 + path.sigma_data**2) ** -0.5
-    if path.kind == "vp_cosine":
-        return 2 / math.pi * np.arctan(ratio), 1 / np.hypot(1, ratio)
-    alpha = vp_signal(path.betas, path.zero_terminal_snr)
-    levels = np.log(np.sqrt(1 - alpha**2) / np.maximum(alpha, 1e-6))
-    return np.interp(np.log(ratio), levels, np.arange(1000.0)) / 1000, 1 / np.hypot(1, ratio)
+    """t of a path at which sigma/alpha has this value, and alpha there, in fp64: by its table, or by bisection."""
+    if isinstance(path, VPDiscrete):
+        alpha = vp_signal(path.betas, path.zero_terminal_snr)
+        levels = np.log(np.sqrt(1 - alpha**2) / np.maximum(alpha, 1e-6))
+        t = np.interp(np.log(ratio), levels, np.arange(1000.0)) / 1000
+        return t, 1 / np.hypot(1, ratio)
+    low, high = np.zeros_like(ratio), np.ones_like(ratio)
+    for _ in range(60):
+        middle = (low + high) / 2
+        alpha, sigma = (c.numpy() for c in path.alpha_sigma(torch.from_numpy(middle)))
+        above = sigma > ratio * alpha
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return middle, alpha
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def test_a_converted_network_s_x0_is_the_original_s_at_every_level_that_both_pat
         x_t = objective.add_noise(*(draw_noise(0, i, range(len(t)), (4, 8, 8)) for i in (0, 1)), t)
         x = x_t.double() * (torch.hypot(a, s) / p).view(-1, 1, 1, 1)
         pred = network(x.float(), torch.from_numpy(own_t).float()).double()
-        c = prediction_coefficients(old[1], a, s, getattr(path, "sigma_data", 1.0))
+        c = prediction_coefficients(objective.config.own, a, s)
         before = x * c.x0_x.view(-1, 1, 1, 1) + pred * c.x0_p.view(-1, 1, 1, 1)
         answer = objective.called(recorded(network, seen := []), x_t, t, None)
         after, _ = implied(objective, answer, x_t, t)

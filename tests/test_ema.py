@@ -14,7 +14,8 @@ from models.config import InputError
 from pipeline import make_ema
 from pipeline.training.checkpoint import load_weights, store_snapshots
 from pipeline.training.config import EMAConfig, power_exponent
-from pipeline.training.ema import AdamWithEMA, ema_decays
+from pipeline.training.ema import ema_decays
+from pipeline.training.optimizers import AdamWithEMA
 from pipeline.training.pieces import Pieces
 from pipeline.training.power_ema import (
     coefficients,

@@ -16,6 +16,7 @@ from models.networks import (
     MODELS,
     DiTConfig,
     MMDiTConfig,
+    TransformerConfig,
     UNetConfig,
     UViTConfig,
     build_model,
@@ -27,17 +28,14 @@ from tests.train_factory import run
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: dict[str, Any] = {kind: config_class(kind) for kind in MODELS}
-TRANSFORMERS = ["dit", "mmdit", "uvit"]
+TRANSFORMERS = [kind for kind, c in CONFIGS.items() if issubclass(c, TransformerConfig)]
 DATA = {"latent_channels": 4, "text_dim": 12, "pooled_dim": 6}
 ALL = {"size_conditioning": True, "num_classes": 3}
 # Each with an option that changes its parts.
 VARIANTS = [
-    ("dit", {}),
+    *((kind, {}) for kind in CONFIGS),
     ("dit", {"modulation": "shared"}),
-    ("mmdit", {}),
     ("mmdit", {"qk_norm": True, "dual_attention_layers": 1, "learned_positions": True}),
-    ("uvit", {}),
-    ("unet", {}),
 ]
 I1 = {
     "depth": 3,

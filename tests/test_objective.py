@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from scipy.special import logit
 
 from models.config import InputError, parse_config
 from pipeline.data.randomness import draw_dropout, draw_noise
-from pipeline.objectives.config import PRESETS, ObjectiveConfig
+from pipeline.objectives.config import PRESETS, ObjectiveConfig, Weighting
 from pipeline.objectives.objective import Objective
+from pipeline.objectives.paths import Path
+from pipeline.objectives.timesteps import Shift, Timesteps
 
 PATHS = {
     "rectified_flow": {"kind": "rectified_flow"},
@@ -50,16 +53,15 @@ def make(path: str = "rectified_flow", prediction: str = "flow", **options) -> O
 
 
 def learnable(path: str, prediction: str) -> bool:
+    known = make(path, "v").config.path
     if prediction == "epsilon":
-        return path in ("sd", "ddpm", "cosine_betas", "edm")
-    return prediction != "edm" or path == "edm"
+        return known.ends()[0][1] > 0
+    return prediction != "edm" or known.sigma_range is not None
 
 
 COMBINATIONS = [c for c in itertools.product(PATHS, PREDICTIONS) if learnable(*c)]
-UNBOUNDED = [
-    ("rectified_flow", "sample", "debiased"),
-    ("vp_cosine", "sample", "debiased"),
-]  # refused
+# Refused: infinite at a clean end.
+UNBOUNDED = [(p, "sample", "debiased") for p in PATHS if make(p, "v").config.path.ends()[1][0] == 0]
 WEIGHTED = [
     (*c, w) for c, w in itertools.product(COMBINATIONS, WEIGHT_ON_X0) if (*c, w) not in UNBOUNDED
 ]
@@ -80,6 +82,17 @@ def implied(objective: Objective, pred: torch.Tensor, x_t: torch.Tensor, t: torc
     velocity = objective.to_velocity(pred, x_t, t)
     x0 = (x_t - sigma * velocity) / (alpha + sigma)
     return x0, x0 + velocity
+
+
+def test_every_kind_of_path_distribution_and_weighting_is_tried_here():
+    def kinds(union: Any) -> set[str]:
+        return {member.model_fields["kind"].default for member in get_args(get_args(union)[0])}
+
+    assert kinds(Path) == {path["kind"] for path in PATHS.values()}
+    assert kinds(Weighting) == {"none", *WEIGHT_ON_X0}
+    drawn = [distribution(name)[0].config for name in DISTRIBUTIONS]
+    assert kinds(Timesteps) == {config.timesteps.kind for config in drawn}
+    assert kinds(Shift) == {config.shift.kind for config in drawn if config.shift}
 
 
 # --- conversions ---------------------------------------------------------------------------------
@@ -190,7 +203,7 @@ def test_a_weighted_loss_is_the_weight_on_x0_times_the_x0_error(path, prediction
 @pytest.mark.parametrize(("path", "prediction"), COMBINATIONS)
 def test_no_weight_loss_or_x0_error_is_nan_or_infinite_at_either_end(path, prediction):
     ends = torch.tensor([0.0, 1e-30, 1e-7, 1.0 - 6e-8, 1.0])
-    if path not in ("rectified_flow", "vp_cosine", "edm"):
+    if make(path, "v").config.path.discrete:
         ends = torch.tensor([0.0, 0.001, 0.5, 0.998, 0.999])
     latents, noise, pred = (x[:5] for x in tensors(8))
     for weighting in ("none", *WEIGHT_ON_X0):

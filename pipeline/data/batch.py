@@ -77,8 +77,7 @@ class Batch:
     @property
     def conditions(self) -> Conditions:
         """What a network is told about the samples."""
-        told = (self.text_emb, self.text_mask, self.pooled, self.micro, self.label)
-        return Conditions(*told, self.token_scores)
+        return Conditions(*(getattr(self, name) for name in Conditions._fields))
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -144,8 +144,8 @@ class FlowmillPipeline(DiffusionPipeline):
             pair = getattr(self, name), getattr(self, name.replace("text_encoder", "tokenizer"))
             reader = TextReader(*pair, View(**said["view"]), device)
             encoded[role] = reader.encode_prompts(texts, said["store"], text["empty"])
-        micro = torch.tensor([[*size, 0.0, 0.0]], device=device).expand(count + 1, 4)
-        every = join_texts(encoded, SimpleNamespace(**text))._replace(micro=micro, label=label)
+        every = join_texts(encoded, SimpleNamespace(**text))._replace(label=label)
+        every = every.drawn(count + 1, size, device)
         last = [count] * count
         prompted, unprompted = every.map(lambda x: x[:-1]), every.map(lambda x: x[last])
         return Guidance(prompted, unprompted)
@@ -153,7 +153,7 @@ class FlowmillPipeline(DiffusionPipeline):
     def predict(self, x_t, t, conditions: Any):
         """The network's own prediction at t in [0, 1], fp32."""
         kind, dtype, time = type(self.network).__name__, self.network.dtype, 1000 * t
-        text, mask, pooled, micro, label, _ = conditions
+        text, mask, pooled, micro, label, *_ = conditions
         x_t = x_t.to(dtype)
         cast: Any = (None if told is None else told.to(dtype) for told in (text, pooled))
         text, pooled = cast

@@ -33,7 +33,7 @@ from models.weights import HIDDEN_CLASS, TORCH_DTYPES, Dtype
 from pipeline.inference.model_card import model_card, without_places
 from pipeline.inference.painter import largest_bucket
 from pipeline.objectives.config import Task
-from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, VPCosine, VPDiscrete
+from pipeline.objectives.paths import EDM, NUM_TIMESTEPS, SCHEDULES, RectifiedFlow, VPDiscrete
 from pipeline.objectives.timesteps import FluxShift, Shift
 from pipeline.runs.trained import Trained, tensors_sha256
 
@@ -92,8 +92,8 @@ class FlowmillNetwork(ModelMixin, ConfigMixin):
 
 def network_source(kind: str) -> str:
     """One Python file with an architecture, under diffusers' loading and saving."""
-    _, module, model = MODELS[kind]
-    return whole_source(module) + NETWORK.format(model=model, config=f"{model}Config")
+    config, module, model = MODELS[kind]
+    return whole_source(module) + NETWORK.format(model=model, config=config.__name__)
 
 
 def whole_source(module: str) -> str:
@@ -206,18 +206,19 @@ def make_scheduler(task: Task, shift: Shift | None, size: tuple[int, ...]) -> An
         return diffusers.DDIMScheduler(rescale_betas_zero_snr=path.zero_terminal_snr, **table)
     if isinstance(path, EDM):
         return diffusers.EDMEulerScheduler(path.sigma_min, path.sigma_max, path.sigma_data)
-    if isinstance(path, VPCosine):
-        t = np.maximum(np.arange(NUM_TIMESTEPS), 0.5) / NUM_TIMESTEPS
-        if shift is not None:
-            t = path.shift(t, shift.factor(size))
-        power = path.alpha_sigma(torch.from_numpy(t))[0].numpy() ** 2
-        betas = 1 - power / np.concatenate([[1.0], power[:-1]])
-        return diffusers.DDIMScheduler(trained_betas=betas.tolist(), **table)
-    if isinstance(shift, FluxShift):
-        return diffusers.FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=shift.base_mu, max_shift=shift.max_mu
-        )
-    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift.factor(size) if shift else 1.0)
+    if isinstance(path, RectifiedFlow):
+        options: dict[str, Any] = {"shift": shift.factor(size) if shift else 1.0}
+        if isinstance(shift, FluxShift):
+            options = {"base_shift": shift.base_mu, "max_shift": shift.max_mu}
+            options["use_dynamic_shifting"] = True
+        return diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    t = np.maximum(np.arange(NUM_TIMESTEPS), 0.5) / NUM_TIMESTEPS
+    if shift is not None:
+        t = path.shift(t, shift.factor(size))
+    alpha, sigma = path.alpha_sigma(torch.from_numpy(t))
+    power = (alpha**2 / (alpha**2 + sigma**2)).numpy()
+    betas = 1 - power / np.concatenate([[1.0], power[:-1]])
+    return diffusers.DDIMScheduler(trained_betas=betas.tolist(), **table)
 
 
 def make_recipe(trained: Trained) -> dict[str, Any]:

@@ -49,8 +49,7 @@ class Painter:
 
     def _conditions(self, rows: list[int], size: tuple[int, int]) -> Conditions:
         """What a network is told of `rows` of the encoded prompts, drawn at `size`."""
-        micro = torch.tensor([[*size, 0.0, 0.0]], device=self.device).expand(len(rows), 4)
-        return self.encoded.map(lambda value: value[rows])._replace(micro=micro)
+        return self.encoded.map(lambda value: value[rows]).drawn(len(rows), size, self.device)
 
     @torch.no_grad()
     def draw(

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.randomness import make_generator
-from pipeline.objectives.config import ObjectiveConfig, PseudoHuber, Unweighted
+from pipeline.objectives.config import ObjectiveConfig, PseudoHuber, Task, Unweighted
+from pipeline.objectives.paths import EDM
 from pipeline.objectives.timesteps import Shift
 
 Latents = Float[Tensor, "B C h w"]
@@ -35,21 +36,20 @@ class Prediction(NamedTuple):
     noise_p: Tensor
 
 
-def prediction_coefficients(
-    kind: str, alpha: Tensor, sigma: Tensor, sigma_data: float
-) -> Prediction:
-    """The coefficients of a kind of prediction, for any alpha and sigma."""
+def prediction_coefficients(task: Task, alpha: Tensor, sigma: Tensor) -> Prediction:
+    """The coefficients of a task's prediction, for any alpha and sigma."""
     zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
-    if kind == "sample":
+    if task.prediction == "sample":
         return Prediction(one, zero, zero, one, 1 / sigma, -alpha / sigma)
-    if kind == "edm":
+    if isinstance(task.path, EDM) and task.prediction == "edm":
+        sigma_data = task.path.sigma_data
         # Karras 2206.00364, eq. 7 with Table 1; alpha and sigma include c_in already.
         root = (alpha**2 * sigma_data**2 + sigma**2).sqrt()
         signal = alpha * sigma_data / root
         x0_x, x0_p = signal * sigma_data / root, sigma * sigma_data / root
         return Prediction(sigma / sigma_data / root, -signal, x0_x, x0_p, sigma / root**2, -signal)
     # v is that of Salimans & Ho 2202.00512.
-    x0, noise = {"epsilon": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[kind]
+    x0, noise = {"epsilon": (zero, one), "v": (-sigma, alpha), "flow": (-one, one)}[task.prediction]
     # x_t and pred are two equations of x0 and noise; total is 1 for v on a VP path, for flow on the straight one.
     total = alpha * noise - sigma * x0
     return Prediction(x0, noise, noise / total, -sigma / total, (zero - x0) / total, alpha / total)
@@ -77,8 +77,6 @@ class Objective:
 
     def __init__(self, config: ObjectiveConfig):
         self.config = config
-        # Only the prediction edm uses it, which has this path.
-        self.sigma_data = getattr(config.path, "sigma_data", 1.0)
 
     def draw_t(
         self, seed: int, step: int, batch_size: int, latent_size: tuple[int, ...]
@@ -131,9 +129,8 @@ class Objective:
         x = x_t.float() * expand(a.hypot(s) / alpha.hypot(sigma), x_t)
         answer = network(x, own_t, conditions)
         pred, *rest = answer if isinstance(answer, tuple) else (answer,)
-        sigma_data = getattr(own.path, "sigma_data", 1.0)
         # Of a clean x_t, the noise is a limit.
-        c = prediction_coefficients(own.prediction, a, s.clamp_min(1e-8), sigma_data)
+        c = prediction_coefficients(own, a, s.clamp_min(1e-8))
         to_x0, to_noise = self._coefficients(t)[:2]
         of_x = to_x0 * c.x0_x + to_noise * c.noise_x
         pred = combine(of_x, x, to_x0 * c.x0_p + to_noise * c.noise_p, pred)
@@ -164,7 +161,7 @@ class Objective:
         alpha, sigma = self.alpha_sigma(t)
         # At both ends the weight is a limit: the clamp avoids 0/0 and is within 1e-8 of exact elsewhere.
         a, s = alpha.clamp_min(1e-8), sigma.clamp_min(1e-8)
-        c = prediction_coefficients(self.config.prediction, a, s, self.sigma_data)
+        c = prediction_coefficients(self.config, a, s)
         weight = weighting.numerator(a, s) * (c.x0_p / s) ** 2
         return torch.where(alpha == 0, weighting.terminal_weight, weight)
 
@@ -184,9 +181,7 @@ class Objective:
         return LossTerms(self.weight(t) * distance, x0_mse)
 
     def _coefficients(self, t: Tensor) -> Prediction:
-        return prediction_coefficients(
-            self.config.prediction, *self.alpha_sigma(t), self.sigma_data
-        )
+        return prediction_coefficients(self.config, *self.alpha_sigma(t))
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

@@ -74,9 +74,6 @@ def print_table(profiles: list[Profile], console: Console) -> None:
     console.print(table)
 
 
-Curve = tuple[np.ndarray, np.ndarray]
-
-
 PANELS = (
     ("density of t  (0 data, 1 noise)", (0, 1), (0, None), "linear"),
     ("density of log SNR  (left noise, right data)", LIMITS, (0, None), "linear"),
@@ -86,7 +83,7 @@ PANELS = (
 """Title, the limits of x and y, and the scale of y."""
 
 
-def make_curves(profile: Profile) -> list[Curve]:
+def make_curves(profile: Profile) -> list[tuple[np.ndarray, np.ndarray]]:
     """An objective's curve in each of PANELS."""
     t_edges, snr_edges = np.linspace(0, 1, 81), np.linspace(*LIMITS, 161)
     t, x = (e[:-1] + np.diff(e) / 2 for e in (t_edges, snr_edges))

@@ -88,7 +88,3 @@ class WithEMA(torch.optim.Optimizer):
                 averages = [self.state[p][name] for p in parameters]
                 torch._foreach_lerp_(averages, parameters, 1.0 - decay)
         return loss
-
-
-class AdamWithEMA(WithEMA, torch.optim.AdamW):
-    """AdamW and averages of the weights."""

@@ -14,8 +14,8 @@ from models.layers import compile_blocks
 from models.roles import parameter_roles, shape_of
 from pipeline import distributed
 from pipeline.training.config import EngineConfig, OptimizerConfig
-from pipeline.training.ema import AdamWithEMA, WithEMA
-from pipeline.training.optimizers import MuonWithEMA, muon_rounds
+from pipeline.training.ema import WithEMA
+from pipeline.training.optimizers import OPTIMIZERS, MuonWithEMA, muon_rounds
 
 BUCKET_ELEMENTS = 50_000_000
 """Most elements of gradients reduced at once: with several, backward can hide all but the last."""
@@ -152,12 +152,14 @@ def build_engine(
     logger.setLevel(logging.ERROR)
     # With ZeRO 3, DeepSpeed's own calls would cause this warning twice per step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    muon = optimizer_config.kind == "muon"
-    groups = parameter_groups(model, optimizer_config.weight_decay, muon)
+    kind, decay = OPTIMIZERS[optimizer_config.kind], optimizer_config.weight_decay
+    groups = parameter_groups(model, decay, muon=kind is MuonWithEMA)
     # The LR is 0 because DeepSpeed may step once while it sets up.
     options: dict[str, Any] = {"lr": 0.0, "betas": optimizer_config.betas}
-    options |= {"eps": optimizer_config.eps, "fused": True}
-    optimizer = (MuonWithEMA if muon else AdamWithEMA)(groups, **options)
+    options |= {"eps": optimizer_config.eps}
+    if issubclass(kind, torch.optim.AdamW):
+        options["fused"] = True
+    optimizer = kind(groups, **options)
     if engine_config.compile is True:
         # The hooks of ZeRO 3 break graphs.
         compile_blocks(model, fullgraph=engine_config.zero_stage < 3)

@@ -53,12 +53,10 @@ class Stopwatch:
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark as that of `part`."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((part, event))
-        else:
-            self.marks.append((part, time.perf_counter()))
+            now.record()
+        self.marks.append((part, now))
 
     def since(self, begin: int, *parts: str) -> dict[str, float]:
         """Seconds of some parts, or all, since mark number `begin`; on a GPU these must be over."""

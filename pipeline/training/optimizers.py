@@ -159,5 +159,13 @@ class MuonAdamW(torch.optim.AdamW):
                 weights[matrix.part].add_(updates[rank].to(weights.device), alpha=-scaled)
 
 
+class AdamWithEMA(WithEMA, torch.optim.AdamW):
+    """AdamW and averages of the weights."""
+
+
 class MuonWithEMA(WithEMA, MuonAdamW):
     """Muon, AdamW and averages of the weights."""
+
+
+OPTIMIZERS: dict[str, type[WithEMA]] = {"adamw": AdamWithEMA, "muon": MuonWithEMA}
+"""By the names of `optimizer.kind`; a state is `step`, or elementwise: flat tensors, which ZeRO cuts, have it."""

@@ -25,7 +25,10 @@ from tests.train_factory import ROOT
 
 WORDS = ("black", "dark grey", "grey", "light grey", "white")
 RUNS = {"as Stable Diffusion": "false", "zero terminal SNR": "true"}
+BACKGROUNDS = ("black", "white")
 SIZE, PROMPTS = 64, 64
+SHOWN = 12
+"""Pictures of each row."""
 
 
 def draw(folder: Path, per_emoji: int = 2) -> None:
@@ -82,11 +85,11 @@ def main(
             "objective.preset=sd2-v", "objective.timesteps=uniform", f"objective.path.zero_terminal_snr={zero}",
             f"training.images={images}", "monitor.prompts=[]",
         )  # fmt: skip
-        for word in ("black", "white"):
+        for word in BACKGROUNDS:
             pictures = sampled(run, word, captions)
             brightness = pictures.mean((1, 2, 3)) / 255
             figures[f"{name}, on {word}"] = [float(brightness.mean()), float(brightness.std())]
-            rows.append(np.concatenate(pictures[:12], axis=1))
+            rows.append(np.concatenate(pictures[:SHOWN], axis=1))
             print(f"{name}, on {word}: {brightness.mean():.3f} +- {brightness.std():.3f}")
     (folder / "brightness.json").write_text(json.dumps(figures, indent=1) + "\n")
     Image.fromarray(np.concatenate(rows)).save(folder / "brightness.png", optimize=True)

@@ -70,11 +70,11 @@ Entries = Annotated[dict[Key, Value], BeforeValidator(_without_nulls)]
 """What the user names; `section.NAME=null` on the command line takes one out."""
 
 
-def config_classes_in(annotation: Any) -> list[type[BaseModel]]:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     """Every config class that an annotation mentions, through unions, dicts and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in get_args(annotation) for model in config_classes_in(part)]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 Models = list[type[BaseModel]]
@@ -98,7 +98,7 @@ def _locate(root: type[Config], location: tuple[int | str, ...]) -> tuple[str, M
             models = tagged
             continue
         if fields:
-            models = [model for field in fields for model in config_classes_in(field.annotation)]
+            models = [model for field in fields for model in _models_in(field.annotation)]
         path.append(str(part))
     return ".".join([*path, str(location[-1])] if location else []), models
 
@@ -117,7 +117,7 @@ def _elsewhere(root: type[Config], key: str) -> list[str]:
     sections = [
         f"{section}.{key}"
         for section, field in root.model_fields.items()
-        if any(key in model.model_fields for model in config_classes_in(field.annotation))
+        if any(key in model.model_fields for model in _models_in(field.annotation))
     ]
     return [key, *sections] if key in root.model_fields else sections
 

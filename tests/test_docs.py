@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from cluster.submit import parse_arguments
 from data_prep.config import LayerConfig
 from models.command import read_yaml
-from models.config import config_classes_in, parse_config
+from models.config import _models_in, parse_config
 from pipeline.cli import STAGES, module_of
 from pipeline.show_config import config_class
 from tests.prep_factory import fill_folder
@@ -161,7 +161,7 @@ def knows(config: type[BaseModel], path: str) -> bool:
         fields = [model.model_fields[key] for model in models if key in model.model_fields]
         if not fields and not free:
             return False
-        models = [m for field in fields for m in config_classes_in(field.annotation)] or models
+        models = [m for field in fields for m in _models_in(field.annotation)] or models
         free = any("dict[" in str(field.annotation) for field in fields)
     return True
 

@@ -336,4 +336,4 @@ def main(
 
 if __name__ == "__main__":
     # What is not an option here is the stage's.
-    run_command(main, context_settings={"ignore_unknown_options": True})
+    run_command(main, "cluster/README.md", context_settings={"ignore_unknown_options": True})

@@ -89,7 +89,9 @@ def _print_output(output: str) -> None:
         while not folder.exists():
             folder = folder.parent
         room = f", {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free there"
-    console.print(f"Output {output}{room}. Nothing was written.")
+    console.print(
+        f"Output {output}{room}. Nothing was written; the same line without --dry-run prepares it."
+    )
 
 
 def file_listing(config: PrepareConfig, listing: pa.Table) -> Listing:

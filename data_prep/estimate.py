@@ -196,4 +196,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "data_prep/README.md#how-much-disk-how-many-hours")

@@ -17,4 +17,4 @@ def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] 
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "data_prep/README.md#what-you-need")

@@ -43,4 +43,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "data_prep/README.md")

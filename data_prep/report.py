@@ -117,6 +117,7 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
         f"{size / max(kept, 1) / 1024:,.1f} KiB per picture; "
         + ", ".join(f"{what} {duration(s)}" for what, s in spent.items())
     )
+    console.print(f"Look at {where}/report.html. Next: flowmill verify {where}")
 
 
 def count_listings(manifest: Manifest) -> list[Listing]:

@@ -367,4 +367,4 @@ def finite(values: np.ndarray) -> bool:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "data_prep/README.md#is-it-right")

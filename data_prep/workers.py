@@ -370,8 +370,8 @@ class Actors(Tasks):
         wanted = {"CPUs": shares.cpus, "GPUs": shares.gpus, "MiB": shares.memory >> 20}
         words = " and ".join(f"{number:.10g} {what}" for what, number in wanted.items() if number)
         return (
-            f"waiting for {len(self._beginning)} of {shares.num_actors} actors to begin, each "
-            f"of which wants {words}; {_cluster()}"
+            f"{len(self._beginning)} of {shares.num_actors} actors load their encoders, or wait "
+            f"for a place: each takes {words}; {_cluster()}"
         )
 
 

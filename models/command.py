@@ -29,15 +29,15 @@ def plain_console(min_width: int = 0, stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=True, width=width, **plain)
 
 
-def package_folder(name: str) -> str:
+def package_folder(name: str, remedy: str = "pip install it, or give a path") -> str:
     """Folder of an importable package: `${package:NAME}` in a YAML file."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"Python package {name!r}: not installed. Remedy: pip install it, or give a path."
-        )
+        raise InputError(f"Python package {name!r}: not installed. Remedy: {remedy}.")
     return next(iter(spec.submodule_search_locations))
 
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 RIGHTS = "the right to read it and, where it is written, to write there; or another folder"
 ROOM = "make room; the same command goes on from what is done"
@@ -55,10 +55,10 @@ def read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a YAML file")
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.yaml")], n=3
-        )
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        folders = Path(os.path.relpath(CONFIGS)), path.parent
+        there = {p.name: str(p) for folder in folders for p in folder.glob("*.yaml")}
+        near = difflib.get_close_matches(path.name, there, n=3)
+        hint = f" Did you mean {' or '.join(there[name] for name in near)}?" if near else ""
         raise InputError(f"{path}: no such config file.{hint}")
     bad = [item for item in overrides if "=" not in item or item.startswith("=")]
     if bad:
@@ -93,10 +93,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
 
 
-def run_command(function: Callable[..., None], **settings: Any) -> None:
-    """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong."""
+def run_command(function: Callable[..., None], page: str = "README.md", **settings: Any) -> None:
+    """Run a stage's `main` as a command: exit 2 and one message when the user's input is wrong.
+
+    Its help ends with the `page` of the repository, and its heading, that explains it.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(**settings)(function)
+    app.command(epilog=f"Explained in {page}", **settings)(function)
     # A path may hold bytes that are no text.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

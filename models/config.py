@@ -112,14 +112,29 @@ def explain(error: ValidationError, config_class: type[Config], where: str) -> s
     return "\n".join(dict.fromkeys(lines))
 
 
+def _elsewhere(root: type[Config], key: str) -> list[str]:
+    """The paths at which the root and its sections know a key."""
+    sections = [
+        f"{section}.{key}"
+        for section, field in root.model_fields.items()
+        if any(key in model.model_fields for model in _models_in(field.annotation))
+    ]
+    return [key, *sections] if key in root.model_fields else sections
+
+
 def _say(item: Any, path: str, models: Models, root: type[Config]) -> str:
     """One problem at `path`, of whose last key `models` are the configs."""
     kind, given, last = item["type"], item["input"], item["loc"][-1] if item["loc"] else ""
     got = "" if isinstance(given, dict) else f" (got {given!r})"
     if kind == "extra_forbidden":
         names = sorted({name for model in models for name in model.model_fields})
-        near = difflib.get_close_matches(str(last), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
+        near = _elsewhere(root, str(last))
+        near = near or difflib.get_close_matches(str(last), names, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(map(repr, near[:3]))}?"
+            if near
+            else f"valid: {', '.join(names)}"
+        )
         return f"{path}: unknown key; {hint}"
     if kind == "missing" and isinstance(last, int):
         return f"{path.rpartition('.')[0]}: expected more values{got}"

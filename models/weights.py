@@ -162,7 +162,7 @@ def read_model_config(
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder, expected {what} saved by save_pretrained(). "
-            "Remedy: download it and give its folder; nothing is fetched by name."
+            "Remedy: download it and give its folder; nothing is fetched by name. How: data_prep/README.md, What you need."
         )
     path = folder / "config.json"
     if not path.is_file():

@@ -1,6 +1,7 @@
 """The `flowmill` command: each stage is the module of the same arguments, imported only when called."""
 
 import difflib
+import importlib.metadata
 import os
 import runpy
 import sys
@@ -52,9 +53,13 @@ def main() -> None:
     """`flowmill STAGE ...` is `python -m MODULE ...`."""
     stage = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if stage in ("-h", "--help", "help"):
-        print("usage: flowmill STAGE [arguments]; flowmill STAGE --help says which\n")
+        print("usage: flowmill STAGE [arguments]; STAGE --help says which, and names its page\n")
         for name, (_, what) in STAGES.items():
             print(f"  {name:<10} {what}")
+        print("\nFrom pictures to a model: README.md; without pictures: make demo")
+        return
+    if stage == "--version":
+        print(f"flowmill {importlib.metadata.version('flowmill')}")
         return
     if stage not in STAGES:
         near = difflib.get_close_matches(stage, STAGES, n=1)

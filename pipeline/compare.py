@@ -260,4 +260,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#which-of-two-is-better")

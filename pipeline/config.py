@@ -130,7 +130,7 @@ class TrainConfig(ResultsConfig):
         if needed > steps:
             yield (
                 f"optimizer.schedule: warm-up and decay got {needed} steps of {batch} pictures, and training.images "
-                f"{self.training.images} are {steps}. Remedy: a shorter warm-up or decay, or more pictures"
+                f"{self.training.images} are {steps}. Remedy: less of optimizer.warmup_images or decay_images, or more of training.images"
             )
         if batch % (size := self.engine.micro_batch or 1):
             yield f"engine.micro_batch: got {size}, expected a divisor of the global batch of {batch}"
@@ -171,7 +171,7 @@ class TrainConfig(ResultsConfig):
             "model.alignment.until_images": alignment and (alignment.until_images or 0) // batch,
         }
         notes = [
-            f"{name} is {value:,} steps, and the run has {steps:,}"
+            f"{name} is {value:,} steps, and the run has {steps:,}: it never comes"
             for name, value in later.items()
             if value and value > steps
         ]
@@ -201,7 +201,9 @@ def load_run_config(run: Path, places: Sequence[str] = ()) -> TrainConfig:
     """
     path = run / CONFIG
     if not path.is_file():
-        raise InputError(f"{path}: no such file, expected the folder of a training run")
+        raise InputError(
+            f"{path}: no such file, expected the folder of a training run, which is `run` in its config"
+        )
     data = yaml.safe_load(path.read_text())
     for place in places:
         keys, _, value = place.partition("=")

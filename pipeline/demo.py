@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Prepare a real picture set, train on it and sample: the path that your own pictures take."""
     for package in NEEDS:
-        package_folder(package)
+        package_folder(package, "make demo, which installs all that it needs")
     started = time.monotonic()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])

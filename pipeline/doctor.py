@@ -294,8 +294,28 @@ def show(console: Console, title: str, findings: list[Finding]) -> int:
     return sum(f.state == "lack" for f in findings)
 
 
+def _holding(folder: Path, name: str) -> list[Path]:
+    """The folders in which runs and datasets usually are that hold `name`."""
+    places = [place for depth in ("", "*/", "runs/*/") for place in folder.glob(depth + name)]
+    return [folder.joinpath(place.parents[name.count("/")]) for place in sorted(places)]
+
+
+def next_command(folder: Path | None) -> str:
+    """The command that follows, by what lies in the folder: nothing of ours, a dataset or a run."""
+    if folder is None:
+        return "flowmill doctor --folder FOLDER, where shards and runs will be; or make demo"
+    for run in _holding(folder, "checkpoints/latest"):
+        return f'flowmill sample {run} --prompt "a red apple"'
+    for dataset in _holding(folder, "manifest.json"):
+        return f"flowmill plan configs/train_dit_b.yaml data.path={dataset}"
+    options = f"sources.mine.path=PICTURES output={folder / 'prepared'} --dry-run"
+    return f"flowmill prepare configs/prepare_folder.yaml {options}"
+
+
 def main(
-    folder: Annotated[Path, typer.Option(help="where shards and runs will be")] = Path("."),
+    folder: Annotated[
+        Path | None, typer.Option(help="where shards and runs will be [default: here]")
+    ] = None,
     need_gib: Annotated[float, typer.Option(help="free space that counts as enough")] = 5.0,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="ask every node of the Ray cluster")
@@ -307,22 +327,24 @@ def main(
     """What this machine or cluster has and lacks; status 1 if something is lacking."""
     if cluster and all_reduce:
         raise InputError("--cluster and --all-reduce: one at a time")
-    if not folder.is_dir():
+    place = folder or Path(".")
+    if not place.is_dir():
         raise InputError(f"--folder {folder}: no such folder")
     if all_reduce:
         answers = {"all-reduce": [*time_all_reduce()]}
     elif cluster:
-        answers = examine_cluster(str(folder.resolve()), need_gib)
+        answers = examine_cluster(str(place.resolve()), need_gib)
     else:
-        answers = {socket.gethostname(): examine(str(folder), need_gib)}
+        answers = {socket.gethostname(): examine(str(place), need_gib)}
     console = plain_console(100)
     if int(os.environ.get("RANK", 0)):
         return
     lacks = sum(show(console, name, findings) for name, findings in answers.items())
     if lacks:
-        console.print(f"{lacks} lacking")
+        console.print(f"{lacks} lacking. Next: the remedies above, then doctor again")
         raise typer.Exit(1)
+    console.print(f"Next: {next_command(folder)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#before-it-starts")

@@ -47,4 +47,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#what-it-is-worth")

@@ -46,4 +46,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#giving-it-away")

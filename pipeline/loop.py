@@ -112,6 +112,8 @@ def leave(
     elif clock.step == clock.start_step:
         already = f"already at step {clock.step}; raise training.images to go on"
         distributed.say(f"{run.folder}: {already}")
+    else:
+        distributed.say(f'{run.folder}: done. Next: flowmill sample {run.folder} --prompt "..."')
 
 
 def steps(config: TrainConfig, override: bool = False) -> Iterator[int]:

@@ -177,4 +177,4 @@ def _slug(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#sampling")

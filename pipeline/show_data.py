@@ -56,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/README.md#before-it-starts")

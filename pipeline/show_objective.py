@@ -45,4 +45,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "pipeline/objectives/README.md")

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.submit import parse_arguments
 from pipeline import doctor
+from pipeline.cli import STAGES
 from tests.train_factory import command, environment, run
 
 # tmpfs needs a mount namespace of one's own.
@@ -54,6 +57,22 @@ def test_the_command_ends_with_status_1_where_something_is_lacking(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "expected at least 1e+09" in done.stdout
     assert "1 lacking" in done.stdout
+
+
+def test_doctor_ends_with_the_command_that_the_folder_is_ready_for(tmp_path):
+    assert doctor.next_command(None).startswith("flowmill doctor --folder")
+    there = [("", f"prepare configs/prepare_folder.yaml sources.mine.path=PICTURES output={tmp_path}/prepared")]  # fmt: skip
+    there += [("prepared/manifest.json", f"plan configs/train_dit_b.yaml data.path={tmp_path}/prepared")]  # fmt: skip
+    there += [("runs/first/checkpoints/latest", f"sample {tmp_path}/runs/first --prompt")]
+    for name, expected in there:
+        if name:
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+        stage, *arguments = shlex.split(doctor.next_command(tmp_path).removeprefix("flowmill "))
+        assert shlex.join([stage, *arguments]).startswith(expected)
+        parse_arguments(STAGES[stage][0], arguments)
+    done = run("pipeline.doctor", "--folder", str(tmp_path), "--need-gib", "0.1", COLUMNS="200")
+    assert done.stdout.splitlines()[-1] == f"Next: {doctor.next_command(tmp_path)}"
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

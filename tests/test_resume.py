@@ -322,9 +322,11 @@ lock.acquire()
 
 def test_a_second_interrupt_ends_even_a_process_that_hangs():
     process = train_factory.start("-c", HANGS)
+    said = []
     for line in ("ready", "asked", "interrupted twice; leaving without saving"):
-        train_factory.wait_for(process, line)
+        said += train_factory.wait_for(process, line)
         process.send_signal(signal.SIGINT)
+    assert "SIGINT: this step is finished and saved; Ctrl-C again leaves at once\n" in said
     assert process.wait() == 128 + signal.SIGINT
 
 

@@ -100,7 +100,7 @@ def test_a_dataset_s_config_is_shown_and_compared_with_the_yaml_that_it_was_made
     [
         ("schema", ["trian"], "expected one of train, prepare, fit-vae"),
         ("diff", [str(DEMO)], "got 1 names, expected 2"),
-        ("show", [str(CONFIG_FOLDER / "demo_tain.yaml")], "Did you mean demo_train.yaml"),
+        ("show", [str(CONFIG_FOLDER / "demo_tain.yaml")], f"Did you mean {CONFIG_FOLDER}/demo_train.yaml"),
         ("diff", [str(DEMO), str(CONFIG_FOLDER / "demo_prepare.yaml")], "different stages"),
         ("show", [str(CONFIG_FOLDER / "objectives.yaml")], "expected one of training (train)"),
     ],

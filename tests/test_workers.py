@@ -252,7 +252,9 @@ def test_actors_without_a_place_are_waited_for_aloud(ray_address, monkeypatch):
     shares = share_out(RayConfig(num_actors=1, gpus_per_actor=3), threads=1, most=1)
     with Actors(Doubler, None, shares, said.append) as actors:
         actors._wait({})
-    assert said[0].startswith("waiting for 1 of 1 actors to begin, each of which wants 1 CPUs and")
+    assert said[0].startswith(
+        "1 of 1 actors load their encoders, or wait for a place: each takes 1 CPUs and"
+    )
     assert "3 GPUs; the cluster has 1 nodes, free are" in said[0]
     assert "0 of 0 GPUs" in said[0]
 

@@ -47,4 +47,7 @@ class StopSignal:
             if name == self.name == "SIGINT":
                 sys.stderr.write(f"rank {rank()}: interrupted twice; leaving without saving\n")
                 os._exit(128 + signal.SIGINT)
+            if rank() == 0:
+                ends = "this step is finished and saved; Ctrl-C again leaves at once"
+                sys.stderr.write(f"{name}: {ends}\n")
             self.name = name

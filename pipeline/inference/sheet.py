@@ -47,7 +47,7 @@ def draw_sheet(
         pictures = torch.stack([read_picture(request.path) for request in requests])
         path = requests[0].path.with_name("grid.png")
         grid(pictures, labels, columns).save(path)
-        distributed.say(f"{path}: all {len(pictures)}")
+        distributed.say(f"{path}: all {len(pictures)} pictures")
 
 
 # --- suites: GenEval's, DPG-Bench's, or any JSONL

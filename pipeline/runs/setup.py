@@ -270,7 +270,8 @@ def describe(run: Run) -> str:
             f"model        {config.model.kind}, {run.num_parameters / 1e6:.1f} M parameters",
             f"steps        {steps:,} ({steps * batch / per_epoch:.2f} epochs) of {batch} pictures",
             f"ranks        {ranks} x {run.micro_batch} pictures x {batch // (run.micro_batch * ranks)} accumulated, "
-            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}{', compiled' * (config.engine.compile is True)}",
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}{', compiled' * (config.engine.compile is True)}, "
+            f"on {'GPUs' if torch.cuda.is_available() else 'the CPU: torch sees no GPU'}",
             *(f"note         {note}" for note in config.notes()),
         ]
     )

@@ -40,11 +40,12 @@ from data_prep.encode import (
 )
 from data_prep.encoders import Writer
 from data_prep.images import Picture, Rejected
-from data_prep.output import clear, lock_output, refuse_other_settings
+from data_prep.output import OURS, lock_output, refuse_other_settings
+from data_prep.page import html_report, shown_pictures
 from data_prep.plan import ShardSpec, read_planned, shard_list
 from data_prep.preparation import encode, stage, tidy
-from data_prep.publish import buckets_of, counts_of, write_manifest, write_tables
-from data_prep.report import console, print_result
+from data_prep.publish import EXAMPLES, counts_of, write_manifest, write_sheet, write_tables
+from data_prep.report import bucket_samples, console, print_result, training_rows
 from data_prep.scan import LISTING, LISTING_SCHEMA, PARTS, Intake, scan
 from data_prep.shards import (
     WORK,
@@ -206,6 +207,7 @@ class LayerEncoder(ShardEncoder):
             "missing": [first + number for first in lacks for number in range(spec.each)],
             "rejects": [r for r in made.rejects if r["key"] not in lost],
             "captions_sha256": schema.captions_sha256(told) if self._members("captions") else None,
+            "shown": {sample.key: sample.caption for sample in made.samples.in_order()},
         }
         if self._only(Writer):
             name = spec.path.replace("shards/", "captions/").replace(".tar", ".parquet")
@@ -336,8 +338,8 @@ def _open_layer(
     """
     dataset = open_root(config.output, "output")
     path = dataset / WORK / "config.json"
-    if restart:
-        clear(dataset)
+    for place in (path, *(dataset / name for name in OURS)) if restart else ():
+        delete(place)
     begun = {"settings": decided, "tables": {}}
     begun = json.loads(path.read_text()) if path.exists() else begun
     refuse_other_settings(config.output, begun["settings"], decided)
@@ -391,7 +393,7 @@ def _finalise(
     commits: list[dict[str, Any]],
     encoders: Encoders,
 ) -> None:
-    """Tables, the empty caption, and last the manifest."""
+    """Tables, the empty caption, contact sheet, report, and last the manifest."""
     dataset = settings.dataset
     write_tables(dataset, commits, encoders)
     mine = [reject for commit in commits for reject in commit["rejects"]]
@@ -403,9 +405,20 @@ def _finalise(
     write_table(dataset / schema.REJECTS, rejects)
     if not any(commit["num_kept"] for commit in commits):
         raise InputError(f"{dataset}: every picture was rejected; see {schema.REJECTS}")
-    counts = counts_of(commits, count_rejects(rejects)[0], encoders)
+    counts = _counts(commits, count_rejects(rejects)[0])
     manifest = _manifest(settings, base, commits, encoders).model_copy(update={"counts": counts})
+    shown = shown_pictures(settings.base, commits, lambda n: commits[n]["shown"])
+    if shown:
+        write_sheet(dataset, shown)
+    some = (rejects.filter(pc.field("reason") == reason) for reason in counts.rejected)
+    examples = [row for rows in some for row in rows.slice(0, EXAMPLES).to_pylist()]
+    write_text(dataset / schema.REPORT, html_report(manifest, commits, shown, examples))
     write_manifest(dataset, manifest)
+
+
+def _counts(commits: list[dict[str, Any]], rejected: Counter[str]) -> schema.Counts:
+    kept, roles = sum(c["num_kept"] for c in commits), commits[0]["cut_captions"] if commits else ()
+    return counts_of(commits, kept, rejected, roles)
 
 
 def _manifest(
@@ -420,8 +433,7 @@ def _manifest(
     decided, generations, previous = begun["settings"], list[schema.Generation](), ""
     for below in _complete(base):
         mine = [commit for commit in commits if commit["generation"] == below.number]
-        rejected = Counter(r["reason"] for commit in mine for r in commit["rejects"])
-        counts = counts_of(mine, rejected, encoders)
+        counts = _counts(mine, Counter(r["reason"] for commit in mine for r in commit["rejects"]))
         link: dict[str, Any] = {
             "previous": previous,
             "settings_sha256": schema.fingerprint(decided),
@@ -438,7 +450,10 @@ def _manifest(
         "codec": base.codec,
         "members": encoders.members,
         "captioner": decided["hashes"].get("captions.captioner", {}),
-        "buckets": buckets_of(commits),
+        "buckets": [
+            schema.BucketRecord(height=h, width=w, num_samples=n)
+            for (h, w), n in sorted(bucket_samples(training_rows(commits)).items())
+        ],
         "generations": generations,
         "base": schema.BaseRecord(path=str(settings.base), id=base.id, fingerprint=reached),
         "prepare_config": settings.config.model_dump(mode="json", exclude=INDECISIVE),

@@ -92,20 +92,17 @@ def open_output(
     Raises InputError where the output is of other settings.
     """
     dataset = open_root(config.output, "output")
+    work = dataset / WORK
     if restart:
-        clear(dataset)
+        # config.json, and with it the right to resume, goes first.
+        for path in (work / "config.json", *(dataset / name for name in OURS)):
+            if count := delete(path):
+                console.print(f"deleted {path} ({count} files)")
     if facts := begun_facts(dataset):
         refuse_other_settings(config.output, facts[0]["settings"], settings)
     else:
         begin(config, dataset, settings, compare([], listing))
     return dataset, compare(read_intakes(dataset), listing)
-
-
-def clear(dataset: Path) -> None:
-    """Delete what earlier preparations made: first config.json, and with it the right to resume."""
-    for path in (dataset / WORK / "config.json", *(dataset / name for name in OURS)):
-        if count := delete(path):
-            console.print(f"deleted {path} ({count} files)")
 
 
 def begun_facts(dataset: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,13 @@
 import base64
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -39,23 +38,33 @@ class Shown:
     decoded: np.ndarray
 
 
-def shown_pictures(dataset: Path, work: Path, commits: list[dict[str, Any]]) -> list[Shown]:
-    """Up to SHEET_PAIRS pictures of the proofs of a generation, which is planned in `work`, the buckets by turns."""
+def shown_pictures(
+    dataset: Path, commits: list[dict[str, Any]], captions_of: Callable[[int], dict[str, str]]
+) -> list[Shown]:
+    """Up to SHEET_PAIRS pictures of a dataset's proofs, the buckets by turns; `captions_of` a place among the commits."""
     shards: dict[Bucket, list[int]] = defaultdict(list)
     for number, commit in enumerate(commits):
         if commit["num_samples"]:
             shards[commit["height"], commit["width"]].append(number)
     turns = (n for turn in zip_longest(*shards.values()) for n in turn if n is not None)
-    pictures = (_pictures_of(dataset, commits[n], read_planned(work, n)) for n in turns)
+    pictures = (_pictures_of(dataset, commits[n], captions_of(n)) for n in turns)
     return list(islice(chain.from_iterable(pictures), SHEET_PAIRS))
 
 
-def _pictures_of(dataset: Path, commit: dict[str, Any], planned: pa.Table) -> Iterator[Shown]:
-    captions = dict(zip(planned["key"].to_pylist(), planned["captions"].to_pylist(), strict=True))
+def planned_captions(work: Path, number: int) -> dict[str, str]:
+    """The first caption of every picture of a shard by its key."""
+    rows = read_planned(work, number).select(["key", "captions"]).to_pylist()
+    return {row["key"]: row["captions"][0] for row in rows}
+
+
+def _pictures_of(
+    dataset: Path, commit: dict[str, Any], captions: dict[str, str]
+) -> Iterator[Shown]:
     proof, bucket = read_proof(dataset, commit["path"]), f"{commit['height']}x{commit['width']}"
     names = ("psnr_db", "original", "decoded")
     for key, *shown in zip(proof_keys(proof), *(proof[name] for name in names), strict=True):
-        yield Shown(bucket, captions[key][0], *shown)
+        if key in captions:
+            yield Shown(bucket, captions[key], *shown)
 
 
 def contact_sheet(shown: list[Shown]) -> Image.Image:
@@ -114,7 +123,7 @@ def html_report(
             "shards": f"{len(commits):,}",
             "MiB": f"{size / 2**20:,.1f}",
             "KiB per picture": f"{size / max(counts.kept, 1) / 1024:,.1f}",
-            "PSNR of decoded latents": f"{psnr[-1]} dB" if psnr else "",
+            "PSNR of decoded latents": f"{psnr[-1]} dB" if psnr else "the base's",
         },
         listings=[
             *report.count_listings(manifest),
@@ -123,6 +132,7 @@ def html_report(
             *histograms(commits),
             report.caption_listing(manifest),
             report.error_listing(manifest),
+            report.latent_listing(manifest),
             report.encoder_listing(encoders, hashes),
             report.Listing("Examples of rejects", columns, rows, words=len(columns)),
         ],

@@ -1,7 +1,8 @@
 """Commits to a dataset that can be trained on: tables, report, and last the manifest."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +15,7 @@ from data_prep import schema
 from data_prep.config import INDECISIVE, PrepareConfig
 from data_prep.encode import Encoders, with_errors
 from data_prep.output import begun_facts, num_complete
-from data_prep.page import contact_sheet, html_report, shown_pictures
+from data_prep.page import Shown, contact_sheet, html_report, planned_captions, shown_pictures
 from data_prep.report import bucket_samples, training_rows
 from data_prep.shards import new_table, seal, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.source import count_rejects
@@ -74,18 +75,24 @@ def publish(
     rejected, others, examples = _write_rejects(dataset, made)
     write_tables(dataset, table, encoders)
     facts, mine = begun_facts(dataset), [c for c in table if c["generation"] == generation]
-    counts = counts_of(mine, rejected, encoders)
+    kept = sum(commit["num_planned"] - len(commit["rejects"]) for commit in mine)
+    counts = counts_of(mine, kept, rejected, encoders.record["text"]["roles"])
     counts = counts.model_copy(update={"other_files": _sorted(others)})
     before = schema.read_manifest(dataset).generations[:generation] if generation else []
     generations = [*before, _generation(facts, before, mine, counts, complete)]
     manifest = _manifest(config, facts, table, generations, encoders)
     if complete:
         newest = max(n for n, some in enumerate(made) if any(c["num_samples"] for c in some))
-        shown = shown_pictures(dataset, work_of(dataset, newest), made[newest])
-        sheet = contact_sheet(shown)
-        write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
+        captions = partial(planned_captions, work_of(dataset, newest))
+        shown = shown_pictures(dataset, made[newest], captions)
+        write_sheet(dataset, shown)
         write_text(dataset / schema.REPORT, html_report(manifest, table, shown, examples))
     write_manifest(dataset, manifest)
+
+
+def write_sheet(dataset: Path, shown: list[Shown]) -> None:
+    sheet = contact_sheet(shown)
+    write_atomic(dataset / schema.CONTACT_SHEET, lambda path: sheet.save(path, "PNG"))
 
 
 def write_tables(dataset: Path, commits: list[dict[str, Any]], encoders: Encoders) -> None:
@@ -109,23 +116,12 @@ def write_manifest(dataset: Path, manifest: schema.Manifest) -> None:
 
 
 def counts_of(
-    commits: list[dict[str, Any]], rejected: Counter[str], encoders: Encoders
+    commits: list[dict[str, Any]], kept: int, rejected: Counter[str], roles: Iterable[str]
 ) -> schema.Counts:
     """The pictures of some commits, and the captions that were cut by text encoder."""
-    # A layer's commit counts pictures, a dataset's has been planned for them.
-    kept = sum(c.get("num_kept", c["num_planned"] - len(c["rejects"])) for c in commits)
-    roles = encoders.record["text"]["roles"]
     cut = {name: sum(commit["cut_captions"][name] for commit in commits) for name in roles}
     known = {"kept": kept, "rejected": _sorted(rejected), "cut_captions": cut}
     return schema.Counts(seen=kept + rejected.total(), **known)
-
-
-def buckets_of(commits: list[dict[str, Any]]) -> list[schema.BucketRecord]:
-    """The buckets of the pictures that are trained on."""
-    return [
-        schema.BucketRecord(height=height, width=width, num_samples=count)
-        for (height, width), count in sorted(bucket_samples(training_rows(commits)).items())
-    ]
 
 
 def _write_rejects(
@@ -168,7 +164,8 @@ def _manifest(
     encoders: Encoders,
 ) -> schema.Manifest:
     begun = {"settings": _decisive(facts), "listing": facts[0]["listing_sha256"]}
-    latent_mean, latent_std = latent_statistics(training_rows(commits))
+    training = training_rows(commits)
+    latent_mean, latent_std = latent_statistics(training)
     flips, drawn = config.images.flip, config.captions.per_picture
     counts = [generation.counts for generation in generations]
     record = dict(encoders.record)
@@ -179,7 +176,10 @@ def _manifest(
         members=encoders.members,
         latent_mean=latent_mean,
         latent_std=latent_std,
-        buckets=buckets_of(commits),
+        buckets=[
+            schema.BucketRecord(height=h, width=w, num_samples=n)
+            for (h, w), n in sorted(bucket_samples(training).items())
+        ],
         classes=facts[len(generations) - 1]["classes"],
         counts=schema.Counts(
             seen=sum(c.seen for c in counts),

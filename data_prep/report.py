@@ -212,6 +212,18 @@ def class_names(classes: list[str]) -> str:
     return ", ".join(f"{label} {name}" for label, name in enumerate(classes))
 
 
+def latent_listing(manifest: Manifest) -> Listing:
+    """The latents' statistics by channel; no rows of a layer, which has none."""
+    scale = manifest.codec.normalisation
+    stats = zip(manifest.latent_mean, manifest.latent_std, scale.mean, scale.std, strict=True)
+    rows = [
+        (str(i), *(f"{x:.4f}" for x in (mean, std, (mean - shift) / factor, std / factor)))
+        for i, (mean, std, shift, factor) in enumerate(() if manifest.base else stats)
+    ]
+    head = ("channel", "raw mean", "raw std", "normalised mean", "normalised std")
+    return Listing("Latents", head, rows)
+
+
 def encoder_listing(encoders: dict[str, Any], hashes: dict[str, dict[str, str]]) -> Listing:
     """Configs or records of encoders, and their weights' hashes, by name; pixels have no weights."""
     rows = [

@@ -363,6 +363,10 @@ def test_a_step_shows_a_captioners_captions_and_its_table_makes_the_same_layer(
     bert = {"bert": {"path": str(text_folder), "max_length": 8}}
     again = lay(seen, "again", bert, captions={"table": str(told / "captions")})
     assert read_shard_table(again).equals(read_shard_table(told))
+    page = (told / "report.html").read_text()
+    assert any(row["caption"] and row["caption"] in page for rows in said.values() for row in rows)
+    assert "caption_cut" in page
+    assert (told / "contact_sheet.png").is_file()
 
 
 def test_a_picture_that_is_gone_is_a_reject_and_changes_no_other_answer(

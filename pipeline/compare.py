@@ -234,13 +234,10 @@ def main(
         raise InputError("expected at least one --change, and one of --steps, --flops, --seconds")
     if seconds and (jobs > 1 or launcher or dry_run):
         raise InputError("--seconds: runs are timed here, one by one. Remedy: --steps or --flops")
-    places, planned, costs = (
-        share_machine(jobs, launcher),
-        dict[str, list[Job]](),
-        dict[str, float](),
-    )
-    shared = places[0].variables.get("OMP_NUM_THREADS")
-    threads = [f"engine.cpu_threads={shared}"] if shared else []
+    places = share_machine(jobs, launcher)
+    planned, costs = dict[str, list[Job]](), dict[str, float]()
+    shared = [slot.variables["OMP_NUM_THREADS"] for slot in places if slot.variables][:1]
+    threads = [f"engine.cpu_threads={count}" for count in shared]
     # What is wrong with the last run is found before the first one begins.
     for name, (path, own) in variants.items():
         own = [*threads, *own, "monitor.prompts=[]"]

@@ -50,6 +50,7 @@ RUN_IN = {
 
 ONLY_PARSED = {
     "tests.benchmarks.": "minutes to hours each",
+    "tests.golden_step": "prints what tests/test_golden.py pins",
     "data_prep.verify --decode": "tests/test_drift.py calls what it does",
     "pipeline.make_ema --sigma-rel": "an argument of main() in tests/test_ema.py",
     "pipeline.show_objective --": "arguments of main() in tests/test_objective_report.py",
@@ -131,7 +132,7 @@ def test_every_command_of_the_pages_is_run_by_a_test_or_said_to_be_only_parsed()
 
 def test_options_named_alone_on_the_pages_are_some_stages():
     known = {option for module, _ in STAGES.values() for option in options_of(module)}
-    known |= options_of("cluster.train_job") | options_of("data_prep.estimate")
+    known |= options_of("cluster.train_job") | options_of("data_prep.estimate") | {"--help"}
     known |= {option for options in OF_OTHERS.values() for option in options}
     for page in PAGES:
         for option in re.findall(r"`(--[\w-]+)", prose(page)):

@@ -481,6 +481,7 @@ class NamedEncoder(ShardEncoder):
         return ray.get_runtime_context().get_worker_id()
 
 
+@pytest.mark.slow
 def test_prometheus_reads_the_pictures_bytes_and_rejects_that_were_committed(
     tmp_path, vae_folder, text_folder, ray_address
 ):

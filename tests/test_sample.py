@@ -344,6 +344,7 @@ def test_a_grid_holds_every_picture_enlarged_and_labelled():
     assert (sheet == 200).all(axis=2).sum() == pytest.approx(64 * 64, rel=0.02)  # and bits of text
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_share_a_look_and_show_what_one_would(trained_run, tmp_path):
     options = ["training.images=8", "monitor.prompts=[one,two,three]", "engine.micro_batch=2"]

@@ -81,7 +81,7 @@ def logged(tmp_path_factory) -> Path:
     ("after", "by"),
     [
         ("step 4/", signal.SIGKILL),
-        ("step_00000006, for which", signal.SIGKILL),
+        pytest.param("step_00000006, for which", signal.SIGKILL, marks=pytest.mark.slow),
         ("step 12/", signal.SIGTERM),
     ],
 )

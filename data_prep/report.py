@@ -20,6 +20,7 @@ from models.command import duration
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 LINE_EVERY_S = 30.0
+FEW_HELD_OUT = 32
 
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -117,6 +118,12 @@ def print_result(dataset: Path, manifest: Manifest, spent: dict[str, float]) -> 
         f"{size / max(kept, 1) / 1024:,.1f} KiB per picture; "
         + ", ".join(f"{what} {duration(s)}" for what, s in spent.items())
     )
+    held_out = sum(bucket_samples([row for row in rows if row["split"] == "heldout"]).values())
+    if held_out < FEW_HELD_OUT:
+        console.print(
+            f"note: {held_out} pictures are held out, too few to measure a model by. Remedy: a heldout_fraction "
+            f"that comes to {FEW_HELD_OUT} or more"
+        )
     console.print(f"Look at {where}/report.html. Next: flowmill verify {where}")
 
 

@@ -1,6 +1,7 @@
 """Prompts to what a network is told: by flowmill and by the pipelines that it exports alike."""
 
 import re
+import threading
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 from models.conditions import Conditions
 from models.config import InputError
 from models.text_conventions import fixed
+
+TOKENIZING = threading.Lock()
 
 EncodedText = tuple[Float[Tensor, "B L D"], Bool[Tensor, "B L"], Float[Tensor, "B P"] | None]
 """fp32 tokens, each text's own first, zero behind them; the mask, True for its own; fp32 pooled."""
@@ -46,17 +49,28 @@ def spell(tokenizer: Any, text: str, view: Any) -> str:
     )
 
 
+def tokenize(tokenizer: Any, texts: Any, **options: Any) -> Any:
+    """What the tokenizer makes of the texts, of one thread at a time.
+
+    transformers' fast tokenizers keep how they pad and cut from call to call: threads that differ in it would get
+    each other's.
+    """
+    with TOKENIZING:
+        return tokenizer(texts, **options)
+
+
 def token_ids(tokenizer: Any, texts: list[str], view: Any, **options: Any) -> Any:
     """What the tokenizer makes of the texts; the template of a chat brings its own special tokens."""
     chat = not isinstance(view.template, str | None)
     words = [spell(tokenizer, text, view) for text in texts]
-    return tokenizer(words, add_special_tokens=not chat, **options)
+    return tokenize(tokenizer, words, add_special_tokens=not chat, **options)
 
 
 def prefix_tokens(tokenizer: Any, view: Any) -> int:
     """How many tokens the text in front of the prompt has, a begin token among them."""
     whole, words = (
-        tokenizer(view.prefix, add_special_tokens=special)["input_ids"] for special in (True, False)
+        tokenize(tokenizer, view.prefix, add_special_tokens=special)["input_ids"]
+        for special in (True, False)
     )
     starts = range(len(whole) - len(words) + 1)
     return next((i for i in starts if whole[i : i + len(words)] == words), 0) + len(words)

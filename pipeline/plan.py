@@ -9,6 +9,7 @@ from models.command import load_config, plain_console, run_command
 from models.config import InputError
 from pipeline.arguments import Overrides
 from pipeline.config import TrainConfig
+from pipeline.data.config import is_remote
 from pipeline.training.config import GPUS
 
 
@@ -43,6 +44,11 @@ def main(
     if parsed.training.global_batch % gpus:
         raise InputError(
             f"--gpus: got {gpus}, expected a divisor of training.global_batch, {parsed.training.global_batch}"
+        )
+    place = parsed.data.path or ""
+    if pictures is None and place and not is_remote(place) and not Path(place).exists():
+        raise InputError(
+            f"{place}: no such dataset. Remedy: --pictures COUNT if none is prepared yet"
         )
     if pictures is None:
         data = prepared_data(parsed)

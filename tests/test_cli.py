@@ -1,5 +1,6 @@
 """What a newcomer types: `flowmill` alone, a stage's help, names that are nearly right."""
 
+import os
 import re
 from pathlib import Path
 
@@ -42,12 +43,8 @@ def test_a_config_named_without_its_folder_is_found_nearby(monkeypatch, tmp_path
     with pytest.raises(InputError, match=re.escape("Did you mean configs/prepare_folder.yaml")):
         read_yaml(Path("prepare_folder"), [])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError,
-        match=r"Did you mean "
-        + r"(\.\./)*"
-        + re.escape(str(ROOT)[1:] + "/configs/prepare_folder.yaml"),
-    ):
+    there = os.path.relpath(ROOT / "configs" / "prepare_folder.yaml")
+    with pytest.raises(InputError, match=re.escape(f"Did you mean {there}")):
         read_yaml(Path("prepare_folder.yaml"), [])
 
 

@@ -39,6 +39,8 @@ def shown() -> dict[str, list[str]]:
 
 SHOWN = shown()
 REPORTS = [name for name, words in SHOWN.items() if words[:2] == ["flowmill", "objective"]]
+SAMPLERS = {"samplers.png": 10, "samplers-20.png": 20, "samplers-50.png": 50}
+"""Steps of each sheet."""
 
 
 def size_of(name: str) -> tuple[int, int]:
@@ -58,7 +60,7 @@ def sheet_size(labels: list[str], columns: int) -> tuple[int, int]:
 
 def test_every_kind_of_picture_is_checked_here():
     assert len(REPORTS) == 2
-    assert {*SHOWN} == {*REPORTS, "brightness.png", "samplers.png"}
+    assert {*SHOWN} == {*REPORTS, "brightness.png", *SAMPLERS}
 
 
 def test_all_pictures_of_the_pages_are_small():
@@ -78,8 +80,9 @@ def test_a_report_shows_the_objective_presets_and_axes_that_its_command_draws_to
         assert kept.info.get("Description") == new.info["Description"], remedy
 
 
-def test_the_samplers_are_those_of_the_command_side_by_side():
-    folder, *rest = SHOWN["samplers.png"][2:]
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_samplers_are_those_of_the_command_side_by_side(name):
+    folder, *rest = SHOWN[name][2:]
     prompts = [value for word, value in pairwise(rest) if word == "--prompt"]
     columns = rest[rest.index("--columns") + 1]
     overrides = [word for word in rest if word.startswith("sampler.")]
@@ -90,8 +93,9 @@ def test_the_samplers_are_those_of_the_command_side_by_side():
     # All that there are, each of which the table before the picture explains.
     names = SamplerConfig.model_json_schema()["properties"]["name"]["enum"]
     assert {cell.sampler.name for cell in cells} == {*names}
+    assert {cell.sampler.num_steps for cell in cells} == {SAMPLERS[name]}
     labels = [f"{cell.prompt} {cell.label}" for cell in cells]
-    assert size_of("samplers.png") == sheet_size(labels, len(names))
+    assert size_of(name) == sheet_size(labels, len(names))
 
 
 def test_the_first_page_s_picture_has_the_demo_s_prompts():

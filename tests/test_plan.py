@@ -275,8 +275,10 @@ def test_what_cannot_be_planned_is_refused(tmp_path):
         plan.main(path, gpus=2, gpu="H1000")
     with pytest.raises(InputError, match="no dataset to take them from"):
         plan.main(path, gpus=2, pictures=1000)
-    with pytest.raises(InputError, match=r"manifest.json"):
+    with pytest.raises(InputError, match=r"/nowhere: no such dataset. Remedy: --pictures COUNT"):
         plan.main(path, ["data.path=/nowhere"], gpus=2)
+    with pytest.raises(InputError, match=r"manifest.json"):
+        plan.main(path, [f"data.path={tmp_path}"], gpus=2)
 
 
 # What their config.json says of the published weights.

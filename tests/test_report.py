@@ -215,5 +215,13 @@ def test_a_codec_without_a_scale_is_said_before_anything_is_made(
     assert (f"{vae}/config.json has no scaling_factor" in capsys.readouterr().out) == said
 
 
+@pytest.mark.parametrize(("count", "said"), [(0, True), (31, True), (32, False)])
+def test_too_few_held_out_pictures_are_said(tmp_path, capsys, count, said):
+    train_factory.write_config(tmp_path, heldout=[((32, 32), count)] * bool(count))
+    write_table(tmp_path / "dataset" / REJECTS, REJECT_SCHEMA.empty_table())
+    report.print_result(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), {})
+    assert (f"{count} pictures are held out, too few" in capsys.readouterr().out) == said
+
+
 def test_latents_that_are_all_alike_are_said():
     assert "std of 0," in doubt_of([3.0], [0.0], Normalisation(mean=(0.0,), std=(1.0,)))

@@ -1,5 +1,8 @@
 """Text encoders of every supported kind, tiny and real, against transformers itself."""
 
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,35 @@ def test_a_caption_has_the_same_embedding_alone_and_beside_longer_ones(saved, ki
         # fp32: another padding, another order of summation
         torch.testing.assert_close(tokens[i][mask[i]], alone_tokens[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(pooled[i], alone_pooled[0], rtol=1e-4, atol=1e-5)
+
+
+def test_one_thread_encodes_while_another_counts_with_the_same_tokenizer(saved, monkeypatch):
+    """As an actor does that commits one shard and encodes the next: each pads and cuts as it wants."""
+
+    def ids(self: TextEncoder, batch: dict) -> tuple[None, torch.Tensor]:
+        return None, batch["input_ids"][..., None].float()
+
+    monkeypatch.setattr(TextEncoder, "forward", ids)
+    encoder = TextEncoder(saved["clip"], View(max_length=5, pooled="none"))
+    captions, wrong = ["apple " * words for words in range(9)], list[str]()
+    cut, end = count_cut(encoder.tokenizer, captions, encoder.view), time.monotonic() + 1
+
+    def count() -> None:
+        while time.monotonic() < end:
+            if count_cut(encoder.tokenizer, captions, encoder.view) != cut:
+                wrong.append("counted")
+
+    before, interval = encoder.encode(captions)[0], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            counting = pool.submit(count)
+            while time.monotonic() < end:
+                wrong += [] if torch.equal(encoder.encode(captions)[0], before) else ["encoded"]
+            counting.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

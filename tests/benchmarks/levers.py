@@ -165,6 +165,7 @@ def show_records(records: Path, budget: str) -> None:
 def main(
     folder: Annotated[Path | None, typer.Argument(help="of all that is made")] = None,
     large: Annotated[bool, typer.Option("--large", help="at the demo's own size")] = False,
+    jobs: Annotated[int, typer.Option(help="runs side by side, one thread each")] = 1,
 ) -> None:
     """Measure the levers, going on where it stopped; without a folder show what is recorded."""
     size, steps = ("6M", 900) if large else (".", 600)
@@ -179,6 +180,7 @@ def main(
     taken = LARGE if large else levers
     words += [f"--change={name}={change}" for name in taken for change in levers[name]]
     words += [f"--steps={steps}", f"--seeds={SEEDS}", "--evaluate=--heldout=80 --batch-size=80"]
+    words += [f"--jobs={jobs}"]
     sys.argv[1:] = [*words, f"--output={folder / 'runs' / size}", f"--records={RECORDS / size}"]
     run_command(compare.main)
 

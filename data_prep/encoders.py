@@ -375,11 +375,13 @@ def weight_of(config: Config) -> int:
 
 
 def check_encoders(config: Config) -> dict[str, dict[str, str]]:
-    """The hashes of every encoder by its place in the config; raises InputError naming it."""
-    found: dict[str, dict[str, str]] = {}
+    """The hashes of every encoder by its place in the config; raises InputError naming all that are not there."""
+    found, lacking = dict[str, dict[str, str]](), list[str]()
     for place, encoder in configured(config).items():
         try:
             found[place] = encoder.hashes()
         except InputError as error:
-            raise InputError(f"{place}.path: {error}") from None
+            lacking.append(f"{place}.path: {error}")
+    if lacking:
+        raise InputError("\n".join(lacking))
     return found

@@ -540,6 +540,14 @@ def test_a_wrong_setting_ends_with_one_message(small, capsys, monkeypatch, overr
     assert message in fails(capsys, monkeypatch, str(small), override)
 
 
+def test_every_encoder_that_is_not_there_is_named_at_once(small, capsys, monkeypatch):
+    message = fails(
+        capsys, monkeypatch, str(small), "vae.path=/gone/vae", "text_encoders.bert.path=/gone"
+    )
+    assert "vae.path: /gone/vae: no such folder" in message
+    assert "text_encoders.bert.path: /gone: no such folder" in message
+
+
 def test_a_folder_without_pictures_or_an_output_with_other_files_is_refused_and_left_as_it_is(
     small, tmp_path, capsys, monkeypatch
 ):

@@ -382,7 +382,10 @@ def best_layout(fits: list[Fit], share: int) -> Fit | None:
 
 
 def memory_table(fits: list[Fit], best: Fit | None, gpu: str) -> Table:
-    title = f"GiB a {gpu}; the largest micro-batch that fits, and what each sends in a step with it"
+    title = (
+        f"GiB per {gpu}; the largest micro-batch that fits (at ZeRO 0 in bf16 the whole share alone may), and what each "
+        "sends in a step with it"
+    )
     table = Table(title=title, title_justify="left")
     for name in ("ZeRO", "checkpointing", "weights", "gradients", "optimizer + EMA", "buffers", "a picture", "micro-batch", "GB sent"):  # fmt: skip
         table.add_column(name, justify="right")
@@ -429,7 +432,7 @@ def report(config: TrainConfig, data: Workload, machines: Machines, console: Con
         ("time", f"{duration(3600 * hours)}, over all GPUs {duration(3600 * hours * machines.gpus)}" + (f", {hours * machines.gpus * machines.price:,.0f} at {machines.price:g} per GPU-hour" if machines.price else "")),
         ("loader", f"{rate * sample.bytes / nodes / 1e6:,.0f} MB/s per node ({nodes}); `flowmill doctor --folder` measures the disk"),
         ("communication", f"{sent / 1e9:.2f} GB per GPU and step at ZeRO {chosen.stage}, gradients summed in {config.engine.reduce_precision}: {machines.seconds(chosen.sent):.3f} s at {machines.within:g} GB/s per GPU within nodes and {machines.between:g} GB/s per node between them, less what backward hides"),
-        ("a look", f"{num_parameters * (4 if precision == 'fp32' else 2) / GIB:.2f} GiB more per GPU for as long as it takes; ranks share prompts and held-out samples"),
+        ("a look", f"at prompts and held-out samples, which ranks share: {num_parameters * (4 if precision == 'fp32' else 2) / GIB:.2f} GiB more per GPU for as long as it takes"),
         ("checkpoints", f"{saved / GIB:.2f} GiB each, {kept} kept: {kept * saved / GIB:,.1f} GiB"),
         *(("note", note) for note in config.notes()),
     ]  # fmt: skip

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from data_prep.config import LayerConfig, config_of
 from models.command import read_yaml, run_command
 from models.config import InputError
 
@@ -29,6 +28,9 @@ def main(
     ] = False,
 ) -> None:
     """Prepare pictures for training: latents and text embeddings in shards; with `base`, a layer over a dataset."""
+    # For the help of the command it is not needed.
+    from data_prep.config import LayerConfig, config_of
+
     found = config_of(read_yaml(config, overrides or []), str(config))
     if isinstance(found, LayerConfig):
         from data_prep.layer import prepare_layer

@@ -24,8 +24,7 @@ from data_prep.plan import ShardSpec, make_plan
 from data_prep.publish import latent_statistics
 from data_prep.report import Listing, console, status, warn
 from data_prep.scan import Intake, list_sources, scan
-from data_prep.schema import CodecRecord, index_path, proof_path, read_index
-from data_prep.shards import WORK
+from data_prep.schema import WORK, CodecRecord, index_path, proof_path, read_index
 from data_prep.sources.classes import count_classes
 from data_prep.sources.source import files_of
 from data_prep.workers import Actors, connect, share_out

@@ -48,7 +48,6 @@ from data_prep.publish import EXAMPLES, counts_of, write_manifest, write_sheet, 
 from data_prep.report import bucket_samples, console, print_result, training_rows
 from data_prep.scan import LISTING, LISTING_SCHEMA, PARTS, Intake, scan
 from data_prep.shards import (
-    WORK,
     read_commits,
     read_table,
     sealed_commits,
@@ -280,13 +279,13 @@ def open_base(config: LayerConfig) -> tuple[Path, schema.Manifest]:
         )
     if f"{open_root(config.output, 'output')}/".startswith(f"{base}/"):
         raise InputError(f"output: {config.output} lies in its base. Remedy: a folder beside it.")
-    if not (base / WORK / "shard_list.parquet").is_file():
+    if not (base / schema.WORK / "shard_list.parquet").is_file():
         raise InputError(
             f"base: {config.base} has no work/, from which keys and pictures' addresses are read. Remedy: copy "
             f"{config.base}/work too."
         )
     if not any(generation.complete for generation in manifest.generations):
-        made, planned = len(schema.read_shard_table(base)), len(shard_list(base / WORK))
+        made, planned = len(schema.read_shard_table(base)), len(shard_list(base / schema.WORK))
         raise InputError(
             f"base: {config.base} is still being prepared ({made:,} of {planned:,} shards of its first generation). "
             "Remedy: finish it first: flowmill prepare with its config."
@@ -337,7 +336,7 @@ def _open_layer(
     A table of captions may grow with its base: earlier generations keep what they took from it.
     """
     dataset = open_root(config.output, "output")
-    path = dataset / WORK / "config.json"
+    path = dataset / schema.WORK / "config.json"
     for place in (path, *(dataset / name for name in OURS)) if restart else ():
         delete(place)
     begun = {"settings": decided, "tables": {}}
@@ -429,7 +428,7 @@ def _manifest(
 ) -> schema.Manifest:
     """That of the layer, its generations those of the base as far as they are complete."""
     columns = ("path", "num_samples", "sha256", "index_sha256", "captions_sha256", "base_sha256")
-    begun = json.loads((settings.dataset / WORK / "config.json").read_text())
+    begun = json.loads((settings.dataset / schema.WORK / "config.json").read_text())
     decided, generations, previous = begun["settings"], list[schema.Generation](), ""
     for below in _complete(base):
         mine = [commit for commit in commits if commit["generation"] == below.number]

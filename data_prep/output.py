@@ -22,8 +22,8 @@ from data_prep.scan import (
     compare,
     listing_sha256,
 )
-from data_prep.schema import AUDITED, MANIFEST, read_manifest
-from data_prep.shards import WORK, read_table, sealed_commits, work_of, write_table, write_text
+from data_prep.schema import AUDITED, MANIFEST, WORK, read_manifest
+from data_prep.shards import read_table, sealed_commits, work_of, write_table, write_text
 from data_prep.sources.classes import count_classes
 from data_prep.storage import delete, find_files, is_remote, names_in, open_root, patient
 from models.config import InputError, differences

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.schema import WORK as WORK
-from data_prep.schema import index_path, proof_path, work_folder
+from data_prep.schema import WORK, index_path, proof_path, work_folder
 from data_prep.storage import find_files, publish, temporary_for, write_atomic
 from models.files import file_sha256
 

@@ -12,11 +12,11 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.encoders import configured
 from data_prep.preparation import prepare
 from data_prep.schema import read_manifest, read_shard_table
-from data_prep.verify import verify
 from models.command import load_config
 from models.conditions import Conditions
 from models.config import InputError, parse_config

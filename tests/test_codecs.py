@@ -19,10 +19,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_img2img import QwenImageImg2ImgPipeline
 from torch import Tensor
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.preparation import prepare
 from data_prep.schema import CodecRecord, read_manifest
-from data_prep.verify import verify
 from models.codec_layouts import LAYOUTS, PIXELS
 from models.command import load_config
 from models.config import InputError

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_prep.audit import drifted, encode_caption, verify
 from data_prep.config import PrepareConfig
 from data_prep.preparation import prepare
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.schema.drift import drift
 from data_prep.schema.proof import read_proof
 from data_prep.schema.recorded import open_codec, open_texts
-from data_prep.verify import drifted, encode_caption, verify
 from models.command import load_config
 from models.config import InputError
 from models.vae import LatentCodec

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.preparation import prepare
 from data_prep.schema import read_manifest
-from data_prep.verify import verify
 from models.command import load_config
 from tests.prep_factory import encoded, pixels, read_samples, write_config
 

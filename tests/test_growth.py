@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.duplicates import known_files, known_looks
 from data_prep.output import begin, open_output
@@ -18,7 +19,6 @@ from data_prep.preparation import prepare
 from data_prep.scan import list_sources
 from data_prep.schema import read_manifest, read_shard_table
 from data_prep.sources import sample_key
-from data_prep.verify import verify
 from models import files
 from models.command import load_config
 from models.config import InputError

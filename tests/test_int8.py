@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.audit import drifted, verify
 from data_prep.config import PrepareConfig
 from data_prep.encoders import TextEncoderConfig
 from data_prep.preparation import prepare
 from data_prep.schema import EMPTY_CAPTION, REPORT, read_manifest
-from data_prep.verify import drifted, verify
 from models.command import load_config
 from models.config import InputError
 from models.prompts import as_stored, dequantised, quantised

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from data_prep.audit import verify
 from data_prep.config import LayerConfig, PrepareConfig
 from data_prep.images import ImagesConfig, decode
 from data_prep.layer import prepare_layer
@@ -22,7 +23,6 @@ from data_prep.preparation import prepare
 from data_prep.schema import REJECTS, index_path, read_manifest, read_shard_table
 from data_prep.shards import commit_path, work_of
 from data_prep.sources.source import sample_key
-from data_prep.verify import verify
 from models.captioner import Captioner
 from models.command import load_config
 from models.config import InputError

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_prep.audit import verify
 from data_prep.schema import read_manifest
-from data_prep.verify import verify
 from pipeline.training.checkpoint import candidates
 from tests import prep_factory, train_factory
 from tests.forked import wait_until

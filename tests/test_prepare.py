@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 from data_prep import workers
+from data_prep.audit import verify
 from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
@@ -43,7 +44,6 @@ from data_prep.scan import list_sources
 from data_prep.schema import index_path, read_index, read_manifest, read_shard_table
 from data_prep.schema.proof import proof_keys, read_proof
 from data_prep.shards import read_commits, write_table
-from data_prep.verify import verify
 from data_prep.workers import ATTEMPTS
 from models.command import load_config, run_command
 from models.config import InputError

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.preparation import prepare
 from data_prep.schema import read_manifest
 from data_prep.storage import find_files, open_root
-from data_prep.verify import verify
 from models.command import load_config
 from tests.kill_prepare import ROOT, TwoRaylets, disturbed_run, sample_keys
 from tests.prep_factory import dataset_bytes, fill_folder, sample_members, tar_bytes, write_config

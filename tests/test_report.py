@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from data_prep import report
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.encode import HISTOGRAMS
 from data_prep.page import GAP, MARGIN, Shown, contact_sheet, html_report
@@ -25,7 +26,6 @@ from data_prep.schema import (
 )
 from data_prep.schema.proof import SIDE
 from data_prep.shards import write_table
-from data_prep.verify import verify
 from models.codec_layouts import Normalisation
 from models.command import duration, load_config
 from pipeline.config import TrainConfig

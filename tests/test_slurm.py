@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.audit import verify
 from data_prep.schema import read_manifest
-from data_prep.verify import verify
 from pipeline.training.checkpoint import candidates, faults
 from tests import prep_factory, train_factory
 from tests.forked import wait_until

@@ -17,11 +17,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, pro
 from torch import Tensor, nn
 from transformers.models.t5gemma import modeling_t5gemma
 
+from data_prep.audit import verify
 from data_prep.config import PrepareConfig
 from data_prep.encoders import Text
 from data_prep.preparation import prepare
 from data_prep.schema.recorded import load_encoders
-from data_prep.verify import verify
 from models.command import load_config
 from models.config import InputError, parse_config
 from models.prompts import TextReader, join_texts

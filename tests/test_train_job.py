@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_prep.audit import verify
 from data_prep.schema import read_manifest
-from data_prep.verify import verify
 from tests import prep_factory, train_factory
 from tests.ray_cluster import TOKEN, RayCluster, ray_cluster
 from tests.train_factory import scalars

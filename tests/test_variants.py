@@ -14,11 +14,11 @@ import torch
 import yaml
 from webdataset.compat import WebDataset
 
+from data_prep.audit import audit_shard, verify
 from data_prep.config import PrepareConfig
 from data_prep.images import ImagesConfig, decode
 from data_prep.preparation import prepare
 from data_prep.schema import index_path, read_index, read_manifest, read_shard_table
-from data_prep.verify import audit_shard, verify
 from models.command import load_config
 from models.files import file_sha256
 from models.text_conventions import View

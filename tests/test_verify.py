@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data_prep.audit import verify
 from data_prep.schema import (
     EMPTY_CAPTION,
     MANIFEST,
@@ -27,7 +28,7 @@ from data_prep.schema import (
 )
 from data_prep.schema.proof import ProofSample, ProofSamples, make_proof
 from data_prep.shards import ShardWriter, write_table, write_text
-from data_prep.verify import main, verify
+from data_prep.verify import main
 from models.command import run_command
 from models.config import InputError
 from models.files import file_sha256

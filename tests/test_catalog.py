@@ -246,6 +246,9 @@ def test_a_field_of_metadata_is_taken_in_its_range_or_among_its_values(wanted, t
     rule = MetadataFilter.model_validate(wanted)
     values = [0, 1, 2.5, float("nan"), True, "en", "1", [1], None]
     assert [value for value in values if rule.takes(value)] == taken
+    numbers = np.array([0, 1, 2.5, -1e300, np.nan, np.inf, -np.inf])
+    one_by_one = [rule.takes(x if np.isfinite(x) else None) for x in numbers.tolist()]
+    assert rule.takes_numbers(numbers).tolist() == one_by_one
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from models.config import Config, InputError
@@ -48,6 +49,15 @@ class MetadataFilter(Config):
         if not self.fits(value):
             return False
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+    def takes_numbers(self, values: np.ndarray) -> np.ndarray:
+        """Which of some numbers are taken, bool (n,); NaN and infinities count as lacking."""
+        if self.one_of is not None:
+            taken = np.isin(values, [one for one in self.one_of if not isinstance(one, str)])
+        else:
+            low = -np.inf if self.min is None else self.min
+            taken = (values >= low) & (values <= (np.inf if self.max is None else self.max))
+        return np.where(np.isfinite(values), taken, self.missing == "keep")
 
 
 def refusal(facts: Mapping[str, Any], filters: Mapping[str, MetadataFilter]) -> str:

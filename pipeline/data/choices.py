@@ -78,9 +78,9 @@ def _filtered(config: DataConfig) -> Iterator[Choice]:
     for table in _read("data.scores", config.scores, list(found)) if config.scores else ():
         keys = key_bytes(table["key"])
         for name, wanted in config.filters.items():
-            scores = table[name].to_numpy()
-            known, takes = np.isfinite(scores), np.array([wanted.takes(s) for s in scores.tolist()])
-            found[name].append(keys[known & (takes == (wanted.missing == "reject"))])
+            # Those without a number are taken, or not, like those that are not named.
+            takes = wanted.takes_numbers(table[name].to_numpy())
+            found[name].append(keys[takes == (wanted.missing == "reject")])
     for name, wanted in config.filters.items():
         yield Choice(f"data.filters.{name}", found[name], wanted.missing == "reject")
 

@@ -208,6 +208,10 @@ def test_what_cannot_be_read_is_refused_at_the_start_and_told_of_later(tmp_path,
     gone.write_text("key\n00000001\n")
     batches = Loader(config, global_batch=8, seed=1, eras=tmp_path / "eras").batches()
     log = [numbers(next(batches)) for _ in range(4)]
+    eras = Loader(config, global_batch=8, seed=1, eras=tmp_path / "eras").eras
+    assert eras._next() is eras._next()
+    first = Loader(config, global_batch=8, seed=1).eras
+    assert first._next() is first.now
     gone.write_text("name\n00000002\n")
     log += [numbers(next(batches)) for _ in range(5)]
     assert "not taken up, the run goes on with what it has" in caplog.text

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data_prep.schema import SHARD_SCHEMA, Manifest, parse_manifest
 from models.config import InputError
 from models.files import write_text
-from pipeline.data.choices import choose
+from pipeline.data.choices import choose, stamps
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import LEFT_OUT, Dataset, Mixture, check_mixes, check_same, compute
 from pipeline.data.stacks import CacheOf, open_dataset
@@ -25,8 +25,8 @@ ERAS = "eras"
 
 TABLE_SCHEMA = SHARD_SCHEMA.append(LEFT_OUT)
 
-WAIT_S = 600.0
-"""Longest wait of a rank for rank 0 to settle an epoch."""
+WAIT_S = 6 * 3600.0
+"""Longest wait of a rank for rank 0 to settle an epoch: a look at every picture. That it lives the watchdog sees."""
 
 
 class Eras:
@@ -53,8 +53,9 @@ class Eras:
         """
         self.folder, self.rank, self.stop, self.config = folder, rank, stop, config
         self.cache_of, self.num_classes = cache_of, num_classes
+        self._chosen: tuple[Mixture, dict[str, str], list[str]] | None = None
         settled = settled_epochs(folder)
-        self.now = self._look() if settled else choose(self._look(), config)
+        self.now = self._look() if settled else self._choose(self._look())
         self.entries = [self._entry(0, 0)]
         for entry in settled:
             self._follow(entry)
@@ -64,6 +65,20 @@ class Eras:
         sources = self.config.sources.items()
         datasets = [open_dataset(name, source, self.cache_of) for name, source in sources]
         return Mixture(datasets, self.config.text, self.config.mix)
+
+    def _choose(self, mixture: Mixture) -> Mixture:
+        """The mixture without what is now left out; where nothing has changed since, what it was at the last call.
+
+        Among a billion pictures a choice takes ten minutes.
+        """
+        given, now = mixture.identities(), stamps(self.config)
+        if self._chosen is not None:
+            chosen, before, files = self._chosen
+            if files == now and given in (before, chosen.identities()):
+                return chosen
+        chosen = choose(mixture, self.config)
+        self._chosen = chosen, given, now
+        return chosen
 
     def _entry(self, epoch: int, first_step: int) -> dict[str, Any]:
         """What is settled of an epoch; `left_out` counts pictures by what leaves them out."""
@@ -108,7 +123,7 @@ class Eras:
                     check_mixes(new, old)
                     _check_contains(new, old.manifest, old.table)
                     self._check_classes(new)
-            return choose(found, self.config)
+            return self._choose(found)
         except InputError as error:
             log.warning("warning: data: not taken up, the run goes on with what it has: %s", error)
             return last

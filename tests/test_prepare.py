@@ -34,7 +34,7 @@ from data_prep.catalog import CATALOG_SCHEMA
 from data_prep.config import PrepareConfig, check_settings
 from data_prep.encode import EncoderSettings, ShardEncoder, in_halves
 from data_prep.encoders import PROCESS_BYTES, configured, weight_of
-from data_prep.estimate import bytes_by_member, estimate
+from data_prep.estimate import bytes_by_member, estimate, report
 from data_prep.images import decode
 from data_prep.output import open_output, refuse_changes, unfinished
 from data_prep.plan import ShardSpec, shard_list
@@ -45,7 +45,7 @@ from data_prep.schema import index_path, read_index, read_manifest, read_shard_t
 from data_prep.schema.proof import proof_keys, read_proof
 from data_prep.shards import read_commits, write_table
 from data_prep.workers import ATTEMPTS
-from models.command import load_config, run_command
+from models.command import duration, load_config, run_command
 from models.config import InputError
 from models.files import FULL, full_disk_is_said
 from models.text_conventions import View
@@ -780,7 +780,7 @@ def test_a_ray_job_runs_the_uploaded_code_with_nothing_installed(
 
 
 def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
-    tmp_path, text_folder, ray_address
+    tmp_path, text_folder, ray_address, capsys
 ):
     tars = tmp_path / "tars"
     tars.mkdir()
@@ -792,7 +792,10 @@ def test_a_sample_foretells_pictures_shards_and_bytes_of_the_whole(
     vae = save_kl(tmp_path / "vae", scaling_factor=100.0)
     path = write_config(tmp_path / "c.yaml", sources, vae, text_folder, **more)
     config = load_config(PrepareConfig, path, [])
-    found = estimate(config, 64)
+    found = report(config, 64, rate=0.5)
+    said = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    hours = duration(found.kept / 0.5)
+    assert f"speed 0.5 pictures/s with one actor, as stated time {hours} with 1 actor," in said
     prepare(config)
     dataset = Path(config.output)
     table = read_shard_table(dataset)

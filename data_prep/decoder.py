@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from data_prep.images import Bucket, ImagesConfig, Picture, Rejected, decode, perceptual_hash, probe
-from data_prep.storage import is_remote, read_bytes, said_of
+from data_prep.storage import is_remote, read_bytes, refuse_away, said_of
+from models.config import InputError
 
 # Seconds for attempts at a remote file, on top of the time for decoding.
 READING_S = 60
@@ -97,20 +99,26 @@ class DecodePool:
         reason, detail = "decode_crash", f"exit status {death}"
         if death == -signal.SIGALRM:
             reason, detail = "decode_timeout", f"over {self._config.timeout_s} s"
+            for request in requests:
+                refuse_away(request.address.path, detail)
         return [Rejected(reason, f"{detail}, {ATTEMPTS} times")]
 
     def _ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers of this thread's child; raises ChildProcessError with the status that it died with."""
+        """The answers of this thread's child; raises ChildProcessError with the status that it died with, InputError."""
         if not hasattr(self._local, "child"):
             self._local.child = _start_child(self._config)
         pipe, process = self._local.child
         try:
             pipe.send(requests)
-            return pipe.recv()
+            answers: list[Any] = pipe.recv()
         except (EOFError, OSError) as error:
             del self._local.child
             pipe.close()
             raise ChildProcessError(process.wait(), "died") from error
+        for answer in answers:
+            if isinstance(answer, InputError):
+                raise answer
+        return answers
 
 
 def _start_child(config: ImagesConfig) -> "tuple[Connection, subprocess.Popen[bytes]]":
@@ -146,13 +154,13 @@ def serve(handle: int, settings: str) -> None:
             requests: list[Request] = pipe.recv()
         except EOFError:
             return
-        answers = list[Answer]()
+        answers = list[Answer | InputError]()
         for request in requests:
             signal.alarm(config.timeout_s + READING_S * is_remote(request.address.path))
             try:
                 answers.append(_work(request, config))
-            except Rejected as rejected:
-                answers.append(rejected)
+            except (Rejected, InputError) as error:
+                answers.append(error)
             except MemoryError:
                 answers.append(Rejected("decode_memory", f"over {memory >> 20} MiB"))
             signal.alarm(0)

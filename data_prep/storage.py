@@ -6,7 +6,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
@@ -30,8 +30,6 @@ PERMANENT = (
     IsADirectoryError,
     NotADirectoryError,
 )
-# No store's errors, but bugs.
-OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 # Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.
 LOCAL = LocalFileSystem()
 # Stands for "::" in a name while fsspec reads a URL.
@@ -82,6 +80,8 @@ def open_root(url: str, where: str) -> Path:
         path.fs  # noqa: B018 - imports the protocol's package
     except (ImportError, ValueError, OSError) as error:
         raise InputError(f"{where}: {url}: {error}") from error
+    with reached(f"{where}: {url}"):
+        patient(path.exists)
     return path  # pyright: ignore[reportReturnType] - a UPath does what a Path does
 
 
@@ -92,17 +92,71 @@ def patient(function: Callable[..., Result], *arguments: Any) -> Result:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return function(*arguments)
-        except (*PERMANENT, *OURS):
+            with files.as_os_errors():
+                return function(*arguments)
+        except PERMANENT:
             raise
-        except Exception as error:
-            if getattr(error, "errno", None) in files.FULL:
+        except OSError as error:
+            if error.errno in files.FULL:
                 raise
             if attempt == ATTEMPTS - 1:
-                why = getattr(error, "strerror", None) or type(error).__name__
+                why = (error.errno and error.strerror) or type(error.__cause__ or error).__name__
                 raise OSError(0, f"{ATTEMPTS} attempts failed: {why}") from error
             time.sleep(2**attempt)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _why(error: BaseException) -> str:
+    """What the store, or the disk, said itself."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def reached(place: str | Path, *expected: type[OSError]) -> Iterator[None]:
+    """Raise InputError where a store does not let us at what is asked for there, but for what the caller expects."""
+    try:
+        yield
+    except expected:
+        raise
+    except OSError as error:
+        if not is_remote(place) or error.errno in files.FULL:
+            raise
+        raise InputError(f"{place}: {_why(error)}. Remedy: {files.ACCESS}") from error
+
+
+@contextmanager
+def own_fault(path: str) -> Iterator[None]:
+    """Let an OSError be a file's own fault; raises InputError where `refuse_away` does."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno not in files.FULL:
+            refuse_away(path, _why(error))
+        raise
+
+
+def refuse_away(path: str, why: str) -> None:
+    """Raise InputError where not even the folder of a file, which cannot be read, can be looked at.
+
+    Else a store that is away, or credentials that have ended, would make a reject of every picture.
+    """
+    # Hosts of the web come and go by themselves.
+    if re.match("https?://", path):
+        return
+    filesystem, name = filesystem_of(path)
+    # On a disk others may have folders of their own.
+    fine = (FileNotFoundError, PermissionError)[: 1 + (filesystem is LOCAL)]
+    try:
+        with suppress(*fine), files.as_os_errors():
+            filesystem.info(os.path.dirname(name.rstrip("/")))
+    except OSError as error:
+        raise InputError(
+            f"{path}: {why}; nor can its folder be looked at: {_why(error)}. Remedy: {files.ACCESS}"
+        ) from error
 
 
 def said_of(error: OSError) -> str:
@@ -113,7 +167,8 @@ def said_of(error: OSError) -> str:
 def read_bytes(path: str, offset: int, length: int) -> bytes:
     """Exactly those bytes; raises OSError where there are fewer, or where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-    data = patient(lambda: filesystem.cat_file(name, start=offset, end=offset + length))
+    with own_fault(path):
+        data = patient(lambda: filesystem.cat_file(name, start=offset, end=offset + length))
     if len(data) != length:
         raise OSError(0, f"got {len(data)} bytes of {length}")
     return data
@@ -122,13 +177,15 @@ def read_bytes(path: str, offset: int, length: int) -> bytes:
 def read_head(path: str, length: int) -> bytes:
     """The first bytes, no more than `length`; raises OSError where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-    return patient(filesystem.head, name, length)
+    with own_fault(path):
+        return patient(filesystem.head, name, length)
 
 
 def size_of(path: str) -> int:
     """Bytes of a file; raises OSError where there is none, or where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-    return patient(filesystem.size, name) or 0
+    with own_fault(path):
+        return patient(filesystem.size, name) or 0
 
 
 @contextmanager
@@ -141,7 +198,7 @@ def local_copy(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "copy")
         # No fault of the file, which would be rejected for it.
-        with files.full_disk_is_said(path):
+        with files.full_disk_is_said(path), own_fault(path):
             patient(filesystem.get_file, name, target)
         yield target
 
@@ -149,7 +206,8 @@ def local_copy(path: str) -> Iterator[str]:
 def find_files(folder: Path) -> dict[str, int]:
     """Name relative to the folder -> size, of all files below that are not temporary ones."""
     filesystem, top = filesystem_of(folder)
-    listed = patient(lambda: filesystem.find(top, detail=True))
+    with reached(folder):
+        listed = patient(lambda: filesystem.find(top, detail=True))
     cut = len(top.rstrip("/")) + 1
     return {
         name[cut:]: info["size"] or 0
@@ -163,7 +221,8 @@ def names_in(folder: Path) -> list[str]:
     """What lies directly in a folder; nothing where there is none."""
     filesystem, top = filesystem_of(folder)
     try:
-        listed = patient(filesystem.ls, top, False)
+        with reached(folder, FileNotFoundError):
+            listed = patient(filesystem.ls, top, False)
     except FileNotFoundError:
         return []
     # S3's object of the folder itself has no name there.
@@ -192,7 +251,8 @@ def publish(temporary: Path, path: Path) -> None:
     if not is_remote(path):
         return files.publish(temporary, path)
     filesystem, name = filesystem_of(path)
-    patient(filesystem.put_file, str(temporary), name)
+    with reached(path):
+        patient(filesystem.put_file, str(temporary), name)
 
 
 def delete(path: Path) -> int:
@@ -201,5 +261,6 @@ def delete(path: Path) -> int:
     if not path.exists():
         return 0
     count = 1 if path.is_file() else len(find_files(path))
-    patient(filesystem.rm, name, True)
+    with reached(path):
+        patient(filesystem.rm, name, True)
     return count

@@ -38,7 +38,7 @@ from ray.exceptions import (
 from data_prep.config import RayConfig
 from data_prep.text import encodable
 from models.config import InputError
-from models.files import FULL
+from models.files import FULL, store_error
 
 # Workers that an item may lose: an innocent one may meet an outside kill, hardly three times.
 ATTEMPTS = 3
@@ -242,7 +242,9 @@ def _answers(function: Callable[..., Any], items: list[Item]) -> Iterator[Any]:
         except InputError as error:
             # Ray's message to the driver must be UTF-8, or the worker dies of it.
             raise InputError(encodable(str(error))) from None
-        except Exception:
+        except Exception as error:
+            if said := store_error(error):
+                raise InputError(encodable(said)) from None
             raise
         except BaseException:  # noqa: BLE001
             # A panic of a compiled library, such as a tokenizer's, leaves it in no known state.

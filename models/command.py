@@ -19,7 +19,7 @@ from rich.text import Text
 from yaml import YAMLError
 
 from models.config import ConfigType, InputError, parse_config
-from models.files import FULL
+from models.files import FULL, store_error
 
 
 def plain_console(min_width: int = 0, stderr: bool = False) -> Console:
@@ -105,17 +105,21 @@ def run_command(function: Callable[..., None], page: str = "README.md", **settin
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name=os.environ.pop("FLOWMILL_PROG", None))
-    except (InputError, OSError) as error:
+    except Exception as error:
         if (message := _explain(error)) is None:
             raise
         plain_console(stderr=True).print(Text("error ", "bold red"), message, sep="")
         sys.exit(2)
 
 
-def _explain(error: InputError | OSError) -> str | None:
+def _explain(error: Exception) -> str | None:
     """What to tell the user; None where it may be a fault of ours, which a traceback finds."""
     if isinstance(error, InputError):
         return str(error)
+    if said := store_error(error):
+        return said
+    if not isinstance(error, OSError):
+        return None
     # safetensors says so of every file that it cannot open.
     if unopened := re.fullmatch("No such file or directory: (.+)", str(error)):
         try:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, TextIO
 
 from models.config import InputError
@@ -22,6 +23,43 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk answers that takes no more: full, over a user's quota, over the largest size of a file."""
+
+
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
+"""No store's errors, and no disk's."""
+
+ACCESS = (
+    "credentials that may list, read and write there (of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+    "~/.aws), and where it is not Amazon's AWS_ENDPOINT_URL; then the same command goes on"
+)
+"""What helps where a store refuses, or does not answer."""
+
+STORES = {"s3fs", "gcsfs", "adlfs", "aiohttp", "huggingface_hub"}
+"""Packages that speak to stores, each of which has classes of errors of its own."""
+
+
+def store_error(error: BaseException) -> str | None:
+    """What to tell the user of an error that came out of a store; None of any other."""
+    if isinstance(error, (InputError, *BUGS)) or getattr(error, "errno", None) in FULL:
+        return None
+    first = error
+    while first.__cause__:
+        first = first.__cause__
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(first.__traceback__))
+    if not STORES & {name.split(".")[0] for name in frames}:
+        return None
+    return f"a store: {type(first).__name__}: {first}. Remedy: {ACCESS}"
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Raise an OSError in the place of whatever a package that speaks to a store raises."""
+    try:
+        yield
+    except (OSError, InputError, *BUGS):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager

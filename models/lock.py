@@ -58,7 +58,9 @@ class Lock:
             self._take()
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"{self._what}: cannot write {self._path.parent}: {why}") from error
+            raise InputError(
+                f"{self._what}: cannot write {self._path.parent}: {why}. Remedy: the right to write there, or another place"
+            ) from error
         self._thread.start()
         return self
 

@@ -25,7 +25,7 @@ from data_prep.sources.walk import (
     stem_of,
     walk_folder,
 )
-from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, said_of
+from data_prep.storage import AbsolutePath, filesystem_of, is_remote, patient, reached, said_of
 from models.config import Config, InputError
 
 # No more is ever read of a caption or a metadata file.
@@ -223,9 +223,10 @@ def _file_at(path: str, where: str) -> dict[str, Any] | None:
     """What is known of a file, None of what is no file; raises InputError where a store does not answer."""
     try:
         filesystem, name = filesystem_of(path)
-        return patient(filesystem.info, name) if patient(filesystem.isfile, name) else None
     except (ImportError, ValueError, OSError) as error:
         raise InputError(f"{where}: {error}") from error
+    with reached(where):
+        return patient(filesystem.info, name) if patient(filesystem.isfile, name) else None
 
 
 def read_entries(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_prep.storage import filesystem_of, is_remote, patient, said_of
+from data_prep.storage import filesystem_of, is_remote, patient, reached, said_of
 
 # Reasons of what is no picture; counts of pictures leave it out.
 OTHER_FILE, HIDDEN_FOLDER, EMPTY_FOLDER = "other_file", "hidden_folder", "empty_folder"
@@ -119,9 +119,10 @@ def _read_store(root: str) -> dict[str, dict[str, tuple[int, str] | None]]:
     """
     filesystem, top = filesystem_of(root)
     begin = len(top.rstrip("/")) + 1
-    found = patient(lambda: filesystem.find(top, detail=True))
-    # An empty folder of the root is in no list of files.
-    listed = patient(lambda: filesystem.ls(top, detail=True)) if found else []
+    with reached(root):
+        found = patient(lambda: filesystem.find(top, detail=True))
+        # An empty folder of the root is in no list of files.
+        listed = patient(lambda: filesystem.ls(top, detail=True)) if found else []
     folders = [f"{info['name'].rstrip('/')}/" for info in listed if info["type"] == "directory"]
     tree = defaultdict[str, dict[str, tuple[int, str] | None]](dict)
     for path in (*found, *folders):

@@ -20,6 +20,7 @@ from typing import IO, TypeVar
 import fsspec
 
 from models.config import InputError
+from models.files import ACCESS
 from pipeline.data.config import CacheConfig
 
 Result = TypeVar("Result")
@@ -84,7 +85,9 @@ class ShardCache:
                 where = f"{self.url}/{name}"
                 log.warning("%s: attempt %d: %r", where, attempt, error)
                 if attempt == self.config.attempts or self.stop.wait(min(2 ** (attempt - 1), 30)):
-                    raise ShardError(f"{where}: {attempt} attempts failed: {error!r}") from error
+                    remedy = "" if isinstance(error, ShardError) else f". Remedy: {ACCESS}"
+                    failed = f"{where}: {attempt} attempts failed: {error!r}{remedy}"
+                    raise ShardError(failed) from error
         raise AssertionError
 
     def _download(self, name: str, path: Path, sha256: str, size: int) -> IO[bytes]:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from data_prep.schema import REJECTS, fingerprint, work_folder
 from models.config import InputError
+from models.files import as_os_errors
 from pipeline.data.config import DataConfig
 from pipeline.data.datasets import LEFT_OUT, Dataset, Mixture, compute
 
@@ -75,7 +76,7 @@ def stamps(config: DataConfig) -> list[str]:
     found = list[str]()
     for path in filter(None, (config.exclude, config.scores)):
         filesystem, name = fsspec.url_to_fs(path, use_listings_cache=False)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), as_os_errors():
             found.append(str(filesystem.info(name)))
     return found
 
@@ -99,13 +100,19 @@ def _filtered(config: DataConfig) -> Iterator[Choice]:
         yield Choice(f"data.filters.{name}", found[name], wanted.missing == "reject")
 
 
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    """A file here or on a store; whatever goes wrong there is an OSError."""
+    with as_os_errors(), fsspec.open(url, "rb") as file:
+        yield file
+
+
 def _read(where: str, path: str, numbers: list[str]) -> Iterator[pa.Table]:
     """The columns `key` and of `numbers`, float64 with NaN for none, a piece at a time; raises InputError."""
     kinds = {"key": pa.string()} | dict.fromkeys(numbers, pa.float64())
     kind = PurePath(path).suffix
     try:
-        with fsspec.open(path, "rb") as opened:
-            file: Any = opened
+        with _opened(path) as file:
             # An empty file of lines leaves nothing out.
             if kind == ".parquet":
                 batches = pq.ParquetFile(file).iter_batches(columns=list(kinds))
@@ -161,17 +168,17 @@ def _keys(dataset: Dataset, choices: list[Choice]) -> Iterator[tuple[str, np.nda
     """
     place, known = dataset.folders[0].source.path, set(dataset.table["path"].to_pylist())
     try:
-        with fsspec.open(f"{place}/{REJECTS}") as file:
+        with _opened(f"{place}/{REJECTS}") as file:
             rejected = np.sort(key_bytes(pq.read_table(file, columns=["key"])["key"]))
         for generation in sorted(set(dataset.table["generation"].to_pylist())):
             work = f"{place}/{work_folder(generation)}"
-            with fsspec.open(f"{work}/shard_list.parquet") as file:
+            with _opened(f"{work}/shard_list.parquet") as file:
                 paths = pq.read_table(file, columns=["path"])["path"].to_pylist()
             done = 0
             for number in itertools.count():
                 if done == len(paths):
                     break
-                with fsspec.open(f"{work}/plan/{number:06d}.parquet") as file:
+                with _opened(f"{work}/plan/{number:06d}.parquet") as file:
                     plan = pq.ParquetFile(file)
                     for group in range(plan.num_row_groups):
                         path = paths[done + group]

@@ -1,7 +1,6 @@
 """A run's datasets as they stand at one moment, checked, and mixed into one shard table."""
 
 import bisect
-import contextlib
 import json
 import tarfile
 import time
@@ -145,8 +144,14 @@ def read_dataset(name: str, source: DatasetConfig, cache: ShardCache | None) -> 
         time.sleep(min(attempt, 1))
         if cache:
             for file in (MANIFEST, SHARD_TABLE, EMPTY_CAPTION):
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     cache.refresh(file)
+                except FileNotFoundError as error:
+                    if file == MANIFEST:
+                        raise InputError(
+                            f"{source.path}/{file}: no such file. Remedy: run (again) flowmill prepare, or give "
+                            "the place of what it wrote"
+                        ) from error
         manifest, found = read_manifest(home), file_sha256(home / SHARD_TABLE)
         if manifest.files.get(SHARD_TABLE, found) == found:
             break

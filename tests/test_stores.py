@@ -4,8 +4,10 @@ import http.client
 import http.server
 import os
 import re
+import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from models.config import InputError
 from pipeline import show_data
 from tests.prep_factory import encoded, fill_folder, pixels, sample_members, tar_bytes
 from tests.test_storage import hasty  # noqa: F401 - a fixture
+from tests.train_factory import environment
 
 s3fs = pytest.importorskip("s3fs", reason="the s3 extra is not installed")
 
@@ -220,3 +223,44 @@ def test_a_file_that_a_store_does_not_give_is_a_reject_and_a_store_that_gives_no
         gate.answer = lambda path: answer
         with pytest.raises(InputError, match="nor can its folder be looked at"):
             list(read_entries([entry], source))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["scan", "encode"])
+def test_a_preparation_whose_store_goes_away_goes_on_to_the_same_bytes(tmp_path, gate, stage):
+    pictures = fill_folder(tmp_path / "pictures", 48)
+    s3fs.S3FileSystem().put(f"{pictures}/", "bucket/p/", recursive=True)
+    config = write_yaml(
+        tmp_path / "c.yaml",
+        sources={"a": {"kind": "folder", "path": "s3://bucket/p"}},
+        vae={"path": "pixels"},
+        images={"resolution": 32, "bucket_multiple": 8},
+        samples_per_shard=8,
+        output=str(tmp_path / "whole"),
+    )
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        words = [config, f"output={tmp_path / name}", "ray.num_actors=1"]
+        command = [sys.executable, "-m", "data_prep.prepare", *words]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+    assert run("whole").returncode == 0
+    asked, begin = Counter[str](), 10 if stage == "scan" else 58
+
+    def answer(path: str) -> tuple[int, str] | None:
+        asked["pictures"] += path.partition("?")[0].endswith((".png", ".jpg"))
+        return (503, AWAY) if asked["pictures"] > begin else None
+
+    gate.answer = answer
+    ended = run("cut")
+    assert ended.returncode == 2, ended.stderr
+    assert "nor can its folder be looked at" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (tmp_path / "cut" / "work" / "shard_list.parquet").is_file() == (stage == "encode")
+    gate.answer = lambda path: None
+    assert run("cut").returncode == 0
+    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").glob("shards/**/*.*")]
+    assert len(files) > 12
+    for name in (*files, "rejects.parquet", "shards.parquet"):
+        whole, cut = (tmp_path / folder / name for folder in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name

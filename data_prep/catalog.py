@@ -124,7 +124,8 @@ def scan_partition(
     """
     work, staged = settings.work, settings.work / STAGED / name
     temporary, staging = temporary_for(work / "catalog" / name), temporary_for(staged)
-    scan = _Scan(settings, entries[0].source, pool, staging, staged)
+    name_of, named = entries[0].source, source.names_pictures
+    scan = _Scan(settings, name_of, pool, staging, staged, named)
     items = read_entries(entries, source, settings.class_names, settings.filters.metadata)
     try:
         with pq.ParquetWriter(temporary, CATALOG_SCHEMA, compression="zstd") as writer:
@@ -156,6 +157,7 @@ class _Scan:
     pool: DecodePool
     staging: Path
     staged: Path
+    named: bool
     staged_bytes: int = 0
     joined: int = 0
 
@@ -208,7 +210,7 @@ class _Scan:
             with open(path, "ab") as file:
                 file.write(item.data)
             self.staged_bytes += len(item.data)
-        address = Address(path, row["offset"], item.length)
+        address = Address(path, row["offset"], item.length, named=self.named)
         looks = self.settings.filters.near_duplicates is not None
         return row, ProbeRequest(address, looks)
 

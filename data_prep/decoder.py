@@ -38,6 +38,8 @@ class Address:
     offset: int
     length: int
     data: bytes | None = None
+    named: bool = False
+    """By a row of a table, and not found where it lies."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class DecodePool:
         if death == -signal.SIGALRM:
             reason, detail = "decode_timeout", f"over {self._config.timeout_s} s"
             for request in requests:
-                refuse_away(request.address.path, detail)
+                refuse_away(request.address.path, detail, request.address.named)
         return [Rejected(reason, f"{detail}, {ATTEMPTS} times")]
 
     def _ask(self, requests: Sequence[Request]) -> list[Answer]:
@@ -174,7 +176,7 @@ def _work(request: Request, config: ImagesConfig) -> Answer:
     data = address.data
     if data is None:
         try:
-            data = read_bytes(address.path, address.offset, address.length)
+            data = read_bytes(address.path, address.offset, address.length, address.named)
         except OSError as error:
             raise Rejected("unreadable", said_of(error)) from error
     # The time spent waiting for a store does not count against the picture.

@@ -101,7 +101,7 @@ class ShardEncoder(Worker):
 
         self._config, self._dataset = settings.config, settings.dataset
         self._check, self._beside = settings.check, settings.beside()
-        self._images = settings.pictures.images
+        self._images, self._sources = settings.pictures.images, settings.pictures.sources
         self._numbers = self._config.encode or settings.pictures.encode
         self._pool = DecodePool(self._images, num_decoders)
         self._encoding = threading.Lock()
@@ -249,7 +249,8 @@ class ShardEncoder(Worker):
                 batch = []
 
     def _request(self, row: dict[str, Any], spec: ShardSpec) -> DecodeRequest:
-        address = Address(row["path"], row["offset"], row["length"])
+        named = self._sources[row["source"]].names_pictures
+        address = Address(row["path"], row["offset"], row["length"], named=named)
         crop_at = (0.5, 0.5) if self._images.crop == "center" else _random_pair(row["key"])
         return DecodeRequest(address, row["content_hash"], (spec.height, spec.width), crop_at)
 

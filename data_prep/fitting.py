@@ -68,7 +68,8 @@ def read_pictures(config: FitVaeConfig, name: str) -> tuple[Tensor, Tensor]:
 
     items = heapq.nsmallest(config.max_pictures, found(), key=order)
     pool, fitting, heldout = DecodePool(ImagesConfig(), os.cpu_count() or 1), [], []
-    addresses = (Address(i.path, i.offset, i.length, i.data) for i in items)
+    named = source.names_pictures
+    addresses = (Address(i.path, i.offset, i.length, i.data, named) for i in items)
     bucket = (config.resolution, config.resolution)
     answers = [pool.submit(DecodeRequest(a, None, bucket, (0.5, 0.5))) for a in addresses]
     pairs = zip(items, answers, strict=True)

@@ -1,12 +1,13 @@
 """Files on a local disk or behind any fsspec URL: read with patience, written whole or not at all."""
 
+import errno
 import os
 import re
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
@@ -30,6 +31,16 @@ PERMANENT = (
     IsADirectoryError,
     NotADirectoryError,
 )
+# What a disk answers that is away: no fault of a file's or a folder's own.
+AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN)
+# What a store answers to names that it can have none of.
+ODD = (errno.ENAMETOOLONG, errno.EINVAL)
+# What its trouble is called.
+TROUBLE = re.compile(
+    "Connect|Timeout|Unavailable|SlowDown|InternalError|Credential|ExpiredToken|InvalidToken|AccessKey|Signature"
+)
+# Stores that have given something to this process.
+_served = set[str]()
 # Names on a local disk go to it as they are: fsspec would take "::" in one for a chain of file systems.
 LOCAL = LocalFileSystem()
 # Stands for "::" in a name while fsspec reads a URL.
@@ -127,7 +138,7 @@ def reached(place: str | Path, *expected: type[OSError]) -> Iterator[None]:
 
 
 @contextmanager
-def own_fault(path: str) -> Iterator[None]:
+def own_fault(path: str, named: bool = False) -> Iterator[None]:
     """Let an OSError be a file's own fault; raises InputError where `refuse_away` does."""
     try:
         yield
@@ -135,28 +146,43 @@ def own_fault(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno not in files.FULL:
-            refuse_away(path, _why(error))
+            refuse_away(path, _why(error), named)
         raise
+    if is_remote(path):
+        _served.add(_store_of(path))
 
 
-def refuse_away(path: str, why: str) -> None:
-    """Raise InputError where not even the folder of a file, which cannot be read, can be looked at.
+def refuse_away(path: str, why: str, named: bool = False) -> None:
+    """Raise InputError where a file cannot be read because its disk or store is away, or lets nobody in any more.
 
-    Else a store that is away, or credentials that have ended, would make a reject of every picture.
+    Not even its folder can be looked at then; or else each picture would be a reject. One that a table's row `named` may
+    be in a place that never was, or is not for us: there what is said tells, and whether the store has given anything.
     """
     # Hosts of the web come and go by themselves.
     if re.match("https?://", path):
         return
     filesystem, name = filesystem_of(path)
-    # On a disk others may have folders of their own.
-    fine = (FileNotFoundError, PermissionError)[: 1 + (filesystem is LOCAL)]
     try:
-        with suppress(*fine), files.as_os_errors():
+        with files.as_os_errors():
             filesystem.info(os.path.dirname(name.rstrip("/")))
+    except FileNotFoundError:
+        return
     except OSError as error:
-        raise InputError(
-            f"{path}: {why}; nor can its folder be looked at: {_why(error)}. Remedy: {files.ACCESS}"
-        ) from error
+        said, away = _why(error), True
+        if filesystem is LOCAL:
+            away = error.errno in AWAY
+        elif named:
+            known = _store_of(path) in _served and error.errno not in ODD
+            away = known or bool(TROUBLE.search(f"{why} {said}"))
+        if away:
+            raise InputError(
+                f"{path}: {why}; nor can its folder be looked at: {said}. Remedy: {files.ACCESS}"
+            ) from error
+
+
+def _store_of(path: str) -> str:
+    """The bucket, say, of a URL."""
+    return "/".join(path.split("/")[:3])
 
 
 def said_of(error: OSError) -> str:
@@ -164,10 +190,10 @@ def said_of(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def read_bytes(path: str, offset: int, length: int) -> bytes:
+def read_bytes(path: str, offset: int, length: int, named: bool = False) -> bytes:
     """Exactly those bytes; raises OSError where there are fewer, or where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-    with own_fault(path):
+    with own_fault(path, named):
         data = patient(lambda: filesystem.cat_file(name, start=offset, end=offset + length))
     if len(data) != length:
         raise OSError(0, f"got {len(data)} bytes of {length}")
@@ -182,9 +208,9 @@ def read_head(path: str, length: int) -> bytes:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file; raises OSError where there is none, or where no attempt succeeds."""
+    """Bytes of a file that a row names; raises OSError where there is none, or where no attempt succeeds."""
     filesystem, name = filesystem_of(path)
-    with own_fault(path):
+    with own_fault(path, named=True):
         return patient(filesystem.size, name) or 0
 
 

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -19,6 +22,7 @@ from data_prep.decoder import Address, DecodePool, Probe, ProbeRequest
 from data_prep.images import ImagesConfig, Rejected
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.source import read_entries
+from data_prep.sources.table import TableSource
 from data_prep.sources.tars import TarSource
 from models.command import run_command
 from models.config import InputError
@@ -223,6 +227,40 @@ def test_a_file_that_a_store_does_not_give_is_a_reject_and_a_store_that_gives_no
         gate.answer = lambda path: answer
         with pytest.raises(InputError, match="nor can its folder be looked at"):
             list(read_entries([entry], source))
+
+
+def test_a_row_that_names_what_cannot_be_is_a_reject_and_an_outage_is_an_end(
+    tmp_path,
+    gate,
+    hasty,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.setattr(storage, "_served", set())
+    s3fs.S3FileSystem().pipe("bucket/t/0.png", encoded(pixels(0)))
+    gate.answer = lambda path: (403, DENIED) if path.startswith("/secret") else None
+    fine, local = "s3://bucket/t/0.png", ["/\0/0.png", f"/tmp/{'x/' * 3000}0.png"]
+    odd = ["s3://secret/x/0.png", "s3://none/0.png", "s3://Bad Bucket!/0.png"]
+    odd += [f"s3://bucket/{'k' * 1100}/0.png", f"{'k' * 300}/0.png", "a\0b/0.png"]
+
+    def reasons(folder: str, rows: list[str]) -> list[str | None]:
+        with fsspec.open(f"{folder}/t.parquet", "wb") as file:
+            pq.write_table(pa.table({"image": rows, "caption": ["x"] * len(rows)}), file)
+        source = TableSource(kind="table", path=folder)
+        (entry,) = (entry for entry in source.entries("a") if not entry.reason)
+        return [item.reason for item in read_entries([entry], source)]
+
+    for row in odd:
+        assert reasons("s3://bucket/t", [row])[0], row
+    assert all(reasons(str(tmp_path), local))
+    assert reasons("s3://bucket/t", [fine, *odd[3:]])[0] is None
+    # What has given something, and now gives nothing, is no row's fault.
+    for answer in ((403, DENIED), (503, AWAY)):
+        gate.answer = lambda path, answer=answer: (
+            None if path.startswith("/bucket/t/t.") else answer
+        )
+        with pytest.raises(InputError, match="nor can its folder be looked at"):
+            storage.size_of(fine)
+        monkeypatch.setattr(storage, "_served", set())
 
 
 @pytest.mark.slow

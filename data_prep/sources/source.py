@@ -115,6 +115,8 @@ class Source(Config, ABC):
     contents: ClassVar[str] = "pictures"
     # Files that one scan task reads; over 1 where every file is a picture, else `path` may be one itself.
     per_task: ClassVar[int] = 512
+    # Whether its files name pictures that lie elsewhere.
+    names_pictures: ClassVar[bool] = False
 
     kind: Any
     path: AbsolutePath

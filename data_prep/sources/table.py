@@ -42,6 +42,7 @@ class TableSource(Source):
     files = ("csv", "jsonl", "parquet")
     contents = "tables"
     per_task = 1
+    names_pictures = True
     # Whether paths must lead to pictures beside or below the table.
     inside: ClassVar[bool] = False
 

@@ -330,6 +330,25 @@ def test_a_second_interrupt_ends_even_a_process_that_hangs():
     assert process.wait() == 128 + signal.SIGINT
 
 
+HEEDS = """
+import os, time
+from pipeline.distributed.stop_signal import StopSignal
+stop = StopSignal().__enter__()
+print("ready", flush=True)
+while stop.name is None:
+    time.sleep(0.01)
+os._exit(7)
+"""
+
+
+def test_a_signal_is_heeded_though_nobody_reads_what_is_said_of_it():
+    process = train_factory.start("-c", HEEDS)
+    train_factory.wait_for(process, "ready")
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 7
+
+
 # --- a full disk
 
 

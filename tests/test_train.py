@@ -123,7 +123,8 @@ def test_fifty_losses_are_the_same_on_one_rank_and_on_two_however_the_batch_is_c
 
 
 @pytest.mark.slow
-def test_workers_leave_when_their_launcher_is_killed(tmp_path):
+@pytest.mark.parametrize("is_read", [True, False])
+def test_workers_leave_when_their_launcher_is_killed_though_nobody_reads_them(tmp_path, is_read):
     config = write_config(tmp_path)
     process = train_factory.torchrun(
         "pipeline.train", str(config), "training.images=800000", ranks=2
@@ -131,6 +132,8 @@ def test_workers_leave_when_their_launcher_is_killed(tmp_path):
     train_factory.wait_for(process, "step 3/")
     ranks = workers(process)
     assert len(ranks) == 2
+    if not is_read:
+        process.stdout.close()
     process.kill()
     wait_until(lambda: not any(map(alive, ranks)), 30, "orphans run on")
 

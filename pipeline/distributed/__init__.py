@@ -60,6 +60,13 @@ def say(message: str) -> None:
             print(message, flush=True)
 
 
+def tell(message: str) -> None:
+    """One line to stderr, from any rank, which goes on, or leaves, though nobody reads it any more."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
 def beside(what: str) -> Iterator[None]:
     """Let work beside training fail where the disk refuses: it is said once, and training goes on."""
@@ -114,7 +121,7 @@ def start(timeout_s: float) -> torch.device:
     if not dist.is_initialized():
         # Of many ranks one that waits is enough to hear of, if it is there.
         patience_s = PATIENCE_S if is_main() else 6 * PATIENCE_S
-        waiting = threading.Timer(patience_s, lambda: sys.stderr.write(f"{_waiting()}\n"))
+        waiting = threading.Timer(patience_s, lambda: tell(_waiting()))
         waiting.daemon = True
         waiting.start()
         try:
@@ -144,7 +151,7 @@ def _die_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
-        sys.stderr.write(f"rank {rank()}: the launcher is gone; leaving\n")
+        tell(f"rank {rank()}: the launcher is gone; leaving")
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

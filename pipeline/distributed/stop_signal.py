@@ -2,11 +2,10 @@
 
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
-from pipeline.distributed import rank
+from pipeline.distributed import rank, tell
 
 
 class StopSignal:
@@ -45,9 +44,8 @@ class StopSignal:
         while number := os.read(reader, 1):
             name = signal.Signals(number[0]).name
             if name == self.name == "SIGINT":
-                sys.stderr.write(f"rank {rank()}: interrupted twice; leaving without saving\n")
+                tell(f"rank {rank()}: interrupted twice; leaving without saving")
                 os._exit(128 + signal.SIGINT)
-            if rank() == 0:
-                ends = "this step is finished and saved; Ctrl-C again leaves at once"
-                sys.stderr.write(f"{name}: {ends}\n")
             self.name = name
+            if rank() == 0:
+                tell(f"{name}: this step is finished and saved; Ctrl-C again leaves at once")

@@ -56,7 +56,7 @@ class Watchdog:
             # Or the heartbeats' thread would take this verdict for another rank's, and exit.
             self.over.set()
             self._tell(f"{self.name} failed at step {self.step}:\n{text}{silent}")
-            sys.stderr.write(silent)
+            distributed.tell(silent)
             self._linger()
         self.over.set()
         # A thread inside a call of the store would abort the interpreter's exit.
@@ -141,8 +141,7 @@ class Watchdog:
 
     def _leave(self, verdict: str) -> None:
         self.over.set()
-        sys.stderr.write(f"\nrank {self.rank} stops at step {self.step}: {verdict}\n")
-        sys.stderr.flush()
+        distributed.tell(f"\nrank {self.rank} stops at step {self.step}: {verdict}")
         faulthandler.dump_traceback()
         self._linger()
         os._exit(1)

@@ -198,6 +198,9 @@ def test_what_cannot_be_read_is_refused_at_the_start_and_told_of_later(tmp_path,
     config = DataConfig(path=str(folder), exclude=str(gone), prefetch=0)
     with pytest.raises(InputError, match=r"data.exclude: .*gone.csv: .*[Nn]o such file"):
         Loader(config, global_batch=8, seed=1)
+    nowhere = config.model_copy(update={"exclude": "nosuch://x/gone.csv"})
+    with pytest.raises(InputError, match=r"data.exclude: nosuch://x/gone.csv: .*nosuch"):
+        Loader(nowhere, global_batch=8, seed=1)
     gone.write_text("name\n00000001\n")
     with pytest.raises(InputError, match=r"gone\.csv: got no column key"):
         Loader(config, global_batch=8, seed=1)

@@ -75,8 +75,9 @@ def stamps(config: DataConfig) -> list[str]:
     """What tells that neither of the files has changed; a store's listing from before would not."""
     found = list[str]()
     for path in filter(None, (config.exclude, config.scores)):
-        filesystem, name = fsspec.url_to_fs(path, use_listings_cache=False)
+        # What keeps it from being read is said where it is read.
         with contextlib.suppress(OSError), as_os_errors():
+            filesystem, name = fsspec.url_to_fs(path, use_listings_cache=False)
             found.append(str(filesystem.info(name)))
     return found
 

@@ -56,7 +56,8 @@ class Watchdog:
             # Or the heartbeats' thread would take this verdict for another rank's, and exit.
             self.over.set()
             self._tell(f"{self.name} failed at step {self.step}:\n{text}{silent}")
-            distributed.tell(silent)
+            if silent:
+                distributed.tell(silent)
             self._linger()
         self.over.set()
         # A thread inside a call of the store would abort the interpreter's exit.

@@ -19,7 +19,7 @@ from models.conditions import example_conditions
 from models.layers import compile_blocks
 from models.networks import build_model, config_class
 
-model, resolution, lengths, most = yaml.safe_load(sys.argv[1])
+model, resolution, lengths, most, downscale = yaml.safe_load(sys.argv[1])
 config = config_class(model["kind"]).model_validate(model)
 with torch.device("meta"):
     network = build_model(config)
@@ -28,7 +28,7 @@ buckets = list_buckets(ImagesConfig(resolution=resolution))[:most]
 for number, (height, width) in enumerate(buckets):
     for length in lengths if number < 3 else lengths[:1]:
         with torch.device("meta"):
-            size = height // 8, width // 8
+            size = height // downscale, width // downscale
             x_t, t = torch.zeros(4, config.latent_channels, *size), torch.zeros(4)
             conditions = example_conditions(config, 4, size, length)
         for masked in (True, False):
@@ -41,8 +41,10 @@ DATA = {"latent_channels": 4, "text_dim": 12, "pooled_dim": 6, "num_classes": 3}
 LENGTHS = [77, 16, 48, 80, 333]
 
 
-def meets(model: dict, resolution: int, lengths: list[int], most: int = 100) -> None:
-    case = yaml.safe_dump([model, resolution, lengths, most])
+def meets(
+    model: dict, resolution: int, lengths: list[int], most: int = 100, downscale: int = 8
+) -> None:
+    case = yaml.safe_dump([model, resolution, lengths, most, downscale])
     done = run("-c", MEET_SHAPES, case)
     print(model, done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -84,4 +86,4 @@ def test_every_shipped_config_compiles_whole_at_every_shape(path):
         # It is told no class, and its codec's latents are half the size of those here.
         model |= {"num_classes": 0, "position_grid": 64}
     resolution = 1024 if "1024" in path.stem else 512 if "512" in path.stem else 256
-    meets(model, resolution, LENGTHS)
+    meets(model, resolution, LENGTHS, downscale=1 if "pixels" in path.stem else 8)

@@ -123,10 +123,10 @@ def test_of_requests_that_cross_together_one_that_kills_is_rejected_alone(tmp_pa
 
 @pytest.mark.slow
 def test_decoding_that_takes_too_long_is_cut_off_within_the_c_library(tmp_path):
-    """768 MB of pixels in a small file: seconds to decode, however fast the machine is."""
-    image = Image.new("RGB", (16_000, 16_000))
+    """1.7 GB of pixels in a small file: seconds to decode, however fast the machine is."""
+    image = Image.new("RGB", (24_000, 24_000))
     address = save(tmp_path / "slow.png", encoded(image, "PNG", compress_level=1))
-    config = ImagesConfig(resolution=32, bucket_multiple=8, timeout_s=1, max_pixels=1 << 28)
+    config = ImagesConfig(resolution=32, bucket_multiple=8, timeout_s=1, max_pixels=1 << 30)
     pool = DecodePool(config, 1)
     assert isinstance(rejected := pool.submit(decode_request(pool, address)).result(), Rejected)
     assert rejected.reason == "decode_timeout"

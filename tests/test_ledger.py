@@ -91,8 +91,9 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
     run, begun, kills = tmp_path / "run", time.time(), 0
     while True:
         process = torchrun("pipeline.train", str(config), *OPTIONS, ranks=2)
-        if kills < 10:
-            step = len(scalars(run, "loss/train")) if (run / "tensorboard").is_dir() else 0
+        step = len(scalars(run, "loss/train")) if (run / "tensorboard").is_dir() else 0
+        # A loaded machine may be many steps ahead of what it has said.
+        if kills < 10 and step < 100:
             wait_for(process, f"step {step + rng.randrange(1, 8)}/")
             kills += 1
             victims = [process.pid] if rng.random() < 0.5 else workers(process)
@@ -108,7 +109,7 @@ def test_ten_random_kills_of_ranks_and_launcher_leave_a_ledger_that_adds_up(tmp_
         later["began"] - earlier["began"] - sum(earlier[part] for part in PARTS)
         for earlier, later in itertools.pairwise(found)
     ]
-    assert len(found) == kills + 1
+    assert len(found) == kills + 1 > 5
     assert all(seconds >= 0 for seconds in between)
     last = found[-1]["began"] + sum(found[-1][part] for part in PARTS)
     assert parts + sum(between) == pytest.approx(last - found[0]["began"], abs=1e-3)

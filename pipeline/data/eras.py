@@ -69,7 +69,7 @@ class Eras:
     def _choose(self, mixture: Mixture) -> Mixture:
         """The mixture without what is now left out; where nothing has changed since, what it was at the last call.
 
-        Among 10 million pictures a choice takes 7 s.
+        Choosing among 10 million pictures takes 7 s.
         """
         given, now = mixture.identities(), stamps(self.config)
         if self._chosen is not None:

@@ -35,9 +35,10 @@ PERMANENT = (
 AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN)
 # What a store answers to names that it can have none of.
 ODD = (errno.ENAMETOOLONG, errno.EINVAL)
-# What its trouble is called.
+# Errors that no name brings about, by their class, or by what the store calls them.
 TROUBLE = re.compile(
-    "Connect|Timeout|Unavailable|SlowDown|InternalError|Credential|ExpiredToken|InvalidToken|AccessKey|Signature"
+    r"^\w*(Connect|Timeout|Credential)\w*:|\((5\d\d|429|ServiceUnavailable|SlowDown|InternalError|RequestTime|"
+    "Expired|InvalidToken|InvalidAccessKey|Signature)"
 )
 # Stores that have given something to this process.
 _served = set[str]()
@@ -172,8 +173,8 @@ def refuse_away(path: str, why: str, named: bool = False) -> None:
         if filesystem is LOCAL:
             away = error.errno in AWAY
         elif named:
-            known = _store_of(path) in _served and error.errno not in ODD
-            away = known or bool(TROUBLE.search(f"{why} {said}"))
+            trouble = any(map(TROUBLE.search, (why, said)))
+            away = error.errno not in ODD and (trouble or _store_of(path) in _served)
         if away:
             raise InputError(
                 f"{path}: {why}; nor can its folder be looked at: {said}. Remedy: {files.ACCESS}"

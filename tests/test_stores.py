@@ -239,7 +239,7 @@ def test_a_row_that_names_what_cannot_be_is_a_reject_and_an_outage_is_an_end(
     s3fs.S3FileSystem().pipe("bucket/t/0.png", encoded(pixels(0)))
     gate.answer = lambda path: (403, DENIED) if path.startswith("/secret") else None
     fine, local = "s3://bucket/t/0.png", ["/\0/0.png", f"/tmp/{'x/' * 3000}0.png"]
-    odd = ["s3://secret/x/0.png", "s3://none/0.png", "s3://Bad Bucket!/0.png"]
+    odd = ["s3://secret/x/0.png", "s3://none/0.png", "s3://Bad Timeout 503!/0.png"]
     odd += [f"s3://bucket/{'k' * 1100}/0.png", f"{'k' * 300}/0.png", "a\0b/0.png"]
 
     def reasons(folder: str, rows: list[str]) -> list[str | None]:
